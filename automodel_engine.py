@@ -1,0 +1,279 @@
+"""The `automodel` engine: NeMo AutoModel on the Hugging Face model, one or more processes, CPU or GPU.
+
+What NeMo's class leaves open is done here: validation, a checkpoint that can be loaded again, text-only micro-batches.
+A checkpoint is a folder `checkpoints/step000100/`: `hf/` is a complete Hugging Face directory, `trainer.pt` holds optimizer,
+schedule, loops and loader. It is written under another name and renamed when whole, so a killed run leaves no half ones.
+"""
+
+import math
+import os
+import re
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.collections.vlm import HFAutoModelForImageTextToText
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, PytorchOptimizerModule
+from safetensors.torch import load_file
+from torch.nn import functional
+from transformers import Qwen2VLForConditionalGeneration
+
+from data_module import EnergonDataModule, energon_state_classes
+from task_encoder import IGNORE_INDEX, QwenBatch
+from training_log import TrainingLog
+
+CHECKPOINT_NAME = re.compile(r"step(\d{6,})")
+PARTS = {"vision": "visual.", "projector": "visual.merger.", "language": ("model.", "lm_head.")}
+
+
+class QwenAutoModel(HFAutoModelForImageTextToText):
+    """Qwen2-VL as a LightningModule that takes `QwenBatch`es.
+
+    model_dir: HF directory. freeze: parts that are not trained ("vision" is the tower without its projector).
+    """
+
+    def __init__(self, model_dir: Path, freeze: tuple[str, ...] = (), max_gradient_norm: float = 1.0) -> None:
+        super().__init__(model_name=str(model_dir))
+        self.model_dir = model_dir
+        self.freeze = freeze
+        self.max_gradient_norm = max_gradient_norm
+        self.gradient_norm: Any = 0.0
+        self.last_learning_rate = 0.0
+        self.validation_loss = math.nan
+
+    def configure_model(self) -> None:
+        """Loads the weights in fp32: the optimizer's copy; lower precision is the Trainer's autocast."""
+        if self.model is not None:
+            return
+        self.model = Qwen2VLForConditionalGeneration.from_pretrained(self.model_dir, torch_dtype=torch.float32)
+        self.model.train()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad = not self._is_frozen(name)
+
+    def _is_frozen(self, name: str) -> bool:
+        if name.startswith(PARTS["projector"]):
+            return "projector" in self.freeze
+        return any(name.startswith(PARTS[part]) for part in self.freeze)
+
+    def forward(self, batch: QwenBatch) -> torch.Tensor:
+        """-> logits [B, L, vocabulary]."""
+        return self.model(**batch.model_inputs(), use_cache=False).logits
+
+    def training_step(self, batch: QwenBatch, batch_index: int) -> torch.Tensor:
+        """Mean loss over the learned tokens of the micro-batch."""
+        loss_sum, tokens = self._loss(batch)
+        loss = loss_sum / tokens
+        if len(batch.image_grid_thw) + len(batch.video_grid_thw) == 0:
+            loss = loss + 0.0 * self._idle_vision()
+        return loss
+
+    def _loss(self, batch: QwenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.forward(batch)
+        learned = batch.labels != IGNORE_INDEX
+        loss_sum = functional.cross_entropy(logits[learned].float(), batch.labels[learned], reduction="sum")
+        return loss_sum, learned.sum()
+
+    def _idle_vision(self) -> torch.Tensor:
+        """A text-only micro-batch still runs the vision tower on one blank picture: in data-parallel training every
+        process must have a gradient for every weight, or the others wait for ever."""
+        vision = self.model.config.vision_config
+        merge = vision.spatial_merge_size
+        floats = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        tokens = torch.zeros(merge * merge, floats, device=self.device, dtype=self.model.visual.get_dtype())
+        return self.model.visual(tokens, grid_thw=torch.tensor([[1, merge, merge]], device=self.device)).sum()
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clips to max_gradient_norm (0: not at all) and keeps the norm and the rate of this step for the log."""
+        limit = self.max_gradient_norm or math.inf
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        self.last_learning_rate = optimizer.param_groups[0]["lr"]
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: QwenBatch, batch_index: int) -> None:
+        loss_sum, tokens = self._loss(batch)
+        self._validation += torch.stack([loss_sum.double(), tokens.double()])
+
+    def on_validation_epoch_end(self) -> None:
+        """Mean over all learned tokens of the split, whatever the number of processes."""
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self._validation)
+        loss_sum, tokens = self._validation.tolist()
+        self.validation_loss = loss_sum / tokens if tokens else math.nan
+        self.log("val_loss", self.validation_loss, rank_zero_only=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """NeMo stores its constructor's arguments, functions among them; they come from the command line instead.
+
+        Lightning saves inside on_train_batch_end, before it counts that batch as completed, and a resumed run starts from
+        the completed ones: gradient accumulation would be out of step by one micro-batch.
+        """
+        checkpoint.pop("hyper_parameters", None)
+        checkpoint.pop("hparams_name", None)
+        for counts in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
+            if isinstance(counts, dict):
+                counts["completed"] = counts["processed"]
+
+    def save_hf(self, output_dir: Path, state_dict: Optional[dict[str, torch.Tensor]] = None) -> None:
+        """A complete HF directory: weights, config, and tokenizer and processor as they came. Atomic."""
+        temporary = output_dir.with_name(f".{output_dir.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        for path in sorted(self.model_dir.iterdir()):
+            if path.is_file() and path.suffix not in (".safetensors", ".bin") and "safetensors.index" not in path.name:
+                temporary.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, temporary / path.name)
+        self.model.save_pretrained(temporary, state_dict=state_dict)
+        shutil.rmtree(output_dir, ignore_errors=True)
+        temporary.replace(output_dir)
+
+
+class FolderCheckpointIO(CheckpointIO):
+    """Reads and writes the checkpoint folders described at the top of this file; nothing is unpickled but plain data,
+    tensors and Energon's own state classes."""
+
+    def __init__(self, module: QwenAutoModel) -> None:
+        self.module = module
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        weights = {name.removeprefix("model."): tensor for name, tensor in checkpoint.pop("state_dict").items()}
+        self.module.save_hf(temporary / "hf", weights)
+        torch.save(checkpoint, temporary / "trainer.pt")
+        _sync_files(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+
+    def load_checkpoint(self, path: str | os.PathLike, map_location: Any = None, **unused: Any) -> dict[str, Any]:
+        path = Path(path)
+        with torch.serialization.safe_globals(energon_state_classes()):
+            checkpoint = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+        weights: dict[str, torch.Tensor] = {}
+        for file in sorted((path / "hf").glob("*.safetensors")):
+            weights.update(load_file(file))
+        if self.module.model.config.tie_word_embeddings:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in weights.items()}
+        return checkpoint
+
+    def remove_checkpoint(self, path: str | os.PathLike) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Every `interval` optimizer steps and at the end; keeps the last `keep`."""
+
+    FILE_EXTENSION = ""
+
+    def __init__(self, folder: Path, interval: int, keep: int) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="step{step:06d}",
+            auto_insert_metric_name=False,
+            monitor="step",
+            mode="max",
+            save_top_k=keep,
+            every_n_train_steps=interval,
+        )
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def latest_checkpoint(folder: Path) -> Optional[Path]:
+    """The whole checkpoint with the highest step; what a killed run left half-written has another name."""
+    found = [path for path in folder.glob("step*") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return max(found, key=lambda path: int(CHECKPOINT_NAME.fullmatch(path.name)[1]), default=None)
+
+
+def _sync_files(folder: Path) -> None:
+    """Data reaches the disk before the folder gets its final name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def build_optimizer(arguments) -> PytorchOptimizerModule:
+    """AdamW, linear warm-up, cosine down to min_lr; no decay on biases and norms."""
+    optimizer = partial(
+        torch.optim.AdamW, lr=arguments.lr, betas=(0.9, arguments.adam_beta2), weight_decay=arguments.weight_decay
+    )
+    schedule = CosineAnnealingScheduler(
+        max_steps=arguments.max_steps, warmup_steps=arguments.warmup_steps, constant_steps=0, min_lr=arguments.min_lr
+    )
+    return PytorchOptimizerModule(
+        optimizer, lr_scheduler=schedule, no_weight_decay_cond=lambda name, parameter: parameter.ndim < 2
+    )
+
+
+def build_trainer(arguments, module: QwenAutoModel, log: TrainingLog) -> nl.Trainer:
+    """Lightning's Trainer as NeMo wraps it. Steps are optimizer steps; Lightning counts validation in micro-batches."""
+    accumulate = arguments.global_batch_size // (arguments.micro_batch_size * arguments.world_size)
+    return nl.Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=arguments.devices,
+        num_nodes=arguments.num_nodes,
+        strategy="ddp" if arguments.world_size > 1 else "auto",
+        precision=arguments.precision,
+        max_steps=arguments.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        val_check_interval=arguments.val_interval * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        logger=False,
+        callbacks=[log, StepCheckpoint(arguments.run_dir / "checkpoints", arguments.save_interval, arguments.keep)],
+        plugins=[FolderCheckpointIO(module)],
+    )
+
+
+def build_loggers(arguments) -> nl.NeMoLogger:
+    wandb = None
+    if arguments.wandb_project:
+        wandb = WandbLogger(project=arguments.wandb_project, name=arguments.experiment_name, save_dir=arguments.run_dir)
+    return nl.NeMoLogger(
+        name=arguments.experiment_name,
+        explicit_log_dir=str(arguments.run_dir / "logs"),
+        update_logger_directory=False,
+        tensorboard=TensorBoardLogger(save_dir=arguments.run_dir, name="tensorboard", version=""),
+        wandb=wandb,
+    )
+
+
+def run(arguments, data: EnergonDataModule, merge_size: int) -> None:
+    """Fine-tunes, resuming from the newest checkpoint, and writes RUN_DIR/hf."""
+    module = QwenAutoModel(arguments.model_dir, tuple(arguments.freeze), arguments.max_gradient_norm)
+    log = TrainingLog(arguments.run_dir, arguments.max_steps, arguments.log_interval, merge_size)
+    trainer = build_trainer(arguments, module, log)
+    checkpoint = latest_checkpoint(arguments.run_dir / "checkpoints")
+    if checkpoint and trainer.is_global_zero:
+        print(f"Resuming from {checkpoint}", flush=True)
+    llm.finetune(
+        model=module,
+        data=data,
+        trainer=trainer,
+        log=build_loggers(arguments),
+        resume=nl.AutoResume(resume_from_path=str(checkpoint)) if checkpoint else None,
+        optim=build_optimizer(arguments),
+        tokenizer=None,  # the loader has it; NeMo would store it in a field that this class does not have
+    )
+    if trainer.is_global_zero:
+        module.save_hf(arguments.run_dir / "hf")

@@ -1,0 +1,227 @@
+"""Qwen2-VL checkpoint (HF directory) -> the same model reading DCT tokens (HF directory).
+
+    python convert_checkpoint.py --model-dir Qwen2-VL-2B-Instruct --output-dir Qwen2-VL-2B-Instruct-x4 --dct x4
+
+Only the patch embedding changes: its weight is folded into the coefficient domain (`dct_tokenizer.fold_patch_embedding`).
+The language model's tensors are passed through in shards of at most 2 GB, so memory stays at about one shard whatever
+the model's size. Stock transformers loads the result; its image processor (and this repository's dct_tokenizer.py, which
+defines it) is saved beside the weights.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
+SHARD_BYTES = 2_000_000_000
+REWRITTEN = ("config.json", "preprocessor_config.json", "model.safetensors.index.json")
+
+
+class CheckpointError(ValueError):
+    """The source is not what it should be. The message is one line: what, where, what to type next."""
+
+
+def read_config(model_dir: Path) -> dict:
+    """config.json of a pixel Qwen2-VL. Raises CheckpointError."""
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"no config.json in {model_dir}: give --model-dir a Hugging Face Qwen2-VL directory")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("model_type") != "qwen2_vl":
+        raise CheckpointError(f"{path} is of model_type {config.get('model_type')!r}, only qwen2_vl can be converted")
+    vision = config["vision_config"]
+    if (vision.get("patch_size", 14), vision.get("temporal_patch_size", 2)) != (14, 2):
+        raise CheckpointError(f"{path} does not read 2x14x14 pixel patches: is it converted already? Use it as it is")
+    return config
+
+
+def converted_config(config: dict, num_coefficients: int) -> dict:
+    """The config of the same model with a 1x1x1 patch embedding over `num_coefficients` channels."""
+    vision = {**config["vision_config"], "in_channels": num_coefficients, "patch_size": 1, "temporal_patch_size": 1}
+    # Qwen's released files carry these two under names that transformers ignores; they would contradict the rest.
+    vision.pop("in_chans", None)
+    vision.pop("spatial_patch_size", None)
+    return {**config, "vision_config": vision}
+
+
+def safetensors_files(model_dir: Path) -> list[Path]:
+    """The weight files, in order. Raises CheckpointError."""
+    index = model_dir / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [model_dir / Path(name).name for name in names]
+    else:
+        files = [model_dir / "model.safetensors"]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise CheckpointError(f"{model_dir} lacks {', '.join(missing)}: only whole safetensors checkpoints are read")
+    return files
+
+
+def folded_tensors(files: list[Path], dct) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """(name, tensor) one by one, memory-mapped, the patch embedding folded. Raises CheckpointError if it is missing."""
+    from safetensors import safe_open
+
+    from dct_tokenizer import fold_patch_embedding
+
+    found = False
+    for path in files:
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
+                tensor = tensors.get_tensor(name)
+                if name.endswith(PATCH_EMBEDDING):
+                    tensor, found = fold_patch_embedding(tensor, dct), True
+                yield name, tensor
+    if not found:
+        raise CheckpointError(f"no {PATCH_EMBEDDING} in {', '.join(path.name for path in files)}")
+
+
+def write_shards(tensors: Iterator[tuple[str, "torch.Tensor"]], output_dir: Path, shard_bytes: int) -> int:
+    """Writes model.safetensors, or numbered shards and their index. Returns the bytes of all tensors."""
+    from safetensors.torch import save_file
+
+    temporary, shards, pending, size, total = [], [], {}, 0, 0
+
+    def flush() -> None:
+        path = output_dir / f"shard-{len(temporary)}.tmp"
+        save_file(pending, path, metadata={"format": "pt"})
+        temporary.append(path)
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if pending and size + nbytes > shard_bytes:
+            flush()
+            size = 0
+        pending[name] = tensor.contiguous()
+        size += nbytes
+        total += nbytes
+    flush()
+    if len(temporary) == 1:
+        temporary[0].rename(output_dir / "model.safetensors")
+        return total
+    weight_map = {}
+    for number, (path, names) in enumerate(zip(temporary, shards, strict=True), start=1):
+        final = f"model-{number:05d}-of-{len(temporary):05d}.safetensors"
+        path.rename(output_dir / final)
+        weight_map.update(dict.fromkeys(names, final))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(output_dir / "model.safetensors.index.json", index)
+    return total
+
+
+def make_processor(model_dir: Path, dct, min_pixels: int | None, max_pixels: int | None):
+    """The DCT processor with the source's pixel bounds, unless given. Raises CheckpointError for another mean or std."""
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    from dct_tokenizer import DCTImageProcessor
+
+    path = model_dir / "preprocessor_config.json"
+    source = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name, expected in (("image_mean", OPENAI_CLIP_MEAN), ("image_std", OPENAI_CLIP_STD)):
+        if source.get(name, expected) != expected:
+            raise CheckpointError(f"{path} has {name} {source[name]}; the folding is for Qwen2-VL's {expected}")
+    size = source.get("size") or {}
+    low = min_pixels or source.get("min_pixels") or size.get("shortest_edge") or 56 * 56
+    high = max_pixels or source.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
+    if low > high:
+        raise CheckpointError(f"min_pixels {low} is over max_pixels {high}: change --min-pixels or --max-pixels")
+    processor = DCTImageProcessor(dct=dct, min_pixels=low, max_pixels=high)
+    processor._set_processor_class("Qwen2VLProcessor")
+    return processor
+
+
+def copy_other_files(model_dir: Path, output_dir: Path) -> None:
+    """Tokenizer, chat template, licence, generation config: everything that is not rewritten, byte for byte."""
+    for path in sorted(model_dir.iterdir()):
+        weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+        if path.is_file() and path.name not in REWRITTEN and not weights and not path.name.startswith("."):
+            shutil.copyfile(path, output_dir / path.name)
+
+
+def convert(
+    model_dir: Path,
+    output_dir: Path,
+    dct,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Writes the converted directory under a temporary name and renames it when whole. Returns the bytes of weights.
+
+    dct: a DCTConfig. Raises CheckpointError for an unusable source or an existing output without `force`.
+    """
+    config = read_config(model_dir)
+    files = safetensors_files(model_dir)
+    processor = make_processor(model_dir, dct, min_pixels, max_pixels)
+    if output_dir.resolve() == model_dir.resolve():
+        raise CheckpointError(f"--output-dir must differ from --model-dir, both are {model_dir}")
+    if output_dir.exists() and any(output_dir.iterdir()) and not (force and (output_dir / "config.json").is_file()):
+        raise CheckpointError(f"{output_dir} is not empty: choose another --output-dir, or --force to replace a checkpoint")
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
+    try:
+        copy_other_files(model_dir, temporary)
+        _write_json(temporary / "config.json", converted_config(config, dct.num_coefficients))
+        processor.save_pretrained(temporary)
+        total = write_shards(folded_tensors(files, dct), temporary, shard_bytes)
+        temporary.chmod(0o755)
+        if output_dir.exists():
+            shutil.rmtree(output_dir)
+        os.replace(temporary, output_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return total
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model-dir", type=Path, required=True, help="Hugging Face Qwen2-VL directory (pixel model)")
+    parser.add_argument("--output-dir", type=Path, required=True, help="directory to write")
+    parser.add_argument("--dct", default="x4", help="exact, x4, x16 or a DCT configuration as .json (default: %(default)s)")
+    parser.add_argument("--min-pixels", type=int, help="least pixels of a picture (default: the source's)")
+    parser.add_argument("--max-pixels", type=int, help="most pixels of a picture (default: the source's)")
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint in --output-dir")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    from dct_tokenizer import DCTConfig
+
+    try:
+        dct = DCTConfig.resolve(arguments.dct)
+        total = convert(
+            arguments.model_dir,
+            arguments.output_dir,
+            dct,
+            arguments.min_pixels,
+            arguments.max_pixels,
+            arguments.force,
+        )
+    except (ValueError, OSError) as error:
+        if arguments.debug:
+            raise
+        print(f"convert_checkpoint.py: {error}", file=sys.stderr)
+        return 1
+    side = dct.block[1] * dct.merge
+    print(f"Folded the patch embedding: {dct.name}, blocks of {dct.block} -> {dct.num_coefficients} coefficients.")
+    print(f"One token of the language model now covers {side}x{side} px of {dct.block[0]} frames (was 28x28 px of 2).")
+    print(f"Wrote {total / 1e6:.1f} MB of weights and the processor to {arguments.output_dir}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,494 @@
+"""DCT-coefficient tokens for Qwen2-VL: the transform, its presets, the folding of pretrained weights, the processor.
+
+A token of stock Qwen2-VL is a patch of 2 frames x 14 x 14 pixels. Here a token is the orthonormal DCT-II of a larger
+block of pixels, of which K coefficients are kept in a fixed order. The map is linear, so a pretrained patch embedding
+is carried over exactly: `fold_patch_embedding` turns its weight into one that reads coefficients.
+
+Letters used for shapes in this file:
+
+    T H W     frames, rows and columns of the pictures, in frames and pixels
+    bt bh bw  frames, rows and columns of one block, in frames and pixels
+    t h w     the grid of blocks: t = T/bt, h = H/bh, w = W/bw
+    m         spatial merge size: m x m tokens become one token of the language model (2 in Qwen2-VL)
+    K         coefficients kept for each token
+    N         tokens: t*h*w
+    E         width of the vision tower
+
+Analysis of one block, every step linear, in this order:
+
+    RGB uint8 -> /255, minus CLIP mean -> Y, Cb, Cr -> DCT-II over frames, rows, columns -> keep K -> divide by scale
+
+The file depends on torch, numpy and transformers only and is saved beside the weights of a converted checkpoint
+(`save_pretrained` copies it), from where `AutoImageProcessor.from_pretrained(..., trust_remote_code=True)` loads it.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import numpy as np
+import torch
+from transformers import Qwen2VLImageProcessor
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_transforms import convert_to_rgb, resize, to_channel_dimension_format
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    PILImageResampling,
+    infer_channel_dimension_format,
+    make_batched_videos,
+    make_flat_list_of_images,
+    to_numpy_array,
+)
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+PIXEL_PATCH = (2, 14, 14)  # frames, rows, columns of the patch that Qwen2-VL's Conv3d was trained on
+CHROMA_FORMATS = ("444", "420")
+PRESETS = ("exact", "x4", "x16")
+
+# ITU-R BT.601 full range (JFIF), without the offset of 128: rows Y, Cb, Cr; columns R, G, B.
+_LUMA = np.array([0.299, 0.587, 0.114])
+RGB_TO_YCBCR = np.stack([_LUMA, (np.eye(3)[2] - _LUMA) / 1.772, (np.eye(3)[0] - _LUMA) / 1.402])
+
+# First-order Markov model of pictures (Ahmed, Natarajan, Rao, IEEE Trans. Computers 1974): the correlation of
+# neighbours along one axis, and the variance of a centred Y, Cb, Cr value in units of the 0..1 range squared.
+PIXEL_CORRELATION = 0.95
+FRAME_CORRELATION = 0.80
+PLANE_VARIANCE = (0.06, 0.006, 0.006)
+
+
+@lru_cache(maxsize=64)
+def dct_matrix(size: int) -> np.ndarray:
+    """Orthonormal DCT-II as a matrix, float64 [size, size]: row f holds the cosine of frequency f.
+
+    `dct_matrix(n) @ x` equals `scipy.fft.dct(x, type=2, norm="ortho")`.
+    """
+    frequency, position = np.arange(size)[:, None], np.arange(size)[None, :]
+    matrix = np.sqrt(2 / size) * np.cos(np.pi * frequency * (2 * position + 1) / (2 * size))
+    matrix[0] /= np.sqrt(2)
+    return matrix
+
+
+def coefficient_variance(block: tuple[int, int, int]) -> np.ndarray:
+    """Expected variance of every coefficient of a block, float64 [3, bt, bh, bw], planes in the order Y, Cb, Cr."""
+
+    def along(size: int, correlation: float) -> np.ndarray:
+        covariance = correlation ** np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
+        basis = dct_matrix(size)
+        return np.einsum("fi,ij,fj->f", basis, covariance, basis)
+
+    frames, rows, columns = (
+        along(size, rho) for size, rho in zip(block, (FRAME_CORRELATION, PIXEL_CORRELATION, PIXEL_CORRELATION))
+    )
+    return np.einsum("p,t,y,x->ptyx", np.array(PLANE_VARIANCE), frames, rows, columns)
+
+
+def _available(block: tuple[int, int, int], chroma: str) -> np.ndarray:
+    """Which coefficients the chroma format has at all, bool [3, bt, bh, bw]: 4:2:0 has the low quarter of Cb and Cr."""
+    mask = np.ones((3, *block), dtype=bool)
+    if chroma == "420":
+        mask[1:, :, block[1] // 2 :] = False
+        mask[1:, :, :, block[2] // 2 :] = False
+    return mask
+
+
+@dataclass(frozen=True)
+class DCTConfig:
+    """What a token holds. It is saved with the checkpoint; a model only understands tokens of its own config.
+
+    block: (bt, bh, bw), frames and pixels of a block; 4:2:0 needs even bh and bw.
+    chroma: "444", or "420" for colour at half the resolution in both directions.
+    kept: K flat indices into the [3, bt, bh, bw] coefficients (Y, Cb, Cr; frame, row, column frequency), in the order
+        in which they stand in a token.
+    scale: K positive numbers by which the coefficients are divided, so that inputs have about unit variance.
+    merge: m, tokens of the vision tower along one side that become one token of the language model.
+    name: for messages and logs.
+
+    Raises ValueError for a configuration that contradicts itself.
+    """
+
+    block: tuple[int, int, int]
+    chroma: str
+    kept: tuple[int, ...]
+    scale: tuple[float, ...]
+    merge: int = 2
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        if len(self.block) != 3 or not all(isinstance(side, int) and side >= 1 for side in self.block):
+            raise ValueError(f"DCTConfig.block must be three positive whole numbers (bt, bh, bw), got {self.block!r}")
+        if self.chroma not in CHROMA_FORMATS:
+            raise ValueError(f"DCTConfig.chroma must be one of {', '.join(CHROMA_FORMATS)}, got {self.chroma!r}")
+        if self.chroma == "420" and (self.block[1] % 2 or self.block[2] % 2):
+            raise ValueError(f"DCTConfig.chroma 420 needs an even block height and width, got block {self.block}")
+        available = np.flatnonzero(_available(self.block, self.chroma))
+        if not self.kept or len(set(self.kept)) != len(self.kept) or not set(self.kept) <= set(available.tolist()):
+            raise ValueError(
+                f"DCTConfig.kept must be distinct indices of the {available.size} coefficients that block {self.block} "
+                f"has in {self.chroma}, got {len(self.kept)} entries, {len(set(self.kept))} of them distinct"
+            )
+        if len(self.scale) != len(self.kept) or not all(math.isfinite(s) and s > 0 for s in self.scale):
+            raise ValueError(f"DCTConfig.scale must be {len(self.kept)} positive numbers, one for each kept coefficient")
+        if self.merge < 1:
+            raise ValueError(f"DCTConfig.merge must be at least 1, got {self.merge}")
+
+    @property
+    def num_coefficients(self) -> int:
+        """K, the floats of one token."""
+        return len(self.kept)
+
+    @property
+    def resize_factor(self) -> tuple[int, int]:
+        """Pixels (rows, columns) of which a picture's height and width must be multiples: (bh*m, bw*m)."""
+        return self.block[1] * self.merge, self.block[2] * self.merge
+
+    @classmethod
+    def preset(cls, name: str) -> "DCTConfig":
+        """A named configuration: "exact", "x4" (a quarter of the tokens) or "x16" (a sixteenth)."""
+        if name == "exact":
+            return cls.select((2, 14, 14), "444", name=name)
+        if name == "x4":
+            block = (2, 28, 28)
+            first = np.zeros((3, *block), dtype=bool)
+            first[:, 0] = True  # the mean of the two frames, whole: a still loses no luma
+            first[:, 1, :14, :14] = True  # of their difference what the half-size picture shows
+            return cls.select(block, "420", 1764, first=first, name=name)
+        if name == "x16":
+            block = (2, 56, 56)
+            first = np.zeros((3, *block), dtype=bool)
+            first[:, :, :14, :14] = True
+            return cls.select(block, "420", 2352, first=first, name=name)
+        raise ValueError(f"unknown DCT preset {name!r}: choose one of {', '.join(PRESETS)}, or give a JSON file")
+
+    @classmethod
+    def select(
+        cls,
+        block: tuple[int, int, int],
+        chroma: str,
+        num_coefficients: Optional[int] = None,
+        first: Optional[np.ndarray] = None,
+        merge: int = 2,
+        name: str = "custom",
+    ) -> "DCTConfig":
+        """Keeps `num_coefficients` (all of them if None): those marked in `first`, bool [3, bt, bh, bw], then the rest
+        by falling expected variance, ties in index order. The token holds them in index order."""
+        available = _available(block, chroma)
+        variance = coefficient_variance(block).ravel()
+        marked = np.zeros(variance.size, dtype=bool) if first is None else (first & available).ravel()
+        order = np.lexsort((np.arange(variance.size), -variance, ~marked))
+        order = order[available.ravel()[order]]
+        count = order.size if num_coefficients is None else num_coefficients
+        if not 1 <= count <= order.size:
+            raise ValueError(f"block {block} in {chroma} has 1 to {order.size} coefficients to keep, asked for {count}")
+        kept = np.sort(order[:count])
+        scale = np.sqrt(variance[kept])
+        return cls(block, chroma, tuple(kept.tolist()), tuple(float(f"{s:.6g}") for s in scale), merge, name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DCTConfig":
+        """Inverse of `to_dict`. Raises ValueError when a field is missing or unknown."""
+        known = set(cls.__dataclass_fields__)
+        if not isinstance(values, dict) or not {"block", "chroma", "kept", "scale"} <= set(values) <= known:
+            given = sorted(values) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"a DCT configuration has the fields {', '.join(sorted(known))}, got {given}")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+    def save(self, path: Union[str, os.PathLike]) -> None:
+        """Writes the configuration as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_file(cls, path: Union[str, os.PathLike]) -> "DCTConfig":
+        """Reads what `save` wrote."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not a JSON file: {error}") from error
+
+    @classmethod
+    def resolve(cls, dct: Union["DCTConfig", dict, str, os.PathLike]) -> "DCTConfig":
+        """From a config, its dict, a preset's name or the path of a JSON file."""
+        if isinstance(dct, cls):
+            return dct
+        if isinstance(dct, dict):
+            return cls.from_dict(dct)
+        if str(dct).endswith(".json"):
+            return cls.from_file(dct)
+        return cls.preset(str(dct))
+
+
+class DCTTokenizer:
+    """Turns frames into tokens and back. Arithmetic runs in `dtype` (torch.float32 or torch.float64) on `device`.
+
+    Token order is Qwen2-VL's: frames, then groups of m x m tokens row by row, then the tokens of a group. For one
+    frame, h = 4, w = 4, m = 2:
+
+         0  1 |  4  5
+         2  3 |  6  7
+        ------+------
+         8  9 | 12 13
+        10 11 | 14 15
+    """
+
+    def __init__(
+        self, config: DCTConfig, dtype: torch.dtype = torch.float32, device: Union[str, torch.device] = "cpu"
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.device = torch.device(device)
+        frames, rows, columns = (self._tensor(dct_matrix(side)) for side in config.block)
+        self._frames, self._rows = frames, rows
+        # Columns and colour in one matrix: [bw*3, bw*3], input (x, rgb), output (fx, plane).
+        self._columns = torch.kron(columns.T.contiguous(), self._tensor(RGB_TO_YCBCR.T / 255))
+        self._columns_inverse = torch.kron(columns.contiguous(), self._tensor(np.linalg.inv(RGB_TO_YCBCR).T * 255))
+        # Flat indices into (ft, fy, fx, plane), the layout that the matrix products leave behind.
+        plane, ft, fy, fx = np.unravel_index(np.array(config.kept), (3, *config.block))
+        flat = np.ravel_multi_index((ft, fy, fx, plane), (*config.block, 3))
+        self._kept = torch.from_numpy(flat).to(self.device)
+        self._scale = self._tensor(np.array(config.scale))
+        # The mean of the centred picture is subtracted from the coefficients: only frequency 0 has any of it.
+        offset = np.zeros((*config.block, 3))
+        offset[0, 0, 0] = RGB_TO_YCBCR @ np.array(OPENAI_CLIP_MEAN) * math.sqrt(math.prod(config.block))
+        self._offset = self._tensor(offset.ravel()[flat])
+        self._mean = self._tensor(np.array(OPENAI_CLIP_MEAN) * 255)
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, self.dtype)
+
+    def encode(self, frames: Union[np.ndarray, torch.Tensor]) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """Frames [T, H, W, 3], values 0..255 (uint8, or float for finer steps) -> tokens [N, K], grid (t, h, w).
+
+        H and W must be multiples of `config.resize_factor`. The last frame is repeated until bt divides T, so a lone
+        image becomes bt equal frames. Raises ValueError for any other shape.
+        """
+        frames = self._pad(torch.as_tensor(frames, device=self.device))
+        (bt, bh, bw), m = self.config.block, self.config.merge
+        t, h, w = frames.shape[0] // bt, frames.shape[1] // bh, frames.shape[2] // bw
+        x = frames.to(self.dtype).reshape(t * bt * h, bh, w * bw * 3)
+        x = self._rows @ x  # [t*bt*h, fy, w*bw*3]
+        x = x.reshape(-1, bw * 3) @ self._columns  # [t*bt*h*fy*w, fx*plane]
+        x = torch.einsum("fb,tbr->tfr", self._frames, x.reshape(t, bt, -1))
+        x = x.reshape(t, bt, h // m, m, bh, w // m, m, bw * 3)
+        x = x.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(t * h * w, bt * bh * bw * 3)
+        return (x[:, self._kept] - self._offset) / self._scale, (t, h, w)
+
+    def decode(self, tokens: torch.Tensor, grid_thw: tuple[int, int, int]) -> torch.Tensor:
+        """Tokens [N, K], grid (t, h, w) -> uint8 frames [t*bt, h*bh, w*bw, 3]: what the model receives, as a picture.
+
+        Coefficients that were not kept count as zero.
+        """
+        return self.decode_float(tokens, grid_thw).round().clamp(0, 255).to(torch.uint8)
+
+    def decode_float(self, tokens: torch.Tensor, grid_thw: tuple[int, int, int]) -> torch.Tensor:
+        """As `decode`, without rounding and clipping: [t*bt, h*bh, w*bw, 3] in 0..255, of this tokenizer's dtype."""
+        (bt, bh, bw), m = self.config.block, self.config.merge
+        t, h, w = (int(side) for side in grid_thw)
+        tokens = torch.as_tensor(tokens, device=self.device).to(self.dtype)
+        if tokens.shape != (t * h * w, self.config.num_coefficients):
+            raise ValueError(
+                f"decode expects tokens [{t * h * w}, {self.config.num_coefficients}] for the grid {(t, h, w)} of "
+                f"preset {self.config.name}, got {list(tokens.shape)}"
+            )
+        x = tokens.new_zeros(t * h * w, bt * bh * bw * 3)
+        x[:, self._kept] = tokens * self._scale
+        x = x.reshape(t, h // m, w // m, m, m, bt, bh, bw * 3).permute(0, 5, 1, 3, 6, 2, 4, 7)
+        x = torch.einsum("fb,tfr->tbr", self._frames, x.reshape(t, bt, -1))
+        x = x.reshape(-1, bw * 3) @ self._columns_inverse
+        x = self._rows.T @ x.reshape(t * bt * h, bh, w * bw * 3)
+        return x.reshape(t * bt, h * bh, w * bw, 3) + self._mean
+
+    def _pad(self, frames: torch.Tensor) -> torch.Tensor:
+        """Checks the shape and repeats the last frame until bt divides T."""
+        rows, columns = self.config.resize_factor
+        if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+            raise ValueError(f"encode expects frames [T, H, W, 3], got {list(frames.shape)}")
+        if frames.shape[1] % rows or frames.shape[2] % columns:
+            raise ValueError(
+                f"preset {self.config.name} needs a height that is a multiple of {rows} px and a width that is a "
+                f"multiple of {columns} px, got {frames.shape[1]} x {frames.shape[2]}"
+            )
+        missing = -frames.shape[0] % self.config.block[0]
+        return torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)]) if missing else frames
+
+
+def synthesis_matrix(config: DCTConfig) -> np.ndarray:
+    """S, float64 [K, 3*2*14*14]: from a token to the normalised RGB patch (channel, frame, row, column) that Qwen2-VL's
+    Conv3d expects.
+
+    The patch is the block, downscaled in the DCT domain: its lowest (2, 14, 14) coefficients, times
+    sqrt(2*14*14 / (bt*bh*bw)) so that a constant picture keeps its value, transformed back. Rows of other coefficients
+    are zero. For a block of (2, 14, 14) this is the inverse transform.
+    """
+    plane, ft, fy, fx = np.unravel_index(np.array(config.kept), (3, *config.block))
+    inside = (ft < PIXEL_PATCH[0]) & (fy < PIXEL_PATCH[1]) & (fx < PIXEL_PATCH[2])
+    frames, rows, columns = (dct_matrix(side) for side in PIXEL_PATCH)
+    colour = np.linalg.inv(RGB_TO_YCBCR) / np.array(OPENAI_CLIP_STD)[:, None]  # [rgb, plane]
+    gain = np.array(config.scale) * math.sqrt(math.prod(PIXEL_PATCH) / math.prod(config.block))
+    synthesis = np.zeros((config.num_coefficients, 3, *PIXEL_PATCH))
+    synthesis[inside] = np.einsum(
+        "k,ck,kt,ky,kx->kctyx",
+        gain[inside],
+        colour[:, plane[inside]],
+        frames[ft[inside]],
+        rows[fy[inside]],
+        columns[fx[inside]],
+        optimize=True,
+    )
+    return synthesis.reshape(config.num_coefficients, -1)
+
+
+def fold_patch_embedding(weight: torch.Tensor, config: DCTConfig) -> torch.Tensor:
+    """W' = W S: a Conv3d weight for pixels [E, 3, 2, 14, 14] -> one for tokens [E, K, 1, 1, 1], of the same dtype.
+
+    Columns of coefficients that the pixel model never saw start at zero: at step 0 the folded model computes what the
+    pixel model computes on the picture downscaled in the DCT domain. Raises ValueError for any other shape.
+    """
+    if weight.ndim != 5 or tuple(weight.shape[1:]) != (3, *PIXEL_PATCH):
+        raise ValueError(f"fold_patch_embedding expects a weight [E, 3, 2, 14, 14], got {list(weight.shape)}")
+    synthesis = torch.from_numpy(synthesis_matrix(config)).to(weight.device)
+    folded = weight.reshape(weight.shape[0], -1).to(torch.float64) @ synthesis.T
+    return folded.to(weight.dtype).reshape(weight.shape[0], -1, 1, 1, 1)
+
+
+def target_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width in pixels, multiples of `factor`, near the picture's aspect ratio, min_pixels <= H*W <= max_pixels.
+
+    Qwen2-VL's `smart_resize`, which refuses sides below `factor`; here these are enlarged to it. One factor x factor
+    square is the least, whatever max_pixels says. Raises ValueError for an aspect ratio over 200.
+    """
+    enlarge = max(1.0, factor / min(height, width))
+    height, width = smart_resize(
+        max(factor, round(height * enlarge)), max(factor, round(width * enlarge)), factor, min_pixels, max_pixels
+    )
+    return max(factor, height), max(factor, width)
+
+
+class DCTImageProcessor(Qwen2VLImageProcessor):
+    """Qwen2-VL's image processor with DCT tokens: the same call, the same outputs, other numbers in `pixel_values`.
+
+    dct: a preset's name, a `DCTConfig`, its dict, or the path of a JSON file.
+    min_pixels, max_pixels: bounds of H*W after resizing, for an image and for each frame of a video.
+    do_resize: turn off for pictures whose height and width already are multiples of the resize factor.
+
+    Output: `pixel_values` float32 [N, K] and `image_grid_thw` int64 [images, 3], or `pixel_values_videos` and
+    `video_grid_thw`. Values that are not 0..255 (do_rescale=False) are taken as 0..1.
+    """
+
+    def __init__(
+        self,
+        dct: Union[str, dict, DCTConfig] = "x4",
+        min_pixels: int = 56 * 56,
+        max_pixels: int = 28 * 28 * 1280,
+        do_resize: bool = True,
+        do_rescale: bool = True,
+        resample: PILImageResampling = PILImageResampling.BICUBIC,
+        do_convert_rgb: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        config = DCTConfig.resolve(dct)
+        if config.block[1] != config.block[2]:
+            raise ValueError(f"DCTImageProcessor needs square blocks, got {config.block[1]} x {config.block[2]} px")
+        kwargs.update(patch_size=config.block[1], temporal_patch_size=config.block[0], merge_size=config.merge)
+        kwargs.pop("size", None)  # says the same as min_pixels and max_pixels
+        super().__init__(
+            do_resize=do_resize,
+            do_rescale=do_rescale,
+            resample=resample,
+            do_convert_rgb=do_convert_rgb,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            **kwargs,
+        )
+        self.dct = config.to_dict()
+
+    @property
+    def dct_config(self) -> DCTConfig:
+        """The token format."""
+        return _cached_tokenizer(json.dumps(self.dct)).config
+
+    @property
+    def tokenizer(self) -> DCTTokenizer:
+        """The transform, in float32 on the CPU."""
+        return _cached_tokenizer(json.dumps(self.dct))
+
+    def preprocess(
+        self,
+        images: Any = None,
+        videos: Any = None,
+        do_resize: Optional[bool] = None,
+        min_pixels: Optional[int] = None,
+        max_pixels: Optional[int] = None,
+        size: Optional[dict[str, int]] = None,
+        do_rescale: Optional[bool] = None,
+        return_tensors: Optional[str] = None,
+        input_data_format: Optional[Union[str, ChannelDimension]] = None,
+        **unused: Any,
+    ) -> BatchFeature:
+        """Images: one or a list of PIL, numpy or torch pictures. Videos: one or a list of [T, H, W, 3] (or [T, 3, H, W])
+        arrays or of lists of frames. Either may be None. `return_tensors` "pt" or "np" (the default is numpy)."""
+        if images is None and videos is None:
+            raise ValueError("DCTImageProcessor needs images or videos, got neither")
+        if size is not None:
+            min_pixels, max_pixels = size["shortest_edge"], size["longest_edge"]
+        options = {
+            "do_resize": self.do_resize if do_resize is None else do_resize,
+            "min_pixels": self.min_pixels if min_pixels is None else min_pixels,
+            "max_pixels": self.max_pixels if max_pixels is None else max_pixels,
+            "do_rescale": self.do_rescale if do_rescale is None else do_rescale,
+            "input_data_format": input_data_format,
+        }
+        data = {}
+        if images is not None:
+            clips = [[image] for image in make_flat_list_of_images(images)]
+            data["pixel_values"], data["image_grid_thw"] = self._encode_all(clips, options)
+        if videos is not None:
+            clips = [list(video) for video in make_batched_videos(videos)]
+            data["pixel_values_videos"], data["video_grid_thw"] = self._encode_all(clips, options)
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def _encode_all(self, clips: list[list], options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        encoded = [self.tokenizer.encode(self._frames(clip, **options)) for clip in clips]
+        tokens = torch.cat([tokens for tokens, _ in encoded]).numpy()
+        return tokens, np.array([grid_thw for _, grid_thw in encoded], dtype=np.int64)
+
+    def _frames(
+        self,
+        clip: list,
+        do_resize: bool,
+        min_pixels: int,
+        max_pixels: int,
+        do_rescale: bool,
+        input_data_format: Optional[Union[str, ChannelDimension]],
+    ) -> np.ndarray:
+        """One clip as an array [T, H, W, 3] with values 0..255, resized."""
+        frames = [to_numpy_array(convert_to_rgb(frame) if self.do_convert_rgb else frame) for frame in clip]
+        layout = input_data_format or infer_channel_dimension_format(frames[0], num_channels=(1, 3))
+        frames = [to_channel_dimension_format(frame, ChannelDimension.LAST, layout) for frame in frames]
+        frames = [np.repeat(frame, 3, axis=-1) if frame.shape[-1] == 1 else frame for frame in frames]
+        if not do_rescale:
+            frames = [frame * 255.0 for frame in frames]
+        if do_resize:
+            factor = self.dct_config.resize_factor[0]
+            size = target_size(*frames[0].shape[:2], factor, min_pixels, max_pixels)
+            frames = [frame if frame.shape[:2] == size else self._resize(frame, size) for frame in frames]
+        return np.stack(frames)
+
+    def _resize(self, frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        return resize(frame, size, self.resample, data_format=ChannelDimension.LAST, input_data_format="channels_last")
+
+
+@lru_cache(maxsize=8)
+def _cached_tokenizer(dct_json: str) -> DCTTokenizer:
+    return DCTTokenizer(DCTConfig.from_dict(json.loads(dct_json)))
+
+
+DCTImageProcessor.register_for_auto_class("AutoImageProcessor")

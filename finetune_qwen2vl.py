@@ -1,0 +1,301 @@
+"""Fine-tunes a (converted) Qwen2-VL on prepared shards with NeMo. Started by qwen_launch.sh through torchrun.
+
+    python finetune_qwen2vl.py --model-dir M --data-dir D --output-dir O --experiment-name E ...
+
+Writes into O/E: checkpoints/, hf/ (the fine-tuned Hugging Face directory), metrics.jsonl, tensorboard/, logs/, run.json.
+Started again with the same arguments it resumes from the newest checkpoint.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# A resumed run repeats the samples and losses of an uninterrupted one only if these are what they were.
+FIXED_ON_RESUME = (
+    "model_dir", "data_dir", "world_size", "micro_batch_size", "global_batch_size", "num_workers", "seq_length", "max_steps",
+    "seed", "min_pixels", "max_pixels", "lr", "min_lr", "warmup_steps", "weight_decay", "shuffle_buffer",
+)  # fmt: skip
+
+
+class RunError(ValueError):
+    """The run cannot start or go on. The message is one line: what, where, what to type next."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the checks need to know of a checkpoint: the name of its token format ("none" for pixels) and its dict."""
+
+    dct_name: str
+    dct: dict[str, Any] | None
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    paths = parser.add_argument_group("what")
+    paths.add_argument("--model-dir", type=Path, required=True, help="Hugging Face directory from convert_checkpoint.py")
+    paths.add_argument("--data-dir", type=Path, required=True, help="folder of shards after `energon prepare`")
+    paths.add_argument("--output-dir", type=Path, default=Path("experiments"), help="holds one folder for each experiment")
+    paths.add_argument("--experiment-name", default="qwen2vl_dct", help="name of the run's folder")
+    paths.add_argument("--dct", help="refuse a checkpoint of another token format: exact, x4, x16, FILE.json, or "
+                       "none to train a pixel model")  # fmt: skip
+    paths.add_argument("--min-pixels", type=int, help="least pixels of a picture (default: the checkpoint's)")
+    paths.add_argument("--max-pixels", type=int, help="most pixels of a picture (default: the checkpoint's)")
+    paths.add_argument("--video-fps", type=float, default=2.0, help="frames read from a second of a clip")
+    paths.add_argument("--video-max-frames", type=int, default=768, help="most frames read from a clip")
+    paths.add_argument("--seq-length", type=int, default=2048, help="longer samples are skipped and counted, tokens")
+    parser_optimizer(parser)
+    parser_machine(parser)
+    return parser.parse_args(argv)
+
+
+def parser_optimizer(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how")
+    group.add_argument("--max-steps", type=int, default=1000, help="optimizer steps")
+    group.add_argument("--micro-batch-size", type=int, default=1, help="samples of one forward pass of one process")
+    group.add_argument("--global-batch-size", type=int, default=32, help="samples of one optimizer step")
+    group.add_argument("--lr", type=float, default=1e-5, help="peak learning rate")
+    group.add_argument("--min-lr", type=float, default=1e-6, help="learning rate at the end of the cosine")
+    group.add_argument("--warmup-steps", type=int, default=30, help="steps of linear warm-up")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="of weight matrices")
+    group.add_argument("--adam-beta2", type=float, default=0.98, help="AdamW's second momentum")
+    group.add_argument("--max-gradient-norm", type=float, default=1.0, help="gradients are clipped to it; 0: not clipped")
+    group.add_argument("--freeze", nargs="*", default=[], choices=("vision", "projector", "language"), help="parts that are not trained")
+    group.add_argument("--seed", type=int, default=42, help="of shuffling")
+
+
+def parser_machine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where")
+    group.add_argument("--engine", choices=("auto", "automodel", "megatron"), default="auto", help="auto: megatron where it can run, else automodel")
+    group.add_argument("--devices", type=int, default=1, help="processes of one node")
+    group.add_argument("--num-nodes", type=int, default=1, help="nodes")
+    group.add_argument("--precision", choices=("32", "bf16-mixed"), help="default: 32 on a CPU, bf16-mixed on a GPU")
+    group.add_argument("--num-workers", type=int, default=2, help="loader processes of one process")
+    group.add_argument("--shuffle-buffer", type=int, default=1000, help="samples among which a worker shuffles")
+    group.add_argument("--max-bad-in-a-row", type=int, default=100, help="consecutive unusable samples that stop the run")
+    group.add_argument("--val-interval", type=int, default=200, help="steps between validations")
+    group.add_argument("--val-batches", type=int, help="micro-batches of one validation (default: the whole val split)")
+    group.add_argument("--save-interval", type=int, default=200, help="steps between checkpoints")
+    group.add_argument("--keep", type=int, default=2, help="newest checkpoints that are kept")
+    group.add_argument("--log-interval", type=int, default=10, help="steps between progress lines")
+    group.add_argument("--wandb-project", help="log to this Weights & Biases project as well")
+    group.add_argument("--check", action="store_true", help="only check that the run can start")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
+    """Reads what the checkpoint's token format is. Raises RunError if it is missing or not the wanted one."""
+    if not (model_dir / "config.json").is_file():
+        raise RunError(f"no model in {model_dir} (no config.json): make one with python convert_checkpoint.py --model-dir "
+                       f"QWEN2_VL --output-dir {model_dir}")  # fmt: skip
+    path = model_dir / "preprocessor_config.json"
+    processor = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    dct = processor.get("dct")
+    info = ModelInfo(dct["name"] if dct else "none", dct)
+    if info.dct_name == "none" and wanted != "none":
+        raise RunError(f"{model_dir} reads pixels, not DCT tokens: python convert_checkpoint.py --model-dir {model_dir} "
+                       f"--output-dir {model_dir}-x4, or --dct none to train on pixels")  # fmt: skip
+    if wanted is None:
+        return info
+    same = json.loads(Path(wanted).read_text()) == dct if wanted.endswith(".json") else wanted == info.dct_name
+    if not same:
+        raise RunError(f"--dct {wanted} contradicts the checkpoint {model_dir}, which was converted with {info.dct_name}: "
+                       f"leave --dct out, or convert with --dct {wanted}")  # fmt: skip
+    return info
+
+
+def check_data(data_dir: Path) -> None:
+    """Raises RunError unless `energon prepare` has been run and both splits that training reads hold shards."""
+    meta = data_dir / ".nv-meta"
+    if not data_dir.is_dir() or not any(data_dir.glob("*.tar")):
+        raise RunError(f"no shards in {data_dir}: python data_preparation.py --data-dir RAW --output-dir {data_dir}")
+    missing = [name for name in ("dataset.yaml", "split.yaml") if not (meta / name).is_file()]
+    if missing:
+        raise RunError(f"{data_dir} is not prepared (no .nv-meta/{missing[0]}): energon prepare {data_dir}")
+    import yaml
+
+    parts = yaml.safe_load((meta / "split.yaml").read_text(encoding="utf-8")).get("split_parts", {})
+    empty = [part for part in ("train", "val") if not parts.get(part)]
+    if empty:
+        raise RunError(f"the {empty[0]} split of {data_dir} holds no shard: prepare with more shards (a smaller --maxcount)")
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raises RunError for batch sizes and counts that do not fit each other."""
+    for name in ("max_steps", "micro_batch_size", "global_batch_size", "devices", "num_nodes", "val_interval", "save_interval",
+                 "keep", "log_interval", "seq_length", "max_bad_in_a_row", "video_max_frames"):  # fmt: skip
+        if getattr(arguments, name) < 1:
+            raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    per_step = arguments.micro_batch_size * arguments.world_size
+    if arguments.global_batch_size % per_step:
+        raise RunError(
+            f"GBS {arguments.global_batch_size} is not divisible by MBS {arguments.micro_batch_size} x "
+            f"{arguments.world_size} processes = {per_step}: change --global-batch-size or --micro-batch-size"
+        )
+    low, high = arguments.min_pixels, arguments.max_pixels
+    if low is not None and high is not None and low > high:
+        raise RunError(f"--min-pixels {low} is over --max-pixels {high}: exchange them")
+    if os.environ.get("WORLD_SIZE") and int(os.environ["WORLD_SIZE"]) != arguments.world_size:
+        raise RunError(
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, --devices {arguments.devices} x --num-nodes "
+            f"{arguments.num_nodes} says {arguments.world_size}: make them equal"
+        )
+
+
+def check_run_folder(arguments: argparse.Namespace) -> None:
+    """A folder of another run is not continued. Raises RunError naming what differs."""
+    path = arguments.run_dir / "run.json"
+    if not path.is_file():
+        return
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    for name in FIXED_ON_RESUME:
+        now = _plain(getattr(arguments, name))
+        if earlier.get(name) != now:
+            raise RunError(
+                f"{arguments.run_dir} was started with --{name.replace('_', '-')} {earlier.get(name)}, now it is {now}: "
+                f"use the same value to resume, or another --experiment-name"
+            )
+
+
+def check(arguments: argparse.Namespace) -> ModelInfo:
+    """Everything that can be wrong before a heavy import. Raises RunError."""
+    check_numbers(arguments)
+    info = check_model(arguments.model_dir, arguments.dct)
+    check_data(arguments.data_dir)
+    check_run_folder(arguments)
+    return info
+
+
+def write_run_file(arguments: argparse.Namespace, info: ModelInfo) -> None:
+    values = {name: _plain(value) for name, value in vars(arguments).items() if name not in ("check", "debug")}
+    arguments.run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = arguments.run_dir / ".run.json.tmp"
+    temporary.write_text(json.dumps({**values, "token_format": info.dct_name}, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(arguments.run_dir / "run.json")
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def load_processor(arguments: argparse.Namespace, info: ModelInfo):
+    """The checkpoint's tokenizer and image processor, the latter with the pixel bounds of the command line."""
+    from transformers import AutoTokenizer, Qwen2VLImageProcessor
+
+    from dct_tokenizer import DCTImageProcessor
+
+    bounds = {name: getattr(arguments, name) for name in ("min_pixels", "max_pixels") if getattr(arguments, name)}
+    processor_class = DCTImageProcessor if info.dct else Qwen2VLImageProcessor
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir)
+    return tokenizer, processor_class.from_pretrained(arguments.model_dir, **bounds)
+
+
+def build_data(arguments: argparse.Namespace, info: ModelInfo):
+    """The Energon data module, the same for both engines."""
+    from data_module import EnergonDataModule
+    from media import VideoSampling
+    from task_encoder import QwenTaskEncoder
+
+    tokenizer, processor = load_processor(arguments, info)
+    task_encoder = QwenTaskEncoder(
+        tokenizer,
+        processor,
+        seq_length=arguments.seq_length,
+        video_sampling=VideoSampling(fps=arguments.video_fps, max_frames=arguments.video_max_frames),
+        max_bad_in_a_row=arguments.max_bad_in_a_row,
+    )
+    accumulate = arguments.global_batch_size // (arguments.micro_batch_size * arguments.world_size)
+    return EnergonDataModule(
+        arguments.data_dir,
+        task_encoder,
+        micro_batch_size=arguments.micro_batch_size,
+        global_batch_size=arguments.global_batch_size,
+        total_batches=arguments.max_steps * accumulate,
+        num_workers=arguments.num_workers,
+        rank=arguments.rank,
+        world_size=arguments.world_size,
+        seed=arguments.seed,
+        val_batches=arguments.val_batches,
+        shuffle_buffer_size=arguments.shuffle_buffer,
+    )
+
+
+def choose_engine(name: str) -> str:
+    """"auto" becomes what can run here. Raises RunError if what was asked for cannot."""
+    if name == "automodel":
+        return name
+    from megatron_engine import refusal
+
+    reason = refusal()
+    if name == "megatron" and reason:
+        raise RunError(reason)
+    return "automodel" if reason else "megatron"
+
+
+def train(arguments: argparse.Namespace, info: ModelInfo) -> None:
+    """Builds the parts and runs the engine."""
+    import torch
+
+    engine = choose_engine(arguments.engine)
+    arguments.precision = arguments.precision or ("bf16-mixed" if torch.cuda.is_available() else "32")
+    if arguments.rank == 0:
+        write_run_file(arguments, info)
+        print(f"Engine {engine}, token format {info.dct_name}, {arguments.world_size} process(es), GBS "
+              f"{arguments.global_batch_size}, run folder {arguments.run_dir}", flush=True)  # fmt: skip
+    if engine == "megatron":
+        raise RunError("--engine megatron is not part of this version yet: use --engine automodel")
+    import lightning.pytorch as pl
+
+    import automodel_engine
+
+    pl.seed_everything(arguments.seed)
+    data = build_data(arguments, info)
+    automodel_engine.run(arguments, data, data.task_encoder.image_processor.merge_size)
+
+
+def explain(error: Exception) -> str | None:
+    """One line for errors that are the data's or the environment's, None for a bug."""
+    text = str(error)
+    marker = "TooManyBadSamples: "  # raised in a loader process, it arrives as text
+    if marker in text:
+        return text.split(marker)[1].split("\n")[0]
+    from training_log import NonFiniteLoss
+
+    return text if isinstance(error, (RunError, NonFiniteLoss)) else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    arguments.world_size = arguments.devices * arguments.num_nodes
+    arguments.rank = int(os.environ.get("RANK", 0))
+    arguments.run_dir = arguments.output_dir / arguments.experiment_name
+    try:
+        info = check(arguments)
+        if arguments.check:
+            choose_engine(arguments.engine)
+            return 0
+        if (arguments.run_dir / "finished").is_file():
+            print(f"{arguments.run_dir} is finished: its model is in {arguments.run_dir / 'hf'}")
+            return 0
+        train(arguments, info)
+    except Exception as error:
+        if arguments.debug:
+            raise
+        line = explain(error) if not isinstance(error, RunError) else str(error)
+        if line is None:
+            raise
+        print(f"finetune_qwen2vl.py: {line}", file=sys.stderr)
+        return 1
+    if arguments.rank == 0:
+        (arguments.run_dir / "finished").touch()
+        print(f"Done: the fine-tuned model is in {arguments.run_dir / 'hf'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,371 @@
+"""Energon task encoder for Qwen2-VL: shards of conversations and media -> batches of ids, labels, positions, tokens.
+
+    cook    the parts of a crude sample (json, jpg, mp4, ...), raw or already decoded by Energon -> ConversationSample
+    encode  conversation -> ids by segments, labels, M-RoPE positions; media -> DCT tokens -> EncodedSample
+    batch   right padding, labels shifted by one -> QwenBatch
+
+Letters used for shapes in this file:
+
+    B L    samples of a batch, tokens of its longest sample
+    N K    vision tokens of all media of a batch, floats of one token
+    M      media (images, or clips) of a sample or a batch
+"""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+import numpy as np
+import torch
+from megatron.energon import Batch, Cooker, DefaultTaskEncoder, Sample, SkipSample, basic_sample_keys, stateless
+from megatron.energon.errors import FatalSampleError
+from torch.utils.data import get_worker_info
+
+from media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaError, VideoSampling, decode_image, decode_video
+
+IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: positions that are not learned
+DEFAULT_SYSTEM = "You are a helpful assistant."  # what Qwen2-VL's chat template inserts when there is no system turn
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+PLACEHOLDER = re.compile(r"\n?<(image|video)>\n?")
+
+
+class BadSample(ValueError):
+    """A sample that cannot be learned from; `reason` is the name under which it is counted."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(detail or reason)
+        self.reason = reason
+
+
+class TooManyBadSamples(FatalSampleError):
+    """So many samples in a row were bad that the data set, not a sample, is the problem. Energon passes it on."""
+
+
+@dataclass
+class ConversationSample(Sample):
+    """entry: the json part. media: (kind, content) in order, kind "image" or "video", content as found in the shard."""
+
+    entry: dict[str, Any]
+    media: list[tuple[str, Any]]
+
+
+@dataclass
+class EncodedSample(Sample):
+    """One conversation.
+
+    input_ids int64 [L]; labels int64 [L], aligned with input_ids, IGNORE_INDEX where not learned; position_ids int64
+    [3, L] (time, row, column); pixel_values float32 [N, K] and image_grid_thw int64 [M, 3] of its images, the other
+    two of its clips (N and M may be 0).
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    pixel_values: torch.Tensor
+    image_grid_thw: torch.Tensor
+    pixel_values_videos: torch.Tensor
+    video_grid_thw: torch.Tensor
+
+
+@dataclass
+class QwenBatch(Batch):
+    """A micro-batch. `keys` are the samples' keys.
+
+    labels int64 [B, L] are already shifted: labels[b, i] is the token that position i has to predict. position_ids
+    int64 [3, B, L]. attention_mask int64 [B, L]. pixel_values float32 [N, K] of all images in order, image_grid_thw
+    int64 [M, 3]; likewise for clips. skipped: samples that the worker `worker` has left out so far, by reason.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    pixel_values: torch.Tensor
+    image_grid_thw: torch.Tensor
+    pixel_values_videos: torch.Tensor
+    video_grid_thw: torch.Tensor
+    keys: list[str]
+    worker: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of Qwen2VLForConditionalGeneration.forward, without labels; absent media are left out."""
+        inputs = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "position_ids")}
+        if len(self.image_grid_thw):
+            inputs.update(pixel_values=self.pixel_values, image_grid_thw=self.image_grid_thw)
+        if len(self.video_grid_thw):
+            inputs.update(pixel_values_videos=self.pixel_values_videos, video_grid_thw=self.video_grid_thw)
+        return inputs
+
+
+def cook(crude: dict[str, Any]) -> ConversationSample:
+    """Sorts the parts of a crude sample. Part names: `json`, `jpg`, `0.jpg`, `1.png`, `mp4`, ...; only the last
+    extension counts, so `jpg.jpg` + `jpg.json` (keys that held a file ending) are read as well."""
+    entry, media = None, []
+    for name, content in crude.items():
+        if name.startswith("__"):
+            continue
+        *number, extension = name.lower().split(".")
+        order = int(number[0]) if number and number[0].isdigit() else 0
+        if extension == "json":
+            entry = content
+        elif extension in IMAGE_EXTENSIONS:
+            media.append((order, "image", content))
+        elif extension in VIDEO_EXTENSIONS:
+            media.append((order, "video", content))
+    media.sort(key=lambda part: part[0])
+    return ConversationSample(
+        **basic_sample_keys(crude), entry=entry, media=[(kind, content) for _, kind, content in media]
+    )
+
+
+def parse_messages(entry: Any) -> list[tuple[str, str]]:
+    """(role, text) turns of an entry, LLaVA (`from`/`value`) or OpenAI (`role`/`content`), roles "system", "user",
+    "assistant". Media stand in the text as <image> and <video>. Raises BadSample."""
+    if isinstance(entry, (bytes, str)):
+        try:
+            entry = json.loads(entry)
+        except ValueError as error:
+            raise BadSample("bad_json", str(error)) from error
+    turns = entry.get("conversations") or entry.get("messages") if isinstance(entry, dict) else entry
+    if not isinstance(turns, list) or not turns:
+        raise BadSample("no_conversation", "the json part holds no list of turns")
+    messages = []
+    for turn in turns:
+        role = ROLES.get(turn.get("from", turn.get("role"))) if isinstance(turn, dict) else None
+        text = _text_of(turn.get("value", turn.get("content"))) if role else None
+        if text is None:
+            raise BadSample("bad_turn", f"a turn needs a known role and text, got {str(turn)[:80]!r}")
+        messages.append((role, text))
+    expected = ["user", "assistant"] * len(messages)
+    roles = [role for role, _ in messages]
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if not spoken or len(spoken) % 2 or spoken != expected[: len(spoken)]:
+        raise BadSample("bad_roles", f"user and assistant must take turns, got {', '.join(roles)[:80]}")
+    return messages
+
+
+def _text_of(content: Any) -> Optional[str]:
+    """A turn's text; OpenAI's list of parts becomes text with placeholders. None for anything else."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return None
+    kinds = {"image": "<image>", "image_url": "<image>", "video": "<video>"}
+    pieces = [part.get("text") if part.get("type") == "text" else kinds.get(part.get("type")) for part in content]
+    return "".join(pieces) if all(isinstance(piece, str) for piece in pieces) else None
+
+
+def mrope_positions(runs: list[Union[int, tuple[int, int, int]]]) -> np.ndarray:
+    """M-RoPE position ids, int64 [3, L], of a sequence of runs: an int n is n text tokens, a tuple (t, h, w) is a
+    visual run of t*h*w language-model tokens (grid after the spatial merge).
+
+    Text advances all three axes together; a visual run counts time, row and column from where the text stopped, and
+    the next text starts after its largest index (Qwen2-VL, arXiv 2409.12191, section 2.1; `get_rope_index`).
+    """
+    columns, start = [], 0
+    for run in runs:
+        if isinstance(run, tuple):
+            columns.append(np.indices(run, dtype=np.int64).reshape(3, -1) + start)
+            start += max(run)
+        else:
+            columns.append(np.broadcast_to(np.arange(start, start + run, dtype=np.int64), (3, run)))
+            start += run
+    return np.concatenate(columns, axis=1) if columns else np.zeros((3, 0), np.int64)
+
+
+class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, QwenBatch, QwenBatch]):
+    """Stateless but for its counters, which change no sample.
+
+    tokenizer: Qwen2-VL's, with its special tokens. image_processor: `DCTImageProcessor`, or any processor with
+    Qwen2VLImageProcessor's interface. seq_length: samples with more tokens are skipped and counted, never cut.
+    max_bad_in_a_row: that many consecutive failures in one worker stop the run.
+    """
+
+    cookers = [Cooker(cook)]
+
+    def __init__(
+        self,
+        tokenizer,
+        image_processor,
+        seq_length: int = 2048,
+        video_sampling: VideoSampling = VideoSampling(),
+        max_bad_in_a_row: int = 100,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.seq_length = seq_length
+        self.video_sampling = video_sampling
+        self.max_bad_in_a_row = max_bad_in_a_row
+        self.skipped: Counter[str] = Counter()
+        self._bad_in_a_row = 0
+        names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+        ids = tokenizer.convert_tokens_to_ids(list(names))
+        missing = [name for name, token_id in zip(names, ids) if token_id is None or token_id == tokenizer.unk_token_id]
+        if missing:
+            raise ValueError(f"the tokenizer lacks Qwen2-VL's special tokens {', '.join(missing)}")
+        self._im_start, self._im_end, self._vision_start, self._vision_end, *pads = ids
+        self._pad = {"image": pads[0], "video": pads[1]}
+
+    @stateless
+    def encode_sample(self, sample: ConversationSample) -> EncodedSample:
+        """Raises SkipSample for a bad sample, TooManyBadSamples after `max_bad_in_a_row` of them in a row."""
+        try:
+            encoded = self.encode(sample)
+        except (BadSample, MediaError) as error:
+            self._count_bad(sample.__key__, getattr(error, "reason", "undecodable_media"), error)
+            raise SkipSample from error
+        self._bad_in_a_row = 0
+        return encoded
+
+    def _count_bad(self, key: str, reason: str, error: Exception) -> None:
+        self.skipped[reason] += 1
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row >= self.max_bad_in_a_row:
+            counts = ", ".join(f"{name} {count}" for name, count in sorted(self.skipped.items()))
+            raise TooManyBadSamples(
+                f"{self._bad_in_a_row} samples in a row could not be used ({counts}); the last was {key}: {error}. "
+                f"Check the shards, or raise --max-bad-in-a-row"
+            )
+
+    def encode(self, sample: ConversationSample) -> EncodedSample:
+        """As `encode_sample`, but raises BadSample or MediaError and counts nothing."""
+        messages = parse_messages(sample.entry)
+        messages = self._place_media(messages, [kind for kind, _ in sample.media])
+        media = [self._encode_media(kind, content) for kind, content in sample.media]
+        ids, learned, runs = self._segments(messages, [(kind, grid) for kind, _, grid in media])
+        if len(ids) > self.seq_length:
+            raise BadSample("too_long", f"{len(ids)} tokens, the limit is {self.seq_length}")
+        input_ids = torch.tensor(ids, dtype=torch.int64)
+        return EncodedSample.derive_from(
+            sample,
+            input_ids=input_ids,
+            labels=input_ids.masked_fill(~torch.tensor(learned), IGNORE_INDEX),
+            position_ids=torch.from_numpy(mrope_positions(runs)),
+            **self._stack("image", media, "pixel_values", "image_grid_thw"),
+            **self._stack("video", media, "pixel_values_videos", "video_grid_thw"),
+        )
+
+    @staticmethod
+    def _place_media(messages: list[tuple[str, str]], kinds: list[str]) -> list[tuple[str, str]]:
+        """Checks that placeholders and media agree; media that no turn mentions go before the first question."""
+        placed = [
+            (role, match.group(1)) for role, text in messages for match in PLACEHOLDER.finditer(text) if role != "system"
+        ]
+        if any(role == "assistant" for role, _ in placed):
+            raise BadSample("placeholder_in_answer")
+        if not placed and kinds:
+            first = next(i for i, (role, _) in enumerate(messages) if role == "user")
+            text = "".join(f"<{kind}>" for kind in kinds) + messages[first][1]
+            return [*messages[:first], ("user", text), *messages[first + 1 :]]
+        if [kind for _, kind in placed] != kinds:
+            raise BadSample(
+                "placeholder_mismatch", f"placeholders {[kind for _, kind in placed]}, media {kinds}: they must agree"
+            )
+        return messages
+
+    def _encode_media(self, kind: str, content: Any) -> tuple[str, torch.Tensor, tuple[int, int, int]]:
+        """-> kind, tokens [N, K], grid (t, h, w)."""
+        frames = _as_array(kind, content, self.video_sampling)
+        try:
+            if kind == "image":
+                output = self.image_processor(images=frames, return_tensors="pt", input_data_format="channels_last")
+                return kind, output["pixel_values"], tuple(output["image_grid_thw"][0].tolist())
+            output = self.image_processor(
+                images=None, videos=[list(frames)], return_tensors="pt", input_data_format="channels_last"
+            )
+            return kind, output["pixel_values_videos"], tuple(output["video_grid_thw"][0].tolist())
+        except ValueError as error:  # an aspect ratio over 200, say
+            raise BadSample("unusable_media", str(error)) from error
+
+    def _segments(
+        self, messages: list[tuple[str, str]], media: list[tuple[str, tuple[int, int, int]]]
+    ) -> tuple[list[int], list[bool], list[Union[int, tuple[int, int, int]]]]:
+        """-> ids, whether each is learned, runs for `mrope_positions`.
+
+        The sequence is the one of Qwen2-VL's chat template: `<|im_start|>role\\n text <|im_end|>\\n` for each turn.
+        """
+        ids: list[int] = []
+        learned: list[bool] = []
+        runs: list[Union[int, tuple[int, int, int]]] = []
+
+        def add(segment: list[int], learn: bool = False, grid: Optional[tuple[int, int, int]] = None) -> None:
+            ids.extend(segment)
+            learned.extend([learn] * len(segment))
+            runs.append(grid or len(segment))
+
+        remaining = iter(media)
+        if messages[0][0] != "system":
+            messages = [("system", DEFAULT_SYSTEM), *messages]
+        for role, text in messages:
+            add([self._im_start])
+            if role == "assistant":
+                add(self._ids("assistant\n"))
+                add([*self._ids(text), self._im_end], learn=True)
+            else:
+                pieces = PLACEHOLDER.split(text) if role == "user" else [text]
+                add(self._ids(f"{role}\n{pieces[0]}"))
+                for piece in pieces[2::2]:
+                    kind, (t, h, w) = next(remaining)
+                    grid = (t, h // self.image_processor.merge_size, w // self.image_processor.merge_size)
+                    add([self._vision_start])
+                    add([self._pad[kind]] * (grid[0] * grid[1] * grid[2]), grid=grid)
+                    add([self._vision_end, *self._ids(piece)])
+                add([self._im_end])
+            add(self._ids("\n"))
+        return ids, learned, runs
+
+    def _ids(self, text: str) -> list[int]:
+        """Plain text only: special tokens that stand in the data are spelled out, they open no turn and no picture."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+
+    def _stack(self, kind: str, media: list, tokens_name: str, grid_name: str) -> dict[str, torch.Tensor]:
+        """Tokens [N, K] and grids [M, 3] of all media of a kind, empty tensors if there are none."""
+        chosen = [(tokens, grid) for its_kind, tokens, grid in media if its_kind == kind]
+        if not chosen:
+            return {tokens_name: torch.zeros(0, 0), grid_name: torch.zeros(0, 3, dtype=torch.int64)}
+        tokens, grids = zip(*chosen)
+        return {tokens_name: torch.cat(tokens), grid_name: torch.tensor(grids, dtype=torch.int64)}
+
+    @stateless
+    def batch(self, samples: list[EncodedSample]) -> QwenBatch:
+        """Pads on the right with <|endoftext|>, position 0 and IGNORE_INDEX; shifts the labels."""
+        length = max(len(sample.input_ids) for sample in samples)
+        pad_id = self.tokenizer.pad_token_id
+        worker = get_worker_info()
+        return QwenBatch(
+            input_ids=torch.stack([_pad_right(s.input_ids, length, pad_id) for s in samples]),
+            labels=torch.stack([_pad_right(s.labels[1:], length, IGNORE_INDEX) for s in samples]),
+            attention_mask=torch.stack([_pad_right(torch.ones_like(s.input_ids), length, 0) for s in samples]),
+            position_ids=torch.stack([_pad_right(s.position_ids, length, 0) for s in samples], dim=1),
+            pixel_values=_cat([s.pixel_values for s in samples]),
+            image_grid_thw=torch.cat([s.image_grid_thw for s in samples]),
+            pixel_values_videos=_cat([s.pixel_values_videos for s in samples]),
+            video_grid_thw=torch.cat([s.video_grid_thw for s in samples]),
+            keys=[s.__key__ for s in samples],
+            worker=worker.id if worker else 0,
+            skipped=dict(self.skipped),
+        )
+
+
+def _as_array(kind: str, content: Any, sampling: VideoSampling) -> np.ndarray:
+    """uint8 [H, W, 3] or [T, H, W, 3] from file bytes, or from the float tensor that Energon's own decoding leaves."""
+    if isinstance(content, (bytes, bytearray)):
+        return decode_image(content) if kind == "image" else decode_video(content, sampling)
+    if kind == "image" and isinstance(content, torch.Tensor) and content.ndim == 3:
+        rgb = content.expand(3, -1, -1) if content.shape[0] == 1 else content[:3]
+        return (rgb * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    raise BadSample("undecodable_media", f"cannot read a {kind} part of type {type(content).__name__}")
+
+
+def _pad_right(row: torch.Tensor, length: int, value: int) -> torch.Tensor:
+    return torch.nn.functional.pad(row, (0, length - row.shape[-1]), value=value)
+
+
+def _cat(tokens: list[torch.Tensor]) -> torch.Tensor:
+    """[N, K] of the samples that have any."""
+    present = [t for t in tokens if len(t)]
+    return torch.cat(present) if present else torch.zeros(0, 0)

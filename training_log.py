@@ -1,0 +1,162 @@
+"""What a run writes while it goes: a progress line, metrics.jsonl, TensorBoard (and W&B), the same for every engine.
+
+metrics.jsonl has one JSON object for every optimizer step ({"step", "loss", "learning_rate", ...}) and one for every validation
+({"step", "val_loss"}). A resumed run drops the lines past its checkpoint and goes on.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from task_encoder import IGNORE_INDEX, QwenBatch
+
+SUMMED = ("loss", "micro_batches", "samples", "visual_tokens", "text_tokens", "learned_tokens", "padding", "positions")
+
+
+class NonFiniteLoss(ValueError):
+    """The loss is NaN or infinite. The message names the samples."""
+
+
+def count_tokens(batch: QwenBatch, merge_size: int) -> dict[str, float]:
+    """What is in a micro-batch, by the names of `SUMMED`."""
+    grids = torch.cat([batch.image_grid_thw, batch.video_grid_thw])
+    visual = int(grids.prod(dim=1).sum()) // merge_size**2
+    present = int(batch.attention_mask.sum())
+    return {
+        "micro_batches": 1,
+        "samples": len(batch.keys),
+        "visual_tokens": visual,
+        "text_tokens": present - visual,
+        "learned_tokens": int((batch.labels != IGNORE_INDEX).sum()),
+        "padding": batch.attention_mask.numel() - present,
+        "positions": batch.attention_mask.numel(),
+    }
+
+
+class MetricsFile:
+    """Appends JSON lines; keeps what is older than the step that a run starts from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def start_from(self, step: int) -> None:
+        """Drops lines of later steps, and one that a killed run left half-written."""
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path)
+
+    def append(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl, [] where there is none."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+class TrainingLog(pl.Callback):
+    """Sums every micro-batch over an optimizer step and over the processes; process 0 writes.
+
+    max_steps: of the whole run. log_interval: steps between progress lines. merge_size: of the vision tower.
+    """
+
+    def __init__(self, run_dir: Path, max_steps: int, log_interval: int, merge_size: int) -> None:
+        self.metrics = MetricsFile(run_dir / "metrics.jsonl")
+        self.max_steps = max_steps
+        self.log_interval = log_interval
+        self.merge_size = merge_size
+        self._sums = dict.fromkeys(SUMMED, 0.0)
+        self._skipped: dict[int, dict[str, int]] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.metrics.start_from(trainer.global_step)
+        self._start_step = trainer.global_step
+        self._start_time = self._step_time = time.perf_counter()
+        self._paused = 0.0
+        self._waited = 0.0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch: QwenBatch, batch_index: int) -> None:
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches  # Lightning hands it on divided
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(
+                f"the loss is {loss} at step {trainer.global_step}; samples of the batch: {', '.join(batch.keys)}. "
+                f"Lower --lr, or look at these samples"
+            )
+        for name, value in {"loss": loss, **count_tokens(batch, self.merge_size)}.items():
+            self._sums[name] += value
+        self._skipped[batch.worker] = batch.skipped
+        if (batch_index + 1) % trainer.accumulate_grad_batches == 0:
+            self._end_step(trainer, pl_module)
+
+    def _end_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        now = time.perf_counter()
+        waited = trainer.datamodule.train_loader.wait_seconds
+        seconds, wait = now - self._step_time, waited - self._waited
+        self._step_time, self._waited = now, waited
+        sums = self._over_processes(trainer, {**self._sums, "wait": wait})
+        self._sums = dict.fromkeys(SUMMED, 0.0)
+        skipped = sum(sum(counts.values()) for counts in self._skipped.values())
+        line = {
+            "step": trainer.global_step,
+            "loss": sums["loss"] / sums["micro_batches"],
+            "learning_rate": pl_module.last_learning_rate,
+            "gradient_norm": float(pl_module.gradient_norm),
+            "samples": int(sums["samples"]),
+            "visual_tokens": int(sums["visual_tokens"]),
+            "text_tokens": int(sums["text_tokens"]),
+            "padding_share": sums["padding"] / sums["positions"],
+            "skipped_samples": skipped,
+            "seconds": seconds,
+            "data_wait_share": min(1.0, sums["wait"] / trainer.world_size / seconds),
+        }
+        pl_module.log_dict(
+            {f"train/{name}": float(value) for name, value in line.items() if name != "step"}, rank_zero_only=True
+        )
+        if trainer.is_global_zero:
+            self.metrics.append(line)
+            if trainer.global_step % self.log_interval == 0 or trainer.global_step in (1, self.max_steps):
+                print(self._progress(line), flush=True)
+
+    @staticmethod
+    def _over_processes(trainer: pl.Trainer, values: dict[str, float]) -> dict[str, float]:
+        total = torch.tensor(list(values.values()), dtype=torch.float64, device=trainer.strategy.root_device)
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return dict(zip(values, total.tolist()))
+
+    def _progress(self, line: dict[str, Any]) -> str:
+        done = line["step"] - self._start_step
+        left = (self.max_steps - line["step"]) * (time.perf_counter() - self._start_time) / max(1, done)
+        seconds = line["seconds"]
+        return (
+            f"step {line['step']}/{self.max_steps} | loss {line['loss']:.4f} | lr {line['learning_rate']:.2e} | "
+            f"grad norm {line['gradient_norm']:.2f} | {line['samples'] / seconds:.1f} samples/s | "
+            f"{line['visual_tokens'] / seconds:.0f} visual tokens/s | data wait {line['data_wait_share']:.0%} | "
+            f"skipped {line['skipped_samples']} | ETA {int(left // 60)}:{int(left % 60):02d}"
+        )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self._step_time = time.perf_counter()  # validation is not part of a step's time
+        if trainer.is_global_zero:
+            self.metrics.append({"step": trainer.global_step, "val_loss": pl_module.validation_loss})
+            print(f"step {trainer.global_step}/{self.max_steps} | validation loss {pl_module.validation_loss:.4f}", flush=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for worker, counts in sorted(self._skipped.items()):
+            if counts:
+                reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
+                print(f"process {trainer.global_rank}, worker {worker}: skipped {reasons}", flush=True)
