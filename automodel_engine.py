@@ -1,8 +1,9 @@
 """The `automodel` engine: NeMo AutoModel on the Hugging Face model, one or more processes, CPU or GPU.
 
 What NeMo's class leaves open is done here: validation, a checkpoint that can be loaded again, text-only micro-batches.
-A checkpoint is a folder `checkpoints/step000100/`: `hf/` is a complete Hugging Face directory, `trainer.pt` holds optimizer,
-schedule, loops and loader. It is written under another name and renamed when whole, so a killed run leaves no half ones.
+A checkpoint is a folder `checkpoints/step000100/`: `hf/` is a complete Hugging Face directory, `trainer.pt` holds
+optimizer, schedule, loops and loader. It is written under another name and renamed when whole, so a killed run leaves
+no half ones.
 """
 
 import math
@@ -11,7 +12,7 @@ import re
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed
@@ -114,8 +115,8 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """NeMo stores its constructor's arguments, functions among them; they come from the command line instead.
 
-        Lightning saves inside on_train_batch_end, before it counts that batch as completed, and a resumed run starts from
-        the completed ones: gradient accumulation would be out of step by one micro-batch.
+        Lightning saves inside on_train_batch_end, before it counts that batch as completed, and a resumed run starts
+        from the completed ones: gradient accumulation would be out of step by one micro-batch.
         """
         checkpoint.pop("hyper_parameters", None)
         checkpoint.pop("hparams_name", None)
@@ -123,7 +124,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
             if isinstance(counts, dict):
                 counts["completed"] = counts["processed"]
 
-    def save_hf(self, output_dir: Path, state_dict: Optional[dict[str, torch.Tensor]] = None) -> None:
+    def save_hf(self, output_dir: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """A complete HF directory: weights, config, and tokenizer and processor as they came. Atomic."""
         temporary = output_dir.with_name(f".{output_dir.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -193,7 +194,7 @@ class StepCheckpoint(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
-def latest_checkpoint(folder: Path) -> Optional[Path]:
+def latest_checkpoint(folder: Path) -> Path | None:
     """The whole checkpoint with the highest step; what a killed run left half-written has another name."""
     found = [path for path in folder.glob("step*") if CHECKPOINT_NAME.fullmatch(path.name)]
     return max(found, key=lambda path: int(CHECKPOINT_NAME.fullmatch(path.name)[1]), default=None)

@@ -2,10 +2,10 @@
 
     python convert_checkpoint.py --model-dir Qwen2-VL-2B-Instruct --output-dir Qwen2-VL-2B-Instruct-x4 --dct x4
 
-Only the patch embedding changes: its weight is folded into the coefficient domain (`dct_tokenizer.fold_patch_embedding`).
-The language model's tensors are passed through in shards of at most 2 GB, so memory stays at about one shard whatever
-the model's size. Stock transformers loads the result; its image processor (and this repository's dct_tokenizer.py, which
-defines it) is saved beside the weights.
+Only the patch embedding changes: its weight is folded into the coefficient domain (fold_patch_embedding). The other
+tensors are passed through in shards of at most 2 GB, so memory stays at about one shard whatever the model's size.
+Stock transformers loads the result; its image processor (and dct_tokenizer.py, which defines it) is saved beside the
+weights.
 """
 
 import argparse
@@ -16,6 +16,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 SHARD_BYTES = 2_000_000_000
@@ -117,7 +121,7 @@ def write_shards(tensors: Iterator[tuple[str, "torch.Tensor"]], output_dir: Path
 
 
 def make_processor(model_dir: Path, dct, min_pixels: int | None, max_pixels: int | None):
-    """The DCT processor with the source's pixel bounds, unless given. Raises CheckpointError for another mean or std."""
+    """The DCT processor with the source's pixel bounds, unless given. Raises CheckpointError for another mean, std."""
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     from dct_tokenizer import DCTImageProcessor
@@ -164,7 +168,9 @@ def convert(
     if output_dir.resolve() == model_dir.resolve():
         raise CheckpointError(f"--output-dir must differ from --model-dir, both are {model_dir}")
     if output_dir.exists() and any(output_dir.iterdir()) and not (force and (output_dir / "config.json").is_file()):
-        raise CheckpointError(f"{output_dir} is not empty: choose another --output-dir, or --force to replace a checkpoint")
+        raise CheckpointError(
+            f"{output_dir} is not empty: choose another --output-dir, or --force to replace a checkpoint"
+        )
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
     try:
@@ -189,7 +195,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model-dir", type=Path, required=True, help="Hugging Face Qwen2-VL directory (pixel model)")
     parser.add_argument("--output-dir", type=Path, required=True, help="directory to write")
-    parser.add_argument("--dct", default="x4", help="exact, x4, x16 or a DCT configuration as .json (default: %(default)s)")
+    parser.add_argument(
+        "--dct", default="x4", help="exact, x4, x16 or a DCT configuration as .json (default: %(default)s)"
+    )
     parser.add_argument("--min-pixels", type=int, help="least pixels of a picture (default: the source's)")
     parser.add_argument("--max-pixels", type=int, help="most pixels of a picture (default: the source's)")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint in --output-dir")

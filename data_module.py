@@ -1,23 +1,26 @@
 """Energon's loader as a Lightning data module: the same for every engine.
 
-Exact resume: the state of the loader is saved with every checkpoint and names the batches that training has consumed, not
-those that were read ahead. A restore that does not fit raises; it is never a warning.
+Exact resume: the state of the loader is saved with every checkpoint and names the batches that training has consumed,
+not those that were read ahead. A restore that does not fit raises; it is never a warning.
 """
 
 import gc
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Optional
+from typing import Any
 
 import lightning.pytorch as pl
-from megatron.energon import SavableDataLoader, WorkerConfig, get_loader, get_savable_loader, get_train_dataset
-from megatron.energon import get_val_dataset as energon_val_dataset
+from megatron.energon import (
+    SavableDataLoader,
+    WorkerConfig,
+    get_loader,
+    get_savable_loader,
+    get_train_dataset,
+    get_val_dataset,
+)
 
-from task_encoder import QwenBatch, QwenTaskEncoder
-
-# Shards hold file bytes; decoding is the task encoder's. This is what a dataset.yaml that does not say gets.
-DATASET_OPTIONS = {"auto_decode": False}
+from task_encoder import DATASET_OPTIONS, QwenBatch, QwenTaskEncoder
 
 
 class CountedLoader:
@@ -62,7 +65,7 @@ class EnergonDataModule(pl.LightningDataModule):
         rank: int,
         world_size: int,
         seed: int,
-        val_batches: Optional[int] = None,
+        val_batches: int | None = None,
         shuffle_buffer_size: int = 1000,
     ) -> None:
         super().__init__()
@@ -75,16 +78,14 @@ class EnergonDataModule(pl.LightningDataModule):
         self.total_batches = total_batches
         self.val_batches = val_batches
         self.shuffle_buffer_size = shuffle_buffer_size
-        self.worker_config = WorkerConfig(
-            rank=rank, world_size=world_size, num_workers=num_workers, seed_offset=seed
-        )
-        self.train_loader: Optional[CountedLoader] = None
-        self._restored: Optional[list] = None
+        self.worker_config = WorkerConfig(rank=rank, world_size=world_size, num_workers=num_workers, seed_offset=seed)
+        self.train_loader: CountedLoader | None = None
+        self._restored: list | None = None
 
     def train_dataloader(self) -> CountedLoader:
         """Endless, shuffled, split over processes and workers."""
-        # Energon's loader processes look at every object that the collector tracks, and without TransformerEngine NeMo
-        # leaves some behind on which even isinstance() raises. Frozen objects are out of sight (and stay shared on fork).
+        # Energon's loader processes look at every object that the collector tracks, and without TransformerEngine
+        # NeMo leaves some behind on which even isinstance() raises. Frozen objects are out of sight.
         gc.freeze()
         dataset = get_train_dataset(
             self.path,
@@ -107,7 +108,7 @@ class EnergonDataModule(pl.LightningDataModule):
         limit = None
         if self.val_batches is not None:
             limit = max(1, self.val_batches // (self.worker_config.world_size * max(1, self.worker_config.num_workers)))
-        dataset = energon_val_dataset(
+        dataset = get_val_dataset(
             self.path,
             worker_config=self.worker_config,
             batch_size=self.micro_batch_size,
@@ -135,8 +136,8 @@ class EnergonDataModule(pl.LightningDataModule):
 
 
 def energon_state_classes() -> list[Any]:
-    """What a saved loader state is made of, for torch.load(weights_only=True): Energon's dataclasses, and the path of each
-    open shard, which Energon keeps as an fsspec object."""
+    """What a saved loader state is made of, for torch.load(weights_only=True): Energon's dataclasses, and the path of
+    each open shard, which Energon keeps as an fsspec object."""
     from fsspec.implementations.local import LocalFileSystem
     from fsspec.spec import make_instance
     from megatron.energon.epathlib import EPath

@@ -28,7 +28,7 @@ import os
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 import numpy as np
 import torch
@@ -133,7 +133,9 @@ class DCTConfig:
                 f"has in {self.chroma}, got {len(self.kept)} entries, {len(set(self.kept))} of them distinct"
             )
         if len(self.scale) != len(self.kept) or not all(math.isfinite(s) and s > 0 for s in self.scale):
-            raise ValueError(f"DCTConfig.scale must be {len(self.kept)} positive numbers, one for each kept coefficient")
+            raise ValueError(
+                f"DCTConfig.scale must be {len(self.kept)} positive numbers, one for each kept coefficient"
+            )
         if self.merge < 1:
             raise ValueError(f"DCTConfig.merge must be at least 1, got {self.merge}")
 
@@ -170,8 +172,8 @@ class DCTConfig:
         cls,
         block: tuple[int, int, int],
         chroma: str,
-        num_coefficients: Optional[int] = None,
-        first: Optional[np.ndarray] = None,
+        num_coefficients: int | None = None,
+        first: np.ndarray | None = None,
         merge: int = 2,
         name: str = "custom",
     ) -> "DCTConfig":
@@ -202,12 +204,12 @@ class DCTConfig:
             raise ValueError(f"a DCT configuration has the fields {', '.join(sorted(known))}, got {given}")
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
-    def save(self, path: Union[str, os.PathLike]) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """Writes the configuration as JSON."""
         Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_file(cls, path: Union[str, os.PathLike]) -> "DCTConfig":
+    def from_file(cls, path: str | os.PathLike) -> "DCTConfig":
         """Reads what `save` wrote."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -240,7 +242,7 @@ class DCTTokenizer:
     """
 
     def __init__(
-        self, config: DCTConfig, dtype: torch.dtype = torch.float32, device: Union[str, torch.device] = "cpu"
+        self, config: DCTConfig, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> None:
         self.config = config
         self.dtype = dtype
@@ -264,7 +266,7 @@ class DCTTokenizer:
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, self.dtype)
 
-    def encode(self, frames: Union[np.ndarray, torch.Tensor]) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    def encode(self, frames: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """Frames [T, H, W, 3], values 0..255 (uint8, or float for finer steps) -> tokens [N, K], grid (t, h, w).
 
         H and W must be multiples of `config.resize_factor`. The last frame is repeated until bt divides T, so a lone
@@ -360,7 +362,7 @@ def fold_patch_embedding(weight: torch.Tensor, config: DCTConfig) -> torch.Tenso
 
 
 def target_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width in pixels, multiples of `factor`, near the picture's aspect ratio, min_pixels <= H*W <= max_pixels.
+    """Height and width in pixels: multiples of `factor`, near the picture's aspect ratio, H*W within the two bounds.
 
     Qwen2-VL's `smart_resize`, which refuses sides below `factor`; here these are enlarged to it. One factor x factor
     square is the least, whatever max_pixels says. Raises ValueError for an aspect ratio over 200.
@@ -385,7 +387,7 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
 
     def __init__(
         self,
-        dct: Union[str, dict, DCTConfig] = "x4",
+        dct: str | dict | DCTConfig = "x4",
         min_pixels: int = 56 * 56,
         max_pixels: int = 28 * 28 * 1280,
         do_resize: bool = True,
@@ -424,17 +426,17 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
         self,
         images: Any = None,
         videos: Any = None,
-        do_resize: Optional[bool] = None,
-        min_pixels: Optional[int] = None,
-        max_pixels: Optional[int] = None,
-        size: Optional[dict[str, int]] = None,
-        do_rescale: Optional[bool] = None,
-        return_tensors: Optional[str] = None,
-        input_data_format: Optional[Union[str, ChannelDimension]] = None,
+        do_resize: bool | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        size: dict[str, int] | None = None,
+        do_rescale: bool | None = None,
+        return_tensors: str | None = None,
+        input_data_format: str | ChannelDimension | None = None,
         **unused: Any,
     ) -> BatchFeature:
-        """Images: one or a list of PIL, numpy or torch pictures. Videos: one or a list of [T, H, W, 3] (or [T, 3, H, W])
-        arrays or of lists of frames. Either may be None. `return_tensors` "pt" or "np" (the default is numpy)."""
+        """Images: one or a list of PIL, numpy or torch pictures. Videos: one or a list of arrays [T, H, W, 3] (or
+        [T, 3, H, W]) or of lists of frames. Either may be None. `return_tensors`: "pt" or "np" (the default)."""
         if images is None and videos is None:
             raise ValueError("DCTImageProcessor needs images or videos, got neither")
         if size is not None:
@@ -467,7 +469,7 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
         min_pixels: int,
         max_pixels: int,
         do_rescale: bool,
-        input_data_format: Optional[Union[str, ChannelDimension]],
+        input_data_format: str | ChannelDimension | None,
     ) -> np.ndarray:
         """One clip as an array [T, H, W, 3] with values 0..255, resized."""
         frames = [to_numpy_array(convert_to_rgb(frame) if self.do_convert_rgb else frame) for frame in clip]

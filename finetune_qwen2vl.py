@@ -2,7 +2,7 @@
 
     python finetune_qwen2vl.py --model-dir M --data-dir D --output-dir O --experiment-name E ...
 
-Writes into O/E: checkpoints/, hf/ (the fine-tuned Hugging Face directory), metrics.jsonl, tensorboard/, logs/, run.json.
+Writes into O/E: checkpoints/, hf/ (the fine-tuned model), metrics.jsonl, tensorboard/, logs/, run.json.
 Started again with the same arguments it resumes from the newest checkpoint.
 """
 
@@ -16,9 +16,16 @@ from typing import Any
 
 # A resumed run repeats the samples and losses of an uninterrupted one only if these are what they were.
 FIXED_ON_RESUME = (
-    "model_dir", "data_dir", "world_size", "micro_batch_size", "global_batch_size", "num_workers", "seq_length", "max_steps",
-    "seed", "min_pixels", "max_pixels", "lr", "min_lr", "warmup_steps", "weight_decay", "shuffle_buffer",
-)  # fmt: skip
+    *("model_dir", "data_dir", "min_pixels", "max_pixels", "seq_length", "shuffle_buffer", "seed"),
+    *("world_size", "micro_batch_size", "global_batch_size", "num_workers", "max_steps"),
+    *("lr", "min_lr", "warmup_steps", "weight_decay", "adam_beta2", "max_gradient_norm", "freeze"),
+)
+
+
+POSITIVE = (
+    *("max_steps", "micro_batch_size", "global_batch_size", "devices", "num_nodes", "val_interval", "save_interval"),
+    *("keep", "log_interval", "seq_length", "max_bad_in_a_row", "video_max_frames"),
+)
 
 
 class RunError(ValueError):
@@ -38,9 +45,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     paths = parser.add_argument_group("what")
-    paths.add_argument("--model-dir", type=Path, required=True, help="Hugging Face directory from convert_checkpoint.py")
+    paths.add_argument(
+        "--model-dir", type=Path, required=True, help="Hugging Face directory from convert_checkpoint.py"
+    )
     paths.add_argument("--data-dir", type=Path, required=True, help="folder of shards after `energon prepare`")
-    paths.add_argument("--output-dir", type=Path, default=Path("experiments"), help="holds one folder for each experiment")
+    paths.add_argument(
+        "--output-dir", type=Path, default=Path("experiments"), help="holds one folder for each experiment"
+    )
     paths.add_argument("--experiment-name", default="qwen2vl_dct", help="name of the run's folder")
     paths.add_argument("--dct", help="refuse a checkpoint of another token format: exact, x4, x16, FILE.json, or "
                        "none to train a pixel model")  # fmt: skip
@@ -64,20 +75,35 @@ def parser_optimizer(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--warmup-steps", type=int, default=30, help="steps of linear warm-up")
     group.add_argument("--weight-decay", type=float, default=0.05, help="of weight matrices")
     group.add_argument("--adam-beta2", type=float, default=0.98, help="AdamW's second momentum")
-    group.add_argument("--max-gradient-norm", type=float, default=1.0, help="gradients are clipped to it; 0: not clipped")
-    group.add_argument("--freeze", nargs="*", default=[], choices=("vision", "projector", "language"), help="parts that are not trained")
+    group.add_argument(
+        "--max-gradient-norm", type=float, default=1.0, help="gradients are clipped to it; 0: not clipped"
+    )
+    group.add_argument(
+        "--freeze",
+        nargs="*",
+        default=[],
+        choices=("vision", "projector", "language"),
+        help="parts that are not trained",
+    )
     group.add_argument("--seed", type=int, default=42, help="of shuffling")
 
 
 def parser_machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("where")
-    group.add_argument("--engine", choices=("auto", "automodel", "megatron"), default="auto", help="auto: megatron where it can run, else automodel")
+    group.add_argument(
+        "--engine",
+        choices=("auto", "automodel", "megatron"),
+        default="auto",
+        help="auto: megatron where it can run, else automodel",
+    )
     group.add_argument("--devices", type=int, default=1, help="processes of one node")
     group.add_argument("--num-nodes", type=int, default=1, help="nodes")
     group.add_argument("--precision", choices=("32", "bf16-mixed"), help="default: 32 on a CPU, bf16-mixed on a GPU")
     group.add_argument("--num-workers", type=int, default=2, help="loader processes of one process")
     group.add_argument("--shuffle-buffer", type=int, default=1000, help="samples among which a worker shuffles")
-    group.add_argument("--max-bad-in-a-row", type=int, default=100, help="consecutive unusable samples that stop the run")
+    group.add_argument(
+        "--max-bad-in-a-row", type=int, default=100, help="consecutive unusable samples that stop the run"
+    )
     group.add_argument("--val-interval", type=int, default=200, help="steps between validations")
     group.add_argument("--val-batches", type=int, help="micro-batches of one validation (default: the whole val split)")
     group.add_argument("--save-interval", type=int, default=200, help="steps between checkpoints")
@@ -91,20 +117,20 @@ def parser_machine(parser: argparse.ArgumentParser) -> None:
 def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
     """Reads what the checkpoint's token format is. Raises RunError if it is missing or not the wanted one."""
     if not (model_dir / "config.json").is_file():
-        raise RunError(f"no model in {model_dir} (no config.json): make one with python convert_checkpoint.py --model-dir "
+        raise RunError(f"no model in {model_dir} (no config.json): python convert_checkpoint.py --model-dir "
                        f"QWEN2_VL --output-dir {model_dir}")  # fmt: skip
     path = model_dir / "preprocessor_config.json"
     processor = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     dct = processor.get("dct")
     info = ModelInfo(dct["name"] if dct else "none", dct)
     if info.dct_name == "none" and wanted != "none":
-        raise RunError(f"{model_dir} reads pixels, not DCT tokens: python convert_checkpoint.py --model-dir {model_dir} "
-                       f"--output-dir {model_dir}-x4, or --dct none to train on pixels")  # fmt: skip
+        raise RunError(f"{model_dir} reads pixels, not DCT tokens: python convert_checkpoint.py --model-dir "
+                       f"{model_dir} --output-dir {model_dir}-x4, or --dct none to train on pixels")  # fmt: skip
     if wanted is None:
         return info
     same = json.loads(Path(wanted).read_text()) == dct if wanted.endswith(".json") else wanted == info.dct_name
     if not same:
-        raise RunError(f"--dct {wanted} contradicts the checkpoint {model_dir}, which was converted with {info.dct_name}: "
+        raise RunError(f"--dct {wanted} contradicts the checkpoint {model_dir}, converted with {info.dct_name}: "
                        f"leave --dct out, or convert with --dct {wanted}")  # fmt: skip
     return info
 
@@ -122,13 +148,14 @@ def check_data(data_dir: Path) -> None:
     parts = yaml.safe_load((meta / "split.yaml").read_text(encoding="utf-8")).get("split_parts", {})
     empty = [part for part in ("train", "val") if not parts.get(part)]
     if empty:
-        raise RunError(f"the {empty[0]} split of {data_dir} holds no shard: prepare with more shards (a smaller --maxcount)")
+        raise RunError(
+            f"the {empty[0]} split of {data_dir} holds no shard: prepare with more shards (a smaller --maxcount)"
+        )
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
     """Raises RunError for batch sizes and counts that do not fit each other."""
-    for name in ("max_steps", "micro_batch_size", "global_batch_size", "devices", "num_nodes", "val_interval", "save_interval",
-                 "keep", "log_interval", "seq_length", "max_bad_in_a_row", "video_max_frames"):  # fmt: skip
+    for name in POSITIVE:
         if getattr(arguments, name) < 1:
             raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     per_step = arguments.micro_batch_size * arguments.world_size
@@ -157,8 +184,8 @@ def check_run_folder(arguments: argparse.Namespace) -> None:
         now = _plain(getattr(arguments, name))
         if earlier.get(name) != now:
             raise RunError(
-                f"{arguments.run_dir} was started with --{name.replace('_', '-')} {earlier.get(name)}, now it is {now}: "
-                f"use the same value to resume, or another --experiment-name"
+                f"{arguments.run_dir} was started with --{name.replace('_', '-')} {earlier.get(name)}, now it is "
+                f"{now}: use the same value to resume, or another --experiment-name"
             )
 
 
@@ -226,7 +253,7 @@ def build_data(arguments: argparse.Namespace, info: ModelInfo):
 
 
 def choose_engine(name: str) -> str:
-    """"auto" becomes what can run here. Raises RunError if what was asked for cannot."""
+    """ "auto" becomes what can run here. Raises RunError if what was asked for cannot."""
     if name == "automodel":
         return name
     from megatron_engine import refusal

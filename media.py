@@ -6,6 +6,7 @@ Data preparation, training and evaluation all read media through this file, so t
 import io
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -21,7 +22,7 @@ class MediaError(ValueError):
 @dataclass(frozen=True)
 class VideoSampling:
     """Which frames of a clip are read, as in Qwen2-VL's own utilities: `fps` frames a second, spread evenly over the
-    clip, between `min_frames` and `max_frames` of them (never more than the clip has), an even number where possible."""
+    clip, between `min_frames` and `max_frames` of them (never more than it has), an even number where possible."""
 
     fps: float = 2.0
     min_frames: int = 4
@@ -40,7 +41,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.seek(0)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit greyscale: "I;16", and "I" in older files
-        return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(
+            (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+        ).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -77,6 +80,8 @@ def _count_frames(av, data: bytes) -> tuple[int, float]:
     """Frames (by counting packets: headers lie) and frames per second of the first video stream."""
     with av.open(io.BytesIO(data)) as container:
         stream = container.streams.video[0]
+        if stream.codec_context is None:  # decoding it would crash the process in PyAV < 18.1
+            raise ValueError("its codec is unknown")
         total = sum(packet.size > 0 for packet in container.demux(stream))
         return total, float(stream.average_rate or Fraction(0))
 
@@ -90,3 +95,20 @@ def _read_frames(container, wanted: np.ndarray) -> list[np.ndarray]:
         if number >= wanted[-1]:
             break
     return frames
+
+
+def as_array(kind: str, content: Any, sampling: VideoSampling) -> np.ndarray:
+    """A media part of a shard -> uint8 [H, W, 3] (kind "image") or [T, H, W, 3] ("video"). Raises MediaError.
+
+    content: file bytes, or what Energon's own decoding makes of them: for an image a float tensor [C, H, W] in 0..1,
+    for a clip an object with `frames`, a uint8 tensor [T, C, H, W], and `info`.
+    """
+    if isinstance(content, (bytes, bytearray)):
+        return decode_image(content) if kind == "image" else decode_video(content, sampling)
+    if kind == "image" and getattr(content, "ndim", 0) == 3:
+        rgb = content.expand(3, -1, -1) if content.shape[0] == 1 else content[:3]
+        return (rgb * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    if kind == "video" and hasattr(content, "frames"):
+        indices = sampling.indices(len(content.frames), float(content.info.get("video_fps", 0)))
+        return content.frames[indices].permute(0, 2, 3, 1).numpy()
+    raise MediaError(f"cannot read a {kind} part of type {type(content).__name__}")

@@ -122,6 +122,8 @@ def check_clip(data: bytes) -> StoredMedia:
         if not container.streams.video:
             raise UnusableSample("broken_clip", "no video stream")
         stream = container.streams.video[0]
+        if stream.codec_context is None:  # decoding it would crash the process in PyAV < 18.1
+            raise UnusableSample("broken_clip", "a codec that FFmpeg does not know")
         packets = decoded = 0
         for packet in container.demux(stream):
             if packet.is_corrupt:

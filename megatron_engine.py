@@ -4,10 +4,9 @@ Megatron-core is bound to CUDA and NeMo's vision tower needs TransformerEngine, 
 """
 
 from importlib.util import find_spec
-from typing import Optional
 
 
-def refusal() -> Optional[str]:
+def refusal() -> str | None:
     """Why this engine cannot run here, or None."""
     import torch
 

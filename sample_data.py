@@ -84,6 +84,8 @@ TEXT_ONLY = (
 SYSTEM_TURNS = ("Answer with one word.", "You look at pictures and answer briefly.")
 
 
+# So many of a kind in a small data set; 1 of the others.
+LEAST = {"exif_jpeg": len(ORIENTATIONS), "two_entries": 2}
 # Shares of what is shown, per 1,000 pictures and clips; the rest shows shapes.
 DIGIT_SHARE, CLIP_SHARE = 320, 130
 # How often each form of a conversation occurs, per 1,000; the others ask all there is to ask, one question a turn.
@@ -125,8 +127,10 @@ class DataSet:
 
 
 def quota(shares: dict[str, int], total: int, default: str) -> list[str]:
-    """`total` kinds: shares are per 1,000, at least one of each, `default` for the rest."""
-    kinds = [kind for kind, share in shares.items() for _ in range(max(1, round(total * share / 1000)))]
+    """`total` kinds: shares are per 1,000, never less than LEAST of a kind, `default` for the rest."""
+    kinds = []
+    for kind, share in shares.items():
+        kinds += [kind] * max(LEAST.get(kind, 1), round(total * share / 1000))
     return (kinds + [default] * total)[:total]
 
 
@@ -158,7 +162,9 @@ def plan_items(rng: np.random.Generator, total: int) -> list[Item]:
     ]
 
 
-def _eligible_for_pairs(rng: np.random.Generator, pictures: list[Scene], kinds: list[str], dialogues: list[str]):
+def _eligible_for_pairs(
+    rng: np.random.Generator, pictures: list[Scene], kinds: list[str], dialogues: list[str]
+) -> list[int]:
     """Numbers of the plain pictures of shapes with a plain conversation, in random order."""
     plain = [n for n, s in enumerate(pictures) if s.count and kinds[n] == "jpeg" and dialogues[n] == "turns"]
     return _shuffle(rng, plain)
@@ -182,7 +188,7 @@ def add_item(data: DataSet, seed: int, item: Item) -> None:
         for name in names:
             data.add_file(name, _draw_picture_file(rng, item, second=name != names[0]))
     turns = choose_turns(rng, item)
-    if item.dialogue_kind == "two_entries" and len(turns) > 1:
+    if item.dialogue_kind == "two_entries" and len(turns) > 1:  # a grey digit has one question, and so one entry
         data.entries.append(make_entry(rng, item, names, turns[:1]))
         turns = turns[1:]
     data.entries.append(make_entry(rng, item, names, turns))

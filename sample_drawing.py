@@ -76,7 +76,7 @@ def draw_background(rng: np.random.Generator, height: int, width: int) -> np.nda
 
 
 def shape_mask(shape: str, radius: float, offset: tuple[float, float]) -> np.ndarray:
-    """Coverage of one shape in a cell: float32 [CELL, CELL] in 0..1. `offset` of its centre: (rows, columns), pixels."""
+    """Coverage of one shape in a cell: float32 [CELL, CELL] in 0..1. `offset` of its centre: (y, x), pixels."""
     from PIL import Image, ImageDraw
 
     scale = OVERSAMPLING
@@ -199,7 +199,7 @@ JPEG_QUALITY = 92
 # How often each kind occurs, per 1,000 pictures; the others are plain JPEG. Every kind occurs at least once.
 FILE_KINDS = {
     "png": 40,
-    "exif_jpeg": 28,  # orientations 2 to 8 in turn: at least seven
+    "exif_jpeg": 28,  # orientations 2 to 8 in turn
     "grey_jpeg": 20,
     "palette_png": 15,
     "rgba_png": 15,
@@ -216,8 +216,11 @@ CLIP_FORMS = ((4, 8), (4, 12), (2, 8), (8, 16))  # (frames per second, frames): 
 def encode_picture(
     rng: np.random.Generator, pixels: np.ndarray, kind: str, orientation: int, mask: np.ndarray
 ) -> bytes:
-    """The file of a picture. pixels: uint8 [H, W, 3] as a viewer should see them; mask: bool [H, W], False where an
-    RGBA picture is transparent."""
+    """The file of a picture, in the form `kind` (one of FILE_KINDS, or "jpeg").
+
+    pixels: uint8 [H, W, 3] as a viewer should see them; orientation: EXIF value of an "exif_jpeg"; mask: bool [H, W],
+    False where an "rgba_png" is transparent.
+    """
     from PIL import Image
 
     image = Image.fromarray(pixels)

@@ -1,4 +1,4 @@
-"""Make a tiny, untrained Qwen2-VL checkpoint and its tokenizer: a Hugging Face directory that stock transformers loads."""
+"""Make a tiny, untrained Qwen2-VL and its tokenizer: a Hugging Face directory that stock transformers loads."""
 
 from __future__ import annotations
 

@@ -14,17 +14,32 @@ Letters used for shapes in this file:
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from megatron.energon import Batch, Cooker, DefaultTaskEncoder, Sample, SkipSample, basic_sample_keys, stateless
+from megatron.energon import (
+    Batch,
+    Cooker,
+    DefaultTaskEncoder,
+    Sample,
+    SkipSample,
+    WorkerConfig,
+    basic_sample_keys,
+    get_loader,
+    get_val_dataset,
+    stateless,
+)
 from megatron.energon.errors import FatalSampleError
 from torch.utils.data import get_worker_info
 
-from media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaError, VideoSampling, decode_image, decode_video
+from media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaError, VideoSampling, as_array
 
+# Shards hold file bytes and decoding is done here, in media.py; this is what a dataset.yaml that does not say gets.
+DATASET_OPTIONS = {"auto_decode": False}
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: positions that are not learned
 DEFAULT_SYSTEM = "You are a helpful assistant."  # what Qwen2-VL's chat template inserts when there is no system turn
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -121,14 +136,19 @@ def cook(crude: dict[str, Any]) -> ConversationSample:
     )
 
 
+def parse_entry(entry: Any) -> Any:
+    """The json part, raw bytes or already decoded -> its value. Raises BadSample."""
+    if not isinstance(entry, (bytes, str)):
+        return entry
+    try:
+        return json.loads(entry)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("bad_json", str(error)) from error
+
+
 def parse_messages(entry: Any) -> list[tuple[str, str]]:
     """(role, text) turns of an entry, LLaVA (`from`/`value`) or OpenAI (`role`/`content`), roles "system", "user",
     "assistant". Media stand in the text as <image> and <video>. Raises BadSample."""
-    if isinstance(entry, (bytes, str)):
-        try:
-            entry = json.loads(entry)
-        except ValueError as error:
-            raise BadSample("bad_json", str(error)) from error
     turns = entry.get("conversations") or entry.get("messages") if isinstance(entry, dict) else entry
     if not isinstance(turns, list) or not turns:
         raise BadSample("no_conversation", "the json part holds no list of turns")
@@ -147,7 +167,7 @@ def parse_messages(entry: Any) -> list[tuple[str, str]]:
     return messages
 
 
-def _text_of(content: Any) -> Optional[str]:
+def _text_of(content: Any) -> str | None:
     """A turn's text; OpenAI's list of parts becomes text with placeholders. None for anything else."""
     if isinstance(content, str):
         return content
@@ -158,7 +178,7 @@ def _text_of(content: Any) -> Optional[str]:
     return "".join(pieces) if all(isinstance(piece, str) for piece in pieces) else None
 
 
-def mrope_positions(runs: list[Union[int, tuple[int, int, int]]]) -> np.ndarray:
+def mrope_positions(runs: list[int | tuple[int, int, int]]) -> np.ndarray:
     """M-RoPE position ids, int64 [3, L], of a sequence of runs: an int n is n text tokens, a tuple (t, h, w) is a
     visual run of t*h*w language-model tokens (grid after the spatial merge).
 
@@ -176,6 +196,30 @@ def mrope_positions(runs: list[Union[int, tuple[int, int, int]]]) -> np.ndarray:
     return np.concatenate(columns, axis=1) if columns else np.zeros((3, 0), np.int64)
 
 
+class _SampleReader(DefaultTaskEncoder):
+    """Cooks and does nothing else."""
+
+    cookers = (Cooker(cook),)
+
+    @stateless
+    def batch(self, samples: list[ConversationSample]) -> list[ConversationSample]:
+        return samples
+
+
+def read_samples(data_dir: Path, split: str) -> Iterator[ConversationSample]:
+    """The samples of a split once, in the order of its shards, media as file bytes."""
+    dataset = get_val_dataset(
+        data_dir,
+        split_part=split,
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
+        batch_size=1,
+        task_encoder=_SampleReader(),
+        **DATASET_OPTIONS,
+    )
+    for samples in get_loader(dataset):
+        yield from samples
+
+
 class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, QwenBatch, QwenBatch]):
     """Stateless but for its counters, which change no sample.
 
@@ -184,21 +228,21 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
     max_bad_in_a_row: that many consecutive failures in one worker stop the run.
     """
 
-    cookers = [Cooker(cook)]
+    cookers = (Cooker(cook),)
 
     def __init__(
         self,
         tokenizer,
         image_processor,
         seq_length: int = 2048,
-        video_sampling: VideoSampling = VideoSampling(),
+        video_sampling: VideoSampling | None = None,
         max_bad_in_a_row: int = 100,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.seq_length = seq_length
-        self.video_sampling = video_sampling
+        self.video_sampling = video_sampling or VideoSampling()
         self.max_bad_in_a_row = max_bad_in_a_row
         self.skipped: Counter[str] = Counter()
         self._bad_in_a_row = 0
@@ -233,7 +277,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
 
     def encode(self, sample: ConversationSample) -> EncodedSample:
         """As `encode_sample`, but raises BadSample or MediaError and counts nothing."""
-        messages = parse_messages(sample.entry)
+        messages = parse_messages(parse_entry(sample.entry))
         messages = self._place_media(messages, [kind for kind, _ in sample.media])
         media = [self._encode_media(kind, content) for kind, content in sample.media]
         ids, learned, runs = self._segments(messages, [(kind, grid) for kind, _, grid in media])
@@ -253,7 +297,10 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
     def _place_media(messages: list[tuple[str, str]], kinds: list[str]) -> list[tuple[str, str]]:
         """Checks that placeholders and media agree; media that no turn mentions go before the first question."""
         placed = [
-            (role, match.group(1)) for role, text in messages for match in PLACEHOLDER.finditer(text) if role != "system"
+            (role, match.group(1))
+            for role, text in messages
+            for match in PLACEHOLDER.finditer(text)
+            if role != "system"
         ]
         if any(role == "assistant" for role, _ in placed):
             raise BadSample("placeholder_in_answer")
@@ -269,7 +316,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
 
     def _encode_media(self, kind: str, content: Any) -> tuple[str, torch.Tensor, tuple[int, int, int]]:
         """-> kind, tokens [N, K], grid (t, h, w)."""
-        frames = _as_array(kind, content, self.video_sampling)
+        frames = as_array(kind, content, self.video_sampling)
         try:
             if kind == "image":
                 output = self.image_processor(images=frames, return_tensors="pt", input_data_format="channels_last")
@@ -283,16 +330,16 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
 
     def _segments(
         self, messages: list[tuple[str, str]], media: list[tuple[str, tuple[int, int, int]]]
-    ) -> tuple[list[int], list[bool], list[Union[int, tuple[int, int, int]]]]:
+    ) -> tuple[list[int], list[bool], list[int | tuple[int, int, int]]]:
         """-> ids, whether each is learned, runs for `mrope_positions`.
 
         The sequence is the one of Qwen2-VL's chat template: `<|im_start|>role\\n text <|im_end|>\\n` for each turn.
         """
         ids: list[int] = []
         learned: list[bool] = []
-        runs: list[Union[int, tuple[int, int, int]]] = []
+        runs: list[int | tuple[int, int, int]] = []
 
-        def add(segment: list[int], learn: bool = False, grid: Optional[tuple[int, int, int]] = None) -> None:
+        def add(segment: list[int], learn: bool = False, grid: tuple[int, int, int] | None = None) -> None:
             ids.extend(segment)
             learned.extend([learn] * len(segment))
             runs.append(grid or len(segment))
@@ -349,16 +396,6 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
             worker=worker.id if worker else 0,
             skipped=dict(self.skipped),
         )
-
-
-def _as_array(kind: str, content: Any, sampling: VideoSampling) -> np.ndarray:
-    """uint8 [H, W, 3] or [T, H, W, 3] from file bytes, or from the float tensor that Energon's own decoding leaves."""
-    if isinstance(content, (bytes, bytearray)):
-        return decode_image(content) if kind == "image" else decode_video(content, sampling)
-    if kind == "image" and isinstance(content, torch.Tensor) and content.ndim == 3:
-        rgb = content.expand(3, -1, -1) if content.shape[0] == 1 else content[:3]
-        return (rgb * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    raise BadSample("undecodable_media", f"cannot read a {kind} part of type {type(content).__name__}")
 
 
 def _pad_right(row: torch.Tensor, length: int, value: int) -> torch.Tensor:

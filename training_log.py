@@ -1,7 +1,7 @@
 """What a run writes while it goes: a progress line, metrics.jsonl, TensorBoard (and W&B), the same for every engine.
 
-metrics.jsonl has one JSON object for every optimizer step ({"step", "loss", "learning_rate", ...}) and one for every validation
-({"step", "val_loss"}). A resumed run drops the lines past its checkpoint and goes on.
+metrics.jsonl has one JSON object for every optimizer step ({"step", "loss", "learning_rate", ...}) and one for every
+validation ({"step", "val_loss"}). A resumed run drops the lines past its checkpoint and goes on.
 """
 
 import json
@@ -153,7 +153,10 @@ class TrainingLog(pl.Callback):
         self._step_time = time.perf_counter()  # validation is not part of a step's time
         if trainer.is_global_zero:
             self.metrics.append({"step": trainer.global_step, "val_loss": pl_module.validation_loss})
-            print(f"step {trainer.global_step}/{self.max_steps} | validation loss {pl_module.validation_loss:.4f}", flush=True)
+            print(
+                f"step {trainer.global_step}/{self.max_steps} | validation loss {pl_module.validation_loss:.4f}",
+                flush=True,
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for worker, counts in sorted(self._skipped.items()):

@@ -1,0 +1,231 @@
+"""Answers the questions of a split with a fine-tuned model and counts what is right, beside the blind baseline.
+
+    python evaluate_qwen2vl.py --model-dir experiments/E/hf --data-dir SHARDS --output-dir experiments/E/evaluation
+
+The model is loaded by stock transformers; only the image processor is this repository's, and it comes with the
+checkpoint. Every question of a conversation is asked on its own, with the entry's media before it. Blind: the same
+model and questions, every picture and frame grey; what it still gets right needs no eyes. An answer is right if it
+equals the reference but for case, white space and a final full stop.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+GREY = 128  # of 0..255
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question. media: (kind, uint8 [H, W, 3] or [T, H, W, 3]) in the order of the entry."""
+
+    key: str
+    turn: int
+    question_type: str
+    text: str
+    answer: str
+    media: tuple[tuple[str, "np.ndarray"], ...]
+
+
+def read_questions(data_dir: Path, split: str, limit: int | None, sampling) -> Iterator[Question]:
+    """Questions of a split in the order of its shards; entries that cannot be used are reported on stderr."""
+    from media import MediaError, as_array
+    from task_encoder import PLACEHOLDER, BadSample, parse_entry, parse_messages, read_samples
+
+    asked = 0
+    for sample in read_samples(data_dir, split):
+        try:
+            entry = parse_entry(sample.entry)
+            messages = parse_messages(entry)
+            media = tuple((kind, as_array(kind, content, sampling)) for kind, content in sample.media)
+        except (BadSample, MediaError) as error:
+            print(f"evaluate_qwen2vl.py: {sample.__key__} left out: {error}", file=sys.stderr)
+            continue
+        spoken = [text for role, text in messages if role != "system"]
+        types = entry.get("question_type", [])
+        for turn, (question, answer) in enumerate(zip(spoken[::2], spoken[1::2], strict=True)):
+            if limit is not None and asked >= limit:
+                return
+            asked += 1
+            kind = types[turn] if turn < len(types) else "all"
+            yield Question(sample.__key__, turn, kind, PLACEHOLDER.sub("", question), answer, media)
+
+
+def blinded(question: Question) -> Question:
+    """The same question with grey media of the same size."""
+    import numpy as np
+
+    media = tuple((kind, np.full_like(array, GREY)) for kind, array in question.media)
+    return Question(question.key, question.turn, question.question_type, question.text, question.answer, media)
+
+
+def same_answer(prediction: str, answer: str) -> bool:
+    """Equal but for case, white space and a final full stop."""
+
+    def normalised(text: str) -> str:
+        return " ".join(text.lower().split()).removesuffix(".")
+
+    return normalised(prediction) == normalised(answer)
+
+
+class Answerer:
+    """A model and its processor, both loaded by stock transformers."""
+
+    def __init__(self, model_dir: Path, max_new_tokens: int) -> None:
+        import torch
+        from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.model = Qwen2VLForConditionalGeneration.from_pretrained(model_dir, torch_dtype=dtype).to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(model_dir, trust_remote_code=True, use_fast=False)
+        self.processor.tokenizer.padding_side = "left"
+        self.max_new_tokens = max_new_tokens
+
+    def answer(self, questions: list[Question]) -> list[str]:
+        """Greedy answers to a batch of questions."""
+        texts = [self._prompt(question) for question in questions]
+        media = [part for question in questions for part in question.media]
+        images = [array for kind, array in media if kind == "image"]
+        videos = [list(array) for kind, array in media if kind == "video"]
+        inputs = self.processor(
+            text=texts, images=images or None, videos=videos or None, padding=True, return_tensors="pt"
+        ).to(self.model.device)
+        output = self.model.generate(
+            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None
+        )
+        return self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def _prompt(self, question: Question) -> str:
+        content = [{"type": kind} for kind, _ in question.media] + [{"type": "text", "text": question.text}]
+        messages = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def answer_all(answerer: Answerer, questions: list[Question], batch_size: int, blind: bool) -> list[str]:
+    """Predictions in the order of `questions`; batches hold questions of like length, so little is padded."""
+    from tqdm import tqdm
+
+    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].media), len(questions[i].text)))
+    predictions = [""] * len(questions)
+    label = "Answering blind" if blind else "Answering"
+    for start in tqdm(range(0, len(order), batch_size), desc=label, unit="batch"):
+        chosen = order[start : start + batch_size]
+        batch = [blinded(questions[i]) if blind else questions[i] for i in chosen]
+        for i, prediction in zip(chosen, answerer.answer(batch), strict=True):
+            predictions[i] = prediction
+    return predictions
+
+
+def accuracies(questions: list[Question], predictions: list[str]) -> dict[str, float]:
+    """Share of right answers by question type, and "overall"."""
+    right: dict[str, list[bool]] = {"overall": []}
+    for question, prediction in zip(questions, predictions, strict=True):
+        correct = same_answer(prediction, question.answer)
+        right.setdefault(question.question_type, []).append(correct)
+        right["overall"].append(correct)
+    return {kind: sum(values) / len(values) for kind, values in sorted(right.items())}
+
+
+def table(questions: list[Question], accuracy: dict[str, float], blind: dict[str, float]) -> str:
+    """Accuracies in percent as text, a line for each question type, overall last."""
+    lines = [f"{'question type':<14} {'questions':>9} {'accuracy':>9} {'blind':>9}"]
+    for kind in sorted(accuracy, key=lambda name: (name == "overall", name)):
+        count = sum(kind in ("overall", question.question_type) for question in questions)
+        lines.append(f"{kind:<14} {count:>9} {accuracy[kind]:>8.1%} {blind[kind]:>8.1%}")
+    return "\n".join(lines)
+
+
+def write_results(output_dir: Path, questions, predictions, blind_predictions, summary: dict) -> None:
+    """predictions.jsonl, one object for each question, and accuracy.json."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        for question, prediction, blind in zip(questions, predictions, blind_predictions, strict=True):
+            line = {
+                "key": question.key,
+                "turn": question.turn,
+                "question_type": question.question_type,
+                "question": question.text,
+                "answer": question.answer,
+                "prediction": prediction,
+                "blind_prediction": blind,
+                "correct": same_answer(prediction, question.answer),
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    (output_dir / "accuracy.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model-dir", type=Path, required=True, help="fine-tuned Hugging Face directory")
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of prepared shards")
+    parser.add_argument("--output-dir", type=Path, required=True, help="gets predictions.jsonl and accuracy.json")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="which part is asked")
+    parser.add_argument("--limit", type=int, help="most questions (default: all)")
+    parser.add_argument("--batch-size", type=int, default=32, help="questions answered at a time")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer, tokens")
+    parser.add_argument("--video-fps", type=float, default=2.0, help="frames read from a second of a clip")
+    parser.add_argument("--video-max-frames", type=int, default=768, help="most frames read from a clip")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ValueError with one line."""
+    if not (arguments.model_dir / "config.json").is_file():
+        raise ValueError(f"no model in {arguments.model_dir} (no config.json): give --model-dir a run's hf folder")
+    if not (arguments.data_dir / ".nv-meta" / "split.yaml").is_file():
+        raise ValueError(f"{arguments.data_dir} is not prepared: energon prepare {arguments.data_dir}")
+
+
+def evaluate(arguments: argparse.Namespace) -> dict:
+    """Answers everything twice, seeing and blind; returns what accuracy.json holds."""
+    from media import VideoSampling
+
+    sampling = VideoSampling(fps=arguments.video_fps, max_frames=arguments.video_max_frames)
+    questions = list(read_questions(arguments.data_dir, arguments.split, arguments.limit, sampling))
+    if not questions:
+        raise ValueError(
+            f"the {arguments.split} split of {arguments.data_dir} has no questions: choose another --split"
+        )
+    answerer = Answerer(arguments.model_dir, arguments.max_new_tokens)
+    predictions = answer_all(answerer, questions, arguments.batch_size, blind=False)
+    blind_predictions = answer_all(answerer, questions, arguments.batch_size, blind=True)
+    accuracy, blind = accuracies(questions, predictions), accuracies(questions, blind_predictions)
+    summary = {
+        "model_dir": str(arguments.model_dir),
+        "split": arguments.split,
+        "questions": len(questions),
+        "accuracy": accuracy,
+        "blind_accuracy": blind,
+    }
+    write_results(arguments.output_dir, questions, predictions, blind_predictions, summary)
+    print(table(questions, accuracy, blind))
+    return summary
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        check(arguments)
+        evaluate(arguments)
+    except (ValueError, OSError) as error:
+        if arguments.debug:
+            raise
+        print(f"evaluate_qwen2vl.py: {error}", file=sys.stderr)
+        return 1
+    print(f"Predictions are in {arguments.output_dir / 'predictions.jsonl'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Fine-tunes a converted Qwen2-VL on prepared shards: one process for each GPU, or for each CPU process where there is no GPU.
+#
+#   bash qwen_launch.sh                          inside the container, with the defaults below
+#   MBS=8 GBS=256 bash qwen_launch.sh            every name below can be set from the environment
+#   bash qwen_launch.sh --freeze language        further arguments go to finetune_qwen2vl.py (see its --help)
+#
+# Started again after an interruption, the same command goes on from the newest checkpoint.
+# The defaults are for one node with 8 GPUs of 80 GB; nobody has timed them yet.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+EXPERIMENT_NAME=${EXPERIMENT_NAME:-qwen2vl_2b_dct_x4}
+MODEL_DIR=${MODEL_DIR:-/models/Qwen2-VL-2B-Instruct-x4}    # from convert_checkpoint.py
+DATASET_DIR=${DATASET_DIR:-/datasets/cambrian737k-shards}  # from data_preparation.py and energon prepare
+OUTPUT_DIR=${OUTPUT_DIR:-experiments}                      # results go to OUTPUT_DIR/EXPERIMENT_NAME
+
+NUM_PROC_PER_NODE=${NUM_PROC_PER_NODE:-8}  # processes that torchrun starts on this node
+DEVICES=${DEVICES:-$NUM_PROC_PER_NODE}     # devices of one node, one for each process
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
+MASTER_PORT=${MASTER_PORT:-29500}
+
+MBS=${MBS:-4}                    # micro-batch size: samples of one forward pass of one process
+GBS=${GBS:-128}                  # global batch size: samples of one optimizer step
+SEQ_LENGTH=${SEQ_LENGTH:-2048}   # tokens; longer samples are skipped and counted
+MINPIXELS=${MINPIXELS:-}         # least pixels of a picture; empty: what the checkpoint says
+MAXPIXELS=${MAXPIXELS:-}         # most pixels of a picture; empty: what the checkpoint says
+MAX_STEPS=${MAX_STEPS:-5000}
+LR=${LR:-1e-5}
+MIN_LR=${MIN_LR:-1e-6}
+WARMUP_STEPS=${WARMUP_STEPS:-150}
+VAL_INTERVAL=${VAL_INTERVAL:-250}    # steps
+SAVE_INTERVAL=${SAVE_INTERVAL:-250}  # steps
+NUM_WORKERS=${NUM_WORKERS:-4}        # loader processes of one process
+SEED=${SEED:-42}
+ENGINE=${ENGINE:-auto}               # megatron, automodel, or auto
+
+if [ -z "${PYTHON:-}" ]; then
+  if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python; fi
+fi
+if [ "$DEVICES" != "$NUM_PROC_PER_NODE" ]; then
+  echo "qwen_launch.sh: DEVICES=$DEVICES, but NUM_PROC_PER_NODE=$NUM_PROC_PER_NODE: every process needs one device, make them equal" >&2
+  exit 1
+fi
+
+arguments=(
+  --model-dir "$MODEL_DIR" --data-dir "$DATASET_DIR" --output-dir "$OUTPUT_DIR" --experiment-name "$EXPERIMENT_NAME"
+  --devices "$DEVICES" --num-nodes "$NNODES" --engine "$ENGINE"
+  --micro-batch-size "$MBS" --global-batch-size "$GBS" --seq-length "$SEQ_LENGTH"
+  --max-steps "$MAX_STEPS" --lr "$LR" --min-lr "$MIN_LR" --warmup-steps "$WARMUP_STEPS"
+  --val-interval "$VAL_INTERVAL" --save-interval "$SAVE_INTERVAL" --num-workers "$NUM_WORKERS" --seed "$SEED"
+)
+if [ -n "$MINPIXELS" ]; then arguments+=(--min-pixels "$MINPIXELS"); fi
+if [ -n "$MAXPIXELS" ]; then arguments+=(--max-pixels "$MAXPIXELS"); fi
+arguments+=("$@")
+
+# What cannot work is refused here, once and in one line, before any process starts.
+"$PYTHON" finetune_qwen2vl.py "${arguments[@]}" --check
+
+if [ "$NNODES" = 1 ]; then
+  rendezvous=(--standalone)
+else
+  rendezvous=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+fi
+exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NUM_PROC_PER_NODE" \
+  finetune_qwen2vl.py "${arguments[@]}"
