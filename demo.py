@@ -20,9 +20,10 @@ REPOSITORY = Path(__file__).resolve().parent
 EXPERIMENT = "demo"
 # What the tiny model needs to learn to see within minutes on two cores (see README, Training output).
 TRAINING = {
-    "NUM_PROC_PER_NODE": "2", "MBS": "16", "GBS": "32", "MAX_STEPS": "900", "LR": "2e-3", "MIN_LR": "1e-4",
-    "WARMUP_STEPS": "40", "SEQ_LENGTH": "256", "NUM_WORKERS": "1", "VAL_INTERVAL": "300", "SAVE_INTERVAL": "300",
+    "NUM_PROC_PER_NODE": "2", "MBS": "16", "GBS": "32", "MAX_STEPS": "600", "LR": "1e-3", "MIN_LR": "1e-4",
+    "WARMUP_STEPS": "40", "SEQ_LENGTH": "256", "NUM_WORKERS": "1", "VAL_INTERVAL": "200", "SAVE_INTERVAL": "200",
 }  # fmt: skip
+TRAINING_ARGUMENTS = ["--weight-decay", "0.01", "--adam-beta2", "0.99", "--log-interval", "50"]
 
 
 class StageError(RuntimeError):
@@ -65,7 +66,7 @@ def stages(folder: Path, seed: int) -> list[Stage]:
         Stage("sample_data", [*python, "sample_data.py", "--output-dir", str(folder / "sample"), "--seed", str(seed)]),
         Stage("data_preparation", [*python, *prepare, "--maxcount", "200", "--seed", str(seed), "--energon-prepare"]),
         Stage("convert_checkpoint", [*python, "convert_checkpoint.py", "--model-dir", source, "--output-dir", model]),
-        Stage("training", ["bash", "qwen_launch.sh", "--log-interval", "50"], launch),
+        Stage("training", ["bash", "qwen_launch.sh", *TRAINING_ARGUMENTS], launch),
         Stage("evaluation", [*python, *answer, "--output-dir", str(folder / "evaluation")]),
     ]
 
@@ -97,7 +98,8 @@ def run_stage(stage: Stage, log: Path) -> float:
 def is_news(line: str) -> bool:
     """NeMo, Lightning and progress bars talk a lot; the screen gets the rest, the log file all of it."""
     noise = ("[NeMo", "rank=", "WARNING:", "GPU available", "TPU available", "HPU available", "No CUDA runtime", "---")
-    return bool(line.strip()) and not line.startswith((*noise, "[rank", "W1", "W0")) and "\r" not in line.rstrip("\n")
+    unfinished_bar = "%|" in line and "100%|" not in line
+    return bool(line.strip()) and not unfinished_bar and not line.startswith((*noise, "[rank"))
 
 
 def fresh_folder(folder: Path) -> None:

@@ -79,6 +79,8 @@ def decode_video(data: bytes, sampling: VideoSampling) -> np.ndarray:
 def _count_frames(av, data: bytes) -> tuple[int, float]:
     """Frames (by counting packets: headers lie) and frames per second of the first video stream."""
     with av.open(io.BytesIO(data)) as container:
+        if not container.streams.video:
+            raise ValueError("it has no video")
         stream = container.streams.video[0]
         if stream.codec_context is None:  # decoding it would crash the process in PyAV < 18.1
             raise ValueError("its codec is unknown")

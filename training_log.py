@@ -13,9 +13,20 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from flops import device_peak, training_flops
 from task_encoder import IGNORE_INDEX, QwenBatch
 
-SUMMED = ("loss", "micro_batches", "samples", "visual_tokens", "text_tokens", "learned_tokens", "padding", "positions")
+SUMMED = (
+    "loss",
+    "flops",
+    "micro_batches",
+    "samples",
+    "visual_tokens",
+    "text_tokens",
+    "learned_tokens",
+    "padding",
+    "positions",
+)
 
 
 class NonFiniteLoss(ValueError):
@@ -76,6 +87,7 @@ class TrainingLog(pl.Callback):
         self.max_steps = max_steps
         self.log_interval = log_interval
         self.merge_size = merge_size
+        self.peak_flops = device_peak()
         self._sums = dict.fromkeys(SUMMED, 0.0)
         self._skipped: dict[int, dict[str, int]] = {}
 
@@ -84,7 +96,6 @@ class TrainingLog(pl.Callback):
             self.metrics.start_from(trainer.global_step)
         self._start_step = trainer.global_step
         self._start_time = self._step_time = time.perf_counter()
-        self._paused = 0.0
         self._waited = 0.0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch: QwenBatch, batch_index: int) -> None:
@@ -94,7 +105,8 @@ class TrainingLog(pl.Callback):
                 f"the loss is {loss} at step {trainer.global_step}; samples of the batch: {', '.join(batch.keys)}. "
                 f"Lower --lr, or look at these samples"
             )
-        for name, value in {"loss": loss, **count_tokens(batch, self.merge_size)}.items():
+        flops = training_flops(pl_module.model.config, batch)
+        for name, value in {"loss": loss, "flops": flops, **count_tokens(batch, self.merge_size)}.items():
             self._sums[name] += value
         self._skipped[batch.worker] = batch.skipped
         if (batch_index + 1) % trainer.accumulate_grad_batches == 0:
@@ -120,7 +132,10 @@ class TrainingLog(pl.Callback):
             "skipped_samples": skipped,
             "seconds": seconds,
             "data_wait_share": min(1.0, sums["wait"] / trainer.world_size / seconds),
+            "tflops": sums["flops"] / seconds / 1e12,
         }
+        if self.peak_flops:
+            line["mfu"] = sums["flops"] / seconds / (self.peak_flops * trainer.world_size)
         pl_module.log_dict(
             {f"train/{name}": float(value) for name, value in line.items() if name != "step"}, rank_zero_only=True
         )
@@ -140,10 +155,12 @@ class TrainingLog(pl.Callback):
         done = line["step"] - self._start_step
         left = (self.max_steps - line["step"]) * (time.perf_counter() - self._start_time) / max(1, done)
         seconds = line["seconds"]
+        mfu = f"MFU {line['mfu']:.1%} | " if "mfu" in line else ""
         return (
             f"step {line['step']}/{self.max_steps} | loss {line['loss']:.4f} | lr {line['learning_rate']:.2e} | "
             f"grad norm {line['gradient_norm']:.2f} | {line['samples'] / seconds:.1f} samples/s | "
             f"{line['visual_tokens'] / seconds:.0f} visual tokens/s | data wait {line['data_wait_share']:.0%} | "
+            f"{mfu}"
             f"skipped {line['skipped_samples']} | ETA {int(left // 60)}:{int(left % 60):02d}"
         )
 

@@ -1,0 +1,51 @@
+"""Floating-point operations of a Qwen2-VL training step, counted from its shapes, and the peak of the device.
+
+A multiply-add counts as two. Matrix products only; attention is counted within each sample and, in the vision tower,
+within each time step of a medium, as if nothing were spent on padding or masked positions. The backward pass costs
+twice the forward pass.
+"""
+
+import torch
+
+from task_encoder import QwenBatch
+
+# Dense bf16 peak in FLOP/s by the vendor's datasheets, found by a part of the device's name; the first match counts.
+PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
+
+
+def device_peak() -> float | None:
+    """FLOP/s of this process's CUDA device in dense bf16; None without a device or for one that is not listed."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
+
+
+def vision_flops(vision, grids: torch.Tensor) -> float:
+    """Forward pass of the vision tower over media with grids int64 [M, 3] (t, h, w)."""
+    if not len(grids):
+        return 0.0
+    tokens = float(grids.prod(dim=1).sum())
+    pairs = float((grids[:, 0] * (grids[:, 1] * grids[:, 2]) ** 2).sum())  # attention stays within one time step
+    width, inner = vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio)
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width
+    block = 4 * width * width + 2 * width * inner
+    merged = width * vision.spatial_merge_size**2
+    merger = (merged * merged + merged * vision.hidden_size) / vision.spatial_merge_size**2
+    return 2 * tokens * (patch + vision.depth * block + merger) + vision.depth * 4 * pairs * width
+
+
+def language_flops(config, lengths: torch.Tensor) -> float:
+    """Forward pass of the language model and its head over samples of `lengths` tokens; causal attention is half."""
+    head = config.hidden_size // config.num_attention_heads
+    query, key = config.num_attention_heads * head, config.num_key_value_heads * head
+    block = config.hidden_size * (2 * query + 2 * key) + 3 * config.hidden_size * config.intermediate_size
+    tokens, pairs = float(lengths.sum()), float((lengths**2).sum()) / 2
+    linear = config.num_hidden_layers * block + config.hidden_size * config.vocab_size
+    return 2 * tokens * linear + config.num_hidden_layers * 4 * pairs * query
+
+
+def training_flops(config, batch: QwenBatch) -> float:
+    """Forward and backward pass of a micro-batch. config: Qwen2VLConfig."""
+    grids = torch.cat([batch.image_grid_thw, batch.video_grid_thw])
+    return 3 * (vision_flops(config.vision_config, grids) + language_flops(config, batch.attention_mask.sum(dim=1)))

@@ -1,0 +1,131 @@
+"""What several test files share: a tiny Qwen2-VL and its converted forms, pictures, clips. Nothing is downloaded."""
+
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+# Read by these libraries when they are imported, and by the processes that the tests start.
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# transformers copies the code of a checkpoint into this folder before it imports it.
+MODULES_CACHE = os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
+
+import numpy as np
+import pytest
+from PIL import Image
+
+# What the tiny tokenizer learns its words from.
+TEXTS = [
+    "system\nYou are a helpful assistant.",
+    "user\nWhat colour is the circle?",
+    "assistant\nThe circle is red.",
+    "user\nHow many squares are there? Answer with a number.",
+    "assistant\nThere are three squares, two red and one blue.",
+] * 8
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(MODULES_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def qwen2vl_directory(tmp_path_factory) -> Path:
+    """A tiny stock Qwen2-VL with random weights: model, tokenizer, chat template, pixel image processor."""
+    import torch
+
+    from sample_model import write_checkpoint
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("qwen2vl") / "tiny"
+    write_checkpoint(TEXTS, folder, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def converted(qwen2vl_directory, tmp_path_factory) -> Callable[[str], Path]:
+    """converted("x4"): the tiny Qwen2-VL as a directory that reads DCT tokens."""
+    from convert_checkpoint import convert
+    from dct_tokenizer import DCTConfig
+
+    parent, done = tmp_path_factory.mktemp("converted"), {}
+
+    def get(preset: str) -> Path:
+        if preset not in done:
+            convert(qwen2vl_directory, parent / preset, DCTConfig.preset(preset))
+            done[preset] = parent / preset
+        return done[preset]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def natural_frames() -> Callable[..., np.ndarray]:
+    """natural_frames(T, H, W, seed): uint8 [T, H, W, 3] with a picture's 1/f spectrum, mostly grey, slowly moving."""
+
+    def draw(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        rows, columns = np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :]
+        frequency = np.hypot(rows, columns)
+        amplitude = 1 / np.maximum(frequency, 1 / max(height, width))
+
+        def field() -> np.ndarray:
+            spectrum = np.fft.fft2(rng.standard_normal((height, width))) * amplitude
+            moved = [
+                np.fft.ifft2(spectrum * np.exp(-2j * np.pi * (rows + 2 * columns) * t)).real for t in range(frames)
+            ]
+            clip = np.stack(moved)
+            return (clip - clip.mean()) / clip.std()
+
+        luma, *colour = (field() for _ in range(4))
+        clip = 120 + 45 * luma[..., None] + 8 * np.stack(colour, axis=-1)
+        return clip.round().clip(0, 255).astype(np.uint8)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def image_file() -> Callable[..., bytes]:
+    """image_file(PIL image or uint8 [H, W, 3], "PNG", **options): the bytes of a picture file."""
+
+    def encode(image: Image.Image | np.ndarray, file_format: str, **options) -> bytes:
+        stream = io.BytesIO()
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        image.save(stream, file_format, **options)
+        return stream.getvalue()
+
+    return encode
+
+
+@pytest.fixture(scope="session")
+def clip_file() -> Callable[..., bytes]:
+    """clip_file(uint8 [T, H, W, 3], rate): the bytes of an mp4 clip of `rate` frames a second."""
+    import av
+
+    def encode(frames: np.ndarray, rate: int = 4) -> bytes:
+        stream = io.BytesIO()
+        with av.open(stream, "w", format="mp4") as container:
+            video = container.add_stream("mpeg4", rate=Fraction(rate), width=frames.shape[2], height=frames.shape[1])
+            video.pix_fmt = "yuv420p"
+            video.bit_rate = 8_000_000
+            for frame in frames:
+                container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(video.encode())
+        return stream.getvalue()
+
+    return encode
+
+
+@pytest.fixture
+def one_line_error(capsys) -> Iterator[Callable[[], str]]:
+    """one_line_error(): what a command wrote to stderr; fails unless that is one line."""
+
+    def read() -> str:
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.endswith("\n"), error
+        return error.rstrip("\n")
+
+    yield read

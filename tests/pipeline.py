@@ -1,0 +1,50 @@
+"""The pipeline up to the launch, run once for the tests that need prepared shards and a converted checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Folders of a small run of the real stages."""
+
+    raw: Path
+    pixel_model: Path
+    model: Path
+    shards: Path
+
+
+def run(command: list[str], check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    """A command in the repository's folder, with its output as text."""
+    return subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=600,
+    )
+
+
+def prepare(folder: Path) -> Prepared:
+    """Sample data (few pictures), shards with Energon metadata, the tiny model in `x4`."""
+    python = sys.executable
+    sample, shards, model = folder / "sample", folder / "shards", folder / "tiny-x4"
+    run([python, "sample_data.py", "--output-dir", str(sample), "--num-pictures", "300"])
+    data = ["--data-dir", str(sample / "data"), "--output-dir", str(shards)]
+    run([python, "data_preparation.py", *data, "--maxcount", "20", "--energon-prepare"])
+    source = sample / "model" / "tiny-qwen2-vl"
+    run([python, "convert_checkpoint.py", "--model-dir", str(source), "--output-dir", str(model)])
+    return Prepared(sample / "data", source, model, shards)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

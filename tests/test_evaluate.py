@@ -1,0 +1,98 @@
+"""evaluate_qwen2vl.py on real shards with an untrained model, and its counting by hand-made answers."""
+
+import json
+
+import numpy as np
+import pytest
+from pipeline import Prepared, prepare
+
+import evaluate_qwen2vl
+from evaluate_qwen2vl import Answerer, Question, accuracies, answer_all, blinded, read_questions, same_answer
+from media import VideoSampling
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Prepared:
+    return prepare(tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture(scope="module")
+def questions(prepared) -> list[Question]:
+    return list(read_questions(prepared.shards, "test", None, VideoSampling()))
+
+
+def question(kind: str, answer: str) -> Question:
+    return Question("key", 0, kind, "What?", answer, ())
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "right"),
+    [
+        ("red", "red", True),
+        (" Red.\n", "red", True),
+        ("dark  red", "dark red", True),
+        ("reddish", "red", False),
+        ("", "red", False),
+        ("3", "13", False),
+    ],
+)
+def test_same_answer(prediction, answer, right):
+    assert same_answer(prediction, answer) is right
+
+
+def test_accuracies_by_type_and_overall():
+    asked = [question("colour", "red"), question("colour", "blue"), question("count", "3"), question("count", "4")]
+    assert accuracies(asked, ["red", "red", "3", "4"]) == {"colour": 0.5, "count": 1.0, "overall": 0.75}
+
+
+def test_blinded_media_are_grey_of_the_same_size():
+    picture = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    seen = Question("key", 1, "colour", "What?", "red", (("image", picture),))
+    blind = blinded(seen)
+    assert blind.media[0][1].shape == (2, 3, 3)
+    assert set(blind.media[0][1].ravel().tolist()) == {128}
+    assert (blind.key, blind.turn, blind.text, blind.answer) == ("key", 1, "What?", "red")
+
+
+def test_questions_are_the_entries_of_the_test_split(prepared, questions):
+    entries = {entry["id"]: entry for entry in json.loads((prepared.shards / "cambrian737k_filtered.json").read_text())}
+    turns = {(q.text, q.answer) for q in questions}
+    known = set()
+    for entry in entries.values():
+        spoken = [turn.get("value", turn.get("content")) for turn in entry["conversations"]]
+        roles = [turn.get("from", turn.get("role")) for turn in entry["conversations"]]
+        spoken = spoken[1:] if roles[0] == "system" else spoken
+        known |= {
+            (q.replace("<image>\n", "").replace("<video>\n", "").replace("<image>", "").strip("\n"), a)
+            for q, a in zip(spoken[::2], spoken[1::2], strict=True)
+        }
+    assert len(questions) > 20
+    assert {kind for q in questions for kind, _ in q.media} == {"image", "video"}
+    assert turns <= known
+
+
+def test_batches_answer_as_single_questions(prepared, questions):
+    answerer = Answerer(prepared.model, max_new_tokens=4)
+    chosen = questions[:10]
+    together = answer_all(answerer, chosen, batch_size=5, blind=False)
+    alone = [answerer.answer([q])[0] for q in chosen]
+    assert together == alone
+
+
+def test_command_writes_predictions_and_accuracy(prepared, tmp_path, capsys):
+    arguments = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    assert evaluate_qwen2vl.main([*arguments, "--limit", "6", "--batch-size", "3"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    results = json.loads((tmp_path / "accuracy.json").read_text())
+    assert len(lines) == results["questions"] == 6
+    assert results["accuracy"]["overall"] == sum(line["correct"] for line in lines) / 6
+    assert set(results["blind_accuracy"]) == set(results["accuracy"])
+    assert "question type" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", ["--model-dir", "--data-dir"])
+def test_missing_folders_are_one_line(prepared, tmp_path, capsys, missing):
+    values = {"--model-dir": prepared.model, "--data-dir": prepared.shards, "--output-dir": tmp_path / "out"}
+    values[missing] = tmp_path
+    assert evaluate_qwen2vl.main([str(part) for pair in values.items() for part in pair]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1

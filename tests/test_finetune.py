@@ -1,0 +1,258 @@
+"""qwen_launch.sh and finetune_qwen2vl.py: real torchrun with one and two processes, a real kill -9, the refusals.
+
+The launches are shared by the tests: nearly all of their time is NeMo's import.
+"""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from pipeline import REPOSITORY, Prepared, metrics, prepare, run
+from safetensors.torch import load_file
+
+import finetune_qwen2vl
+
+STEPS, SAVE_INTERVAL, VAL_INTERVAL = 12, 4, 6
+KILL_AFTER = 6  # steps: past a checkpoint, before the next
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Prepared:
+    return prepare(tmp_path_factory.mktemp("pipeline"))
+
+
+def launch_environment(prepared: Prepared, output_dir: Path, name: str, processes: int) -> dict[str, str]:
+    """The variables of qwen_launch.sh for a short run."""
+    values = {
+        "EXPERIMENT_NAME": name, "MODEL_DIR": prepared.model, "DATASET_DIR": prepared.shards, "OUTPUT_DIR": output_dir,
+        "NUM_PROC_PER_NODE": processes, "MBS": 2, "GBS": 8, "SEQ_LENGTH": 256, "MAX_STEPS": STEPS, "LR": "1e-3",
+        "WARMUP_STEPS": 2, "VAL_INTERVAL": VAL_INTERVAL, "SAVE_INTERVAL": SAVE_INTERVAL, "NUM_WORKERS": 1,
+        "PYTHON": sys.executable, "OMP_NUM_THREADS": 1, "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+    return {**os.environ, **{key: str(value) for key, value in values.items()}}
+
+
+def start(environment: dict[str, str], *arguments: str) -> subprocess.Popen:
+    log = Path(environment["OUTPUT_DIR"]) / f"{environment['EXPERIMENT_NAME']}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        return subprocess.Popen(
+            ["bash", "qwen_launch.sh", "--log-interval", "1", *arguments],
+            cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, environment: dict[str, str]) -> str:
+    """Waits for a launch; returns its log."""
+    code = process.wait(timeout=390)
+    log = (Path(environment["OUTPUT_DIR"]) / f"{environment['EXPERIMENT_NAME']}.log").read_text()
+    assert code == 0, log[-3000:]
+    return log
+
+
+def kill_when_under_way(process: subprocess.Popen, run_dir: Path) -> None:
+    """kill -9 of every process of a launch once KILL_AFTER steps are logged."""
+    deadline = time.monotonic() + 390
+    while last_step(run_dir) < KILL_AFTER:
+        assert process.poll() is None, "the launch ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.send_signal(signal.SIGKILL)
+    psutil.wait_procs(family[:-1], timeout=20)
+    process.wait(timeout=20)
+
+
+def last_step(run_dir: Path) -> int:
+    """0 while nothing whole has been written."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return len([line for line in lines if '"loss"' in line])
+
+
+@pytest.fixture(scope="module")
+def broken_shards(prepared: Prepared, tmp_path_factory) -> Path:
+    """Prepared shards whose every picture has been overwritten."""
+    shards = tmp_path_factory.mktemp("broken") / "shards"
+    shutil.copytree(prepared.shards, shards)
+    for tar in shards.glob("*.tar"):
+        data = bytearray(tar.read_bytes())
+        data = data.replace(b'"conversations"', b'"conversationz"')  # same length: offsets stay
+        tar.write_bytes(data)
+    return shards
+
+
+@pytest.fixture(scope="module")
+def one_process(prepared, broken_shards, tmp_path_factory) -> dict:
+    """An uninterrupted run, a run killed and started again, and a run on unusable data; one process each."""
+    output = tmp_path_factory.mktemp("one")
+    whole = launch_environment(prepared, output, "whole", 1)
+    killed = launch_environment(prepared, output, "killed", 1)
+    unusable = {**launch_environment(prepared, output, "unusable", 1), "DATASET_DIR": str(broken_shards)}
+    first, second = start(killed), start(whole)
+    kill_when_under_way(first, output / "killed")
+    finish(second, whole)
+    third, fourth = start(killed), start(unusable, "--max-bad-in-a-row", "20")
+    log = finish(third, killed)
+    code = fourth.wait(timeout=390)
+    return {"output": output, "log": log, "unusable": (code, (output / "unusable.log").read_text()), "whole": whole}
+
+
+@pytest.fixture(scope="module")
+def two_processes(prepared, tmp_path_factory) -> dict:
+    """An uninterrupted run and a run killed and started again; two processes each."""
+    output = tmp_path_factory.mktemp("two")
+    whole = launch_environment(prepared, output, "whole", 2)
+    killed = launch_environment(prepared, output, "killed", 2)
+    finish(start(whole), whole)
+    kill_when_under_way(start(killed), output / "killed")
+    log = finish(start(killed), killed)
+    return {"output": output, "log": log}
+
+
+def check_resumed(launched: dict) -> None:
+    whole, killed = (metrics(launched["output"] / name) for name in ("whole", "killed"))
+    resumed_at = SAVE_INTERVAL * (KILL_AFTER // SAVE_INTERVAL)
+    assert f"step{resumed_at:06d}" in launched["log"] or f"step{2 * resumed_at:06d}" in launched["log"]
+    keys = ("step", "loss", "val_loss", "learning_rate", "gradient_norm", "samples", "visual_tokens")
+    assert [[line.get(key) for key in keys] for line in killed] == [[line.get(key) for key in keys] for line in whole]
+    assert [line["step"] for line in whole if "loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in whole if "val_loss" in line] == [VAL_INTERVAL, STEPS]
+    assert all(math.isfinite(line.get("loss", line.get("val_loss"))) for line in whole)
+    assert all(line["samples"] == 8 for line in whole if "loss" in line)
+
+
+@pytest.mark.launch
+def test_killed_run_goes_on_bit_for_bit_one_process(one_process):
+    check_resumed(one_process)
+
+
+@pytest.mark.launch
+def test_killed_run_goes_on_bit_for_bit_two_processes(two_processes):
+    check_resumed(two_processes)
+
+
+@pytest.mark.launch
+def test_weights_of_both_runs_are_equal(one_process, two_processes):
+    for launched in (one_process, two_processes):
+        whole, killed = (
+            load_file(launched["output"] / name / "hf" / "model.safetensors") for name in ("whole", "killed")
+        )
+        assert whole.keys() == killed.keys()
+        assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+@pytest.mark.launch
+def test_training_moved_every_part(one_process, prepared):
+    before = load_file(prepared.model / "model.safetensors")
+    after = load_file(one_process["output"] / "whole" / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert still == []
+
+
+@pytest.mark.launch
+def test_result_is_a_complete_hf_directory(one_process, prepared):
+    from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+    folder = one_process["output"] / "whole" / "hf"
+    model, info = Qwen2VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert info["missing_keys"] == info["unexpected_keys"] == info["mismatched_keys"] == []
+    assert model.visual.patch_embed.proj.weight.shape[1:] == (1764, 1, 1, 1)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, use_fast=False)
+    assert processor.image_processor.dct["name"] == "x4"
+    assert (folder / "dct_tokenizer.py").read_bytes() == (prepared.model / "dct_tokenizer.py").read_bytes()
+
+
+@pytest.mark.launch
+def test_only_the_newest_checkpoints_are_kept_and_whole(one_process):
+    folders = sorted(path.name for path in (one_process["output"] / "killed" / "checkpoints").iterdir())
+    assert folders == ["step000008", "step000012"]
+
+
+@pytest.mark.launch
+def test_unusable_data_stops_the_run_with_one_clear_line(one_process):
+    code, log = one_process["unusable"]
+    assert code != 0
+    lines = [line for line in log.splitlines() if line.startswith("finetune_qwen2vl.py: ")]
+    assert len(lines) == 1
+    assert "20 samples in a row could not be used (no_conversation 20)" in lines[0]
+
+
+@pytest.mark.launch
+def test_finished_run_is_not_repeated(one_process):
+    environment = one_process["whole"]
+    log = finish(start(environment), environment)
+    assert log.splitlines()[-1].endswith(f"its model is in {one_process['output'] / 'whole' / 'hf'}")
+
+
+@pytest.mark.launch
+def test_run_folder_of_other_settings_is_refused(one_process):
+    environment = {**one_process["whole"], "LR": "5e-4"}
+    result = run(["bash", "qwen_launch.sh"], check=False, **environment)
+    assert result.returncode == 1
+    assert "was started with --lr 0.001, now it is 0.0005" in result.stderr
+
+
+def refused(prepared: Prepared, tmp_path: Path, *arguments: str, **settings: str) -> str:
+    """The one line with which qwen_launch.sh refuses."""
+    environment = {**launch_environment(prepared, tmp_path, "refused", 2), **settings}
+    result = run(["bash", "qwen_launch.sh", *arguments], check=False, **environment)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    return result.stderr
+
+
+def test_indivisible_batch_is_refused(prepared, tmp_path):
+    assert "GBS 10 is not divisible by MBS 2 x 2 processes = 4" in refused(prepared, tmp_path, GBS="10")
+
+
+def test_missing_model_is_refused(prepared, tmp_path):
+    assert "no model in /nowhere" in refused(prepared, tmp_path, MODEL_DIR="/nowhere")
+
+
+def test_unprepared_data_is_refused(prepared, tmp_path):
+    assert "no shards in" in refused(prepared, tmp_path, DATASET_DIR=str(tmp_path))
+    shutil.copy(next(prepared.shards.glob("*.tar")), tmp_path)
+    assert "is not prepared" in refused(prepared, tmp_path, DATASET_DIR=str(tmp_path))
+
+
+def test_contradicting_dct_flag_is_refused_naming_both(prepared, tmp_path):
+    line = refused(prepared, tmp_path, "--dct", "x16")
+    assert "--dct x16 contradicts the checkpoint" in line
+    assert "converted with x4" in line
+
+
+def test_pixel_checkpoint_is_refused_unless_asked_for(prepared, tmp_path):
+    line = refused(prepared, tmp_path, MODEL_DIR=str(prepared.pixel_model))
+    assert "reads pixels, not DCT tokens" in line
+    info = finetune_qwen2vl.check_model(prepared.pixel_model, "none")
+    assert (info.dct_name, info.dct) == ("none", None)
+
+
+def test_unequal_devices_are_refused(prepared, tmp_path):
+    assert "DEVICES=3, but NUM_PROC_PER_NODE=2" in refused(prepared, tmp_path, DEVICES="3")
+
+
+def test_pixel_bounds_the_wrong_way_round_are_refused(prepared, tmp_path):
+    assert "is over --max-pixels" in refused(prepared, tmp_path, MINPIXELS="200000", MAXPIXELS="100000")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_megatron_without_cuda_is_refused(prepared, tmp_path):
+    assert "--engine megatron needs a CUDA device" in refused(prepared, tmp_path, ENGINE="megatron")
+
+
+def test_unknown_argument_is_a_usage_error(prepared, tmp_path):
+    environment = launch_environment(prepared, tmp_path, "usage", 1)
+    result = run(["bash", "qwen_launch.sh", "--no-such-flag"], check=False, **environment)
+    assert result.returncode == 2
