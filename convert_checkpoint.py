@@ -35,10 +35,12 @@ def read_config(model_dir: Path) -> dict:
     path = model_dir / "config.json"
     if not path.is_file():
         raise CheckpointError(f"no config.json in {model_dir}: give --model-dir a Hugging Face Qwen2-VL directory")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = _read_json(path)
     if config.get("model_type") != "qwen2_vl":
         raise CheckpointError(f"{path} is of model_type {config.get('model_type')!r}, only qwen2_vl can be converted")
-    vision = config["vision_config"]
+    vision = config.get("vision_config")
+    if not isinstance(vision, dict):
+        raise CheckpointError(f"{path} has no vision_config: give --model-dir a Hugging Face Qwen2-VL directory")
     if (vision.get("patch_size", 14), vision.get("temporal_patch_size", 2)) != (14, 2):
         raise CheckpointError(f"{path} does not read 2x14x14 pixel patches: is it converted already? Use it as it is")
     return config
@@ -57,7 +59,7 @@ def safetensors_files(model_dir: Path) -> list[Path]:
     """The weight files, in order. Raises CheckpointError."""
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(_read_json(index)["weight_map"].values()))
         files = [model_dir / Path(name).name for name in names]
     else:
         files = [model_dir / "model.safetensors"]
@@ -69,18 +71,21 @@ def safetensors_files(model_dir: Path) -> list[Path]:
 
 def folded_tensors(files: list[Path], dct) -> Iterator[tuple[str, "torch.Tensor"]]:
     """(name, tensor) one by one, memory-mapped, the patch embedding folded. Raises CheckpointError if it is missing."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     from dct_tokenizer import fold_patch_embedding
 
     found = False
     for path in files:
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
-                tensor = tensors.get_tensor(name)
-                if name.endswith(PATCH_EMBEDDING):
-                    tensor, found = fold_patch_embedding(tensor, dct), True
-                yield name, tensor
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
+                    tensor = tensors.get_tensor(name)
+                    if name.endswith(PATCH_EMBEDDING):
+                        tensor, found = fold_patch_embedding(tensor, dct), True
+                    yield name, tensor
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged ({error}): get the file again") from error
     if not found:
         raise CheckpointError(f"no {PATCH_EMBEDDING} in {', '.join(path.name for path in files)}")
 
@@ -94,6 +99,7 @@ def write_shards(tensors: Iterator[tuple[str, "torch.Tensor"]], output_dir: Path
     def flush() -> None:
         path = output_dir / f"shard-{len(temporary)}.tmp"
         save_file(pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors writes 0600
         temporary.append(path)
         shards.append(list(pending))
         pending.clear()
@@ -127,7 +133,7 @@ def make_processor(model_dir: Path, dct, min_pixels: int | None, max_pixels: int
     from dct_tokenizer import DCTImageProcessor
 
     path = model_dir / "preprocessor_config.json"
-    source = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    source = _read_json(path) if path.is_file() else {}
     for name, expected in (("image_mean", OPENAI_CLIP_MEAN), ("image_std", OPENAI_CLIP_STD)):
         if source.get(name, expected) != expected:
             raise CheckpointError(f"{path} has {name} {source[name]}; the folding is for Qwen2-VL's {expected}")
@@ -185,6 +191,13 @@ def convert(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return total
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
 
 
 def _write_json(path: Path, value: dict) -> None:

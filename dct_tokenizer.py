@@ -371,7 +371,9 @@ def target_size(height: int, width: int, factor: int, min_pixels: int, max_pixel
     height, width = smart_resize(
         max(factor, round(height * enlarge)), max(factor, round(width * enlarge)), factor, min_pixels, max_pixels
     )
-    return max(factor, height), max(factor, width)
+    # smart_resize rounds the short side of a long strip to nothing; with one factor there, the long side must give way.
+    longest = max(factor, max_pixels // factor**2 * factor)
+    return min(max(factor, height), longest), min(max(factor, width), longest)
 
 
 class DCTImageProcessor(Qwen2VLImageProcessor):
@@ -421,6 +423,10 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
     def tokenizer(self) -> DCTTokenizer:
         """The transform, in float32 on the CPU."""
         return _cached_tokenizer(json.dumps(self.dct))
+
+    def __call__(self, images: Any = None, **kwargs: Any) -> BatchFeature:
+        """See `preprocess`; a call with videos alone needs no images=None."""
+        return self.preprocess(images, **kwargs)
 
     def preprocess(
         self,
@@ -476,13 +482,12 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
         layout = input_data_format or infer_channel_dimension_format(frames[0], num_channels=(1, 3))
         frames = [to_channel_dimension_format(frame, ChannelDimension.LAST, layout) for frame in frames]
         frames = [np.repeat(frame, 3, axis=-1) if frame.shape[-1] == 1 else frame for frame in frames]
-        if not do_rescale:
-            frames = [frame * 255.0 for frame in frames]
         if do_resize:
             factor = self.dct_config.resize_factor[0]
             size = target_size(*frames[0].shape[:2], factor, min_pixels, max_pixels)
             frames = [frame if frame.shape[:2] == size else self._resize(frame, size) for frame in frames]
-        return np.stack(frames)
+        frames = np.stack(frames)
+        return frames if do_rescale else frames * 255.0  # after resizing, which tells 0..1 from 0..255 by the values
 
     def _resize(self, frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return resize(frame, size, self.resample, data_format=ChannelDimension.LAST, input_data_format="channels_last")

@@ -16,7 +16,8 @@ from task_encoder import IGNORE_INDEX, ConversationSample, EncodedSample, QwenTa
 from training_log import read_metrics
 
 CELL = 224  # px, the side of a picture on the sheet
-TEXT_WIDTH = 620  # px
+TEXT_WIDTH = 560  # px
+LINE = 17  # px of a line of text
 LEARNED, GIVEN = (0, 120, 40), (90, 90, 90)
 
 
@@ -99,13 +100,17 @@ def _sample_row(sample: ConversationSample, encoder: QwenTaskEncoder) -> Image.I
         source = as_array(kind, content, VideoSampling())
         pictures.append(("source", _fit(Image.fromarray(source if kind == "image" else source[0]))))
         pictures += [(name, _fit(picture)) for name, picture in _received(encoded, encoder.image_processor)]
-    row = Image.new("RGB", (4 * (CELL + 8) + TEXT_WIDTH, CELL + 26), "white")
-    draw, font = ImageDraw.Draw(row), ImageFont.load_default(size=13)
-    for column, (name, picture) in enumerate(pictures[:4]):
+    pictures, font = pictures[:4], ImageFont.load_default(size=13)
+    left, right = len(pictures) * (CELL + 8) + 12, 4 * (CELL + 8) + TEXT_WIDTH - 8
+    words = _wrap(_pieces(encoded, encoder), left, right, font)
+    height = max((CELL if pictures else 0) + 26, max(y for _, y, _, _ in words) + 2 * LINE)
+    row = Image.new("RGB", (right + 8, height), "white")
+    draw = ImageDraw.Draw(row)
+    for column, (name, picture) in enumerate(pictures):
         row.paste(picture, (column * (CELL + 8) + 4, 20))
         draw.text((column * (CELL + 8) + 4, 2), name, fill="black", font=font)
-    left = min(len(pictures), 4) * (CELL + 8) + 12
-    _draw_text(draw, _pieces(encoded, encoder), left, row.width - 8, font)
+    for x, y, word, is_learned in words:
+        draw.text((x, y), word, fill=LEARNED if is_learned else GIVEN, font=font)
     return row
 
 
@@ -153,16 +158,18 @@ def _pieces(encoded: EncodedSample, encoder: QwenTaskEncoder) -> list[tuple[str,
     return pieces
 
 
-def _draw_text(draw: ImageDraw.ImageDraw, pieces: list[tuple[str, bool]], left: int, right: int, font) -> None:
-    """Wraps at `right`; what is learned is green."""
-    x, y, line = left, 20, 17
+def _wrap(pieces: list[tuple[str, bool]], left: int, right: int, font) -> list[tuple[float, int, str, bool]]:
+    """(x, y, word, learned) of every word in px, wrapped at `right`."""
+    placed, x, y = [], float(left), 20
     for text, is_learned in pieces:
         for number, paragraph in enumerate(text.split("\n")):
             if number:
-                x, y = left, y + line
-            for word in paragraph.split(" "):
-                width = draw.textlength(word + " ", font=font)
+                x, y = left, y + LINE
+            words = paragraph.split(" ")
+            for word in [*(f"{word} " for word in words[:-1]), words[-1]]:
+                width = font.getlength(word)
                 if x + width > right and x > left:
-                    x, y = left, y + line
-                draw.text((x, y), word, fill=LEARNED if is_learned else GIVEN, font=font)
+                    x, y = left, y + LINE
+                placed.append((x, y, word, is_learned))
                 x += width
+    return placed

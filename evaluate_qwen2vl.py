@@ -3,16 +3,16 @@
     python evaluate_qwen2vl.py --model-dir experiments/E/hf --data-dir SHARDS --output-dir experiments/E/evaluation
 
 The model is loaded by stock transformers; only the image processor is this repository's, and it comes with the
-checkpoint. Every question of a conversation is asked on its own, with the entry's media before it. Blind: the same
-model and questions, every picture and frame grey; what it still gets right needs no eyes. An answer is right if it
-equals the reference but for case, white space and a final full stop.
+checkpoint. Every question of a conversation is asked on its own, with the entry's media. Blind: the same model and
+questions, every picture and frame grey; what it still gets right needs no eyes. An answer is right if it equals the
+reference but for case, white space and a final full stop.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,14 +24,20 @@ GREY = 128  # of 0..255
 
 @dataclass(frozen=True)
 class Question:
-    """One question. media: (kind, uint8 [H, W, 3] or [T, H, W, 3]) in the order of the entry."""
+    """One question. pieces: text, with "image" or "video" between texts where a medium stands. media: (kind, uint8
+    [H, W, 3] or [T, H, W, 3]) in the order of the entry."""
 
     key: str
     turn: int
     question_type: str
-    text: str
+    pieces: tuple[str, ...]
     answer: str
     media: tuple[tuple[str, "np.ndarray"], ...]
+
+    @property
+    def text(self) -> str:
+        """The question without its media."""
+        return "".join(self.pieces[::2])
 
 
 def read_questions(data_dir: Path, split: str, limit: int | None, sampling) -> Iterator[Question]:
@@ -55,7 +61,15 @@ def read_questions(data_dir: Path, split: str, limit: int | None, sampling) -> I
                 return
             asked += 1
             kind = types[turn] if turn < len(types) else "all"
-            yield Question(sample.__key__, turn, kind, PLACEHOLDER.sub("", question), answer, media)
+            yield Question(sample.__key__, turn, kind, place_media(PLACEHOLDER.split(question), media), answer, media)
+
+
+def place_media(pieces: list[str], media: tuple) -> tuple[str, ...]:
+    """The media of an entry stand where this turn has placeholders for all of them, or else before its text."""
+    if len(pieces) // 2 == len(media):
+        return tuple(pieces)
+    before = [part for kind, _ in media for part in ("", kind)]
+    return (*before, "".join(pieces[::2]))
 
 
 def blinded(question: Question) -> Question:
@@ -63,7 +77,7 @@ def blinded(question: Question) -> Question:
     import numpy as np
 
     media = tuple((kind, np.full_like(array, GREY)) for kind, array in question.media)
-    return Question(question.key, question.turn, question.question_type, question.text, question.answer, media)
+    return replace(question, media=media)
 
 
 def same_answer(prediction: str, answer: str) -> bool:
@@ -104,7 +118,11 @@ class Answerer:
         return self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def _prompt(self, question: Question) -> str:
-        content = [{"type": kind} for kind, _ in question.media] + [{"type": "text", "text": question.text}]
+        content = [
+            {"type": piece} if number % 2 else {"type": "text", "text": piece}
+            for number, piece in enumerate(question.pieces)
+            if piece
+        ]
         messages = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 

@@ -22,7 +22,7 @@ def questions(prepared) -> list[Question]:
 
 
 def question(kind: str, answer: str) -> Question:
-    return Question("key", 0, kind, "What?", answer, ())
+    return Question("key", 0, kind, ("What?",), answer, ())
 
 
 @pytest.mark.parametrize(
@@ -47,11 +47,25 @@ def test_accuracies_by_type_and_overall():
 
 def test_blinded_media_are_grey_of_the_same_size():
     picture = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-    seen = Question("key", 1, "colour", "What?", "red", (("image", picture),))
+    seen = Question("key", 1, "colour", ("", "image", "What?"), "red", (("image", picture),))
     blind = blinded(seen)
     assert blind.media[0][1].shape == (2, 3, 3)
     assert set(blind.media[0][1].ravel().tolist()) == {128}
     assert (blind.key, blind.turn, blind.text, blind.answer) == ("key", 1, "What?", "red")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "kinds", "placed"),
+    [
+        (["", "image", "What?"], ["image"], ("", "image", "What?")),
+        (["Where does it go?", "video", ""], ["video"], ("Where does it go?", "video", "")),
+        (["And the colour?"], ["image"], ("", "image", "And the colour?")),
+        (["Both?"], ["image", "image"], ("", "image", "", "image", "Both?")),
+        (["What is two plus two?"], [], ("What is two plus two?",)),
+    ],
+)
+def test_media_stand_where_the_turn_puts_them_or_before_it(pieces, kinds, placed):
+    assert evaluate_qwen2vl.place_media(pieces, tuple((kind, None) for kind in kinds)) == placed
 
 
 def test_questions_are_the_entries_of_the_test_split(prepared, questions):

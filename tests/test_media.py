@@ -1,4 +1,4 @@
-"""Media files of every awkward kind -> RGB arrays: colours, orientation, which frames, and one error for broken ones."""
+"""Media files of every awkward kind -> RGB arrays: colours, orientation, frames, one error for broken ones."""
 
 import io
 import struct
