@@ -189,6 +189,10 @@ class StepCheckpoint(ModelCheckpoint):
             every_n_train_steps=interval,
         )
 
+    def _should_remove_checkpoint(self, trainer, previous: str, current: str) -> bool:
+        """Lightning keeps the one that a run was resumed from for ever; a few restarts would fill the disk."""
+        return previous != current
+
     def on_train_end(self, trainer, pl_module) -> None:
         if self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -272,6 +272,8 @@ class DCTTokenizer:
         H and W must be multiples of `config.resize_factor`. The last frame is repeated until bt divides T, so a lone
         image becomes bt equal frames. Raises ValueError for any other shape.
         """
+        if isinstance(frames, np.ndarray):  # torch takes no mirrored arrays, and warns of read-only ones
+            frames = np.require(frames, requirements=["C", "W"])
         frames = self._pad(torch.as_tensor(frames, device=self.device))
         (bt, bh, bw), m = self.config.block, self.config.merge
         t, h, w = frames.shape[0] // bt, frames.shape[1] // bh, frames.shape[2] // bw

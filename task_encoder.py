@@ -44,6 +44,7 @@ IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: positions th
 DEFAULT_SYSTEM = "You are a helpful assistant."  # what Qwen2-VL's chat template inserts when there is no system turn
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PLACEHOLDER = re.compile(r"\n?<(image|video)>\n?")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may spell one out, tokenizers take none
 
 
 class BadSample(ValueError):
@@ -63,7 +64,7 @@ class ConversationSample(Sample):
     """entry: the json part. media: (kind, content) in order, kind "image" or "video", content as found in the shard."""
 
     entry: dict[str, Any]
-    media: list[tuple[str, Any]]
+    media: list[tuple[str, Any]] = field(repr=False)  # Energon writes a sample that failed into its messages
 
 
 @dataclass
@@ -154,9 +155,9 @@ def parse_messages(entry: Any) -> list[tuple[str, str]]:
         raise BadSample("no_conversation", "the json part holds no list of turns")
     messages = []
     for turn in turns:
-        role = ROLES.get(turn.get("from", turn.get("role"))) if isinstance(turn, dict) else None
+        role = ROLES.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
         text = _text_of(turn.get("value", turn.get("content"))) if role else None
-        if text is None:
+        if text is None or LONE_SURROGATE.search(text):
             raise BadSample("bad_turn", f"a turn needs a known role and text, got {str(turn)[:80]!r}")
         messages.append((role, text))
     expected = ["user", "assistant"] * len(messages)
@@ -174,7 +175,7 @@ def _text_of(content: Any) -> str | None:
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         return None
     kinds = {"image": "<image>", "image_url": "<image>", "video": "<video>"}
-    pieces = [part.get("text") if part.get("type") == "text" else kinds.get(part.get("type")) for part in content]
+    pieces = [part.get("text") if part.get("type") == "text" else kinds.get(str(part.get("type"))) for part in content]
     return "".join(pieces) if all(isinstance(piece, str) for piece in pieces) else None
 
 

@@ -46,6 +46,14 @@ def qwen2vl_directory(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """Raw data, shards with Energon metadata and a converted checkpoint, made by the real stages: pipeline.Prepared."""
+    from pipeline import prepare
+
+    return prepare(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="session")
 def converted(qwen2vl_directory, tmp_path_factory) -> Callable[[str], Path]:
     """converted("x4"): the tiny Qwen2-VL as a directory that reads DCT tokens."""
     from convert_checkpoint import convert

@@ -340,6 +340,16 @@ def test_x4_keeps_all_luma_of_a_still():
     np.testing.assert_array_equal(decoded.numpy(), grey.repeat(2, axis=0))
 
 
+def test_mirrored_and_read_only_arrays_are_taken(recwarn):
+    image = noise(1, 56, 112, 3)
+    mirrored = tokenizer("x4").encode(image[:, :, ::-1])[0]
+    assert torch.equal(mirrored, tokenizer("x4").encode(image[:, :, ::-1].copy())[0])
+    read_only = np.asarray(Image.fromarray(image[0]))[None]
+    assert not read_only.flags.writeable
+    assert torch.equal(tokenizer("x4").encode(read_only)[0], tokenizer("x4").encode(image)[0])
+    assert not recwarn.list
+
+
 def test_decode_says_what_it_expects():
     with pytest.raises(
         ValueError, match=r"decode expects tokens \[4, 1764\] for the grid \(1, 2, 2\) of preset x4, got"

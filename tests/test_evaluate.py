@@ -4,16 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from pipeline import Prepared, prepare
+from pipeline import Prepared
 
 import evaluate_qwen2vl
 from evaluate_qwen2vl import Answerer, Question, accuracies, answer_all, blinded, read_questions, same_answer
 from media import VideoSampling
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Prepared:
-    return prepare(tmp_path_factory.mktemp("evaluation"))
 
 
 @pytest.fixture(scope="module")
