@@ -436,6 +436,15 @@ def test_420_is_the_dct_of_the_chroma_at_half_size():
     np.testing.assert_allclose(encode.decode_float(tokens, grid) / 255 - np.array(CLIP_MEAN), rgb, atol=1e-12)
 
 
+def test_expected_variance_is_that_of_the_markov_model():
+    """Two neighbours of correlation r have the variances 1 + r (sum) and 1 - r (difference): r is .8, .95, .95."""
+    variance = dct_tokenizer.coefficient_variance((2, 2, 2))
+    expected = 0.06 * np.array([1.8, 0.2])[:, None, None] * np.array([1.95, 0.05])[:, None] * np.array([1.95, 0.05])
+    np.testing.assert_allclose(variance[0], expected, rtol=1e-12)
+    np.testing.assert_allclose(variance[1:], [0.1 * expected] * 2, rtol=1e-12)
+    assert dct_tokenizer.coefficient_variance((2, 28, 28)).sum() == pytest.approx(2 * 28 * 28 * (0.06 + 0.006 + 0.006))
+
+
 def test_inputs_have_about_unit_variance(natural_frames):
     for name in ALL_PRESETS:
         tokens = torch.cat([tokenizer(name).encode(natural_frames(2, 448, 448, seed))[0] for seed in range(3)])

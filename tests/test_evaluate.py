@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from pipeline import Prepared
 
 import evaluate_qwen2vl
 from evaluate_qwen2vl import Answerer, Question, accuracies, answer_all, blinded, read_questions, same_answer
