@@ -6,6 +6,7 @@ optimizer, schedule, loops and loader. It is written under another name and rena
 no half ones.
 """
 
+import json
 import math
 import os
 import re
@@ -39,10 +40,19 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
     """Qwen2-VL as a LightningModule that takes `QwenBatch`es.
 
     model_dir: HF directory. freeze: parts that are not trained ("vision" is the tower without its projector).
+    max_gradient_norm: 0 for no clipping. pixel_bounds: min_pixels, max_pixels of this run where they are not those of
+    model_dir; the processor that is saved with the weights gets them.
     """
 
-    def __init__(self, model_dir: Path, freeze: tuple[str, ...] = (), max_gradient_norm: float = 1.0) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        freeze: tuple[str, ...] = (),
+        max_gradient_norm: float = 1.0,
+        pixel_bounds: dict[str, int] | None = None,
+    ) -> None:
         super().__init__(model_name=str(model_dir))
+        self.pixel_bounds = pixel_bounds or {}
         self.model_dir = model_dir
         self.freeze = freeze
         self.max_gradient_norm = max_gradient_norm
@@ -125,16 +135,23 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
                 counts["completed"] = counts["processed"]
 
     def save_hf(self, output_dir: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """A complete HF directory: weights, config, and tokenizer and processor as they came. Atomic."""
+        """A complete HF directory: weights, config, tokenizer, and processor with this run's pixel bounds. Atomic."""
         temporary = output_dir.with_name(f".{output_dir.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         for path in sorted(self.model_dir.iterdir()):
             if path.is_file() and path.suffix not in (".safetensors", ".bin") and "safetensors.index" not in path.name:
                 temporary.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, temporary / path.name)
+        self._write_pixel_bounds(temporary / "preprocessor_config.json")
         self.model.save_pretrained(temporary, state_dict=state_dict)
         shutil.rmtree(output_dir, ignore_errors=True)
         temporary.replace(output_dir)
+
+    def _write_pixel_bounds(self, path: Path) -> None:
+        if self.pixel_bounds and path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config.pop("size", None)  # the stock processor's second name for the same two numbers
+            path.write_text(json.dumps({**config, **self.pixel_bounds}, indent=2) + "\n", encoding="utf-8")
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -265,7 +282,9 @@ def build_loggers(arguments) -> nl.NeMoLogger:
 
 def run(arguments, data: EnergonDataModule, merge_size: int) -> None:
     """Fine-tunes, resuming from the newest checkpoint, and writes RUN_DIR/hf."""
-    module = QwenAutoModel(arguments.model_dir, tuple(arguments.freeze), arguments.max_gradient_norm)
+    module = QwenAutoModel(
+        arguments.model_dir, tuple(arguments.freeze), arguments.max_gradient_norm, arguments.pixel_bounds
+    )
     log = TrainingLog(arguments.run_dir, arguments.max_steps, arguments.log_interval, merge_size)
     trainer = build_trainer(arguments, module, log)
     checkpoint = latest_checkpoint(arguments.run_dir / "checkpoints")

@@ -169,6 +169,9 @@ def convert(
     dct: a DCTConfig. Raises CheckpointError for an unusable source or an existing output without `force`.
     """
     config = read_config(model_dir)
+    merge = config["vision_config"].get("spatial_merge_size", 2)
+    if merge != dct.merge:
+        raise CheckpointError(f"{model_dir} merges {merge}x{merge} tokens, --dct says {dct.merge}: make them equal")
     files = safetensors_files(model_dir)
     processor = make_processor(model_dir, dct, min_pixels, max_pixels)
     if output_dir.resolve() == model_dir.resolve():
@@ -205,6 +208,7 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """With `dct` resolved to a DCTConfig; an unknown one is a usage error."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model-dir", type=Path, required=True, help="Hugging Face Qwen2-VL directory (pixel model)")
     parser.add_argument("--output-dir", type=Path, required=True, help="directory to write")
@@ -215,15 +219,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-pixels", type=int, help="most pixels of a picture (default: the source's)")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint in --output-dir")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    from dct_tokenizer import DCTConfig
+
+    try:
+        arguments.dct = DCTConfig.resolve(arguments.dct)
+    except (ValueError, OSError) as error:
+        parser.error(f"argument --dct: {error}")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    from dct_tokenizer import DCTConfig
-
+    dct = arguments.dct
     try:
-        dct = DCTConfig.resolve(arguments.dct)
         total = convert(
             arguments.model_dir,
             arguments.output_dir,

@@ -386,7 +386,8 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
     do_resize: turn off for pictures whose height and width already are multiples of the resize factor.
 
     Output: `pixel_values` float32 [N, K] and `image_grid_thw` int64 [images, 3], or `pixel_values_videos` and
-    `video_grid_thw`. Values that are not 0..255 (do_rescale=False) are taken as 0..1.
+    `video_grid_thw`. Values that are not 0..255 (do_rescale=False) are taken as 0..1. The stock processor's mean, std
+    and do_normalize have no place here: the token format fixes them.
     """
 
     def __init__(
@@ -415,16 +416,23 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
             **kwargs,
         )
         self.dct = config.to_dict()
+        self._tokenizer: DCTTokenizer | None = None
 
     @property
     def dct_config(self) -> DCTConfig:
         """The token format."""
-        return _cached_tokenizer(json.dumps(self.dct)).config
+        return self.tokenizer.config
 
     @property
     def tokenizer(self) -> DCTTokenizer:
         """The transform, in float32 on the CPU."""
-        return _cached_tokenizer(json.dumps(self.dct))
+        if self._tokenizer is None:
+            self._tokenizer = DCTTokenizer(DCTConfig.from_dict(self.dct))
+        return self._tokenizer
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: everything but the transform's matrices, which follow from `dct`."""
+        return {name: value for name, value in super().to_dict().items() if name != "_tokenizer"}
 
     def __call__(self, images: Any = None, **kwargs: Any) -> BatchFeature:
         """See `preprocess`; a call with videos alone needs no images=None."""
@@ -493,11 +501,6 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
 
     def _resize(self, frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return resize(frame, size, self.resample, data_format=ChannelDimension.LAST, input_data_format="channels_last")
-
-
-@lru_cache(maxsize=8)
-def _cached_tokenizer(dct_json: str) -> DCTTokenizer:
-    return DCTTokenizer(DCTConfig.from_dict(json.loads(dct_json)))
 
 
 DCTImageProcessor.register_for_auto_class("AutoImageProcessor")

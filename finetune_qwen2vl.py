@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,15 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
     return info
 
 
+def check_pixel_bounds(arguments: argparse.Namespace) -> None:
+    """The command line's bounds, and the checkpoint's where it gives none, must leave room for a picture."""
+    path = arguments.model_dir / "preprocessor_config.json"
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    low, high = ({**saved, **arguments.pixel_bounds}.get(name) for name in ("min_pixels", "max_pixels"))
+    if low and high and low > high:
+        raise RunError(f"min_pixels {low} is over max_pixels {high}: change --min-pixels or --max-pixels")
+
+
 def check_data(data_dir: Path) -> None:
     """Raises RunError unless `energon prepare` has been run and both splits that training reads hold shards."""
     meta = data_dir / ".nv-meta"
@@ -164,9 +174,6 @@ def check_numbers(arguments: argparse.Namespace) -> None:
             f"GBS {arguments.global_batch_size} is not divisible by MBS {arguments.micro_batch_size} x "
             f"{arguments.world_size} processes = {per_step}: change --global-batch-size or --micro-batch-size"
         )
-    low, high = arguments.min_pixels, arguments.max_pixels
-    if low is not None and high is not None and low > high:
-        raise RunError(f"--min-pixels {low} is over --max-pixels {high}: exchange them")
     if os.environ.get("WORLD_SIZE") and int(os.environ["WORLD_SIZE"]) != arguments.world_size:
         raise RunError(
             f"torchrun started {os.environ['WORLD_SIZE']} processes, --devices {arguments.devices} x --num-nodes "
@@ -193,6 +200,7 @@ def check(arguments: argparse.Namespace) -> ModelInfo:
     """Everything that can be wrong before a heavy import. Raises RunError."""
     check_numbers(arguments)
     info = check_model(arguments.model_dir, arguments.dct)
+    check_pixel_bounds(arguments)
     check_data(arguments.data_dir)
     check_run_folder(arguments)
     return info
@@ -216,10 +224,9 @@ def load_processor(arguments: argparse.Namespace, info: ModelInfo):
 
     from dct_tokenizer import DCTImageProcessor
 
-    bounds = {name: getattr(arguments, name) for name in ("min_pixels", "max_pixels") if getattr(arguments, name)}
     processor_class = DCTImageProcessor if info.dct else Qwen2VLImageProcessor
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir)
-    return tokenizer, processor_class.from_pretrained(arguments.model_dir, **bounds)
+    return tokenizer, processor_class.from_pretrained(arguments.model_dir, **arguments.pixel_bounds)
 
 
 def build_data(arguments: argparse.Namespace, info: ModelInfo):
@@ -287,13 +294,13 @@ def train(arguments: argparse.Namespace, info: ModelInfo) -> None:
 
 def explain(error: Exception) -> str | None:
     """One line for errors that are the data's or the environment's, None for a bug."""
-    text = str(error)
-    marker = "TooManyBadSamples: "  # raised in a loader process, it arrives as text
-    if marker in text:
-        return text.split(marker)[1].split("\n")[0]
+    marker = "TooManyBadSamples: "  # Energon wraps it, and from a loader process it arrives as text
+    trace = "".join(traceback.format_exception(error))
+    if marker in trace:
+        return trace.split(marker)[1].split("\n")[0]
     from training_log import NonFiniteLoss
 
-    return text if isinstance(error, (RunError, NonFiniteLoss)) else None
+    return str(error) if isinstance(error, (RunError, NonFiniteLoss)) else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -301,6 +308,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments.world_size = arguments.devices * arguments.num_nodes
     arguments.rank = int(os.environ.get("RANK", 0))
     arguments.run_dir = arguments.output_dir / arguments.experiment_name
+    bounds = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
+    arguments.pixel_bounds = {name: value for name, value in bounds.items() if value is not None}
     try:
         info = check(arguments)
         if arguments.check:

@@ -262,6 +262,14 @@ DAMAGES = {
 }
 
 
+def with_another_merge(folder: Path) -> None:
+    vision = json.loads((folder / "config.json").read_text())["vision_config"]
+    edit_json(folder / "config.json", vision_config={**vision, "spatial_merge_size": 4})
+
+
+DAMAGES["merges 4x4 tokens, --dct says 2"] = with_another_merge
+
+
 @pytest.mark.parametrize("message", DAMAGES)
 def test_unusable_sources(message, copy_of, tmp_path, one_line_error):
     damaged = copy_of()
@@ -347,3 +355,10 @@ def test_missing_arguments_exit_with_2(capsys):
         convert_checkpoint.main([])
     assert caught.value.code == 2
     assert "--model-dir" in capsys.readouterr().err
+
+
+def test_unknown_token_format_exits_with_2(capsys, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        convert_checkpoint.main(["--model-dir", "m", "--output-dir", str(tmp_path / "x"), "--dct", "x8"])
+    assert caught.value.code == 2
+    assert "unknown DCT preset 'x8': choose one of exact, x4, x16" in capsys.readouterr().err

@@ -30,9 +30,10 @@ def launch_environment(prepared: Prepared, output_dir: Path, name: str, processe
     """The variables of qwen_launch.sh for a short run."""
     values = {
         "EXPERIMENT_NAME": name, "MODEL_DIR": prepared.model, "DATASET_DIR": prepared.shards, "OUTPUT_DIR": output_dir,
-        "NUM_PROC_PER_NODE": processes, "MBS": 2, "GBS": 8, "SEQ_LENGTH": 256, "MAX_STEPS": STEPS, "LR": "1e-3",
-        "WARMUP_STEPS": 2, "VAL_INTERVAL": VAL_INTERVAL, "SAVE_INTERVAL": SAVE_INTERVAL, "NUM_WORKERS": 1,
-        "PYTHON": sys.executable, "OMP_NUM_THREADS": 1, "PYTHONWARNINGS": "ignore",
+        "MAXPIXELS": 112 * 112, "NUM_PROC_PER_NODE": processes, "MBS": 2, "GBS": 8, "SEQ_LENGTH": 256,
+        "MAX_STEPS": STEPS, "LR": "1e-3", "WARMUP_STEPS": 2, "VAL_INTERVAL": VAL_INTERVAL,
+        "SAVE_INTERVAL": SAVE_INTERVAL, "NUM_WORKERS": 1, "PYTHON": sys.executable, "OMP_NUM_THREADS": 1,
+        "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
     return {**os.environ, **{key: str(value) for key, value in values.items()}}
 
@@ -105,12 +106,12 @@ def one_process(prepared, broken_shards, tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def two_processes(prepared, tmp_path_factory) -> dict:
-    """A run killed and started again, and what it had logged when it was killed; two processes."""
+    """A run killed and started again, and what it had logged when it was killed; two processes, language frozen."""
     output = tmp_path_factory.mktemp("two")
     killed = launch_environment(prepared, output, "killed", 2)
-    kill_when_under_way(start(killed), output / "killed")
+    kill_when_under_way(start(killed, "--freeze", "language"), output / "killed")
     before = whole_lines(output / "killed")
-    log = finish(start(killed), killed)
+    log = finish(start(killed, "--freeze", "language"), killed)
     return {"output": output, "log": log, "before": before}
 
 
@@ -169,6 +170,14 @@ def test_training_moved_every_part(one_process, prepared):
 
 
 @pytest.mark.launch
+def test_frozen_language_model_stays_and_the_vision_tower_moves(two_processes, prepared):
+    before = load_file(prepared.model / "model.safetensors")
+    after = load_file(two_processes["output"] / "killed" / "hf" / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.startswith("visual.")}
+
+
+@pytest.mark.launch
 def test_result_is_a_complete_hf_directory(one_process, prepared):
     from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
@@ -178,6 +187,7 @@ def test_result_is_a_complete_hf_directory(one_process, prepared):
     assert model.visual.patch_embed.proj.weight.shape[1:] == (1764, 1, 1, 1)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, use_fast=False)
     assert processor.image_processor.dct["name"] == "x4"
+    assert processor.image_processor.max_pixels == 112 * 112  # of the run, not of the checkpoint it started from
     assert (folder / "dct_tokenizer.py").read_bytes() == (prepared.model / "dct_tokenizer.py").read_bytes()
 
 
@@ -253,7 +263,7 @@ def test_unequal_devices_are_refused(prepared, tmp_path):
 
 
 def test_pixel_bounds_the_wrong_way_round_are_refused(prepared, tmp_path):
-    assert "is over --max-pixels" in refused(prepared, tmp_path, MINPIXELS="200000", MAXPIXELS="100000")
+    assert "is over max_pixels" in refused(prepared, tmp_path, MINPIXELS="200000", MAXPIXELS="100000")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -265,3 +275,14 @@ def test_unknown_argument_is_a_usage_error(prepared, tmp_path):
     environment = launch_environment(prepared, tmp_path, "usage", 1)
     result = run(["bash", "qwen_launch.sh", "--no-such-flag"], check=False, **environment)
     assert result.returncode == 2
+
+
+def test_too_many_bad_samples_are_explained_with_and_without_loader_processes():
+    from task_encoder import TooManyBadSamples
+
+    wrapped = ValueError("Sample failed")  # as Energon leaves it without loader processes
+    wrapped.__context__ = TooManyBadSamples("20 samples in a row")
+    from_process = RuntimeError("Caught it in process 0.\ntask_encoder.TooManyBadSamples: 20 samples in a row\nmore")
+    assert finetune_qwen2vl.explain(wrapped) == "20 samples in a row"
+    assert finetune_qwen2vl.explain(from_process) == "20 samples in a row"
+    assert finetune_qwen2vl.explain(KeyError("a bug")) is None
