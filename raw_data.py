@@ -193,7 +193,7 @@ def check_conversations(entry: Any) -> None:
     """LLaVA (from, value) or OpenAI (role, content) turns, at least one. Raises UnusableSample."""
     if not isinstance(entry, dict):
         raise UnusableSample("malformed_entry", f"the entry is a {type(entry).__name__}, not an object")
-    turns = entry.get("conversations")
+    turns = entry.get("conversations") or entry.get("messages")
     if not isinstance(turns, list) or not turns:
         raise UnusableSample("no_conversations", "conversations is missing, empty or no list")
     for number, turn in enumerate(turns):

@@ -21,7 +21,7 @@ from PIL import Image
 import data_preparation
 from media import decode_image
 from media_conversion import UnusableSample, convert_media
-from raw_data import MediaIndex, PreparationError, clean_name, iterate_metadata
+from raw_data import MediaIndex, PreparationError, check_conversations, clean_name, iterate_metadata
 from shard_writing import SourceReader, replacing
 
 SCRIPT = Path(data_preparation.__file__)
@@ -679,3 +679,9 @@ def test_the_dialogue_it_names_works(raw_data, tmp_path, capsys):
     counts = data_preparation.count_splits(output)
     assert sum(counts.values()) == len(GOOD) and min(counts.values()) >= 2
     assert shlex.split(command)[-1] == str(output)
+
+
+def test_turns_may_stand_under_openai_s_name():
+    check_conversations({"messages": [{"role": "user", "content": "What?"}]})
+    with pytest.raises(UnusableSample):
+        check_conversations({"messages": []})
