@@ -3,7 +3,7 @@
     python convert_checkpoint.py --model-dir Qwen2-VL-2B-Instruct --output-dir Qwen2-VL-2B-Instruct-x4 --dct x4
 
 Only the patch embedding changes: its weight is folded into the coefficient domain (fold_patch_embedding). The other
-tensors are passed through in shards of at most 2 GB, so memory stays at about one shard whatever the model's size.
+tensors are memory-mapped and passed through in shards of at most 2 GB, so the model is never in memory twice.
 Stock transformers loads the result; its image processor (and dct_tokenizer.py, which defines it) is saved beside the
 weights.
 """
