@@ -326,7 +326,7 @@ class DCTTokenizer:
         if "rgb" not in self._layers:
             self._layers["rgb"] = [self._build_layers(RGB_TO_YCBCR / 255, bh, bw, interleaved=True)]
         source = _Source([frames], *self._layers["rgb"], bh)
-        return self._encode([source], np.array(OPENAI_CLIP_MEAN) @ RGB_TO_YCBCR.T)
+        return self._encode([source], RGB_TO_YCBCR @ np.array(OPENAI_CLIP_MEAN))
 
     def encode_planes(
         self, luma: Frames, cb: Frames, cr: Frames, matrix: str = "bt601", full_range: bool = False
@@ -409,9 +409,10 @@ class DCTTokenizer:
     @torch.no_grad()
     def _encode(self, sources: list[_Source], offset: np.ndarray) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """offset [3]: Y, Cb, Cr that the samples give where the centred picture is zero."""
-        grid = t, h, w = self._grid(sources[0].planes[0])
+        grid = t, h, w = self._grid(sources[0].planes[0])  # of the whole picture: luma comes first
         tokens = torch.zeros(t * h * w, self.config.num_coefficients, dtype=self.dtype, device=self.device)
         buffers = _Buffers(self.dtype, self.device)
+        sources = [source for source in sources if source.layers]  # of chroma there may be nothing that is kept
         for blocks, bands in self._chunks(grid):
             first, count = (blocks.start * h + bands.start) * w, len(blocks) * len(bands) * w
             chunk = tokens[first : first + count]
