@@ -18,10 +18,11 @@ Analysis of one block, every step linear, in this order:
 
     RGB uint8 -> /255, minus CLIP mean -> Y, Cb, Cr -> DCT-II over frames, rows, columns -> keep K -> divide by scale
 
-The file depends on torch, numpy and transformers only and is saved beside the weights of a converted checkpoint
+The file depends on torch, numpy, transformers and Pillow only and is saved beside the weights of a converted checkpoint
 (`save_pretrained` copies it), from where `AutoImageProcessor.from_pretrained(..., trust_remote_code=True)` loads it.
 """
 
+import copy
 import json
 import math
 import os
@@ -33,20 +34,14 @@ from typing import Any, Union
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import Qwen2VLImageProcessor
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_transforms import convert_to_rgb, resize, to_channel_dimension_format
-from transformers.image_utils import (
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-    ChannelDimension,
-    PILImageResampling,
-    infer_channel_dimension_format,
-    make_batched_videos,
-    make_flat_list_of_images,
-    to_numpy_array,
-)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+from transformers.utils import TensorType, logging
+
+logger = logging.get_logger(__name__)
 
 PIXEL_PATCH = (2, 14, 14)  # frames, rows, columns of the patch that Qwen2-VL's Conv3d was trained on
 CHROMA_FORMATS = ("444", "420")
@@ -60,7 +55,7 @@ _LUMA_709 = np.array([0.2126, 0.7152, 0.0722])
 RGB_TO_YCBCR_709 = np.stack([_LUMA_709, (np.eye(3)[2] - _LUMA_709) / 1.8556, (np.eye(3)[0] - _LUMA_709) / 1.5748])
 YCBCR_MATRICES = {"bt601": RGB_TO_YCBCR, "bt709": RGB_TO_YCBCR_709}
 
-CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 26  # samples encoded at once, which stay in a CPU's cache or fill a GPU
+CPU_CHUNK, GPU_CHUNK = 1 << 21, 1 << 28  # samples encoded at once, which stay in a CPU's cache or fill a GPU
 Frames = np.ndarray | torch.Tensor | Sequence[np.ndarray | torch.Tensor]
 
 # First-order Markov model of pictures (Ahmed, Natarajan, Rao, IEEE Trans. Computers 1974): the correlation of
@@ -410,13 +405,16 @@ class DCTTokenizer:
     def _encode(self, sources: list[_Source], offset: np.ndarray) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """offset [3]: Y, Cb, Cr that the samples give where the centred picture is zero."""
         grid = t, h, w = self._grid(sources[0].planes[0])  # of the whole picture: luma comes first
-        tokens = torch.zeros(t * h * w, self.config.num_coefficients, dtype=self.dtype, device=self.device)
+        boxes = [box for source in sources for layer in source.layers for box in layer.boxes if not box.add]
+        partly = len(sources[0].planes[0]) == 1 or sum(box.inverse_scale.numel() for box in boxes) < self._boxed
+        new = torch.zeros if partly and self._kept is None else torch.empty
+        tokens = new(t * h * w, self.config.num_coefficients, dtype=self.dtype, device=self.device)
         buffers = _Buffers(self.dtype, self.device)
         sources = [source for source in sources if source.layers]  # of chroma there may be nothing that is kept
         for blocks, bands in self._chunks(grid):
             first, count = (blocks.start * h + bands.start) * w, len(blocks) * len(bands) * w
             chunk = tokens[first : first + count]
-            boxed = chunk if self._kept is None else buffers("boxed", count, self._boxed)
+            boxed = chunk if self._kept is None else buffers("boxed", count, self._boxed, zero=True)
             for source in sources:
                 self._transform(source, blocks, bands, w, boxed, buffers)
             if self._kept is not None:
@@ -493,7 +491,12 @@ class DCTTokenizer:
         samples = samples.view(shape[0], -1)
         if still:
             return samples.mul_(bt)
-        return torch.mm(self._frames, samples, out=buffers("frames", len(self._frequencies), samples.shape[1]))
+        mixed = buffers("frames", len(self._frequencies), samples.shape[1])
+        if bt != 2:
+            return torch.mm(self._frames, samples, out=mixed)
+        for frequency, result in zip(self._frequencies, mixed):  # a product with so small a matrix is slow on a GPU
+            torch.add(*samples, alpha=-1 if frequency else 1, out=result)
+        return mixed
 
     def energies(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens [N, K] -> [N, 2]: energy of a block's detail (frame frequency 0, the mean colour left out) and of
@@ -544,11 +547,11 @@ class _Buffers:
         self._like = torch.empty(0, dtype=dtype, device=device)
         self._memory: dict[str, torch.Tensor] = {}
 
-    def __call__(self, name: str, *shape: int) -> torch.Tensor:
-        """Zeros at first, then what the last user left."""
+    def __call__(self, name: str, *shape: int, zero: bool = False) -> torch.Tensor:
+        """What the last user left there; at first anything, or zeros if asked for."""
         size = math.prod(shape)
         if name not in self._memory or len(self._memory[name]) < size:
-            self._memory[name] = self._like.new_zeros(size)
+            self._memory[name] = self._like.new_zeros(size) if zero else self._like.new_empty(size)
         return self._memory[name][:size].view(shape)
 
 
@@ -603,46 +606,252 @@ def fold_patch_embedding(weight: torch.Tensor, config: DCTConfig) -> torch.Tenso
 def target_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Height and width in pixels: multiples of `factor`, near the picture's aspect ratio, H*W within the two bounds.
 
-    Qwen2-VL's `smart_resize`, which refuses sides below `factor`; here these are enlarged to it. One factor x factor
-    square is the least, whatever max_pixels says. Raises ValueError for an aspect ratio over 200.
+    Qwen2-VL's `smart_resize` wherever its result keeps to the bounds and to an aspect ratio of 200. Beyond it: sides
+    below `factor` are enlarged to it; where both bounds cannot be kept, max_pixels is; the least is one square of
+    factor x factor, whatever max_pixels says. A target size is its own target size.
+
+    Raises ValueError for an aspect ratio over 200 and for a picture without pixels.
     """
+    if min(height, width) < 1:
+        raise ValueError(f"a picture must have at least one pixel, got {height} x {width}")
     enlarge = max(1.0, factor / min(height, width))
-    height, width = smart_resize(
-        max(factor, round(height * enlarge)), max(factor, round(width * enlarge)), factor, min_pixels, max_pixels
-    )
-    # smart_resize rounds the short side of a long strip to nothing; with one factor there, the long side must give way.
-    longest = max(factor, max_pixels // factor**2 * factor)
-    return min(max(factor, height), longest), min(max(factor, width), longest)
+    size = max(factor, round(height * enlarge)), max(factor, round(width * enlarge))
+    while (target := _nearest_size(*size, factor, min_pixels, max_pixels)) != size:
+        size = target
+    return size
+
+
+def _nearest_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """One step of `target_size`, which repeats it: rounding can change the aspect ratio, and with it what fits best."""
+    rows, columns = smart_resize(height, width, factor, min_pixels, max_pixels)
+    if rows * columns > max_pixels:  # no multiple between the bounds: the largest below the upper one
+        shrink = math.sqrt(max_pixels / (height * width))
+        rows, columns = (math.floor(side * shrink / factor) * factor for side in (height, width))
+    # A long strip's short side is rounded to nothing, or to so little that the long one must give way.
+    rows, columns = max(factor, rows), max(factor, columns)
+    longest = max(factor, max_pixels // (min(rows, columns) * factor) * factor)
+    longest = min(longest, 200 * min(rows, columns))
+    return min(rows, longest), min(columns, longest)
+
+
+def _dimensions(value: Any) -> int:
+    """Of an array or tensor; a PIL picture counts as [H, W, C]. Raises ValueError for anything else."""
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return value.ndim
+    if isinstance(value, Image.Image):
+        return 3
+    hint = ": open the file first, as PIL.Image.open does" if isinstance(value, (str, bytes, os.PathLike)) else ""
+    raise ValueError(f"expected PIL, numpy or torch pictures, or lists of them, got {type(value).__name__}{hint}")
+
+
+def _flat_images(images: Any) -> list:
+    """A picture, a batch of pictures [N, ...] or lists of these, nested or not -> the pictures, one after another."""
+    if isinstance(images, (list, tuple)):
+        return [image for item in images for image in _flat_images(item)]
+    dimensions = _dimensions(images)
+    if dimensions in (2, 3):
+        return [images]
+    if dimensions == 4:
+        return list(images)
+    raise ValueError(f"expected an image [H, W], [H, W, C] or [C, H, W], or a batch of them, got {list(images.shape)}")
+
+
+def _flat_videos(videos: Any) -> list:
+    """A clip or lists of clips, nested or not -> the clips, each an array [T, ...] or a list of frames."""
+    if isinstance(videos, (list, tuple)):
+        if not videos:
+            raise ValueError("expected clips of at least one frame, got an empty list")
+        if all(not isinstance(item, (list, tuple)) and _dimensions(item) < 4 for item in videos):
+            return [list(videos)]
+        return [clip for item in videos for clip in _flat_videos(item)]
+    dimensions = _dimensions(videos)
+    if dimensions in (2, 3):  # a lone frame
+        return [[videos]]
+    if dimensions == 4:
+        return [videos]
+    if dimensions == 5:
+        return list(videos)
+    raise ValueError(f"expected a clip [T, H, W, C] or [T, C, H, W], or a list of frames, got {list(videos.shape)}")
+
+
+def _pil_to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, transparency on white, 16-bit grey scaled to 8 (of which Pillow's own convert takes no notice)."""
+    if image.mode.startswith("I"):  # "I;16", and "I" as older files are read
+        grey = (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255)
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _as_array(picture: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """A tensor of the CPU as an array of the same memory; what is on another device stays there."""
+    if not isinstance(picture, torch.Tensor):
+        return picture
+    picture = picture.detach()
+    if picture.dtype == torch.bfloat16:  # numpy has none
+        picture = picture.float()
+    return picture.numpy() if picture.device.type == "cpu" else picture
+
+
+def _channels_last(array: np.ndarray | torch.Tensor, layout: str | None) -> np.ndarray | torch.Tensor:
+    """[H, W], [..., H, W, C] or [..., C, H, W] -> [..., H, W, C], a view. C is 1, 3 or 4, else ValueError."""
+    shape = list(array.shape)
+    if len(shape) not in (2, 3, 4) or 0 in shape:
+        raise ValueError(f"expected a picture [H, W], [H, W, C] or [C, H, W] with H and W at least 1, got {shape}")
+    if len(shape) == 2:
+        return array[..., None]
+    if layout is None:
+        layout = _infer_layout(shape)
+    axis = -1 if layout == ChannelDimension.LAST else -3
+    if shape[axis] not in (1, 3, 4):
+        raise ValueError(
+            f"expected 1 (grey), 3 (RGB) or 4 (RGBA) channels, got {shape[axis]}: {shape} with channels "
+            f"{'last' if axis == -1 else 'first'}"
+        )
+    if axis == -1:
+        return array
+    return array.movedim(-3, -1) if isinstance(array, torch.Tensor) else np.moveaxis(array, -3, -1)
+
+
+def _infer_layout(shape: list[int]) -> ChannelDimension:
+    """As the stock processor an axis of 1 or 3, else one of 4. Where both ends could be it, ValueError; the stock
+    processor takes the first."""
+    first, last = shape[-3], shape[-1]
+    if first in (1, 3) and last in (1, 3):
+        raise ValueError(f"cannot tell which axis of {shape} holds the channels: give input_data_format")
+    for channels in ((1, 3), (4,)):
+        if first in channels or last in channels:
+            return ChannelDimension.FIRST if first in channels else ChannelDimension.LAST
+    raise ValueError(f"expected 1 (grey), 3 (RGB) or 4 (RGBA) channels first or last, got {shape}")
+
+
+def _to_levels(array: np.ndarray | torch.Tensor, do_rescale: bool) -> np.ndarray | torch.Tensor:
+    """Any number type -> uint8, or float in 0..255. Bytes, the usual case, are not looked at."""
+    kind = str(array.dtype).removeprefix("torch.")
+    if kind == "uint8":
+        return array
+    if kind.startswith("float"):
+        return _float_to_levels(array, do_rescale)
+    array = array.cpu().numpy() if isinstance(array, torch.Tensor) else array
+    if kind == "bool":
+        return array * np.uint8(255)
+    if kind == "uint16":
+        return (array / 257).round().astype(np.uint8)
+    if not kind.startswith(("int", "uint")):
+        raise ValueError(f"expected pictures of bytes, floats or whole numbers, got {kind}")
+    if array.min() < 0 or array.max() > 255:
+        raise ValueError(f"expected values 0..255, got {kind} from {array.min()} to {array.max()}")
+    return array.astype(np.uint8)
+
+
+def _float_to_levels(array: np.ndarray | torch.Tensor, do_rescale: bool) -> np.ndarray | torch.Tensor:
+    """0..255 (do_rescale) or 0..1 -> 0..255. Raises ValueError for values that are plainly of another range, or NaN."""
+    low, high, top = float(array.min()), float(array.max()), 255 if do_rescale else 1
+    if not (low >= -0.5 * top and high <= 1.5 * top):  # filters overshoot a little
+        other = "0..1 needs do_rescale=False" if do_rescale else "0..255 needs do_rescale=True"
+        raise ValueError(f"expected values 0..{top}, got {low:.4g} to {high:.4g}: {other}, undo any normalization")
+    if not do_rescale:
+        # The float32 of double products is what the stock processor makes, whose bytes depend on the last bit.
+        array = array.double() * 255 if isinstance(array, torch.Tensor) else array.astype(np.float64) * 255
+        return array.float() if isinstance(array, torch.Tensor) else array.astype(np.float32)
+    if 0 < high <= 1:
+        logger.warning_once("Pictures of values 0..1 are taken as nearly black: for 0..1 give do_rescale=False.")
+    return array
+
+
+def _to_three_channels(array: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """[..., H, W, C] in 0..255 -> [..., H, W, 3]: grey three times, RGBA on white."""
+    channels = array.shape[-1]
+    if channels == 3:
+        return array
+    if channels == 1:
+        return array.expand(*array.shape[:-1], 3) if isinstance(array, torch.Tensor) else np.repeat(array, 3, axis=-1)
+    array = array.cpu().numpy() if isinstance(array, torch.Tensor) else array
+    if array.dtype == np.uint8:  # as Pillow composes
+        colour, alpha = array[..., :3].astype(np.int32), array[..., 3:].astype(np.int32)
+        return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    alpha = array[..., 3:] / 255
+    return array[..., :3] * alpha + 255 * (1 - alpha)
+
+
+def _height_width(picture: Image.Image | np.ndarray | torch.Tensor) -> tuple[int, int]:
+    return picture.size[::-1] if isinstance(picture, Image.Image) else tuple(picture.shape[-3:-1])
+
+
+def _resize(
+    picture: Image.Image | np.ndarray | torch.Tensor, size: tuple[int, int], resample: int, do_rescale: bool
+) -> np.ndarray:
+    """A picture [H, W, 3] -> uint8 [*size, 3], by Pillow."""
+    if not isinstance(picture, Image.Image):
+        array = picture.cpu().numpy() if isinstance(picture, torch.Tensor) else picture
+        if array.dtype != np.uint8:
+            array = array.clip(0, 255)
+            # The stock processor cuts what was given as 0..1 to bytes, and takes of 0..255 only whole numbers.
+            array = (array.round() if do_rescale else array).astype(np.uint8)
+        picture = Image.fromarray(array)
+    return np.array(picture.resize(size[::-1], resample))
+
+
+def _bounds_in(size: dict[str, int]) -> tuple[int, int]:
+    """min_pixels and max_pixels as the stock processor's `size` names them."""
+    if not isinstance(size, dict) or not {"shortest_edge", "longest_edge"} <= set(size):
+        raise ValueError(f"size must hold shortest_edge (min_pixels) and longest_edge (max_pixels), got {size}")
+    return size["shortest_edge"], size["longest_edge"]
+
+
+def _pixel_bounds(low: int | None, high: int | None, own_low: int, own_high: int) -> tuple[int, int]:
+    """The bounds given or, where None, the processor's own, of which the lower one gives way to a lower upper one."""
+    high = own_high if high is None else high
+    low = min(own_low, high) if low is None else low
+    if not 1 <= low <= high:
+        raise ValueError(f"expected 1 <= min_pixels <= max_pixels, got min_pixels {low} and max_pixels {high}")
+    return low, high
 
 
 class DCTImageProcessor(Qwen2VLImageProcessor):
     """Qwen2-VL's image processor with DCT tokens: the same call, the same outputs, other numbers in `pixel_values`.
 
     dct: a preset's name, a `DCTConfig`, its dict, or the path of a JSON file.
-    min_pixels, max_pixels: bounds of H*W after resizing, for an image and for each frame of a video.
+    min_pixels, max_pixels: bounds of H*W after resizing, for an image and for each frame of a video. `size`,
+        {"shortest_edge": min_pixels, "longest_edge": max_pixels}, is the stock processor's second name for them.
     do_resize: turn off for pictures whose height and width already are multiples of the resize factor.
+    do_rescale: turn off for floats in 0..1; with it, floats are in 0..255.
+    resample: Pillow's filter; what is resized has 8 bits, as in the stock processor, and gets the same pixels.
+    do_convert_rgb: turn off to have PIL pictures refused that are neither RGB nor grey.
+
+    Pictures are PIL, numpy or torch; grey ([H, W], or one channel), RGB or RGBA; channels first or last; uint8, uint16
+    (0..65535), bool, other whole numbers in 0..255, or floats. Transparency is laid on white, as `media.to_rgb` does
+    for files, and 16-bit grey is scaled to 8; the stock processor drops alpha, which shows what lies under it, and
+    clips 16-bit grey. Frames of one clip that differ in size are resized to what the first one's size asks for.
 
     Output: `pixel_values` float32 [N, K] and `image_grid_thw` int64 [images, 3], or `pixel_values_videos` and
-    `video_grid_thw`. Values that are not 0..255 (do_rescale=False) are taken as 0..1. The stock processor's mean, std
-    and do_normalize have no place here: the token format fixes them.
+    `video_grid_thw`, on the device of the pictures. The stock processor's mean, std and do_normalize have no place
+    here: the token format fixes them.
     """
 
     def __init__(
         self,
         dct: str | dict | DCTConfig = "x4",
-        min_pixels: int = 56 * 56,
-        max_pixels: int = 28 * 28 * 1280,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         do_resize: bool = True,
         do_rescale: bool = True,
         resample: PILImageResampling = PILImageResampling.BICUBIC,
         do_convert_rgb: bool = True,
+        size: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         config = DCTConfig.resolve(dct)
         if config.block[1] != config.block[2]:
             raise ValueError(f"DCTImageProcessor needs square blocks, got {config.block[1]} x {config.block[2]} px")
-        kwargs.update(patch_size=config.block[1], temporal_patch_size=config.block[0], merge_size=config.merge)
-        kwargs.pop("size", None)  # says the same as min_pixels and max_pixels
+        fixed = self._take_fixed(kwargs, config)
+        if size is not None:
+            low, high = _bounds_in(size)
+            min_pixels = low if min_pixels is None else min_pixels
+            max_pixels = high if max_pixels is None else max_pixels
+        min_pixels, max_pixels = _pixel_bounds(min_pixels, max_pixels, 56 * 56, 28 * 28 * 1280)
         super().__init__(
             do_resize=do_resize,
             do_rescale=do_rescale,
@@ -650,10 +859,20 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
             do_convert_rgb=do_convert_rgb,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
+            **fixed,
             **kwargs,
         )
         self.dct = config.to_dict()
-        self._tokenizer: DCTTokenizer | None = None
+        self._tokenizers: dict[torch.device, DCTTokenizer] = {}
+
+    @property
+    def size(self) -> dict[str, int]:
+        """The two bounds as the stock processor calls them. Not saved: `min_pixels` and `max_pixels` say it."""
+        return {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+
+    @size.setter
+    def size(self, size: dict[str, int]) -> None:
+        self.min_pixels, self.max_pixels = _bounds_in(size)
 
     @property
     def dct_config(self) -> DCTConfig:
@@ -663,13 +882,31 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
     @property
     def tokenizer(self) -> DCTTokenizer:
         """The transform, in float32 on the CPU."""
-        if self._tokenizer is None:
-            self._tokenizer = DCTTokenizer(DCTConfig.from_dict(self.dct))
-        return self._tokenizer
+        return self._tokenizer_on(torch.device("cpu"))
+
+    def _tokenizer_on(self, device: torch.device) -> DCTTokenizer:
+        if device not in self._tokenizers:
+            self._tokenizers[device] = DCTTokenizer(DCTConfig.from_dict(self.dct), device=device)
+        return self._tokenizers[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: without the transform's matrices, which follow from `dct`."""
+        return {**self.__dict__, "_tokenizers": {}}
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: everything but the transform's matrices, which follow from `dct`."""
-        return {name: value for name, value in super().to_dict().items() if name != "_tokenizer"}
+        """What is saved."""
+        values = super(DCTImageProcessor, copy.copy(self)).to_dict()
+        del values["_tokenizers"]
+        return values
+
+    def __repr__(self) -> str:
+        """Short: the stock form would print every kept coefficient on a line of its own."""
+        config = self.dct_config
+        return (
+            f"DCTImageProcessor(dct={config.name!r}, block={config.block}, coefficients={config.num_coefficients}, "
+            f"min_pixels={self.min_pixels}, max_pixels={self.max_pixels}, do_resize={self.do_resize}, "
+            f"do_rescale={self.do_rescale})"
+        )
 
     def __call__(self, images: Any = None, **kwargs: Any) -> BatchFeature:
         """See `preprocess`; a call with videos alone needs no images=None."""
@@ -683,61 +920,130 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         size: dict[str, int] | None = None,
+        resample: PILImageResampling | None = None,
         do_rescale: bool | None = None,
-        return_tensors: str | None = None,
+        do_convert_rgb: bool | None = None,
+        return_tensors: str | TensorType | None = None,
         input_data_format: str | ChannelDimension | None = None,
-        **unused: Any,
+        device: str | torch.device | None = None,
+        **fixed: Any,
     ) -> BatchFeature:
-        """Images: one or a list of PIL, numpy or torch pictures. Videos: one or a list of arrays [T, H, W, 3] (or
-        [T, 3, H, W]) or of lists of frames. Either may be None. `return_tensors`: "pt" or "np" (the default)."""
+        """Images and videos, either of which may be None -> tokens and grids; the rest for this call alone.
+
+        images: a picture, a batch [N, ...], or lists of these.
+        videos: a clip, an array [T, H, W, C] or [T, C, H, W] or a list of T frames; or lists of these. The last frame
+            is repeated until bt divides T.
+        return_tensors: "pt", "np" (the default), or another of transformers' names.
+        input_data_format: "channels_first" or "channels_last"; inferred for each picture if None.
+        device: where the transform runs and tokens of "pt" lie; where the pictures are if None.
+        fixed: further arguments of the stock processor, of which only the values that the token format has are taken.
+        """
         if images is None and videos is None:
             raise ValueError("DCTImageProcessor needs images or videos, got neither")
+        self._take_fixed(fixed, self.dct_config)
+        fixed.pop("data_format", None)  # tokens have no layout
+        if fixed:
+            raise TypeError(f"DCTImageProcessor has no argument {', '.join(fixed)}")
         if size is not None:
-            min_pixels, max_pixels = size["shortest_edge"], size["longest_edge"]
+            min_pixels, max_pixels = _bounds_in(size)
+        tensor_type = None if return_tensors is None else TensorType(return_tensors)
         options = {
+            "bounds": _pixel_bounds(min_pixels, max_pixels, self.min_pixels, self.max_pixels),
             "do_resize": self.do_resize if do_resize is None else do_resize,
-            "min_pixels": self.min_pixels if min_pixels is None else min_pixels,
-            "max_pixels": self.max_pixels if max_pixels is None else max_pixels,
+            "resample": self.resample if resample is None else resample,
             "do_rescale": self.do_rescale if do_rescale is None else do_rescale,
-            "input_data_format": input_data_format,
+            "do_convert_rgb": self.do_convert_rgb if do_convert_rgb is None else do_convert_rgb,
+            "layout": None if input_data_format is None else ChannelDimension(input_data_format),
         }
         data = {}
         if images is not None:
-            clips = [[image] for image in make_flat_list_of_images(images)]
-            data["pixel_values"], data["image_grid_thw"] = self._encode_all(clips, options)
+            clips = [[image] for image in _flat_images(images)]
+            data["pixel_values"], data["image_grid_thw"] = self._encode_all(clips, device, options)
         if videos is not None:
-            clips = [list(video) for video in make_batched_videos(videos)]
-            data["pixel_values_videos"], data["video_grid_thw"] = self._encode_all(clips, options)
-        return BatchFeature(data=data, tensor_type=return_tensors)
+            clips = _flat_videos(videos)
+            data["pixel_values_videos"], data["video_grid_thw"] = self._encode_all(clips, device, options)
+        if tensor_type is not TensorType.PYTORCH:
+            data = {name: value.cpu().numpy() for name, value in data.items()}
+        return BatchFeature(data=data, tensor_type=tensor_type)
 
-    def _encode_all(self, clips: list[list], options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        encoded = [self.tokenizer.encode(self._frames(clip, **options)) for clip in clips]
-        tokens = torch.cat([tokens for tokens, _ in encoded]).numpy()
-        return tokens, np.array([grid_thw for _, grid_thw in encoded], dtype=np.int64)
+    @staticmethod
+    def _take_fixed(arguments: dict[str, Any], config: DCTConfig) -> dict[str, Any]:
+        """Takes out of `arguments` what the stock processor can be told and the token format fixes. Returns the fixed
+        values. Raises ValueError where they contradict."""
+        fixed = {
+            "patch_size": config.block[1],
+            "temporal_patch_size": config.block[0],
+            "merge_size": config.merge,
+            "do_normalize": True,
+            "image_mean": OPENAI_CLIP_MEAN,
+            "image_std": OPENAI_CLIP_STD,
+            "rescale_factor": 1 / 255,
+        }
+        for name, value in fixed.items():
+            given = arguments.pop(name, None)
+            if given is not None and (list(given) if isinstance(given, tuple) else given) != value:
+                raise ValueError(f"{name} is {value} in the token format {config.name}, got {given}")
+        return fixed
+
+    def _encode_all(
+        self, clips: list, device: str | torch.device | None, options: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clips -> tokens [N, K] of all, grids int64 [clips, 3]."""
+        if not clips:
+            raise ValueError("expected at least one picture, got an empty list: give None where there is none")
+        encoded = []
+        for clip in clips:
+            where = getattr(clip[0] if isinstance(clip, list) else clip, "device", "cpu") if device is None else device
+            encoded.append(self._tokenizer_on(torch.device(where)).encode(self._frames(clip, **options)))
+        tokens = encoded[0][0] if len(encoded) == 1 else torch.cat([tokens for tokens, _ in encoded])
+        return tokens, torch.tensor([grid_thw for _, grid_thw in encoded])
 
     def _frames(
         self,
-        clip: list,
+        clip: np.ndarray | torch.Tensor | list,
+        bounds: tuple[int, int],
         do_resize: bool,
-        min_pixels: int,
-        max_pixels: int,
+        resample: PILImageResampling,
         do_rescale: bool,
-        input_data_format: str | ChannelDimension | None,
-    ) -> np.ndarray:
-        """One clip as an array [T, H, W, 3] with values 0..255, resized."""
-        frames = [to_numpy_array(convert_to_rgb(frame) if self.do_convert_rgb else frame) for frame in clip]
-        layout = input_data_format or infer_channel_dimension_format(frames[0], num_channels=(1, 3))
-        frames = [to_channel_dimension_format(frame, ChannelDimension.LAST, layout) for frame in frames]
-        frames = [np.repeat(frame, 3, axis=-1) if frame.shape[-1] == 1 else frame for frame in frames]
-        if do_resize:
-            factor = self.dct_config.resize_factor[0]
-            size = target_size(*frames[0].shape[:2], factor, min_pixels, max_pixels)
-            frames = [frame if frame.shape[:2] == size else self._resize(frame, size) for frame in frames]
-        frames = np.stack(frames)
-        return frames if do_rescale else frames * 255.0  # after resizing, which tells 0..1 from 0..255 by the values
+        do_convert_rgb: bool,
+        layout: ChannelDimension | None,
+    ) -> np.ndarray | torch.Tensor | list:
+        """One clip as an array [T, H, W, 3] or a list of T arrays [H, W, 3], uint8 or float in 0..255, of a size that
+        `encode` takes. Nothing is copied that can be used as it is."""
 
-    def _resize(self, frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        return resize(frame, size, self.resample, data_format=ChannelDimension.LAST, input_data_format="channels_last")
+        pictures = clip if isinstance(clip, list) else [clip]
+        pictures = [self._rgb(picture, do_rescale, do_convert_rgb, layout) for picture in pictures]
+        size = height, width = _height_width(pictures[0])
+        factor = self.dct_config.resize_factor[0]
+        if do_resize:
+            size = target_size(height, width, factor, *bounds)
+        elif height % factor or width % factor:
+            raise ValueError(
+                f"without do_resize, preset {self.dct_config.name} needs a height and a width that are multiples of "
+                f"{factor} px, got {height} x {width}"
+            )
+        if all(_height_width(picture) == size for picture in pictures):
+            frames = [np.array(picture) if isinstance(picture, Image.Image) else picture for picture in pictures]
+            return frames if isinstance(clip, list) else frames[0]
+        if not do_resize:
+            sizes = sorted({"{} x {}".format(*_height_width(picture)) for picture in pictures})
+            raise ValueError(f"without do_resize, all frames of a clip need one size, got {', '.join(sizes)}")
+        frames = pictures if isinstance(clip, list) else pictures[0]
+        return [_resize(frame, size, resample, do_rescale) for frame in frames]
+
+    @staticmethod
+    def _rgb(
+        picture: Image.Image | np.ndarray | torch.Tensor,
+        do_rescale: bool,
+        do_convert_rgb: bool,
+        layout: ChannelDimension | None,
+    ) -> Image.Image | np.ndarray | torch.Tensor:
+        """A PIL picture in mode RGB, or an array [..., H, W, 3], uint8 or float in 0..255."""
+        if not isinstance(picture, Image.Image):
+            return _to_three_channels(_to_levels(_channels_last(_as_array(picture), layout), do_rescale))
+        if not do_convert_rgb and picture.mode not in ("RGB", "L"):
+            raise ValueError(f"without do_convert_rgb, PIL pictures must be RGB or L, got {picture.mode}")
+        return _pil_to_rgb(picture)
 
 
 DCTImageProcessor.register_for_auto_class("AutoImageProcessor")
