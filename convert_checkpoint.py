@@ -2,6 +2,9 @@
 
     python convert_checkpoint.py --model-dir Qwen2-VL-2B-Instruct --output-dir Qwen2-VL-2B-Instruct-x4 --dct x4
 
+Instead of a preset, a format of one's own: --block 2 28 28 --chroma 420 --num-coefficients 1176 --order weighted, whose
+order is computed from this checkpoint's patch embedding.
+
 Only the patch embedding changes: its weight is folded into the coefficient domain (fold_patch_embedding). The other
 tensors are memory-mapped and passed through in shards of at most 2 GB, so the model is never in memory twice.
 Stock transformers loads the result; its image processor (and dct_tokenizer.py, which defines it) is saved beside the
@@ -67,6 +70,21 @@ def safetensors_files(model_dir: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{model_dir} lacks {', '.join(missing)}: only whole safetensors checkpoints are read")
     return files
+
+
+def patch_embedding(files: list[Path]) -> "torch.Tensor":
+    """The pixel model's weight [E, 3, 2, 14, 14]. Raises CheckpointError if it is missing."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
+                    if name.endswith(PATCH_EMBEDDING):
+                        return tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged ({error}): get the file again") from error
+    raise CheckpointError(f"no {PATCH_EMBEDDING} in {', '.join(path.name for path in files)}")
 
 
 def folded_tensors(files: list[Path], dct) -> Iterator[tuple[str, "torch.Tensor"]]:
@@ -207,32 +225,78 @@ def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def own_format(arguments: argparse.Namespace, weight: "torch.Tensor | None" = None):
+    """The DCTConfig of --block and the flags beside it. Raises ValueError, OSError.
+
+    weight: the patch embedding, for the order "weighted"; without it the other flags are checked and the order is not.
+    """
+    from dct_config import CoefficientTable, DCTConfig
+
+    block = tuple(arguments.block)
+    if block[1] != block[2]:
+        raise ValueError(f"the image processor needs square blocks, got {block[1]} x {block[2]} px")
+    order = "variance" if arguments.order == "weighted" and weight is None else arguments.order
+    table = arguments.coefficient_table and CoefficientTable.from_file(arguments.coefficient_table)
+    count = arguments.num_coefficients
+    words = ["x".join(map(str, block)), arguments.chroma, arguments.order if count else "all"]
+    name = "-".join([*words, str(count)] if count else words)
+    return DCTConfig.select(block, arguments.chroma, count, name=name, order=order, weight=weight, table=table)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """With `dct` resolved to a DCTConfig; an unknown one is a usage error."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model-dir", type=Path, required=True, help="Hugging Face Qwen2-VL directory (pixel model)")
     parser.add_argument("--output-dir", type=Path, required=True, help="directory to write")
-    parser.add_argument(
-        "--dct", default="x4", help="exact, x4, x16 or a DCT configuration as .json (default: %(default)s)"
+    parser.add_argument("--dct", help="exact, x4, x16 or a DCT configuration as .json (default: x4)")
+    own = parser.add_argument_group("another token format, instead of --dct")
+    own.add_argument(
+        "--block", type=int, nargs=3, metavar=("FRAMES", "ROWS", "COLUMNS"), help="frames and pixels of a token"
+    )
+    own.add_argument("--chroma", choices=("444", "420"), help="420 has colour at half the resolution (default: 420)")
+    own.add_argument("--num-coefficients", type=int, metavar="K", help="floats of a token (default: all)")
+    own.add_argument(
+        "--order",
+        choices=("variance", "weighted", "zigzag", "box"),
+        help="which K: by variance (default), by variance times the squared norm of this checkpoint's folded columns, "
+        "by frequency, or the low corner",
+    )
+    own.add_argument(
+        "--coefficient-table", type=Path, metavar="FILE", help="made by coefficient_statistics.py (default: built in)"
     )
     parser.add_argument("--min-pixels", type=int, help="least pixels of a picture (default: the source's)")
     parser.add_argument("--max-pixels", type=int, help="most pixels of a picture (default: the source's)")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint in --output-dir")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
+    beside = ("chroma", "num_coefficients", "order", "coefficient_table")
+    alone = [name for name in beside if getattr(arguments, name) is not None]
+    if arguments.block is None and alone:
+        parser.error(f"argument --{alone[0].replace('_', '-')}: needs --block, as in --block 2 28 28")
+    if arguments.block is not None and arguments.dct is not None:
+        parser.error("argument --block: not allowed with argument --dct")
+    arguments.chroma, arguments.order = arguments.chroma or "420", arguments.order or "variance"
+    resolve_format(parser, arguments)
+    return arguments
+
+
+def resolve_format(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Sets `arguments.dct` to a DCTConfig; an impossible one is a usage error."""
     from dct_tokenizer import DCTConfig
 
     try:
-        arguments.dct = DCTConfig.resolve(arguments.dct)
+        arguments.dct = own_format(arguments) if arguments.block else DCTConfig.resolve(arguments.dct or "x4")
     except (ValueError, OSError) as error:
-        parser.error(f"argument --dct: {error}")
-    return arguments
+        parser.error(f"argument {'--block' if arguments.block else '--dct'}: {error}")
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     dct = arguments.dct
     try:
+        if arguments.block and arguments.order == "weighted":
+            read_config(arguments.model_dir)
+            dct = own_format(arguments, patch_embedding(safetensors_files(arguments.model_dir)))
         total = convert(
             arguments.model_dir,
             arguments.output_dir,

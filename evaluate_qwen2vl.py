@@ -40,8 +40,10 @@ class Question:
         return "".join(self.pieces[::2])
 
 
-def read_questions(data_dir: Path, split: str, limit: int | None, sampling) -> Iterator[Question]:
-    """Questions of a split in the order of its shards; entries that cannot be used are reported on stderr."""
+def read_questions(data_dir: Path, split: str, limit: int | None, sampling, fit=None) -> Iterator[Question]:
+    """Questions of a split in the order of its shards; entries that cannot be used are reported on stderr.
+
+    sampling: `media.VideoSampling`. fit: `media.Fit`, the size in which media are read (None: their own)."""
     from media import MediaError, as_array
     from task_encoder import PLACEHOLDER, BadSample, parse_entry, parse_messages, read_samples
 
@@ -50,7 +52,7 @@ def read_questions(data_dir: Path, split: str, limit: int | None, sampling) -> I
         try:
             entry = parse_entry(sample.entry)
             messages = parse_messages(entry)
-            media = tuple((kind, as_array(kind, content, sampling)) for kind, content in sample.media)
+            media = tuple((kind, as_array(kind, content, sampling, fit)) for kind, content in sample.media)
         except (BadSample, MediaError) as error:
             print(f"evaluate_qwen2vl.py: {sample.__key__} left out: {error}", file=sys.stderr)
             continue
@@ -192,7 +194,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered at a time")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer, tokens")
     parser.add_argument("--video-fps", type=float, default=2.0, help="frames read from a second of a clip")
+    parser.add_argument("--video-min-frames", type=int, default=4, help="least frames read from a clip that has them")
     parser.add_argument("--video-max-frames", type=int, default=768, help="most frames read from a clip")
+    parser.add_argument(
+        "--video-total-pixels",
+        type=int,
+        default=24_576 * 28 * 28,
+        help="most pixels of a clip, two frames counted as one",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -208,14 +217,18 @@ def check(arguments: argparse.Namespace) -> None:
 def evaluate(arguments: argparse.Namespace) -> dict:
     """Answers everything twice, seeing and blind; returns what accuracy.json holds."""
     from media import VideoSampling
+    from task_encoder import PixelFit
 
-    sampling = VideoSampling(fps=arguments.video_fps, max_frames=arguments.video_max_frames)
-    questions = list(read_questions(arguments.data_dir, arguments.split, arguments.limit, sampling))
+    answerer = Answerer(arguments.model_dir, arguments.max_new_tokens)
+    sampling = VideoSampling(
+        arguments.video_fps, arguments.video_min_frames, arguments.video_max_frames, arguments.video_total_pixels
+    )
+    fit = PixelFit.of(answerer.processor.image_processor, sampling)  # media are read as training reads them
+    questions = list(read_questions(arguments.data_dir, arguments.split, arguments.limit, sampling, fit))
     if not questions:
         raise ValueError(
             f"the {arguments.split} split of {arguments.data_dir} has no questions: choose another --split"
         )
-    answerer = Answerer(arguments.model_dir, arguments.max_new_tokens)
     predictions = answer_all(answerer, questions, arguments.batch_size, blind=False)
     blind_predictions = answer_all(answerer, questions, arguments.batch_size, blind=True)
     accuracy, blind = accuracies(questions, predictions), accuracies(questions, blind_predictions)

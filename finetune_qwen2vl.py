@@ -20,12 +20,14 @@ FIXED_ON_RESUME = (
     *("model_dir", "data_dir", "min_pixels", "max_pixels", "seq_length", "shuffle_buffer", "seed"),
     *("world_size", "micro_batch_size", "global_batch_size", "num_workers", "max_steps"),
     *("lr", "min_lr", "warmup_steps", "weight_decay", "adam_beta2", "max_gradient_norm", "freeze"),
+    *("video_fps", "video_min_frames", "video_max_frames", "video_total_pixels"),
 )
 
 
 POSITIVE = (
     *("max_steps", "micro_batch_size", "global_batch_size", "devices", "num_nodes", "val_interval", "save_interval"),
-    *("keep", "log_interval", "seq_length", "max_bad_in_a_row", "video_max_frames"),
+    *("keep", "log_interval", "seq_length", "max_bad_in_a_row"),
+    *("video_min_frames", "video_max_frames", "video_total_pixels"),
 )
 
 
@@ -59,7 +61,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     paths.add_argument("--min-pixels", type=int, help="least pixels of a picture (default: the checkpoint's)")
     paths.add_argument("--max-pixels", type=int, help="most pixels of a picture (default: the checkpoint's)")
     paths.add_argument("--video-fps", type=float, default=2.0, help="frames read from a second of a clip")
+    paths.add_argument("--video-min-frames", type=int, default=4, help="least frames read from a clip that has them")
     paths.add_argument("--video-max-frames", type=int, default=768, help="most frames read from a clip")
+    paths.add_argument(
+        "--video-total-pixels",
+        type=int,
+        default=24_576 * 28 * 28,
+        help="most pixels of a clip, two frames counted as one",
+    )
     paths.add_argument("--seq-length", type=int, default=2048, help="longer samples are skipped and counted, tokens")
     parser_optimizer(parser)
     parser_machine(parser)
@@ -168,6 +177,8 @@ def check_numbers(arguments: argparse.Namespace) -> None:
     for name in POSITIVE:
         if getattr(arguments, name) < 1:
             raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    if not arguments.video_fps > 0:
+        raise RunError(f"--video-fps must be over 0, got {arguments.video_fps}")
     per_step = arguments.micro_batch_size * arguments.world_size
     if arguments.global_batch_size % per_step:
         raise RunError(
@@ -240,7 +251,9 @@ def build_data(arguments: argparse.Namespace, info: ModelInfo):
         tokenizer,
         processor,
         seq_length=arguments.seq_length,
-        video_sampling=VideoSampling(fps=arguments.video_fps, max_frames=arguments.video_max_frames),
+        video_sampling=VideoSampling(
+            arguments.video_fps, arguments.video_min_frames, arguments.video_max_frames, arguments.video_total_pixels
+        ),
         max_bad_in_a_row=arguments.max_bad_in_a_row,
     )
     accumulate = arguments.global_batch_size // (arguments.micro_batch_size * arguments.world_size)

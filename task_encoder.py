@@ -36,7 +36,8 @@ from megatron.energon import (
 from megatron.energon.errors import FatalSampleError
 from torch.utils.data import get_worker_info
 
-from media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaError, VideoSampling, as_array
+from dct_tokenizer import target_size
+from media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaError, VideoSampling, YUVFrames, as_array
 
 # Shards hold file bytes and decoding is done here, in media.py; this is what a dataset.yaml that does not say gets.
 DATASET_OPTIONS = {"auto_decode": False}
@@ -197,6 +198,34 @@ def mrope_positions(runs: list[int | tuple[int, int, int]]) -> np.ndarray:
     return np.concatenate(columns, axis=1) if columns else np.zeros((3, 0), np.int64)
 
 
+@dataclass(frozen=True)
+class PixelFit:
+    """The size to which `media` resizes what a processor reads, so that nothing is left for it to resize (a `Fit`).
+
+    factor: height and width become multiples of it, pixels. min_pixels, max_pixels: bounds of H*W of a picture or
+    frame. The frames of a long clip share `sampling.total_pixels`.
+    """
+
+    factor: int
+    min_pixels: int
+    max_pixels: int
+    sampling: VideoSampling
+
+    @classmethod
+    def of(cls, image_processor, sampling: VideoSampling) -> "PixelFit":
+        """For any processor with Qwen2VLImageProcessor's attributes."""
+        factor = image_processor.patch_size * image_processor.merge_size
+        return cls(factor, image_processor.min_pixels, image_processor.max_pixels, sampling)
+
+    def __call__(self, height: int, width: int, frames: int) -> tuple[int, int]:
+        """Height and width, pixels. Raises BadSample."""
+        max_pixels = self.sampling.max_frame_pixels(frames, self.min_pixels, self.max_pixels)
+        try:
+            return target_size(height, width, self.factor, self.min_pixels, max_pixels)
+        except ValueError as error:  # an aspect ratio over 200
+            raise BadSample("unusable_media", str(error)) from error
+
+
 class _SampleReader(DefaultTaskEncoder):
     """Cooks and does nothing else."""
 
@@ -252,6 +281,9 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         missing = [name for name, token_id in zip(names, ids) if token_id is None or token_id == tokenizer.unk_token_id]
         if missing:
             raise ValueError(f"the tokenizer lacks Qwen2-VL's special tokens {', '.join(missing)}")
+        self._fit = PixelFit.of(image_processor, self.video_sampling)
+        # 4:2:0 tokens hold no more colour than a clip's planes; for others RGB has more, once it has been made smaller.
+        self._reads_planes = getattr(getattr(image_processor, "dct_config", None), "chroma", None) == "420"
         self._im_start, self._im_end, self._vision_start, self._vision_end, *pads = ids
         self._pad = {"image": pads[0], "video": pads[1]}
 
@@ -317,17 +349,18 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
 
     def _encode_media(self, kind: str, content: Any) -> tuple[str, torch.Tensor, tuple[int, int, int]]:
         """-> kind, tokens [N, K], grid (t, h, w)."""
-        frames = as_array(kind, content, self.video_sampling)
-        try:
-            if kind == "image":
-                output = self.image_processor(images=frames, return_tensors="pt", input_data_format="channels_last")
-                return kind, output["pixel_values"], tuple(output["image_grid_thw"][0].tolist())
-            output = self.image_processor(
-                images=None, videos=[list(frames)], return_tensors="pt", input_data_format="channels_last"
-            )
-            return kind, output["pixel_values_videos"], tuple(output["video_grid_thw"][0].tolist())
-        except ValueError as error:  # an aspect ratio over 200, say
-            raise BadSample("unusable_media", str(error)) from error
+        # A loader process has one thread for torch; decoders in it get no more.
+        threads = torch.get_num_threads()
+        frames = as_array(kind, content, self.video_sampling, self._fit, self._reads_planes, threads)
+        if isinstance(frames, YUVFrames):
+            planes = (frames.luma, frames.cb, frames.cr, frames.matrix, frames.full_range)
+            return kind, *self.image_processor.tokenizer.encode_planes(*planes)
+        options = {"do_resize": False, "return_tensors": "pt", "input_data_format": "channels_last"}
+        if kind == "image":
+            output = self.image_processor(images=frames, **options)
+            return kind, output["pixel_values"], tuple(output["image_grid_thw"][0].tolist())
+        output = self.image_processor(images=None, videos=[list(frames)], **options)
+        return kind, output["pixel_values_videos"], tuple(output["video_grid_thw"][0].tolist())
 
     def _segments(
         self, messages: list[tuple[str, str]], media: list[tuple[str, tuple[int, int, int]]]

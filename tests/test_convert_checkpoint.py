@@ -133,7 +133,7 @@ def test_config_and_other_files(source, output):
     same = {name for name in before if before[name] == after.get(name)}
     assert {"LICENSE", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= same
     weights = {name for name in before if "safetensors" in name}
-    assert set(before) - same - weights == rewritten | {"dct_tokenizer.py"}
+    assert set(before) - same - weights == rewritten | {"dct_tokenizer.py", "dct_config.py", "picture_inputs.py"}
     assert not {".gitattributes", ".cache", "old.bin"} & set(before)
 
 
@@ -219,6 +219,58 @@ def test_own_configuration_from_a_file(qwen2vl_directory, tmp_path, natural_fram
     assert model.visual.patch_embed.proj.in_channels == 900
 
 
+OWN = ("--block", "2", "28", "28", "--chroma", "420", "--num-coefficients", "500")
+
+
+@pytest.mark.parametrize("order", ["variance", "weighted", "zigzag", "box"])
+def test_own_configuration_from_flags(order, source, tmp_path, capsys):
+    assert run(source, tmp_path / "own", *OWN, "--order", order) == 0
+    assert f"2x28x28-420-{order}-500, blocks of (2, 28, 28) -> 500 coefficients" in capsys.readouterr().out
+    weight = read_tensors(source)[PATCH_EMBEDDING]
+    expected = DCTConfig.select((2, 28, 28), "420", 500, order=order, weight=weight if order == "weighted" else None)
+    processor = AutoProcessor.from_pretrained(tmp_path / "own", trust_remote_code=True).image_processor
+    found = DCTConfig.from_dict(processor.dct)
+    assert (found.kept, found.scale) == (expected.kept, expected.scale)
+    assert torch.equal(read_tensors(tmp_path / "own")[PATCH_EMBEDDING], fold_patch_embedding(weight, found))
+
+
+def test_own_configuration_keeps_all_in_420_unless_told(qwen2vl_directory, tmp_path, capsys):
+    assert run(qwen2vl_directory, tmp_path / "own", "--block", "1", "14", "14") == 0
+    assert "1x14x14-420-all, blocks of (1, 14, 14) -> 294 coefficients" in capsys.readouterr().out
+
+
+def test_own_configuration_with_another_table(qwen2vl_directory, tmp_path):
+    table = json.loads(Path(convert_checkpoint.__file__).with_name("coefficient_table.json").read_text())
+    table["log2_power"] = (np.array(table["log2_power"]) + 2).tolist()
+    (tmp_path / "mine.json").write_text(json.dumps(table))
+    options = (*OWN, "--coefficient-table", str(tmp_path / "mine.json"))
+    assert run(qwen2vl_directory, tmp_path / "own", *options) == 0
+    scale = json.loads((tmp_path / "own" / "preprocessor_config.json").read_text())["dct"]["scale"]
+    np.testing.assert_allclose(scale, 2 * np.array(DCTConfig.select((2, 28, 28), "420", 500).scale), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((*OWN, "--dct", "x4"), "argument --block: not allowed with argument --dct"),
+        (("--order", "box"), "argument --order: needs --block, as in --block 2 28 28"),
+        (("--dct", "x4", "--num-coefficients", "9"), "argument --num-coefficients: needs --block"),
+        (("--block", "2", "28"), "argument --block: expected 3 arguments"),
+        (("--block", "2", "28", "14"), "argument --block: the image processor needs square blocks, got 28 x 14 px"),
+        (("--block", "2", "0", "0"), "argument --block: DCTConfig.block must be three positive whole numbers"),
+        (("--block", "2", "15", "15"), "argument --block: DCTConfig.chroma 420 needs an even block height and width"),
+        ((*OWN[:-1], "2353"), "has 1 to 2352 coefficients to keep, asked for 2353"),
+        ((*OWN, "--order", "weighted", "--coefficient-table", "no.json"), "no.json is missing"),
+        (("--block", "2", "28", "28", "--order", "energy"), "argument --order: invalid choice: 'energy'"),
+    ],
+)
+def test_own_configurations_that_cannot_be_exit_with_2(options, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path, tmp_path / "own", *options)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 # Errors: exit code 1, one line, nothing left behind
 
 
@@ -278,6 +330,17 @@ def test_unusable_sources(message, copy_of, tmp_path, one_line_error):
     error = one_line_error()
     assert error.startswith("convert_checkpoint.py: ") and message in error
     assert os.listdir(tmp_path) == ["damaged"], "a failed conversion leaves nothing"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [(without_patch_embedding, f"no {PATCH_EMBEDDING} in"), (without_shard, "lacks model-")]
+)
+def test_unusable_sources_of_a_weighted_order(damage, message, copy_of, tmp_path, one_line_error):
+    damaged = copy_of()
+    damage(damaged)
+    assert run(damaged, tmp_path / "own", *OWN, "--order", "weighted") == 1
+    assert message in one_line_error()
+    assert os.listdir(tmp_path) == ["damaged"]
 
 
 def test_a_converted_checkpoint_is_not_converted_again(output, tmp_path, one_line_error):

@@ -1,12 +1,10 @@
-"""The DCT tokens: scipy's DCT as reference, literals, properties, folded weights against stock Qwen2-VL, the processor.
+"""The DCT tokens: scipy's DCT as reference, literals, properties, folded weights against stock Qwen2-VL.
 
 Letters as in dct_tokenizer.py: T H W frames and pixels, (bt, bh, bw) a block, (t, h, w) the grid, m merge, K kept.
 """
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,19 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.fft import dctn, idctn
-from transformers import (
-    AutoImageProcessor,
-    AutoProcessor,
-    AutoTokenizer,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-)
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+from transformers import AutoProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchEmbed
 
-import dct_tokenizer
-from dct_tokenizer import DCTConfig, DCTImageProcessor, DCTTokenizer, dct_matrix, fold_patch_embedding, target_size
+from dct_config import coefficient_variance, dct_matrix
+from dct_tokenizer import DCTConfig, DCTImageProcessor, DCTTokenizer, fold_patch_embedding
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 ALL_PRESETS = ("exact", "x4", "x16")
@@ -403,7 +393,7 @@ def test_what_x16_keeps():
     corners = set().union(*(corner(plane, ft, 14) for plane in range(3) for ft in range(2)))
     assert corners <= kept
     assert not any(plane and max(fy, fx) >= 28 for plane, _, fy, fx in kept), "4:2:0 has no more chroma"
-    variance = dct_tokenizer.coefficient_variance((2, 56, 56))
+    variance = coefficient_variance((2, 56, 56))
     available = {place for place in np.ndindex(3, 2, 56, 56) if not (place[0] and max(place[2:]) >= 28)}
     least = min(variance[place] for place in kept - corners)
     assert least >= max(variance[place] for place in available - kept)
@@ -434,15 +424,6 @@ def test_420_is_the_dct_of_the_chroma_at_half_size():
     values = tokens.numpy()[0] * np.array(config.scale)
     np.testing.assert_allclose(values[128 + 32 :].reshape(2, 4, 4) / 2, dctn(small, norm="ortho"), atol=1e-12)
     np.testing.assert_allclose(encode.decode_float(tokens, grid) / 255 - np.array(CLIP_MEAN), rgb, atol=1e-12)
-
-
-def test_expected_variance_is_that_of_the_markov_model():
-    """Two neighbours of correlation r have the variances 1 + r (sum) and 1 - r (difference): r is .8, .95, .95."""
-    variance = dct_tokenizer.coefficient_variance((2, 2, 2))
-    expected = 0.06 * np.array([1.8, 0.2])[:, None, None] * np.array([1.95, 0.05])[:, None] * np.array([1.95, 0.05])
-    np.testing.assert_allclose(variance[0], expected, rtol=1e-12)
-    np.testing.assert_allclose(variance[1:], [0.1 * expected] * 2, rtol=1e-12)
-    assert dct_tokenizer.coefficient_variance((2, 28, 28)).sum() == pytest.approx(2 * 28 * 28 * (0.06 + 0.006 + 0.006))
 
 
 def test_inputs_have_about_unit_variance(natural_frames):
@@ -515,7 +496,7 @@ def test_select_keeps_the_coefficients_of_highest_variance(config, count):
     total = len(DCTConfig.select(config.block, config.chroma).kept)
     count = 1 + count % total
     chosen = DCTConfig.select(config.block, config.chroma, count)
-    variance = dct_tokenizer.coefficient_variance(config.block).ravel()
+    variance = coefficient_variance(config.block).ravel()
     dropped = set(DCTConfig.select(config.block, config.chroma).kept) - set(chosen.kept)
     assert len(chosen.kept) == count and list(chosen.kept) == sorted(chosen.kept)
     assert not dropped or min(variance[list(chosen.kept)]) >= max(variance[list(dropped)]) * (1 - 1e-12)
@@ -661,230 +642,3 @@ def test_x4_model_at_step_0_is_the_stock_model_on_the_downscaled_picture(
         found = model(**text, **media).logits
     assert expected.std() > 0.05
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
-
-
-# The processor
-
-
-def test_outputs_of_the_processor(natural_frames):
-    image = natural_frames(1, 200, 310)[0]
-    output = DCTImageProcessor("x4")(images=image, return_tensors="pt")
-    assert set(output) == {"pixel_values", "image_grid_thw"}
-    # 200 x 310 -> 224 x 336 px, blocks of 28 px
-    assert output["image_grid_thw"].tolist() == [[1, 8, 12]] and output["image_grid_thw"].dtype == torch.int64
-    assert output["pixel_values"].shape == (96, 1764) and output["pixel_values"].dtype == torch.float32
-    plain = DCTImageProcessor("x4")(images=image)
-    assert isinstance(plain["pixel_values"], np.ndarray) and plain["pixel_values"].dtype == np.float32
-    np.testing.assert_array_equal(plain["pixel_values"], output["pixel_values"].numpy())
-
-
-def test_resizing_is_pillows_bicubic(natural_frames):
-    image = natural_frames(1, 100, 150)[0]
-    resized = np.asarray(Image.fromarray(image).resize((168, 112), Image.Resampling.BICUBIC))
-    output = DCTImageProcessor("x4")(images=image, return_tensors="pt")
-    assert torch.equal(output["pixel_values"], tokenizer("x4").encode(resized[None])[0])
-
-
-@given(
-    height=st.integers(56, 3000), width=st.integers(56, 3000), low=st.integers(56**2, 10**6), more=st.integers(0, 10**6)
-)
-@settings(max_examples=200, deadline=None)
-def test_sizes_are_those_of_smart_resize(height, width, low, more):
-    expected = smart_resize(height, width, factor=56, min_pixels=low, max_pixels=4 * low + more)
-    if 0 not in expected:
-        assert target_size(height, width, 56, low, 4 * low + more) == expected
-
-
-@given(
-    height=st.integers(1, 4000),
-    width=st.integers(1, 4000),
-    factor=st.sampled_from([28, 56, 112]),
-    low=st.integers(1, 10**6),
-    more=st.integers(0, 10**6),
-)
-@settings(max_examples=300, deadline=None)
-def test_sizes_are_multiples_within_the_bounds(height, width, factor, low, more):
-    high = 4 * low + more
-    if max(height, width) > 200 * min(height, width):
-        with pytest.raises(ValueError, match="aspect ratio"):
-            target_size(height, width, factor, low, high)
-        return
-    found = target_size(height, width, factor, low, high)
-    assert found[0] % factor == found[1] % factor == 0 and min(found) >= factor
-    assert low <= math.prod(found) or high < factor**2
-    assert math.prod(found) <= max(high, factor**2)
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        ((1, 1), (56, 56)),
-        ((10, 30), (56, 168)),
-        ((55, 56), (56, 56)),
-        ((56, 55), (56, 56)),
-        ((20, 10), (112, 56)),
-        ((3, 600), (56, 11200)),
-    ],
-)
-def test_tiny_pictures_are_enlarged(size, expected):
-    assert target_size(*size, 56, 56 * 56, 10**6) == expected
-
-
-def test_processor_takes_tiny_pictures(natural_frames):
-    output = DCTImageProcessor("x4")(
-        images=natural_frames(1, 3, 5)[0], return_tensors="pt", input_data_format="channels_last"
-    )
-    assert output["image_grid_thw"].tolist() == [[1, 2, 4]]
-    assert output["pixel_values"].isfinite().all()
-
-
-def test_aspect_ratio_over_200_is_refused():
-    with pytest.raises(ValueError, match="absolute aspect ratio must be smaller than 200, got 201"):
-        DCTImageProcessor("x4")(images=np.zeros((10, 2010, 3), np.uint8))
-
-
-def test_pixel_bounds(natural_frames):
-    image = natural_frames(1, 448, 448)[0]
-    few = DCTImageProcessor("x4", max_pixels=112 * 112)
-    assert few(images=image)["image_grid_thw"].tolist() == [[1, 4, 4]]
-    assert few(images=image, max_pixels=224 * 224)["image_grid_thw"].tolist() == [[1, 8, 8]]
-    assert few(images=image, size={"shortest_edge": 3136, "longest_edge": 56 * 56})["image_grid_thw"].tolist() == [
-        [1, 2, 2]
-    ]
-    many = DCTImageProcessor("x4", min_pixels=896 * 896)
-    assert many(images=image)["image_grid_thw"].tolist() == [[1, 32, 32]]
-    assert DCTImageProcessor("x4", max_pixels=1, min_pixels=1)(images=image)["image_grid_thw"].tolist() == [[1, 2, 2]]
-    clip = natural_frames(4, 224, 224)
-    assert few(videos=[list(clip)])["video_grid_thw"].tolist() == [[2, 4, 4]], "the bound holds for each frame"
-
-
-def test_the_same_picture_in_every_form_gives_the_same_tokens(natural_frames):
-    array = natural_frames(1, 112, 168)[0]
-    processor = DCTImageProcessor("x4")
-
-    def tokens(image, **options) -> torch.Tensor:
-        return processor(images=image, return_tensors="pt", **options)["pixel_values"]
-
-    expected = tokens(array)
-    image = Image.fromarray(array)
-    for same in (
-        image,
-        [image],
-        [[image]],
-        array.transpose(2, 0, 1),
-        torch.from_numpy(array),
-        array[None],
-        image.convert("RGBA"),
-    ):
-        assert torch.equal(tokens(same), expected)
-    assert torch.equal(tokens(torch.from_numpy(array).permute(2, 0, 1)), expected)
-    torch.testing.assert_close(tokens(array.astype(np.float32)), expected)
-    torch.testing.assert_close(tokens(array / 255, do_rescale=False), expected, rtol=0, atol=1e-4)
-
-
-def test_values_from_0_to_1_are_resized_like_bytes(natural_frames):
-    """As the stock processor does it: Pillow resizes 8-bit values."""
-    array = natural_frames(1, 100, 150)[0] / 255 * 0.9 + 0.001
-    tokens = DCTImageProcessor("exact")(images=array, do_rescale=False, return_tensors="pt")
-    stock = Qwen2VLImageProcessor()(images=array, do_rescale=False, return_tensors="pt")
-    assert tokens["image_grid_thw"].tolist() == stock["image_grid_thw"].tolist() == [[1, 8, 10]]
-    patches = tokens["pixel_values"].double().numpy() @ dct_tokenizer.synthesis_matrix(preset("exact"))
-    np.testing.assert_allclose(patches, stock["pixel_values"].numpy(), rtol=0, atol=1e-4)
-
-
-def test_grey_pictures(natural_frames):
-    luma = natural_frames(1, 112, 112)[0][..., :1]
-    processor = DCTImageProcessor("x4")
-    expected = processor(images=luma.repeat(3, axis=-1))["pixel_values"]
-    for same in (Image.fromarray(luma[..., 0]), luma, luma.transpose(2, 0, 1)):
-        np.testing.assert_array_equal(processor(images=same)["pixel_values"], expected)
-    with pytest.raises(ValueError):
-        processor(images=np.zeros((56, 56, 4), np.uint8))
-    with pytest.raises(ValueError, match="needs images or videos, got neither"):
-        processor(images=None)
-
-
-def test_videos_in_every_form(natural_frames):
-    clip = natural_frames(3, 112, 112)
-    processor = DCTImageProcessor("x4")
-    output = processor(images=None, videos=[list(clip)], return_tensors="pt")
-    assert set(output) == {"pixel_values_videos", "video_grid_thw"}
-    assert output["video_grid_thw"].tolist() == [[2, 4, 4]]
-    expected, grid = tokenizer("x4").encode(clip)
-    assert torch.equal(output["pixel_values_videos"], expected) and grid == (2, 4, 4)
-    forms = ([clip], clip, [torch.from_numpy(clip)], [clip.transpose(0, 3, 1, 2)], [[Image.fromarray(f) for f in clip]])
-    for same in forms:
-        assert torch.equal(processor(videos=same, return_tensors="pt")["pixel_values_videos"], expected)
-    two = processor(videos=[list(clip), list(clip[:1])], return_tensors="pt")
-    assert two["video_grid_thw"].tolist() == [[2, 4, 4], [1, 4, 4]]
-    assert torch.equal(two["pixel_values_videos"][:32], expected)
-
-
-def test_images_of_mixed_sizes_stand_one_after_another(natural_frames):
-    pictures = [natural_frames(1, height, width, seed=height)[0] for height, width in ((56, 56), (200, 100), (90, 300))]
-    processor = DCTImageProcessor("x4")
-    together = processor(images=pictures, videos=[list(natural_frames(2, 60, 60))], return_tensors="pt")
-    alone = [processor(images=picture, return_tensors="pt") for picture in pictures]
-    assert together["image_grid_thw"].tolist() == [[1, 2, 2], [1, 8, 4], [1, 4, 10]]
-    assert torch.equal(together["pixel_values"], torch.cat([one["pixel_values"] for one in alone]))
-    assert together["video_grid_thw"].tolist() == [[1, 2, 2]]
-
-
-def test_without_resizing(natural_frames):
-    processor = DCTImageProcessor("x4", do_resize=False, max_pixels=56 * 56)
-    image = natural_frames(1, 112, 168)[0]
-    output = processor(images=image, return_tensors="pt")
-    assert output["image_grid_thw"].tolist() == [[1, 4, 6]]
-    assert torch.equal(output["pixel_values"], tokenizer("x4").encode(image[None])[0])
-    with pytest.raises(ValueError, match="preset x4 needs a height that is a multiple of 56 px"):
-        processor(images=image[:100])
-
-
-def test_blocks_must_be_square():
-    with pytest.raises(ValueError, match="needs square blocks, got 14 x 28 px"):
-        DCTImageProcessor(DCTConfig.select((2, 14, 28), "444"))
-
-
-READ_IN_A_FRESH_PROCESS = """
-import sys
-import numpy as np
-from transformers import AutoImageProcessor
-processor = AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-assert "dct_tokenizer" not in sys.modules, "the code must come from the folder"
-output = processor(images=np.load(sys.argv[2]), videos=np.load(sys.argv[3]))
-np.savez(sys.argv[4], **output)
-"""
-
-
-def test_saved_processor_gives_the_same_tokens_in_a_fresh_process(tmp_path, natural_frames):
-    config = replace(DCTConfig.select((4, 20, 20), "420", 777), name="mine")
-    processor = DCTImageProcessor(config, min_pixels=80 * 80, max_pixels=120 * 120)
-    processor.save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved" / "dct_tokenizer.py").read_text() == Path(dct_tokenizer.__file__).read_text()
-    image, clip = natural_frames(1, 200, 300)[0], natural_frames(5, 60, 60)
-    np.save(tmp_path / "image.npy", image)
-    np.save(tmp_path / "clip.npy", clip)
-    arguments = [tmp_path / name for name in ("saved", "image.npy", "clip.npy", "found.npz")]
-    command = [sys.executable, "-W", "ignore", "-c", READ_IN_A_FRESH_PROCESS, *map(str, arguments)]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    found, expected = np.load(tmp_path / "found.npz"), processor(images=image, videos=clip)
-    assert set(found) == set(expected)
-    for name in expected:
-        np.testing.assert_array_equal(found[name], expected[name])
-    again = AutoImageProcessor.from_pretrained(tmp_path / "saved", trust_remote_code=True)
-    assert (again.dct_config.to_dict(), again.min_pixels, again.max_pixels) == (config.to_dict(), 6400, 14400)
-
-
-def test_processor_works_inside_qwen2vl_processor(qwen2vl_directory, natural_frames):
-    processor = Qwen2VLProcessor(DCTImageProcessor("x4"), AutoTokenizer.from_pretrained(qwen2vl_directory))
-    images = [natural_frames(1, 112, 168)[0], natural_frames(1, 56, 56)[0]]
-    text = [f"{IMAGE}a {VIDEO}b", f"{IMAGE}c"]
-    output = processor(
-        text=text, images=images, videos=[list(natural_frames(4, 112, 112))], padding=True, return_tensors="pt"
-    )
-    pads = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    # a token of the language model covers 56 x 56 px of two frames
-    assert [(row == pads[0]).sum().item() for row in output["input_ids"]] == [2 * 3, 1]
-    assert [(row == pads[1]).sum().item() for row in output["input_ids"]] == [2 * 2 * 2, 0]
-    assert output["pixel_values"].shape == (4 * 6 + 2 * 2, 1764)
-    assert output["pixel_values_videos"].shape == (2 * 4 * 4, 1764)
