@@ -208,6 +208,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises ValueError with one line."""
+    for name in ("video_fps", "video_min_frames", "video_max_frames", "video_total_pixels"):
+        if not getattr(arguments, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be over 0, got {getattr(arguments, name)}")
     if not (arguments.model_dir / "config.json").is_file():
         raise ValueError(f"no model in {arguments.model_dir} (no config.json): give --model-dir a run's hf folder")
     if not (arguments.data_dir / ".nv-meta" / "split.yaml").is_file():

@@ -525,6 +525,14 @@ def test_both_commands_read_clips_as_the_sampling_does_by_default():
     assert set(names) <= set(finetune_qwen2vl.FIXED_ON_RESUME)
 
 
+@pytest.mark.parametrize("flag", ["--video-fps", "--video-min-frames", "--video-max-frames", "--video-total-pixels"])
+def test_both_commands_refuse_to_read_nothing_of_a_clip(flag, one_line_error):
+    arguments = ["--model-dir", "m", "--data-dir", "d", "--output-dir", "o", flag, "0"]
+    for command in (finetune_qwen2vl, evaluate_qwen2vl):
+        assert command.main(arguments) == 1
+        assert re.search(rf"{flag} must be (over 0|at least 1), got 0", one_line_error())
+
+
 # Positions
 
 
