@@ -1,359 +1,398 @@
-"""Turn a Cambrian-style data set (a JSON list of conversations, tars of media) into shards for Megatron-Energon.
+"""Turn a LLaVA-style data set (JSON metadata of conversations, tars or folders of media) into shards for Energon.
 
     python data_preparation.py --data-dir D --output-dir O --energon-prepare
 
-In:  D/cambrian737k.json           list of {"id", "image" or "video", "conversations", ...}; either letter case
-     D/*.tar                       the media, under the names that the entries use; plain folders in D serve as well
-Out: O/pretrain-000000.tar, ...    WebDataset samples: KEY.jpg, KEY.mp4 or KEY.0.jpg, KEY.1.jpg, ...; KEY.json
+In:  D/cambrian737k.json           list of {"id", "image" or "video", "conversations", ...}, or JSON lines; --metadata
+     D/*.tar, D/*.tar.gz           the media, under the names that the entries use; plain folders in D serve as well
+Out: O/pretrain-000000.tar, ...    WebDataset samples: KEY.jpg, KEY.mp4 or KEY.0.jpg, KEY.1.png, ...; KEY.json
+     O/pretrain-000000.stats.json  what is in the shard, its SHA-256, and what was left out of it
      O/cambrian737k_filtered.json  the entries that were written, in their old order
-     O/stats.json                  read = written + skipped by reason; the samples of each shard
-     O/skipped.jsonl               a line for each entry left out: index, id, reason, detail
+     O/stats.json                  read + copies = written + skipped + thinned, by source and reason
+     O/skipped.jsonl               a line for each entry left out
+     O/report.html                 all that to look at
 
-First the place of every media file is looked up (raw_data.py), then the plan is made: which entries have all their
-media, in which seeded order, in which shard. Then workers write the shards (shard_writing.py, media_conversion.py).
+The same data and settings give the same bytes, whatever the number of workers, in one run, in several after crashes, or
+in parts on several machines (--part 1/4 ... --part 4/4, then the same command without --part; prepare_slurm.sh).
+
+First everything is planned (raw_data.py, conversations.py, media_index.py, preparation_plan.py, data_splits.py), then
+workers write the shards (shard_writing.py, media_conversion.py), then the counts are put together (set_summary.py).
 """
 
 import argparse
 import contextlib
-import json
 import os
-import random
-import re
-import shlex
-import shutil
-import subprocess
 import sys
 import time
 import traceback
-from array import array
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from media_conversion import UnusableSample
-from raw_data import (
-    METADATA_NAME,
-    MediaIndex,
-    PreparationError,
-    check_conversations,
-    find_metadata,
-    iterate_metadata,
-    list_media,
+import numpy as np
+from tqdm import tqdm
+
+import data_splits
+from data_splits import SPLITS, Layout
+from energon_metadata import dialogue_command, energon_prepare, is_cut_alike
+from media_conversion import ConversionOptions
+from media_index import TarSource, count_refused, index_tars, list_not_read, make_readable
+from output_folder import (
+    REFUSED_NAME,
+    REPORT_NAME,
+    SHARD_NAME,
+    STATS_NAME,
+    WORK_FOLDER,
+    check_output,
+    claim,
+    is_finished,
+    locked,
+    read_json,
+    remove_conclusions,
+    remove_leftovers,
+    remove_work,
 )
-from shard_writing import PlannedSample, ShardReport, ShardTask, SkippedEntry, describe_skip, replacing, write_shards
-
-SHARD_NAME = "pretrain-{:06d}.tar"
-FILTERED_NAME = "cambrian737k_filtered.json"
-STATS_NAME = "stats.json"
-SKIPPED_NAME = "skipped.jsonl"
-# What an earlier run, and `energon prepare` after it, may have left in an output folder.
-OWN_FILE = re.compile(r"(pretrain-\d{6}\.tar(\.idx)?|cambrian737k_filtered\.json|stats\.json|skipped\.jsonl)(\.tmp)?")
-ENERGON_FOLDER = ".nv-meta"
-ENERGON_FILES = (".info.yaml", "split.yaml", "dataset.yaml")
-
-# Energon 5.2.0 (flavors/webdataset/prepare.py) cuts the sorted list of shards at int(n * 0.8) and int(n * 0.9):
-# whole shards, and with fewer than ten of them val or test would be empty.
-SPLIT = "8,1,1"
-MINIMUM_SHARDS = 10
-CRUDE_SAMPLE = "11"  # "Crude sample (plain dict for cooking)" in the dialogue of Energon 5.2.0
-DATASET_YAML = "__module__: megatron.energon\n__class__: CrudeWebdataset\nauto_decode: false\n"
+from preparation_plan import Collector, Plan, check_all, make_plan
+from raw_data import METADATA_NAME, MetadataReader, PreparationError, find_metadata
+from run_description import describe_run, is_complete, say_shares
+from set_summary import filtered_name, summarise
+from shard_writing import make_task, write_shard
+from worker_pool import WorkerPool
 
 
-@dataclass
-class Plan:
-    """The entries to write, in columns and in the order of the metadata. `skipped` accounts for the others read."""
-
-    media: MediaIndex
-    read: int = 0
-    skipped: list[SkippedEntry] = field(default_factory=list)
-    index: array = field(default_factory=lambda: array("q"))
-    offset: array = field(default_factory=lambda: array("q"))
-    length: array = field(default_factory=lambda: array("q"))
-    first_media: array = field(default_factory=lambda: array("q", [0]))
-    media_rows: array = field(default_factory=lambda: array("q"))
-
-    def append(self, offset: int, length: int, media_rows: list[int]) -> None:
-        self.index.append(self.read)
-        self.offset.append(offset)
-        self.length.append(length)
-        self.media_rows.extend(media_rows)
-        self.first_media.append(len(self.media_rows))
-
-    def sample(self, position: int) -> PlannedSample:
-        rows = self.media_rows[self.first_media[position] : self.first_media[position + 1]]
-        media = tuple(self.media.location(row) for row in rows)
-        return PlannedSample(self.index[position], self.offset[position], self.length[position], media)
-
-    def positions(self) -> list[int]:
-        """The positions of all entries that have not been skipped."""
-        skipped = {entry.index for entry in self.skipped}
-        return [position for position, index in enumerate(self.index) if index not in skipped]
+def prepare(arguments: argparse.Namespace) -> int:
+    """All of the work; returns the exit status. Raises PreparationError or OSError."""
+    metadata = find_metadata(arguments.data_dir, arguments.metadata)
+    check_output(arguments.output_dir, arguments.force)
+    if is_complete(arguments, metadata):
+        print(f"{arguments.output_dir} is complete already; --force would write it anew")
+        return finish(arguments, read_json(arguments.output_dir / STATS_NAME))
+    with WorkerPool(arguments.num_workers) as pool:
+        reader = MetadataReader(metadata, arguments.limit)
+        with tqdm(desc="Checking entries", unit="entry") as bar:
+            collector = check_all(reader, pool, arguments.strict, bar.update)
+        with run_lock(arguments):
+            tars, plan, layout, run = plan_set(arguments, reader, collector)
+            if arguments.dry_run:
+                return say_dry_run(plan, layout)
+            seconds, samples = write_missing(pool, arguments, metadata, tars, plan, layout)
+            if arguments.part:
+                return say_part(arguments, layout, seconds, samples)
+            stats = summarise(arguments.output_dir, plan, layout, metadata, tars, run)
+            remove_work(arguments.output_dir)
+    say_result(stats, arguments.output_dir / filtered_name(metadata), seconds, samples)
+    return finish(arguments, stats)
 
 
-def index_media(data_dir: Path) -> MediaIndex:
-    """Look up the members of D/*.tar."""
-    media = MediaIndex(data_dir)
-    for path in sorted(data_dir.glob("*.tar")):
-        media.add_tar(path)
-    print(f"Found {len(media.rows)} files in {len(media.paths)} tars")
-    compressed = sorted(path.name for pattern in ("*.tar.gz", "*.tgz") for path in data_dir.glob(pattern))
-    if compressed:
-        print(f"Not read, because compressed (gunzip first): {', '.join(compressed)}", file=sys.stderr)
-    return media
+# Planning
 
 
-def make_plan(metadata: Path, media: MediaIndex) -> Plan:
-    """Keep every entry whose conversations are sound and whose media are there."""
-    plan = Plan(media)
-    for offset, length, entry in iterate_metadata(metadata):
-        try:
-            check_conversations(entry)
-            plan.append(offset, length, [media.find(name) for _, name in list_media(entry)])
-        except UnusableSample as unusable:
-            plan.skipped.append(describe_skip(plan.read, entry, unusable))
-        plan.read += 1
-    return plan
+def plan_set(
+    arguments: argparse.Namespace, reader: MetadataReader, collector: Collector
+) -> tuple[list[TarSource], Plan, Layout, dict[str, Any]]:
+    """Find the media, decide what goes where, and mark the output folder; but for the last in a dry run."""
+    data_dir, output_dir = arguments.data_dir, arguments.output_dir
+    with planning_lock(arguments) as work:
+        tars = index_tars(data_dir, work, arguments.num_workers)
+        say_tars(tars, arguments)
+        plan = make_plan(collector, reader.paths, tars, data_dir, output_dir, arguments.strict)
+        layout = lay_out(plan, arguments)
+        say_plan(plan, layout, arguments)
+        run = describe_run(arguments, reader, tars, plan, layout)
+        if not arguments.dry_run:
+            claim(output_dir, run, arguments.force)
+    return tars, plan, layout, run
 
 
-def cut_shards(plan: Plan, seed: int, maxcount: int) -> list[list[int]]:
-    """Shuffle the plan's positions and cut them into max(10, ceil(n / maxcount)) shards of sizes that differ by at most
-    one. Raises PreparationError where there are fewer than ten."""
-    positions = plan.positions()
-    count = max(MINIMUM_SHARDS, -(-len(positions) // maxcount))
-    if len(positions) < count:
-        why = f"of {plan.read} entries read, {say_reasons(plan.skipped) or 'none skipped'}"
-        example = f"; the first skipped: {plan.skipped[0].detail}" if plan.skipped else ""
-        need = f"the split {SPLIT} is cut by whole shards and needs {MINIMUM_SHARDS} of them"
-        raise PreparationError(f"only {len(positions)} usable samples ({why}{example}); {need}")
-    random.Random(seed).shuffle(positions)
-    return [positions[len(positions) * n // count : len(positions) * (n + 1) // count] for n in range(count)]
-
-
-def make_tasks(plan: Plan, shards: list[list[int]], metadata: Path, output_dir: Path) -> Iterator[ShardTask]:
-    """One task a shard, built when it is asked for."""
-    for number, positions in enumerate(shards):
-        samples = tuple(plan.sample(position) for position in positions)
-        yield ShardTask(str(output_dir / SHARD_NAME.format(number)), str(metadata), samples)
-
-
-def write_data_set(plan: Plan, metadata: Path, arguments: argparse.Namespace) -> list[ShardReport]:
-    """Cut and write the shards; adds what the workers skip to the plan. Where broken media leave a shard empty, cut and
-    write again without them, because Energon drops an empty shard and may then find no val split."""
-    shards = cut_shards(plan, arguments.seed, arguments.maxcount)
-    samples = sum(map(len, shards))
-    print(
-        f"Keeping {samples} of {plan.read} conversations: {len(shards)} shards of up to {max(map(len, shards))} samples"
-    )
-    if samples < MINIMUM_SHARDS * arguments.maxcount:
-        print(f"(fewer than --maxcount {arguments.maxcount} a shard: the split {SPLIT} needs {MINIMUM_SHARDS} shards)")
-    clear_output(arguments.output_dir)
-    tasks = make_tasks(plan, shards, metadata, arguments.output_dir)
-    reports = write_shards(tasks, samples, arguments.num_workers)
-    plan.skipped += [entry for report in reports for entry in report.skipped]
-    if all(report.written for report in reports):
-        return reports
-    print("A shard came out empty, for all its media are broken; starting again without them")
-    clear_output(arguments.output_dir)
-    return write_data_set(plan, metadata, arguments)
-
-
-def check_output(output_dir: Path, force: bool) -> None:
-    """Raise PreparationError unless the folder is new or empty, or `force` and its shards are an earlier run's."""
-    existing = sorted(output_dir.iterdir()) if output_dir.exists() else []
-    if not existing:
-        return
-    other = "or name another folder"
-    if not force:
-        raise PreparationError(f"{output_dir} is not empty; add --force to replace what an earlier run wrote, {other}")
-    own = [path for path in existing if OWN_FILE.fullmatch(path.name)]
-    if own and not is_own_stats(output_dir / STATS_NAME):
-        raise PreparationError(f"{output_dir} holds {own[0].name}, which this tool did not write; move it {other}")
-    foreign = [path for pattern in ("*.tar", "*.tgz") for path in output_dir.rglob(pattern) if path not in own]
-    if foreign:
-        raise PreparationError(
-            f"{foreign[0]} is not this tool's, and energon would take it for a shard; move it {other}"
-        )
-
-
-def is_own_stats(path: Path) -> bool:
+def lay_out(plan: Plan, arguments: argparse.Namespace) -> Layout:
+    """Split, weigh, shuffle and cut. Raises PreparationError where that is not possible."""
+    names = {name: number for number, name in enumerate(plan.sources)}
+    unknown = [name for name, _ in arguments.source_weight if name not in names]
+    if unknown:
+        raise PreparationError(f"--source-weight {unknown[0]}: the sources are {', '.join(sorted(names))}")
+    weights = {names[name]: weight for name, weight in arguments.source_weight}
+    shares, seed = arguments.split, arguments.seed
+    group = data_splits.group_entries(plan.media_start, plan.content, plan.digest)
+    identity = data_splits.identify(plan.media_start, plan.content, plan.digest)
+    split = data_splits.split_entries(group, plan.source, identity, shares, seed)
+    copies = data_splits.count_copies(split, plan.source, plan.digest, weights, seed)
     try:
-        return json.loads(path.read_bytes())["tool"] == "data_preparation"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return data_splits.lay_out(split, copies, plan.digest, shares, arguments.maxcount, seed)
+    except PreparationError as error:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in plan.skipped.reasons().items()) or "none skipped"
+        example = f"; the first skipped: {plan.skipped.first_detail()}" if len(plan.skipped) else ""
+        read = sum(plan.read.values())
+        raise PreparationError(
+            f"{error} (of {read} entries read, {len(plan)} are usable: {reasons}{example})"
+        ) from error
 
 
-def clear_output(output_dir: Path) -> None:
-    """Remove what this tool and `energon prepare` wrote, nothing else; mark the folder as this tool's, not complete."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / STATS_NAME, {"tool": "data_preparation", "complete": False})
-    for path in sorted(output_dir.iterdir()):
-        if OWN_FILE.fullmatch(path.name) and path.name != STATS_NAME:
-            path.unlink()
-    for name in ENERGON_FILES:
-        (output_dir / ENERGON_FOLDER / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        (output_dir / ENERGON_FOLDER).rmdir()  # stays where someone put a file of their own
+# Writing
 
 
-def write_json(path: Path, value: Any) -> None:
-    with replacing(path) as stream:
-        stream.write((json.dumps(value, indent=2) + "\n").encode())
+@contextlib.contextmanager
+def run_lock(arguments: argparse.Namespace) -> Iterator[None]:
+    """Keep other runs from this folder; parts from the same part, and from a run of the whole."""
+    if arguments.dry_run:
+        yield
+        return
+    work = arguments.output_dir / WORK_FOLDER
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(locked(work / "run.lock", shared=bool(arguments.part)))
+        if arguments.part:
+            locks.enter_context(locked(work / "part-{}-of-{}.lock".format(*arguments.part)))
+        yield
 
 
-def write_filtered_metadata(path: Path, plan: Plan, metadata: Path) -> None:
-    """Copy the text of every written entry into a new JSON list."""
-    separator = b"[\n"
-    with metadata.open("rb") as source, replacing(path) as stream:
-        for position in plan.positions():
-            source.seek(plan.offset[position])
-            stream.write(separator + source.read(plan.length[position]))
-            separator = b",\n"
-        stream.write(b"\n]\n")
+@contextlib.contextmanager
+def planning_lock(arguments: argparse.Namespace) -> Iterator[Path | None]:
+    """The folder for indexes and unpacked tars, where one part at a time works and the others wait for what it finds;
+    None in a dry run, which writes nothing."""
+    if arguments.dry_run:
+        yield None
+        return
+    work = arguments.output_dir / WORK_FOLDER
+    with locked(work / "planning.lock", wait=True):
+        yield work
 
 
-def write_skipped(path: Path, skipped: list[SkippedEntry]) -> None:
-    with replacing(path) as stream:
-        for entry in sorted(skipped, key=lambda entry: entry.index):
-            stream.write((json.dumps(asdict(entry)) + "\n").encode())
+def own_shards(layout: Layout, part: tuple[int, int] | None) -> list[int]:
+    number, parts = part or (1, 1)
+    return list(range(number - 1, len(layout.split_of), parts))
 
 
-def make_stats(plan: Plan, reports: list[ShardReport], metadata: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What stats.json holds: no times, folders or worker counts, so that equal data and settings give an equal file."""
-    parts = Counter()
-    for report in reports:
-        parts.update(report.parts)
-    written = sum(report.written for report in reports)
-    if plan.read != written + len(plan.skipped):
-        raise RuntimeError(f"lost count: read {plan.read}, written {written}, skipped {len(plan.skipped)}")
-    return {
-        "tool": "data_preparation",
-        "complete": True,
-        "metadata": metadata.name,
-        "seed": arguments.seed,
-        "maxcount": arguments.maxcount,
-        "read": plan.read,
-        "written": written,
-        "skipped": count_reasons(plan.skipped),
-        "parts": {name: parts[name] for name in ("images_copied", "images_converted", "clips_copied", "text_only")},
-        "shards": {report.name: report.written for report in reports},
-    }
+def write_missing(
+    pool: WorkerPool,
+    arguments: argparse.Namespace,
+    metadata: list[Path],
+    tars: list[TarSource],
+    plan: Plan,
+    layout: Layout,
+) -> tuple[float, int]:
+    """Write the shards of this part that are not finished; returns the seconds it took and the number of samples."""
+    output_dir, start = arguments.output_dir, time.perf_counter()
+    shards = {number: output_dir / SHARD_NAME.format(number) for number in own_shards(layout, arguments.part)}
+    missing = [number for number, shard in shards.items() if not is_finished(shard)]
+    samples = int(sum(layout.bounds[number + 1] - layout.bounds[number] for number in missing))
+    if len(missing) < len(shards):
+        print(f"{len(shards) - len(missing)} of {len(shards)} shards are finished already")
+    remove_leftovers(output_dir, tuple(f"{path.stem}." for path in shards.values()) if arguments.part else ("",))
+    if missing:
+        remove_conclusions(output_dir)
+        make_readable(tars, arguments.num_workers)
+    files = (arguments.data_dir, tuple(metadata), tuple(tar.readable for tar in tars))
+    options = ConversionOptions(arguments.max_pixels, arguments.jpeg_quality, arguments.check_pictures)
+    tasks = (make_task(plan, layout, number, shards[number], files, options, arguments.strict) for number in missing)
+    with tqdm(total=samples, desc="Processing images", unit="sample") as bar:
+        for _ in pool.map(write_shard, tasks, bar.update):
+            pass
+    return time.perf_counter() - start, samples
 
 
-def count_reasons(skipped: list[SkippedEntry]) -> dict[str, int]:
-    return dict(sorted(Counter(entry.reason for entry in skipped).items()))
+def finish(arguments: argparse.Namespace, stats: dict[str, Any]) -> int:
+    """What may follow a complete set: the report, and Energon's metadata. Returns the exit status."""
+    output_dir = arguments.output_dir
+    if not arguments.no_report and not (output_dir / REPORT_NAME).exists():
+        from preparation_report import write_report
+
+        print(f"Report: {write_report(output_dir)}")
+    split = say_shares(arguments.split)
+    if arguments.energon_prepare:
+        split_of = tuple(read_json((output_dir / name).with_suffix(".stats.json"))["split"] for name in stats["shards"])
+        energon_prepare(output_dir, split, split_of, arguments.num_workers)
+    elif is_cut_alike(arguments.split, len(stats["shards"])):
+        print(f"Next: {dialogue_command(output_dir, split)}")
+    else:
+        print(f"Next: the same command with --energon-prepare (its dialogue would not cut {split} as it is)")
+    return 0
 
 
-def say_reasons(skipped: list[SkippedEntry]) -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in count_reasons(skipped).items())
+def verify_set(arguments: argparse.Namespace) -> int:
+    """Read the set back; returns the exit status."""
+    from shard_verification import verify
+
+    problems = verify(arguments.output_dir, arguments.num_workers)
+    for problem in problems:
+        print(problem)
+    return 1 if problems else 0
 
 
-def say_result(plan: Plan, stats: dict[str, Any], output_dir: Path, seconds: float) -> None:
-    reasons = f" ({say_reasons(plan.skipped)})" if plan.skipped else ""
-    print(f"Filtered metadata with {stats['written']} conversations: {output_dir / FILTERED_NAME}")
-    print(f"read {stats['read']} = written {stats['written']} + skipped {len(plan.skipped)}{reasons}")
-    print(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in stats["parts"].items()))
-    rate = f"{seconds:.1f} s, {stats['written'] / seconds:.0f} samples/s"
-    print(f"Conversion done: {len(stats['shards'])} shards in {output_dir} ({rate})")
+# What it says
 
 
-def dialogue_command(output_dir: Path) -> str:
-    """The dialogue with `energon prepare` as one line to type."""
-    beside_python = Path(sys.executable).with_name("energon")
-    energon = str(beside_python) if shutil.which("energon") is None and beside_python.exists() else "energon"
-    return f"printf '{SPLIT}\\ny\\n{CRUDE_SAMPLE}\\n' | {shlex.quote(energon)} prepare {shlex.quote(str(output_dir))}"
+def say_tars(tars: list[TarSource], arguments: argparse.Namespace) -> None:
+    """How many files there are, and on stderr what is not used. Raises PreparationError for the latter if strict."""
+    print(f"Found {sum(len(tar.index.names) for tar in tars)} files in {len(tars)} tars")
+    not_read = list_not_read(arguments.data_dir)
+    if not_read:
+        print(f"Not read, only .tar, .tar.gz and .tgz are: {', '.join(not_read)}", file=sys.stderr)
+    for tar in tars:
+        findings = []
+        if tar.damage:
+            findings.append(f"only the {len(tar.index.names)} members before its damage are used: {tar.damage}")
+        if tar.refused:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in count_refused(tar).items())
+            findings.append(f"members refused ({reasons}), by name in {REFUSED_NAME}")
+        if findings and arguments.strict:
+            raise PreparationError(f"--strict: {tar.path}: {'; '.join(findings)}")
+        if findings:
+            print(f"{tar.path.name}: {'; '.join(findings)}", file=sys.stderr)
 
 
-def energon_prepare(output_dir: Path, num_workers: int) -> None:
-    """Answer this interpreter's `energon prepare`, then write a dataset.yaml that leaves the media as bytes."""
-    command = [sys.executable, "-m", "megatron.energon.cli.main", "prepare", f"--num-workers={max(1, num_workers)}"]
-    answers = f"{SPLIT}\ny\n{CRUDE_SAMPLE}\n"
-    done = subprocess.run([*command, str(output_dir)], input=answers, capture_output=True, text=True)
-    folder = output_dir / ENERGON_FOLDER
-    if done.returncode != 0 or not (folder / "split.yaml").is_file():
-        last_line = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
-        raise PreparationError(f"energon prepare failed: {last_line}; to see it whole: {dialogue_command(output_dir)}")
-    with replacing(folder / "dataset.yaml") as stream:
-        stream.write(DATASET_YAML.encode())
-    splits = ", ".join(f"{name} {count}" for name, count in count_splits(output_dir).items())
-    print(f"Energon metadata in {folder}; samples: {splits}")
+def say_plan(plan: Plan, layout: Layout, arguments: argparse.Namespace) -> None:
+    sizes = np.diff(layout.bounds)
+    read, samples = sum(plan.read.values()), len(layout.row)
+    print(f"Keeping {len(plan)} of {read} conversations: {len(sizes)} shards of up to {sizes.max()} samples")
+    if samples != len(plan):
+        print(f"({samples} samples, by --source-weight)")
+    if sizes.max() < arguments.maxcount and len(sizes) == sum(arguments.split):
+        split = say_shares(arguments.split)
+        print(f"(fewer than --maxcount {arguments.maxcount} a shard: the split {split} needs {len(sizes)} shards)")
+    print("Samples: " + ", ".join(f"{name} {count}" for name, count in layout.counts.items()))
 
 
-def count_splits(output_dir: Path) -> dict[str, int]:
-    """The samples of each split, as Energon counts them. Raises PreparationError if one is empty."""
-    import yaml
+def say_dry_run(plan: Plan, layout: Layout) -> int:
+    """The table of sources and splits; nothing has been written. Returns the exit status."""
+    split_of = np.repeat([SPLITS.index(name) for name in layout.split_of], np.diff(layout.bounds))
+    print(f"{'source':<24}{'read':>10}{'usable':>10}" + "".join(f"{name:>10}" for name in SPLITS))
+    usable, source = np.bincount(plan.source, minlength=len(plan.sources)), plan.source[layout.row]
+    for number, name in enumerate(plan.sources):
+        splits = np.bincount(split_of[source == number], minlength=len(SPLITS))
+        counts = [plan.read[name], usable[number], *splits]
+        print(f"{name:<24}" + "".join(f"{count:>10}" for count in counts))
+    for reason, count in plan.skipped.reasons().items():
+        print(f"would be skipped: {reason} {count}")
+    print("Dry run: pictures and clips have not been read, nothing has been written")
+    return 0
 
-    folder = output_dir / ENERGON_FOLDER
-    counts = yaml.safe_load((folder / ".info.yaml").read_text())["shard_counts"]
-    splits = yaml.safe_load((folder / "split.yaml").read_text())["split_parts"]
-    samples = {name: sum(counts[shard] for shard in splits.get(name, [])) for name in ("train", "val", "test")}
-    for name, count in samples.items():
-        if not count:
-            raise PreparationError(
-                f"the {name} split of {output_dir} is empty; prepare again with a smaller --maxcount"
-            )
-    return samples
+
+def say_part(arguments: argparse.Namespace, layout: Layout, seconds: float, samples: int) -> int:
+    number, parts = arguments.part
+    shards = len(own_shards(layout, arguments.part))
+    print(f"Part {number} of {parts} done: {shards} of {len(layout.split_of)} shards ({say_rate(seconds, samples)})")
+    print("When all parts are done, the same command without --part puts the counts together")
+    return 0
+
+
+def say_rate(seconds: float, samples: int) -> str:
+    return f"{seconds:.1f} s, {samples / max(seconds, 1e-9):.0f} samples/s"
+
+
+def say_result(stats: dict[str, Any], filtered: Path, seconds: float, samples: int) -> None:
+    reasons = ", ".join(f"{reason} {count}" for reason, count in stats["skipped"].items())
+    weighted = "".join(f" {sign} {name} {stats[name]}" for sign, name in (("+", "copies"),) if stats[name])
+    thinned = f" + thinned {stats['thinned']}" if stats["thinned"] else ""
+    skipped = f"{sum(stats['skipped'].values())}{f' ({reasons})' if reasons else ''}"
+    print(f"Filtered metadata: {filtered}")
+    print(f"read {stats['read']}{weighted} = written {stats['written']} + skipped {skipped}{thinned}")
+    for name in ("parts", "repairs"):
+        if stats[name]:
+            print(", ".join(f"{what.replace('_', ' ')} {count}" for what, count in stats[name].items()))
+    print(f"Conversion done: {len(stats['shards'])} shards in {filtered.parent} ({say_rate(seconds, samples)})")
+
+
+# Arguments
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    cores = len(os.sched_getaffinity(0))
-    workers = "worker processes; 0: work in this process (default: the cores, %(default)s)"
-    maxcount = "samples a shard at most, fewer where ten shards need it (default: %(default)s)"
-    add("--data-dir", type=Path, required=True, metavar="D", help=f"folder with {METADATA_NAME} and the tars")
-    add("--output-dir", type=Path, required=True, metavar="O", help="folder for the shards, new or empty")
-    add("--num-workers", type=int, default=cores, metavar="N", help=workers)
-    add("--seed", type=int, default=0, metavar="N", help="seed of the shuffle before sharding (default: %(default)s)")
-    add("--maxcount", type=int, default=1000, metavar="N", help=maxcount)
-    add("--force", action="store_true", help="replace what an earlier run wrote in the output folder")
-    add("--energon-prepare", action="store_true", help=f"also run `energon prepare` (split {SPLIT}, crude samples)")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    add_folders(parser)
+    add_settings(parser)
+    add_running(parser)
     arguments = parser.parse_args(argv)
-    if arguments.num_workers < 0:
-        parser.error(f"--num-workers must be 0 or more, not {arguments.num_workers}")
-    if arguments.maxcount < 1:
-        parser.error(f"--maxcount must be 1 or more, not {arguments.maxcount}")
+    for name, least in (("num_workers", 0), ("maxcount", 1), ("limit", 1), ("max_pixels", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be {least} or more, not {value}")
+    if not 1 <= arguments.jpeg_quality <= 100:
+        parser.error(f"--jpeg-quality must be from 1 to 100, not {arguments.jpeg_quality}")
+    if arguments.part and arguments.force:
+        parser.error("--force with --part would remove what the other parts have written; remove the folder instead")
+    if arguments.verify:
+        return arguments
+    if arguments.data_dir is None:
+        parser.error("the following arguments are required: --data-dir")
     output_dir, data_dir = arguments.output_dir.resolve(), arguments.data_dir.resolve()
     if output_dir == data_dir or output_dir in data_dir.parents:
         parser.error("--output-dir must not be or contain --data-dir: energon would take the source tars for shards")
     return arguments
 
 
-def prepare(arguments: argparse.Namespace) -> None:
-    """All of the work. Raises PreparationError or OSError."""
-    output_dir = arguments.output_dir
-    metadata = find_metadata(arguments.data_dir)
-    check_output(output_dir, arguments.force)
-    plan = make_plan(metadata, index_media(arguments.data_dir))
-    start = time.perf_counter()
-    reports = write_data_set(plan, metadata, arguments)
-    seconds = time.perf_counter() - start
-    write_filtered_metadata(output_dir / FILTERED_NAME, plan, metadata)
-    write_skipped(output_dir / SKIPPED_NAME, plan.skipped)
-    stats = make_stats(plan, reports, metadata, arguments)
-    write_json(output_dir / STATS_NAME, stats)
-    say_result(plan, stats, output_dir, seconds)
-    if arguments.energon_prepare:
-        energon_prepare(output_dir, arguments.num_workers)
-    else:
-        print(f"Next: {dialogue_command(output_dir)}")
+def checked(parse: Any) -> Any:
+    """An argparse type whose ValueError becomes the message."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except (ValueError, ZeroDivisionError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """ "2/4" -> (2, 4). Raises ValueError."""
+    number, slash, parts = text.partition("/")
+    if not slash or not 1 <= int(number) <= int(parts):
+        raise ValueError(f"a part is I/N with I from 1 to N, not {text!r}")
+    return int(number), int(parts)
+
+
+def add_folders(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    metadata = f"JSON lists or JSON lines, in D or elsewhere (default: {METADATA_NAME} in D)"
+    add("--data-dir", type=Path, metavar="D", help="folder with the metadata and the media")
+    add("--output-dir", type=Path, required=True, metavar="O", help="folder for the shards, new or empty")
+    add("--metadata", type=Path, nargs="+", metavar="FILE", help=metadata)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what is written").add_argument
+    maxcount = "samples a shard at most, fewer where the split needs it (default: %(default)s)"
+    split = "shares of train, val and test, exact in every source dataset (default: 8,1,1)"
+    weight = "repeat or thin the training entries of a source, as 2 or 0.5 (default: 1)"
+    pixels = "make pictures with more pixels (height times width) smaller (default: keep them)"
+    quality = "of pictures that are encoded anew (default: %(default)s)"
+    limit = "use the first N entries of the metadata alone"
+    add("--seed", type=int, default=0, metavar="N", help="of split and shuffle (default: %(default)s)")
+    add("--maxcount", type=int, default=1000, metavar="N", help=maxcount)
+    add("--split", type=checked(data_splits.parse_split), default=(8, 1, 1), metavar="A,B,C", help=split)
+    add("--source-weight", type=checked(data_splits.parse_weight), nargs="+", default=[], metavar="NAME=W", help=weight)
+    add("--max-pixels", type=int, metavar="N", help=pixels)
+    add("--jpeg-quality", type=int, default=95, metavar="Q", help=quality)
+    add("--check-pictures", action="store_true", help="decode every picture and every frame of a clip")
+    add("--limit", type=int, metavar="N", help=limit)
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("how it runs").add_argument
+    workers = "worker processes; 0: work in this process (default: the cores, %(default)s)"
+    part = "write every N-th shard alone; after all parts, the same command without --part ends the set"
+    energon = "also run `energon prepare`: splits, crude samples"
+    verify = "write nothing; read the set in O back, decode everything and say what is wrong (needs no --data-dir)"
+    cores = len(os.sched_getaffinity(0))
+    add("--num-workers", type=int, default=cores, metavar="N", help=workers)
+    add("--part", type=checked(parse_part), metavar="I/N", help=part)
+    add("--force", action="store_true", help="replace what an earlier run wrote in the output folder")
+    add("--strict", action="store_true", help="stop at the first entry, picture or tar that needs repair or skipping")
+    add("--dry-run", action="store_true", help="say what would be written, by source and split, and write nothing")
+    add("--verify", action="store_true", help=verify)
+    add("--energon-prepare", action="store_true", help=energon)
+    add("--no-report", action="store_true", help="no report.html")
+    add("--debug", action="store_true", help="show the traceback of an error")
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
-        prepare(arguments)
+        return verify_set(arguments) if arguments.verify else prepare(arguments)
     except (PreparationError, OSError) as error:
         if arguments.debug:
             traceback.print_exc()
         print(f"data_preparation.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("data_preparation.py: interrupted; start again with --force", file=sys.stderr)
+        print("data_preparation.py: interrupted; the same command goes on", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -332,8 +332,8 @@ class _Clip:
     def _begin(self, frame: Any) -> None:
         """The first frame decides on size, orientation and colours of all."""
         self._matrix, self._range = _colours(frame)
-        self._orientation = _orientation(frame)
-        exchanged = _exchanges_axes(self._orientation)
+        self._orientation = orientation(frame)
+        exchanged = exchanges_axes(self._orientation)
         height, width = (frame.width, frame.height) if exchanged else (frame.height, frame.width)
         if self.fit:
             height, width = self.fit(height, width, len(self.keys))
@@ -395,7 +395,7 @@ def _is_grey(frame: Any) -> bool:
     return len(frame.format.components) <= 2 and not frame.format.is_rgb and not frame.format.has_palette
 
 
-def _orientation(frame: Any) -> tuple[int, int, int, int]:
+def orientation(frame: Any) -> tuple[int, int, int, int]:
     """(a, b, c, d) of the display matrix: what is stored at x, y is shown at a x + c y, b x + d y, scale and offset
     apart."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
@@ -405,14 +405,14 @@ def _orientation(frame: Any) -> tuple[int, int, int, int]:
     return a, b, c, d
 
 
-def _exchanges_axes(orientation: tuple[int, int, int, int]) -> bool:
+def exchanges_axes(orientation: tuple[int, int, int, int]) -> bool:
     return abs(orientation[1]) > abs(orientation[0])
 
 
 def _turn(frames: np.ndarray, orientation: tuple[int, int, int, int]) -> np.ndarray:
     """[T, H, W, ...] as stored -> as displayed: one of the eight ways to turn and mirror, the nearest to the matrix."""
     a, b, c, d = orientation
-    if _exchanges_axes(orientation):
+    if exchanges_axes(orientation):
         frames, a, d = frames.swapaxes(1, 2), c, b
     return frames[:, :: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 

@@ -1,19 +1,42 @@
-"""Pictures and clips as a shard stores them: bytes from anywhere in, checked bytes out.
+"""Pictures and clips as a shard stores them: bytes from anywhere in, checked bytes out. Files are judged by what they
+are, never by their names.
 
-A plain RGB JPEG and an mp4 clip keep their bytes. Every other picture becomes a JPEG of quality 95 without chroma
-subsampling; its colour values are taken as they are (an ICC profile is neither applied nor kept). What cannot be
-decoded raises `UnusableSample` with a reason to count by.
+Nothing is decoded or encoded anew that training reads as it is. So these keep their bytes:
+
+    JPEG    8-bit, grey or RGB, no EXIF rotation, after a look at its structure (picture_structure.py)
+    PNG     8-bit, grey, RGB or palette, no transparency, no animation, no EXIF rotation, after the same
+    clips   mp4, mov, mkv, webm, avi: packets counted, a first, a middle and a last part decoded
+
+What looks unusual in a picture's structure is decoded to find out. All other pictures, and those with more than
+`max_pixels`, become JPEGs without chroma subsampling: first frame, EXIF rotation applied, transparency on white, 16
+bits scaled to 8. Colour values are taken as they are (an ICC profile is neither applied nor kept). Clips in other
+containers are put into an mp4 or mkv with the same packets. A clip that is given as picture files becomes an mp4 of
+those JPEGs.
+
+What training could not read raises `UnusableSample`, with one of these reasons to count by:
+
+    broken_image, broken_clip            cut short, damaged, or nothing of the kind
+    image_too_large                      over 89,478,485 pixels, or 65,500 a side
+    clip_too_large, clip_too_long        frames of over 8192 x 4320 pixels; over a million frames
+    extreme_aspect_ratio                 one side over 200 times the other: Qwen2-VL takes none
+    unsupported_image                    pixels of no known range
+    unsupported_clip                     a format or codec that FFmpeg lacks; frames of several sizes
 """
 
 import io
+import math
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from PIL import Image
 
-from media import to_rgb
+from clip_conversion import MAXIMUM_ASPECT_RATIO, Probe, mux_jpegs, probe_clip, remux
+from conversations import UnusableSample
+from media import decode_image, to_rgb
+from picture_structure import read_layout
 
-JPEG_QUALITY = 95
 # Bitmap formats only: Pillow would hand EPS to Ghostscript, and vector formats have no size of their own.
 PICTURE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 MAXIMUM_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MiB of RGB
@@ -22,36 +45,85 @@ EXIF_ORIENTATION = 0x0112  # EXIF 2.32; 1 is upright, 2 to 8 are the other seven
 TURNED = range(2, 9)
 MEMORY_ADDRESS = re.compile(r" object at 0x[0-9a-f]+")  # in Pillow's messages; another one in every run
 
+BITS_OF_PNG = 24  # where its header says how many bits a value has
+METADATA_NAMES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # under which Pillow keeps orientations
+TREATMENTS = (
+    "images_copied",
+    "images_converted",
+    "images_downsized",
+    "clips_copied",
+    "clips_remuxed",
+    "clips_of_frames",
+)
 
-class UnusableSample(Exception):
-    """A sample that cannot be used. `reason`: one of a fixed set of words; `detail`: which part, and what is wrong."""
 
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+@dataclass(frozen=True)
+class ConversionOptions:
+    """max_pixels: pictures with more (height times width) are made smaller, at the same aspect ratio. jpeg_quality: of
+    what is encoded. check_pictures: decode every picture and every frame of a clip, even where the structure is sound.
+    """
+
+    max_pixels: int | None = None
+    jpeg_quality: int = 95
+    check_pictures: bool = False
 
 
 @dataclass(frozen=True)
 class StoredMedia:
     """One media part of a shard sample.
 
-    part: the file ending in the shard, "jpg" or "mp4".
-    treatment: "images_copied", "images_converted" or "clips_copied", the name it is counted under.
+    part: the file ending in the shard, "jpg", "png", "mp4", "mov", "mkv", "webm" or "avi". treatment: one of
+    TREATMENTS. height, width: as displayed, pixels. frames: 1 for a picture. seconds: of a clip, 0 for a picture.
     """
 
     part: str
     data: bytes
     treatment: str
+    height: int
+    width: int
+    frames: int = 1
+    seconds: float = 0.0
 
 
-def convert_media(kind: str, name: str, data: bytes) -> StoredMedia:
+DEFAULTS = ConversionOptions()
+
+
+def convert_media(kind: str, name: str, data: bytes, options: ConversionOptions = DEFAULTS) -> StoredMedia:
     """Check one picture (kind "image") or clip (kind "video") and return what the shard stores.
 
-    Raises UnusableSample with reason broken_image, image_too_large, unsupported_image, broken_clip or unsupported_clip.
+    Raises UnusableSample with a reason of the table above and `name` in its detail.
     """
+    with saying_which(kind, name):
+        return convert_picture(data, options) if kind == "image" else convert_clip(data, options)
+
+
+def convert_all(
+    media: Iterable[tuple[str, str]], files: Iterable[bytes], options: ConversionOptions = DEFAULTS
+) -> list[StoredMedia]:
+    """The media of an entry, (kind, name) as conversations.CheckedEntry lists them and their files -> the parts of its
+    sample, in order. Adjacent media of kind "frame" become one clip. Raises UnusableSample."""
+    stored: list[StoredMedia] = []
+    frames: list[StoredMedia] = []
+    place, first = 0, ""
+    for (kind, name), data in zip(media, files, strict=True):
+        if kind != "frame":
+            stored.append(convert_media(kind, name, data, options))
+            continue
+        if not frames:
+            place, first = len(stored), name
+        with saying_which("image", name):
+            frames.append(convert_picture(data, options, parts=("jpg",)))
+    if frames:
+        with saying_which("video", first):
+            stored.insert(place, join_frames(frames, options))
+    return stored
+
+
+@contextmanager
+def saying_which(kind: str, name: str) -> Iterator[None]:
+    """Turns whatever a decoder raises into an UnusableSample with the medium's name."""
     try:
-        return convert_picture(data) if kind == "image" else check_clip(data)
+        yield
     except UnusableSample as unusable:
         raise UnusableSample(unusable.reason, f"{name}: {unusable.detail}") from None
     except Image.DecompressionBombError as error:
@@ -59,78 +131,144 @@ def convert_media(kind: str, name: str, data: bytes) -> StoredMedia:
     except Exception as error:
         # The decoders meet bytes from anywhere and raise whatever they like (struct.error, KeyError, SyntaxError, ...).
         reason = "broken_image" if kind == "image" else "broken_clip"
-        fault = MEMORY_ADDRESS.sub("", f"{type(error).__name__}: {error}")
-        raise UnusableSample(reason, f"{name}: {fault}") from error
+        fault = MEMORY_ADDRESS.sub("", f"{type(error).__name__}: {' '.join(str(error).split())}")
+        raise UnusableSample(reason, f"{name}: {fault:.500}") from error
 
 
-def convert_picture(data: bytes) -> StoredMedia:
-    """Any picture -> JPEG file; the same bytes where they already are an upright RGB JPEG that decodes to its end."""
-    image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
-    refuse_size(image.width, image.height)
-    if has_damaged_exif(image):
-        image.info.pop("exif")  # shown as browsers do, as if there were none
-    elif image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(EXIF_ORIENTATION) not in TURNED:
-        # At 1/8 size libjpeg reads every Huffman code, so a cut file is found, but skips most of the inverse DCT.
-        image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
-        image.load()
-        return StoredMedia("jpg", data, "images_copied")
-    image.load()
-    refuse_pixel_format(image)
-    return StoredMedia("jpg", encode_jpeg(to_rgb(image)), "images_converted")
+# Pictures
 
 
-def refuse_size(width: int, height: int) -> None:
+def convert_picture(data: bytes, options: ConversionOptions, parts: tuple[str, ...] = ("jpg", "png")) -> StoredMedia:
+    """Any picture -> the same bytes, if they are one of `parts` and training reads them as they are; else a JPEG."""
+    layout = read_layout(data)
+    if layout and layout.part in parts and not (layout.has_metadata or options.check_pictures):
+        refuse_size(layout.height, layout.width)
+        if not exceeds(layout.height, layout.width, options):
+            return StoredMedia(layout.part, data, "images_copied", layout.height, layout.width)
+    with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
+        width, height = image.size
+        refuse_size(height, width)
+        orientation = read_orientation(image)
+        if exceeds(height, width, options):
+            return downsize(image, data, orientation, options)
+        part = copied_part(image, data, orientation)
+        if part not in parts:
+            return encode_jpeg(load_rgb(image, orientation), "images_converted", options)
+        if not layout or options.check_pictures:
+            decode_whole(image, options.check_pictures)
+        return StoredMedia(part, data, "images_copied", height, width)
+
+
+def refuse_size(height: int, width: int) -> None:
+    """Raises UnusableSample for more pixels, longer sides and longer strips than can be used."""
+    if min(height, width) < 1:
+        raise UnusableSample("broken_image", f"{height} x {width} px (height, width)")
     if width * height > MAXIMUM_PIXELS or max(width, height) > MAXIMUM_JPEG_SIDE:
         limits = f"{MAXIMUM_PIXELS} px in all and {MAXIMUM_JPEG_SIDE} px a side"
         raise UnusableSample("image_too_large", f"{height} x {width} px (height, width), the limits are {limits}")
+    if max(height, width) > MAXIMUM_ASPECT_RATIO * min(height, width):
+        limit = f"one side is over {MAXIMUM_ASPECT_RATIO} times the other"
+        raise UnusableSample("extreme_aspect_ratio", f"{height} x {width} px (height, width): {limit}")
 
 
-def has_damaged_exif(image: Image.Image) -> bool:
-    """Training would stumble over an EXIF block that cannot be read, so such a picture is written anew without it."""
+def exceeds(height: int, width: int, options: ConversionOptions) -> bool:
+    return options.max_pixels is not None and height * width > options.max_pixels
+
+
+def read_orientation(image: Image.Image) -> int | None:
+    """Of the EXIF or XMP block; 1, upright, without one; None for a block that cannot be read. A PNG is read to its end
+    for it, where such blocks may lie; others are left unread."""
+    if image.format == "PNG":
+        image.load()
     try:
-        image.getexif()
+        if "exif" in image.info:  # getexif() complains but once, and that may have been when the file was opened
+            Image.Exif().load(image.info["exif"])
+        return image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:
-        return "exif" in image.info
-    return False
+        return None
 
 
-def refuse_pixel_format(image: Image.Image) -> None:
-    """Refuse loaded pictures whose values have no known range: floating point, and integers beyond 16 bits."""
+def copied_part(image: Image.Image, data: bytes, orientation: int | None) -> str | None:
+    """The file ending of a picture that training reads as it is. Over an EXIF block that cannot be read it would
+    stumble."""
+    if orientation is None or orientation in TURNED:
+        return None
+    if image.format == "JPEG" and image.mode in ("L", "RGB"):
+        return "jpg"
+    is_plain = image.mode in ("L", "P", "RGB") and data[BITS_OF_PNG] == 8 and "transparency" not in image.info
+    return "png" if image.format == "PNG" and is_plain and not getattr(image, "is_animated", False) else None
+
+
+def decode_whole(image: Image.Image, every_pixel: bool) -> None:
+    """Read a picture to its end; it may have another size then. Raises whatever Pillow raises."""
+    if not every_pixel:
+        # At 1/8 size libjpeg reads every Huffman code, so a cut file is found, but skips most of the inverse DCT.
+        image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
+    image.load()
+
+
+def load_rgb(image: Image.Image, orientation: int | None) -> Image.Image:
+    """Any opened picture as displayed, RGB; with a damaged EXIF block as browsers do, as if there were none."""
+    image.load()
     if image.mode == "F":
         raise UnusableSample("unsupported_image", "floating-point pixels have no known range")
     if image.mode == "I":
         lowest, highest = image.getextrema()
         if lowest < 0 or highest > 65_535:
             raise UnusableSample("unsupported_image", f"integer pixels from {lowest} to {highest} have no known range")
+    if orientation is None:
+        image = image.copy()
+        for name in METADATA_NAMES:
+            image.info.pop(name, None)
+    return to_rgb(image)
 
 
-def encode_jpeg(picture: Image.Image) -> bytes:
+def downsize(image: Image.Image, data: bytes, orientation: int | None, options: ConversionOptions) -> StoredMedia:
+    """A new JPEG with at most `max_pixels`. A much larger JPEG is decoded at a fraction of its size (media.py)."""
+
+    def fit(height: int, width: int, _frames: int = 1) -> tuple[int, int]:
+        shrink = math.sqrt(options.max_pixels / (height * width))
+        return max(1, math.floor(height * shrink)), max(1, math.floor(width * shrink))
+
+    if image.format == "JPEG" and orientation is not None:
+        picture = Image.fromarray(decode_image(data, fit))
+    else:
+        picture = load_rgb(image, orientation)
+        height, width = fit(picture.height, picture.width)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return encode_jpeg(picture, "images_downsized", options)
+
+
+def encode_jpeg(picture: Image.Image, treatment: str, options: ConversionOptions) -> StoredMedia:
     """RGB picture -> JPEG file; the same bytes for the same pixels and the same libjpeg."""
     picture.info.clear()  # Pillow would write a GIF's comment into the JPEG
     stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return stream.getvalue()
+    picture.save(stream, "JPEG", quality=options.jpeg_quality, subsampling=0)
+    return StoredMedia("jpg", stream.getvalue(), treatment, picture.height, picture.width)
 
 
-def check_clip(data: bytes) -> StoredMedia:
-    """An mp4 clip, byte for byte, if frames decode at its beginning and all its packets are there."""
-    import av  # loads FFmpeg's libraries, which data without clips does not need
+# Clips
 
-    with av.open(io.BytesIO(data)) as container:
-        if "mp4" not in container.format.name.split(","):
-            raise UnusableSample("unsupported_clip", f"a {container.format.name} file; only mp4 is stored")
-        if not container.streams.video:
-            raise UnusableSample("broken_clip", "no video stream")
-        stream = container.streams.video[0]
-        if stream.codec_context is None:  # decoding it would crash the process in PyAV < 18.1
-            raise UnusableSample("broken_clip", "a codec that FFmpeg does not know")
-        packets = decoded = 0
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise UnusableSample("broken_clip", f"packet {packets} is cut short")
-            packets += packet.size > 0  # the last, empty packet only drains the decoder
-            if not decoded:
-                decoded = len(packet.decode())
-        if not decoded or packets < stream.frames:
-            raise UnusableSample("broken_clip", f"{packets} of {stream.frames} packets there, {decoded} frames decoded")
-    return StoredMedia("mp4", data, "clips_copied")
+
+def convert_clip(data: bytes, options: ConversionOptions) -> StoredMedia:
+    """Any clip -> the same bytes, or the same packets in another container."""
+    probe, treatment = probe_clip(data, options.check_pictures), "clips_copied"
+    if probe.part is None:
+        data, treatment = remux(data), "clips_remuxed"
+        probe = probe_clip(data, options.check_pictures)
+    return store_clip(data, probe, treatment)
+
+
+def join_frames(frames: list[StoredMedia], options: ConversionOptions) -> StoredMedia:
+    """JPEGs of one size -> a clip of them, as they are."""
+    sizes = {(frame.height, frame.width) for frame in frames}
+    if len(sizes) > 1:
+        raise UnusableSample(
+            "unsupported_clip", f"its frames have {len(sizes)} sizes, from {min(sizes)} to {max(sizes)}"
+        )
+    data = mux_jpegs([frame.data for frame in frames], *sizes.pop())
+    return store_clip(data, probe_clip(data, options.check_pictures), "clips_of_frames")
+
+
+def store_clip(data: bytes, probe: Probe, treatment: str) -> StoredMedia:
+    return StoredMedia(probe.part, data, treatment, probe.height, probe.width, probe.frames, probe.seconds)

@@ -1,28 +1,30 @@
-"""A raw data folder: one JSON list of entries, and the media in tars or plain folders, read in place.
+"""The metadata of a raw data folder: one file or several, each a JSON list of entries or JSON lines.
 
-Sized for 700,000 entries: the metadata is read in one pass that never holds the whole file, and the place of each
-media file is kept as numbers in columns.
+A file is cut into its entries by brackets, commas, quotes and line ends alone, 4 MiB at a time, so that its size does
+not matter and the entries can be parsed by several processes: an entry is known by its file and its bytes there.
+
+Letter used for shapes: N entries.
 """
 
-import json
 import os
-import posixpath
-import re
-import tarfile
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from media_conversion import UnusableSample
+import numpy as np
+
+from conversations import DECODER, UnusableSample
 
 METADATA_NAME = "cambrian737k.json"
-READ_CHARACTERS = 1 << 20
-MAXIMUM_ENTRY_CHARACTERS = 1 << 28
-LONGEST_ESCAPE = len("\\ud83d\\ude00")
-LONGEST_EXPONENT = len("e+5")  # to its first digit
-WHITESPACE = re.compile(r"[ \t\r\n\ufeff]*")  # and the byte order mark that some editors put first
+READ_BYTES = 4 << 20
+MAXIMUM_ENTRY_BYTES = 64 << 20  # an entry of Cambrian737k has 1 KB, a long conversation 1 MB
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it first
+OPEN, CLOSE, COMMA = 1, 2, 3
+# What structures a JSON text, by byte; 0 for all other bytes.
+STRUCTURE = np.zeros(256, np.uint8)
+STRUCTURE[[*b"[{"]], STRUCTURE[[*b"]}"]], STRUCTURE[[*b","]] = OPEN, CLOSE, COMMA
 
 
 class PreparationError(Exception):
@@ -30,197 +32,252 @@ class PreparationError(Exception):
 
 
 @dataclass(frozen=True)
-class MediaLocation:
-    """Bytes [offset, offset + size) of the file `path`; size -1: the whole file."""
+class EntryRanges:
+    """Consecutive entries of one metadata file: entry i is its bytes [start[i], stop[i]), int64 [N].
 
-    path: str
-    offset: int
-    size: int
+    file: number of the file; first: number of entry 0 among the entries of all files. is_list: the file is a JSON list.
+    """
+
+    file: int
+    path: Path
+    is_list: bool
+    first: int
+    start: np.ndarray
+    stop: np.ndarray
+
+    def head(self, count: int) -> "EntryRanges":
+        """Without all entries from entry `count` on."""
+        return EntryRanges(self.file, self.path, self.is_list, self.first, self.start[:count], self.stop[:count])
 
 
-def find_metadata(data_dir: Path) -> Path:
-    """The metadata file of a data folder, its name in any letter case. Raises PreparationError for none or several."""
+def find_metadata(data_dir: Path, names: list[Path] | None = None) -> list[Path]:
+    """The files that are named, below the data folder or wherever they are; without names, cambrian737k.json in any
+    letter case. Raises PreparationError where one is missing, or where several differ in letter case alone."""
     if not data_dir.is_dir():
-        raise PreparationError(f"{data_dir} is not a folder; --data-dir takes the folder that holds {METADATA_NAME}")
+        raise PreparationError(f"{data_dir} is not a folder; --data-dir takes the folder that holds the media")
+    if names:
+        return [find_named(data_dir, name) for name in names]
     found = sorted(path for path in data_dir.iterdir() if path.name.lower() == METADATA_NAME)
     if not found:
-        raise PreparationError(f"{data_dir} holds no {METADATA_NAME} (or Cambrian737k.json); put it beside the tars")
+        others = ", ".join(sorted(path.name for path in data_dir.glob("*.json*"))[:3]) or "FILE"
+        raise PreparationError(f"{data_dir} holds no {METADATA_NAME}; name the metadata: --metadata {others}")
     if len(found) > 1:
         raise PreparationError(f"{data_dir} holds both {found[0].name} and {found[1].name}; leave one of them there")
-    return found[0]
+    return found
 
 
-class TextWindow:
-    """A cursor that moves over a long UTF-8 file and knows its byte offset."""
+def find_named(data_dir: Path, name: Path) -> Path:
+    for path in (data_dir / name, name):
+        if path.is_file():
+            return path
+    raise PreparationError(f"there is no metadata file {name}, neither in {data_dir} nor as a path of its own")
 
-    def __init__(self, file: TextIO):
-        self.file = file
-        self.text = ""
-        self.cursor = 0
-        self.offset = 0
 
-    def grow(self) -> bool:
-        """Drop what lies behind the cursor and read on, twice as much each time; False, and no change, at the end."""
-        kept = self.text[self.cursor :]
-        added = self.file.read(max(READ_CHARACTERS, len(kept)))
-        if added:
-            self.text, self.cursor = kept + added, 0
-        return bool(added)
+class MetadataReader:
+    """Cuts files of metadata into entries. After the last one, `digests` holds the SHA-256 of each file, as hex, of
+    what has been read of it; `count` the number of entries."""
 
-    def move_to(self, end: int) -> int:
-        """Move the cursor to character `end` of the window; returns the number of bytes passed."""
-        passed = self.text[self.cursor : end]
-        length = len(passed) if passed.isascii() else len(passed.encode())
-        self.cursor = end
-        self.offset += length
-        return length
+    def __init__(self, paths: list[Path], limit: int | None = None):
+        self.paths = paths
+        self.limit = limit
+        self.count = 0
+        self.digests: list[str] = []
 
-    def peek(self) -> str:
-        """The next character that is not white space; "" at the end of the file."""
-        while True:
-            self.move_to(WHITESPACE.match(self.text, self.cursor).end())
-            if self.cursor < len(self.text):
-                return self.text[self.cursor]
-            if not self.grow():
-                return ""
+    def __iter__(self) -> Iterator[EntryRanges]:
+        """All entries, those of a block of a file at a time. Raises PreparationError for what is neither a JSON list
+        nor JSON lines; the entries themselves may still be no JSON."""
+        for number, path in enumerate(self.paths):
+            digest = sha256()
+            for is_list, start, stop in cut_file(path, digest):
+                ranges = EntryRanges(number, path, is_list, self.count, start, stop)
+                if self.limit is not None:
+                    ranges = ranges.head(self.limit - self.count)
+                self.count += len(ranges.start)
+                if len(ranges.start):
+                    yield ranges
+                if self.count == self.limit:
+                    break
+            self.digests.append(digest.hexdigest())
 
-    def take(self) -> str:
-        """As peek, and move behind it."""
-        character = self.peek()
-        self.move_to(self.cursor + len(character))
-        return character
 
-    def take_value(self, decoder: json.JSONDecoder) -> tuple[Any, int]:
-        """The JSON value at the cursor and its length in bytes. Raises ValueError if it is not JSON."""
-        while True:
+def cut_file(path: Path, digest: Any) -> Iterator[tuple[bool, np.ndarray, np.ndarray]]:
+    """Yield (whether the file is a list, start, stop) of the entries that end in each block of a file."""
+    with path.open("rb") as file:
+        block = file.read(READ_BYTES)
+        text = block.removeprefix(BYTE_ORDER_MARK).lstrip()
+        offset = len(block) - len(text)
+        kinds = {b"[": ListCutter, b"{": LineCutter}
+        if text[:1] not in kinds:
+            hint = "UTF-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else f"{text[:20]!r}"
+            raise PreparationError(f"{path} is neither a JSON list nor JSON lines: it begins with {hint}")
+        cutter = kinds[text[:1]](path, offset)
+        while block:
+            digest.update(block)
+            yield cutter.is_list, *cutter.cut(text, offset)
+            offset += len(text)
+            block = text = file.read(READ_BYTES)
+        yield cutter.is_list, *cutter.finish(offset)
+
+
+class LineCutter:
+    """JSON lines: an entry is a line that is not blank."""
+
+    is_list = False
+
+    def __init__(self, path: Path, offset: int):
+        self.begin = offset  # of the line that is being read
+        self.is_blank = True
+
+    def cut(self, block: bytes, offset: int) -> tuple[np.ndarray, np.ndarray]:
+        """The lines that end in this block, which lies at `offset` in the file."""
+        data = np.frombuffer(block, np.uint8)
+        ends = np.flatnonzero(data == ord("\n"))
+        starts = np.concatenate(([0], ends + 1))
+        has_text = np.logical_or.reduceat(np.append(data > ord(" "), False), starts)
+        has_text[0] |= not self.is_blank
+        start = starts + offset
+        start[0], self.begin = self.begin, start[-1] if len(ends) else self.begin
+        self.is_blank = not has_text[-1]
+        return start[:-1][has_text[:-1]], (ends + offset)[has_text[:-1]]
+
+    def finish(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The last line, where nothing ends it."""
+        last = [] if self.is_blank else [0]
+        return np.array([self.begin], np.int64)[last], np.array([size], np.int64)[last]
+
+
+class ListCutter:
+    """A JSON list: its entries lie between commas outside of strings and of inner brackets."""
+
+    is_list = True
+
+    def __init__(self, path: Path, offset: int):
+        self.path = path
+        self.begin = offset + 1  # of the entry that is being read
+        self.depth = 0
+        self.in_string = False
+        self.escaped = False  # the next character is behind an odd number of backslashes
+        self.count = 0
+        self.is_closed = False
+
+    def cut(self, block: bytes, offset: int) -> tuple[np.ndarray, np.ndarray]:
+        """The entries that end in this block, which lies at `offset` in the file."""
+        if self.is_closed:
+            self.check_rest(block, offset)
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        places, kinds = self.find_structure(np.frombuffer(block, np.uint8))
+        depth = self.depth + np.cumsum((kinds == OPEN).astype(np.int32) - (kinds == CLOSE))
+        self.depth = int(depth[-1]) if len(depth) else self.depth
+        closing = np.flatnonzero(depth == 0)[:1]
+        stop = places[(kinds == COMMA) & (depth == 1)] + offset
+        if len(closing):
+            end = int(places[closing[0]])
+            stop = np.append(stop[stop < end + offset], end + offset)
+            self.close(block, end, offset)
+        start = np.concatenate(([self.begin], stop + 1))
+        self.begin = int(start[-1])
+        self.count += len(stop)
+        if self.is_closed and self.count == 1 and self.is_empty(int(start[0]), int(stop[0])):
+            return start[:0], stop[:0]
+        return start[:-1], stop
+
+    def find_structure(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places of the brackets and commas outside of strings, and their kinds."""
+        quotes = np.flatnonzero(data == ord('"'))
+        quotes = quotes[~self.find_escaped(data, quotes)]
+        places = np.flatnonzero(STRUCTURE[data])
+        outside = (np.searchsorted(quotes, places) + self.in_string) % 2 == 0
+        self.in_string = bool((len(quotes) + self.in_string) % 2)
+        places = places[outside]
+        return places, STRUCTURE[data[places]]
+
+    def find_escaped(self, data: np.ndarray, quotes: np.ndarray) -> np.ndarray:
+        """bool: which of these places are behind an odd number of backslashes."""
+        backslashes = np.flatnonzero(data == ord("\\"))
+        escaped = (quotes == 0) & self.escaped
+        if not len(backslashes):
+            self.escaped = False
+            return escaped
+        is_first = np.diff(backslashes, prepend=-2) != 1  # of a run
+        run_start = np.maximum.accumulate(np.where(is_first, backslashes, -1))
+        if self.escaped:
+            run_start[run_start == 0] = -1  # the run began with the last block
+        is_odd = (backslashes - run_start) % 2 == 0
+        before = np.minimum(np.searchsorted(backslashes, quotes - 1), len(backslashes) - 1)
+        escaped |= (backslashes[before] == quotes - 1) & is_odd[before]
+        self.escaped = bool(backslashes[-1] == len(data) - 1 and is_odd[-1])
+        return escaped
+
+    def close(self, block: bytes, end: int, offset: int) -> None:
+        if block[end : end + 1] != b"]":
+            raise PreparationError(f"{self.path} is not a JSON list: it is closed by '}}' at byte {offset + end}")
+        self.is_closed = True
+        self.check_rest(block[end + 1 :], offset + end + 1)
+
+    def check_rest(self, rest: bytes, offset: int) -> None:
+        if rest.strip():
+            raise PreparationError(f"{self.path} is not a JSON list: something follows it at or after byte {offset}")
+
+    def is_empty(self, start: int, stop: int) -> bool:
+        """Whether the list's only entry is none, as in "[ ]"."""
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return stop - start <= READ_BYTES and not file.read(stop - start).strip()
+
+    def finish(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        if not self.is_closed:
+            what = f"it ends at byte {size} inside of the entry that begins at byte {self.begin}"
+            raise PreparationError(f"{self.path} is not a JSON list, for it is not closed: {what}; is it complete?")
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+
+def read_range(descriptor: int, path: Path | str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of an open file. Raises PreparationError where it is shorter."""
+    data = os.pread(descriptor, stop - start, start)
+    if len(data) != stop - start:
+        raise PreparationError(f"{path} changed while it was read; once it is complete, the same command goes on")
+    return data
+
+
+def parse_entries(ranges: EntryRanges) -> Iterator[Any]:
+    """The value of each entry; an UnusableSample in its place where the entry alone is at fault.
+
+    Raises PreparationError where an entry of a list is no JSON, since all borders may then be wrong.
+    """
+    descriptor = os.open(ranges.path, os.O_RDONLY)
+    try:
+        for number, start, stop in zip(range(ranges.first, 1 << 62), ranges.start.tolist(), ranges.stop.tolist()):
+            if stop - start > MAXIMUM_ENTRY_BYTES:
+                what = f"an entry of {stop - start} bytes; the limit is {MAXIMUM_ENTRY_BYTES}"
+                yield UnusableSample("malformed_entry", what)
+                continue
+            data = read_range(descriptor, ranges.path, start, stop)
             try:
-                value, end = decoder.raw_decode(self.text, self.cursor)
-            except json.JSONDecodeError as error:
-                is_cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - LONGEST_ESCAPE
-                is_long = len(self.text) - self.cursor > MAXIMUM_ENTRY_CHARACTERS
-                if not is_cut or is_long or not self.grow():
-                    raise
-            else:
-                # "12" at the end of the window may be the beginning of "12e+5"; the end of the file settles it.
-                if end + LONGEST_EXPONENT <= len(self.text) or not self.grow():
-                    return value, self.move_to(end)
+                yield parse_entry(data)
+            except UnusableSample as unusable:
+                yield unusable
+            except ValueError as error:
+                if ranges.is_list or number == 0:
+                    kind = "a JSON list of entries" if ranges.is_list else "JSON lines"
+                    where = f"in entry {number}, which begins at byte {start}"
+                    raise PreparationError(f"{ranges.path} is not {kind}: {error}, {where}") from error
+                yield UnusableSample("malformed_entry", f"not JSON: {error}")
+    finally:
+        os.close(descriptor)
 
 
-def iterate_metadata(path: Path) -> Iterator[tuple[int, int, Any]]:
-    """Yield (byte offset, byte length, entry) of each element of a file that is one JSON list.
-
-    Raises PreparationError where the file is not a JSON list in UTF-8.
-    """
-    count = 0
-    with path.open(encoding="utf-8", newline="") as file:
-        window = TextWindow(file)
-        try:
-            for element in iterate_list(window):
-                yield element
-                count += 1
-        except UnicodeDecodeError as error:
-            raise PreparationError(f"{path} is not UTF-8 text: {error.reason}, after entry {count}") from error
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", None) or str(error)
-            place = f"in or after entry {count}, byte {window.offset}"
-            raise PreparationError(f"{path} is not a JSON list of entries: {reason}, {place}") from error
+def read_entry(path: Path, start: int, stop: int) -> Any:
+    """One entry that `parse_entries` has read before."""
+    with path.open("rb") as file:
+        return parse_entry(read_range(file.fileno(), path, start, stop))
 
 
-def iterate_list(window: TextWindow) -> Iterator[tuple[int, int, Any]]:
-    """The elements of the JSON list that fills the rest of the window's file. Raises ValueError."""
-    decoder = json.JSONDecoder()
-    if window.take() != "[":
-        raise ValueError("it does not begin with '['")
-    separator = window.take() if window.peek() == "]" else ","
-    while separator == ",":
-        window.peek()
-        offset = window.offset
-        value, length = window.take_value(decoder)
-        yield offset, length, value
-        separator = window.take()
-    if separator != "]":
-        raise ValueError(f"'{separator}' where ',' or ']' must follow" if separator else "the list is not closed")
-    if window.peek():
-        raise ValueError("something follows the list")
-
-
-class MediaIndex:
-    """Where each media file lies; nothing is extracted. 700,000 members take about 150 MB."""
-
-    def __init__(self, data_dir: Path):
-        self.data_dir = data_dir
-        self.rows: dict[str, int] = {}
-        self.paths: list[str] = []
-        self.source, self.offset, self.size = array("l"), array("q"), array("q")
-
-    def append(self, name: str, offset: int, size: int) -> int:
-        """Enter a file that lies in the source file added last; returns its row."""
-        self.source.append(len(self.paths) - 1)
-        self.offset.append(offset)
-        self.size.append(size)
-        self.rows[name] = len(self.source) - 1
-        return self.rows[name]
-
-    def add_tar(self, path: Path) -> None:
-        """Enter the regular files of an uncompressed tar. The last one of a name counts, as it would on extraction."""
-        self.paths.append(str(path))
-        try:
-            with tarfile.open(path, "r:") as tar:
-                while (member := tar.next()) is not None:
-                    if member.isreg() and not member.issparse():
-                        self.append(posixpath.normpath(member.name), member.offset_data, member.size)
-                    tar.members.clear()  # tarfile would keep every header
-        except tarfile.TarError as error:
-            remedy = "fetch it again or take it out of the folder"
-            raise PreparationError(f"{path} cannot be read as a tar ({error}); {remedy}") from error
-
-    def find(self, name: str) -> int:
-        """The row of a media file in the tars, or else of a plain file below the data folder. Raises UnusableSample."""
-        row = self.rows.get(name)
-        if row is not None:
-            return row
-        path = os.path.join(self.data_dir, name)
-        if not os.path.isfile(path):
-            raise UnusableSample("missing_media", f"{name} is in no tar and no folder")
-        self.paths.append(path)
-        return self.append(name, 0, -1)
-
-    def location(self, row: int) -> MediaLocation:
-        return MediaLocation(self.paths[self.source[row]], self.offset[row], self.size[row])
-
-
-def check_conversations(entry: Any) -> None:
-    """LLaVA (from, value) or OpenAI (role, content) turns, at least one. Raises UnusableSample."""
-    if not isinstance(entry, dict):
-        raise UnusableSample("malformed_entry", f"the entry is a {type(entry).__name__}, not an object")
-    turns = entry.get("conversations") or entry.get("messages")
-    if not isinstance(turns, list) or not turns:
-        raise UnusableSample("no_conversations", "conversations is missing, empty or no list")
-    for number, turn in enumerate(turns):
-        turn = turn if isinstance(turn, dict) else {}
-        is_llava = isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
-        is_openai = isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str | list)
-        if not is_llava and not is_openai:
-            raise UnusableSample("malformed_turn", f"turn {number} has neither from and value nor role and content")
-
-
-def list_media(entry: dict) -> list[tuple[str, str]]:
-    """The ("image" | "video", name) of an entry: images first, each in the entry's order. Raises UnusableSample."""
-    media = []
-    for kind in ("image", "video"):
-        names = entry.get(kind)
-        if names is not None:
-            media += [(kind, clean_name(name)) for name in (names if isinstance(names, list) else [names])]
-    return media
-
-
-def clean_name(name: Any) -> str:
-    """The name as tars are indexed by: "a/b.jpg" for "./a//b.jpg".
-
-    Raises UnusableSample for what is no name or leads out of the data folder.
-    """
-    if not isinstance(name, str) or posixpath.normpath(name) == ".":
-        raise UnusableSample("malformed_entry", f"{name!r:.100} is not the name of a media file")
-    if name.startswith("/") or "\0" in name or ".." in name.split("/"):
-        raise UnusableSample("unsafe_path", f"{name!r:.300} is not a path below the data folder")
-    return posixpath.normpath(name)
+def parse_entry(data: bytes) -> Any:
+    """The value of an entry. Raises UnusableSample where it is no UTF-8 or nested too deeply, ValueError where it is no
+    JSON."""
+    try:
+        return DECODER.decode(data.decode())
+    except UnicodeDecodeError as error:
+        raise UnusableSample("malformed_entry", f"not UTF-8: {error.reason} at byte {error.start}") from error
+    except RecursionError as error:
+        raise UnusableSample("malformed_entry", "nested too deeply") from error

@@ -1,220 +1,386 @@
-"""Writes WebDataset shards in worker processes, each shard by one worker from its task alone.
+"""Writes WebDataset shards, each by one worker from its task alone, so that the bytes do not depend on the workers.
 
-So the bytes do not depend on the number of workers, no media pass between processes, and a worker holds the media of
-one sample at a time.
+The samples of a shard come in shuffled order, and their media lie all over the source tars. A worker takes as many
+consecutive samples as have 128 MiB of media in the files (a shard of 1,000 photographs is one or two such windows),
+tells the kernel what it is going to read, reads it in the order of the source files and their bytes, each file range
+once, and only then writes the samples in their own order. So the sources are gone through from front to back in every
+window, and a worker holds one window.
 """
 
 import contextlib
+import functools
+import itertools
 import json
-import multiprocessing
+import mmap
 import os
-import signal
 import tarfile
-import threading
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from tqdm import tqdm
+import numpy as np
 
-from media_conversion import UnusableSample, convert_media
-from raw_data import MediaLocation, PreparationError, list_media
+from conversations import CheckedEntry, UnusableSample, check_entry, read_turns
+from data_splits import Layout
+from media_conversion import ConversionOptions, StoredMedia, convert_all
+from output_folder import replacing, stats_path
+from preparation_plan import OTHER_CASE, Plan, SkippedEntry, be_strict, describe_skip
+from raw_data import PreparationError, parse_entry
 
-
-@dataclass(frozen=True)
-class PlannedSample:
-    """An entry to write: its number in the metadata, the place of its JSON text there, and its media in order."""
-
-    index: int
-    offset: int
-    length: int
-    media: tuple[MediaLocation, ...]
-
-
-@dataclass(frozen=True)
-class SkippedEntry:
-    """An entry left out. `index`: its number in the metadata; `id`: its own, if it has one."""
-
-    index: int
-    id: Any
-    reason: str
-    detail: str
+WINDOW_BYTES = 128 << 20  # of media files
+TEXT_ONLY = "text_only"
+# A header with no name, size and checksum: owner 0, time 0, so that equal samples give equal bytes.
+BLANK_HEADER = tarfile.TarInfo("")
+BLANK_HEADER.mode = 0o444
+TEMPLATE = BLANK_HEADER.tobuf(tarfile.USTAR_FORMAT)
+TEMPLATE_SUM = sum(TEMPLATE[:124]) + sum(TEMPLATE[136:148]) + 8 * ord(" ") + sum(TEMPLATE[156:])
+PADDING = bytes(tarfile.BLOCKSIZE)
+MOST_PIECES = 1023  # in one system call; Linux takes 1,024
+GO_ON = "then the same command goes on"
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """All that a worker needs to write one shard."""
+    """All that a worker needs to write one shard of S samples with M media in a row.
 
-    path: str
+    index, copy, start, stop [S]: see preparation_plan.Columns and data_splits.Layout. metadata [S], source [S], path
+    [M]: numbers in `metadata_files`, `sources`, `paths`. media_start [S + 1]. offset, size [M]: the range of the file.
+    other_case bool [M]: the medium was found under a name in another letter case.
+    """
+
+    shard: Path
+    split: str
+    index: np.ndarray
+    copy: np.ndarray
+    metadata: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    source: np.ndarray
+    media_start: np.ndarray
+    path: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    other_case: np.ndarray
+    metadata_files: tuple[str, ...]
+    sources: tuple[str, ...]
+    paths: tuple[str, ...]
+    options: ConversionOptions
+    strict: bool = False
+
+    def unpack(self) -> list["PlannedSample"]:
+        """The samples one by one."""
+        paths, other_case = np.array(self.paths, object)[self.path].tolist(), self.other_case.tolist()
+        places = list(zip(paths, self.offset.tolist(), self.size.tolist()))
+        bounds = self.media_start.tolist()
+        media = [(places[first:last], any(other_case[first:last])) for first, last in itertools.pairwise(bounds)]
+        files = [self.metadata_files[number] for number in self.metadata.tolist()]
+        columns = (
+            self.index.tolist(),
+            self.copy.tolist(),
+            self.start.tolist(),
+            self.stop.tolist(),
+            self.source.tolist(),
+        )
+        return [PlannedSample(*values, file, *of) for *values, file, of in zip(*columns, files, media)]
+
+
+class PlannedSample(NamedTuple):
+    """index: number of the entry; copy: of its repetition; start, stop: bytes of its text in the file `metadata`;
+    source: number in ShardTask.sources; media: (path, offset, size) of each, in order."""
+
+    index: int
+    copy: int
+    start: int
+    stop: int
+    source: int
     metadata: str
-    samples: tuple[PlannedSample, ...]
+    media: list[tuple[str, int, int]]
+    other_case: bool
+
+    @property
+    def key(self) -> str:
+        """Unique in the set, and without a dot."""
+        return f"{self.index:09d}-{self.copy}" if self.copy else f"{self.index:09d}"
 
 
-@dataclass(frozen=True)
-class ShardReport:
-    """What became of a ShardTask. `parts` counts the media by treatment, and the samples without media."""
+def make_task(
+    plan: Plan,
+    layout: Layout,
+    number: int,
+    shard: Path,
+    files: tuple[Path, tuple[Path, ...], tuple[Path, ...]],
+    options: ConversionOptions,
+    strict: bool,
+) -> ShardTask:
+    """The task of shard `number`. files: the data folder, the files of metadata, the tars as they are read."""
+    data_dir, metadata, tars = files
+    samples = slice(int(layout.bounds[number]), int(layout.bounds[number + 1]))
+    rows = layout.row[samples]
+    counts = plan.media_start[rows + 1] - plan.media_start[rows]
+    media_start = np.concatenate([[0], np.cumsum(counts)])
+    places = plan.media[np.arange(media_start[-1]) + np.repeat(plan.media_start[rows] - media_start[:-1], counts)]
+    used, path = np.unique(plan.places.source[places], return_inverse=True)
+    sources, source = np.unique(plan.source[rows], return_inverse=True)
+    return ShardTask(
+        shard=shard,
+        split=layout.split_of[number],
+        index=plan.index[rows],
+        copy=layout.copy[samples],
+        metadata=plan.file[rows],
+        start=plan.start[rows],
+        stop=plan.stop[rows],
+        source=source,
+        media_start=media_start,
+        path=path,
+        offset=plan.places.offset[places],
+        size=plan.places.size[places],
+        other_case=plan.places.other_case[places],
+        metadata_files=tuple(map(str, metadata)),
+        sources=tuple(plan.sources[name] for name in sources.tolist()),
+        paths=tuple(plan.places.path_of(number, data_dir, tars) for number in used.tolist()),
+        options=options,
+        strict=strict,
+    )
+
+
+@dataclass
+class ShardStats:
+    """What the file beside a shard says. samples: a column each, one value for each sample written, in their order."""
 
     name: str
-    written: int
-    parts: dict[str, int]
-    skipped: tuple[SkippedEntry, ...]
+    split: str
+    sources: list[str]
+    written: int = 0
+    parts: Counter = field(default_factory=Counter)
+    repairs: Counter = field(default_factory=Counter)
+    skipped: list[SkippedEntry] = field(default_factory=list)
+    samples: dict[str, list] = field(default_factory=lambda: {name: [] for name in SAMPLE_COLUMNS})
+
+    def count(self, source: int, entry: CheckedEntry, stored: list[StoredMedia], repairs: list[str]) -> None:
+        self.written += 1
+        self.parts.update([media.treatment for media in stored] or [TEXT_ONLY])
+        self.repairs.update(repairs)
+        first = stored[0] if stored else NO_MEDIUM
+        shape = (first.height, first.width, first.frames, round(first.seconds, 3))
+        values = (source, *shape, len(stored), count_characters(entry.entry))
+        for column, value in zip(self.samples.values(), values):
+            column.append(value)
+
+    def as_json(self, tar: "TarWriter") -> dict[str, Any]:
+        head = {"name": self.name, "split": self.split, "written": self.written, "bytes": tar.size}
+        counts = {"parts": dict(sorted(self.parts.items())), "repairs": dict(sorted(self.repairs.items()))}
+        skipped = [asdict(entry) for entry in self.skipped]
+        hashed = {"sha256": tar.digest.hexdigest()}
+        return {**head, **hashed, **counts, "skipped": skipped, "sources": self.sources, "samples": self.samples}
 
 
-def describe_skip(index: int, entry: Any, unusable: UnusableSample) -> SkippedEntry:
-    identity = entry.get("id") if isinstance(entry, dict) else None
-    return SkippedEntry(index, identity, unusable.reason, unusable.detail)
+SAMPLE_COLUMNS = ("source", "height", "width", "frames", "seconds", "media", "text")
+NO_MEDIUM = StoredMedia("", b"", TEXT_ONLY, height=0, width=0, frames=0)
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file under a temporary name; at the end of the block it takes its own name, complete, or is removed."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def count_characters(entry: dict[str, Any]) -> int:
+    return sum(len(turn.text) for turn in read_turns(entry))
+
+
+# Reading
 
 
 class SourceReader:
     """Reads ranges of files and keeps the files open: a shard comes back to the same few tars all the time."""
 
-    def __init__(self):
-        self.files = contextlib.ExitStack()
+    MOST_FILES = 64
+
+    def __init__(self) -> None:
         self.descriptors: dict[str, int] = {}
 
-    def read(self, path: str, offset: int, size: int) -> bytes:
-        """Bytes [offset, offset + size). Raises PreparationError where the file is shorter than it was."""
+    def open(self, path: str) -> int:
         if path not in self.descriptors:
-            self.descriptors[path] = os.open(path, os.O_RDONLY)
-            self.files.callback(os.close, self.descriptors[path])
-        data = os.pread(self.descriptors[path], size, offset)
-        if len(data) != size:
-            raise PreparationError(f"{path} changed while it was read; start again with --force when it is complete")
-        return data
+            if len(self.descriptors) == self.MOST_FILES:
+                os.close(self.descriptors.pop(next(iter(self.descriptors))))
+            try:
+                self.descriptors[path] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                why = f"{path} was there and cannot be opened any more ({error.strerror})"
+                raise PreparationError(f"{why}; put it back, {GO_ON}") from error
+        return self.descriptors[path]
 
-    def read_media(self, place: MediaLocation) -> bytes:
-        return Path(place.path).read_bytes() if place.size < 0 else self.read(place.path, place.offset, place.size)
+    def announce(self, ranges: list[tuple[str, int, int]]) -> None:
+        """Let the kernel begin to fetch some (path, offset, size), unless they are in too many files to keep open."""
+        if len({path for path, _, _ in ranges}) <= self.MOST_FILES:
+            for path, offset, size in ranges:
+                with contextlib.suppress(OSError):  # it is a hint
+                    os.posix_fadvise(self.open(path), offset, size, os.POSIX_FADV_WILLNEED)
+
+    def read_into(self, target: memoryview, path: str, offset: int) -> None:
+        """Fill `target` with the bytes from `offset` on. Raises PreparationError where they cannot be read any more."""
+        try:
+            read = os.preadv(self.open(path), [target], offset)
+        except OSError as error:
+            raise PreparationError(f"{path} cannot be read ({error.strerror}); repair it, {GO_ON}") from error
+        if read != len(target):
+            raise PreparationError(f"{path} changed while it was read; put back what it was, {GO_ON}")
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        data = bytearray(size)
+        self.read_into(memoryview(data), path, offset)
+        return bytes(data)
 
     def close(self) -> None:
-        self.files.close()
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
 
 
-def add_tar_member(stream: BinaryIO, name: str, data: bytes) -> None:
-    """Append one file to a ustar archive, with owner 0 and time 0, so that equal samples give equal bytes.
+def cut_windows(samples: list[PlannedSample], budget: int) -> Iterator[list[PlannedSample]]:
+    """Consecutive samples whose media have at most `budget` bytes, at least one sample each."""
+    window, held = [], 0
+    for sample in samples:
+        needed = sum(size for _, _, size in sample.media)
+        if window and held + needed > budget:
+            yield window
+            window, held = [], 0
+        window.append(sample)
+        held += needed
+    yield window
 
-    Not webdataset.TarWriter, which imports torch into every worker (5 s), nor tarfile.addfile, which copies in pieces.
+
+@functools.lru_cache(maxsize=1)
+def window_memory() -> memoryview:
+    """Of this process, for one window after the other: memory that is new has to be cleared by the kernel each time."""
+    return memoryview(mmap.mmap(-1, WINDOW_BYTES))
+
+
+def read_window(window: list[PlannedSample], reader: SourceReader) -> dict[tuple[str, int, int], memoryview]:
+    """The media of some samples by their place, read in the order of their files. They stay until the next call."""
+    ranges = sorted({place for sample in window for place in sample.media})
+    reader.announce(ranges)
+    total, place, files = sum(size for _, _, size in ranges), 0, {}
+    memory = window_memory() if total <= WINDOW_BYTES else memoryview(bytearray(total))
+    for path, offset, size in ranges:
+        files[path, offset, size] = memory[place : place + size]
+        reader.read_into(memory[place : place + size], path, offset)
+        place += size
+    return files
+
+
+# Writing
+
+
+class TarWriter:
+    """Writes a tar and knows its SHA-256 and size.
+
+    Not webdataset.TarWriter, which imports torch into every worker (5 s), nor tarfile, which takes 50 us for a header.
     """
-    header = tarfile.TarInfo(name)
-    header.size = len(data)
-    header.mode = 0o444
-    stream.write(header.tobuf(tarfile.USTAR_FORMAT))
-    stream.write(data)
-    stream.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+
+    def __init__(self, stream: BinaryIO):
+        self.stream = stream  # unbuffered
+        self.digest = sha256()
+        self.size = 0
+
+    def add_sample(self, key: str, parts: dict[str, bytes]) -> None:
+        """Append a file KEY.NAME for each of the parts."""
+        pieces = []
+        for name, data in parts.items():
+            pieces += (make_header(f"{key}.{name}", len(data)), data, PADDING[: -len(data) % tarfile.BLOCKSIZE])
+        self.write(pieces)
+
+    def end(self) -> None:
+        size = self.size + 2 * tarfile.BLOCKSIZE
+        self.write([bytes(2 * tarfile.BLOCKSIZE + -size % tarfile.RECORDSIZE)])
+
+    def write(self, pieces: list[bytes]) -> None:
+        for piece in pieces:
+            self.digest.update(piece)
+            self.size += len(piece)
+        for start in range(0, len(pieces), MOST_PIECES):
+            write_all(self.stream.fileno(), pieces[start : start + MOST_PIECES])
 
 
-def end_tar(stream: BinaryIO) -> None:
-    stream.write(bytes(2 * tarfile.BLOCKSIZE))
-    stream.write(bytes(-stream.tell() % tarfile.RECORDSIZE))
+def write_all(descriptor: int, pieces: list[bytes]) -> None:
+    """One system call, unless the disk takes less."""
+    size = sum(map(len, pieces))
+    written = os.writev(descriptor, pieces)
+    if written < size:
+        rest = memoryview(b"".join(pieces))[written:]
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
 
 
-def build_sample(sample: PlannedSample, entry: dict, reader: SourceReader) -> tuple[dict[str, bytes], Counter]:
-    """The parts of one sample by file ending, and what they count as. Raises UnusableSample."""
-    named = zip(list_media(entry), sample.media, strict=True)
-    stored = [convert_media(kind, name, reader.read_media(place)) for (kind, name), place in named]
-    if len(stored) == 1:
-        parts = {stored[0].part: stored[0].data}
-    else:
-        parts = {f"{number}.{media.part}": media.data for number, media in enumerate(stored)}
-    parts["json"] = json.dumps(entry).encode()
-    return parts, Counter(media.treatment for media in stored) if stored else Counter(["text_only"])
+def make_header(name: str, size: int) -> bytes:
+    """512 bytes, a ustar header with an ASCII name of up to 100 characters; as tarfile makes it."""
+    encoded, digits = name.encode("ascii"), b"%011o" % size
+    total = TEMPLATE_SUM + sum(encoded) + sum(digits)
+    number = b"%06o\0 " % total
+    return b"".join(
+        (encoded.ljust(100, b"\0"), TEMPLATE[100:124], digits, b"\0", TEMPLATE[136:148], number, TEMPLATE[156:])
+    )
 
 
-def write_shard(task: ShardTask, advance: Callable[[], Any]) -> ShardReport:
-    """Write one shard; `advance` is called after every sample. Unusable samples are left out and reported."""
-    counts, skipped, written = Counter(), [], 0
-    with contextlib.closing(SourceReader()) as reader, replacing(Path(task.path)) as stream:
-        for sample in task.samples:
-            entry = json.loads(reader.read(task.metadata, sample.offset, sample.length))
-            try:
-                parts, kinds = build_sample(sample, entry, reader)
-            except UnusableSample as unusable:
-                skipped.append(describe_skip(sample.index, entry, unusable))
-            else:
-                for ending, data in parts.items():
-                    add_tar_member(stream, f"{sample.index:09d}.{ending}", data)
-                counts.update(kinds)
-                written += 1
-            advance()
-        end_tar(stream)
-    return ShardReport(Path(task.path).name, written, dict(counts), tuple(skipped))
+def write_shard(task: ShardTask, advance: Callable[[int], Any]) -> None:
+    """Write one shard, then its stats beside it; `advance` is told of every sample.
+
+    Samples that cannot be used are left out and said in the stats. Raises PreparationError where none is left, and at
+    the first finding where task.strict.
+    """
+    stats = ShardStats(task.shard.name, task.split, list(task.sources))
+    with contextlib.closing(SourceReader()) as reader, replacing(task.shard) as file:
+        tar = TarWriter(file)
+        for window in cut_windows(task.unpack(), WINDOW_BYTES):
+            files = read_window(window, reader)
+            for sample in window:
+                write_sample(task, sample, files, reader, tar, stats)
+                advance(1)
+        tar.end()
+        refuse_empty_shard(stats)
+    with replacing(stats_path(task.shard)) as file:
+        file.write(json.dumps(stats.as_json(tar), separators=(",", ":")).encode() + b"\n")
 
 
-_progress: Any = None  # in a worker process: the counter that it shares with its parent
-
-
-def start_worker(progress: Any) -> None:
-    """Prepare a worker process: it ends with its parent, leaves Ctrl-C to it, and keeps Pillow's warnings to itself."""
-    global _progress
-    _progress = progress
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def exit_with_parent() -> None:
-    """Without this, the workers of a killed run would live on and write into the files of the next one."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def count_sample() -> None:
-    with _progress.get_lock():
-        _progress.value += 1
-
-
-def write_shard_in_worker(task: ShardTask) -> ShardReport:
-    return write_shard(task, count_sample)
-
-
-def write_shards(tasks: Iterable[ShardTask], total: int, num_workers: int) -> list[ShardReport]:
-    """Write all shards and return their reports, by name. num_workers 0: in this process."""
-    with tqdm(total=total, desc="Processing images", unit="sample") as bar:
-        if num_workers == 0:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                reports = [write_shard(task, bar.update) for task in tasks]
-        else:
-            reports = write_shards_in_pool(iter(tasks), num_workers, bar)
-    return sorted(reports, key=lambda report: report.name)
-
-
-def write_shards_in_pool(tasks: Iterator[ShardTask], num_workers: int, bar: tqdm) -> list[ShardReport]:
-    """Spawned workers, which inherit no state; at any time one task in hand and one waiting for each."""
-    context = multiprocessing.get_context("spawn")
-    progress = context.Value("q", 0)
-    running, reports = set(), []
-    # Not multiprocessing.Pool, which waits for ever when a worker is killed.
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker, initargs=(progress,))
+def write_sample(
+    task: ShardTask,
+    sample: PlannedSample,
+    files: dict[tuple[str, int, int], memoryview],
+    reader: SourceReader,
+    tar: TarWriter,
+    stats: ShardStats,
+) -> None:
+    """Append the members of one sample, media first; or note why it cannot be used."""
+    value, entry = read_entry_again(sample, reader)
     try:
-        while True:
-            while len(running) < 2 * num_workers and (task := next(tasks, None)) is not None:
-                running.add(pool.submit(write_shard_in_worker, task))
-            if not running:
-                return reports
-            finished, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-            reports += [future.result() for future in finished]
-            bar.update(progress.value - bar.n)
-    except BrokenProcessPool as error:
-        raise PreparationError("a worker process died, perhaps for want of memory; try fewer --num-workers") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        stored = convert_all(entry.media, (bytes(files[place]) for place in sample.media), task.options)
+    except UnusableSample as unusable:
+        if task.strict:
+            be_strict(sample.index, str(unusable))
+        stats.skipped.append(describe_skip(sample.index, value, task.sources[sample.source], unusable))
+        return
+    tar.add_sample(sample.key, name_parts(stored, entry.entry))
+    stats.count(sample.source, entry, stored, [*entry.repairs, *[OTHER_CASE] * sample.other_case])
+
+
+def read_entry_again(sample: PlannedSample, reader: SourceReader) -> tuple[Any, CheckedEntry]:
+    """An entry as it stands in the metadata, and checked. Raises PreparationError if it is not what was planned."""
+    try:
+        value = parse_entry(reader.read(sample.metadata, sample.start, sample.stop - sample.start))
+        entry = check_entry(value)
+        if len(entry.media) == len(sample.media):
+            return value, entry
+    except (UnusableSample, ValueError):
+        pass
+    raise PreparationError(f"{sample.metadata} changed while it was read; put back what it was, {GO_ON}")
+
+
+def name_parts(stored: list[StoredMedia], entry: dict[str, Any]) -> dict[str, bytes]:
+    """The parts of a sample by file ending: "jpg" for a single medium, "0.jpg", "1.mp4" for several; "json"."""
+    numbered = len(stored) > 1
+    parts = {f"{number}.{media.part}" if numbered else media.part: media.data for number, media in enumerate(stored)}
+    return {**parts, "json": json.dumps(entry).encode()}
+
+
+def refuse_empty_shard(stats: ShardStats) -> None:
+    """Energon drops an empty shard, and could then find no val split."""
+    if not stats.written:
+        first = f"{len(stats.skipped)} in all; the first: {stats.skipped[0].reason}, {stats.skipped[0].detail}"
+        remedy = "make fewer and larger shards (--maxcount), try another --seed, or leave broken data out"
+        raise PreparationError(f"{stats.name} would be empty, for none of its samples can be used ({first}); {remedy}")

@@ -1,0 +1,710 @@
+"""Data preparation against damaged input: mutated pictures, clips, tars, JSON and whole data sets.
+
+    python benchmarks/fuzz_preparation.py --inputs 20000 --json fuzz.json
+
+Every input must end as stored or as skipped with a known reason, within a few seconds. What is stored must be readable
+in training: pictures by media.decode_image, whole and at a fraction of their size, clips by media.decode_video. (Damage
+that only decoding everything shows may pass the quick check; then --check-pictures must find it.) The shards of a whole
+set must add up and pass --verify.
+
+The inputs come from sound files drawn here, to which one to six mutations are applied: bits, numbers, ranges removed,
+repeated, moved, zeroed, pieces of another file; the checksums of PNG chunks and tar headers are put right in half of
+the cases, so that the damage gets past them. Input i of a seed is always the same: --first i --inputs 1 repeats it.
+
+Worker processes do the work, so that a crash or a hang is seen, named, and not the end. The exit status is 1 if there
+was a finding.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import struct
+import sys
+import tarfile
+import tempfile
+import time
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cache
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import media_conversion
+from conversations import UnusableSample, check_entry
+from media import MediaError, VideoSampling, decode_image, decode_video
+from media_conversion import ConversionOptions, convert_media
+from raw_data import MetadataReader, PreparationError, parse_entries
+
+# Of 100 inputs, in this order.
+KINDS = {"picture": 48, "clip": 22, "json": 16, "tar": 11, "set": 3}
+REASONS = {
+    "picture": {"broken_image", "image_too_large", "extreme_aspect_ratio", "unsupported_image"},
+    "clip": {"broken_clip", "clip_too_large", "clip_too_long", "extreme_aspect_ratio", "unsupported_clip"},
+}
+ENTRY_REASONS = {
+    "malformed_entry", "unsafe_path", "too_many_media", "no_conversations", "malformed_turn", "unknown_role",
+    "broken_text", "roles_out_of_order", "empty_turn", "text_too_long", "placeholder_in_answer",
+    "placeholder_in_system", "placeholder_mismatch",
+}  # fmt: skip
+INTERESTING = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
+MEMORY_LIMIT = 4 << 30  # bytes of address space of a worker: what asks for more gets none
+SMALL = 56, 84  # height and width to which what is stored is resized
+
+
+class Finding(Exception):
+    """Something that must not happen."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sound files
+
+
+def draw(rng: np.random.Generator, height: int = 48, width: int = 64) -> np.ndarray:
+    """Smooth colours with some noise, uint8 [height, width, 3]."""
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((width, height))
+    return (np.asarray(coarse, np.int16) + rng.integers(-20, 21, (height, width, 3))).clip(0, 255).astype(np.uint8)
+
+
+def encode(picture: Image.Image, file_format: str, **options) -> bytes:
+    stream = io.BytesIO()
+    # Of copies, for saving a JPEG leaves its settings in the picture.
+    if "append_images" in options:
+        options["append_images"] = [more.copy() for more in options["append_images"]]
+    picture.copy().save(stream, file_format, **options)
+    return stream.getvalue()
+
+
+@cache
+def picture_files() -> list[bytes]:
+    """One of each kind that data sets hold."""
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(draw(rng))
+    grey16 = Image.fromarray(rng.integers(0, 65_536, (32, 32), dtype=np.uint16))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "camera"
+    alpha = picture.convert("RGBA")
+    alpha.putalpha(128)
+    more = {"save_all": True, "append_images": [Image.fromarray(draw(rng))]}
+    palette = picture.quantize(16)
+    xmp = b"<x:xmpmeta tiff:Orientation='6'/>"
+    return [
+        encode(picture, "JPEG"),
+        encode(picture, "JPEG", quality=95, subsampling=0),
+        encode(picture, "JPEG", progressive=True),
+        encode(picture, "JPEG", optimize=True, restart_marker_blocks=2),
+        encode(picture, "JPEG", exif=exif),
+        encode(picture, "JPEG", icc_profile=bytes(500), comment=b"a comment", xmp=xmp),
+        encode(picture.convert("L"), "JPEG"),
+        encode(picture.convert("CMYK"), "JPEG"),
+        encode(picture, "MPO", **more),
+        encode(picture, "PNG"),
+        encode(picture, "PNG", exif=exif, dpi=(72, 72)),
+        encode(picture.convert("L"), "PNG"),
+        encode(palette, "PNG", bits=8),
+        encode(palette, "PNG", transparency=3),
+        encode(picture.convert("1"), "PNG"),
+        encode(alpha, "PNG", icc_profile=bytes(500)),
+        encode(grey16, "PNG"),
+        encode(picture, "PNG", **more),
+        encode(picture, "GIF", **more),
+        encode(picture, "WEBP", quality=50, exif=exif),
+        encode(alpha, "WEBP", lossless=True),
+        encode(picture, "WEBP", **more),
+        encode(picture, "BMP"),
+        encode(picture, "TIFF", compression="tiff_lzw", exif=exif),
+        encode(picture, "TIFF", compression="jpeg"),
+        encode(grey16, "TIFF"),
+        encode(picture, "TIFF", compression="tiff_adobe_deflate", **more),
+        encode(picture, "PPM"),
+    ]
+
+
+@cache
+def clip_files() -> list[bytes]:
+    """One of each container and codec that this FFmpeg writes."""
+    kinds = [
+        ("mp4", "libx264", {"g": "6"}), ("mp4", "mpeg4", {"g": "5"}), ("mov", "libx264", {}), ("mp4", "libx265", {}),
+        ("matroska", "libx264", {"g": "6"}), ("webm", "libvpx", {}), ("webm", "libvpx-vp9", {}), ("avi", "mpeg4", {}),
+        ("avi", "mjpeg", {}), ("mpegts", "libx264", {"g": "6"}), ("mpegts", "mpeg2video", {}),
+        ("mpeg", "mpeg2video", {}), ("flv", "libx264", {}), ("flv", "flv1", {}), ("ogg", "libvpx", {}),
+        ("asf", "wmv2", {}),
+    ]  # fmt: skip
+    return [clip for clip in (encode_clip(*kind) for kind in kinds) if clip]
+
+
+def encode_clip(container: str, codec: str, options: dict[str, str]) -> bytes | None:
+    """14 frames; None where this FFmpeg has no such encoder."""
+    import av
+
+    stream, rng = io.BytesIO(), np.random.default_rng(0)
+    try:
+        with av.open(stream, "w", format=container) as target:
+            video = target.add_stream(
+                codec, rate=Fraction(25), width=64, height=48, options={**options, "threads": "1"}
+            )
+            video.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            for _ in range(14):
+                target.mux(video.encode(av.VideoFrame.from_ndarray(draw(rng), format="rgb24")))
+            target.mux(video.encode())
+    except (av.FFmpegError, ValueError):
+        return None
+    return stream.getvalue()
+
+
+@cache
+def tar_files() -> list[bytes]:
+    """Of each kind of tar, with pictures, long names, links and a folder."""
+    return [make_tar(file_format) for file_format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
+
+
+def make_tar(file_format: int) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=file_format) as tar:
+        for number, data in enumerate([*picture_files()[:5], b"", picture_files()[9]]):
+            long = "deep/" * (20 if number == 3 else 0)
+            add_member(tar, f"coco/{long}{'ä' * (number == 2)}{number}.jpg", data)
+        for kind, name in ((tarfile.SYMTYPE, "link.jpg"), (tarfile.LNKTYPE, "hard.jpg"), (tarfile.DIRTYPE, "folder")):
+            header = tarfile.TarInfo(name)
+            header.type, header.linkname = kind, "coco/0.jpg"
+            tar.addfile(header)
+    return stream.getvalue()
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    tar.addfile(header, io.BytesIO(data))
+
+
+def entry(number: int, **fields: Any) -> dict[str, Any]:
+    question = "<image>\n" * ("image" in fields) + "<video>\n" * ("video" in fields) + f"What is {number}?"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "Grüße, 世界 \U0001f600"}]
+    return {"id": f"{number}", "score": 0.5, **fields, "conversations": turns}
+
+
+@cache
+def json_files() -> list[bytes]:
+    """A list and JSON lines, with every style of turns and of media."""
+    entries = [entry(0), entry(1, image="coco/0.jpg"), entry(2, image=["a.jpg"]), entry(3, video="a.mp4")]
+    entries += [{**entry(4, image="a.jpg"), "video": ["1.jpg", "2.jpg"]}, {"id": 5, "conversations": []}]
+    parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": 'It \\ is "so".'}]
+    entries += [{"id": 6, "image": "a.jpg", "messages": turns}]
+    system = {"from": "system", "value": ""}
+    entries += [{**entry(7), "conversations": [system, *entry(7)["conversations"], {"from": "human", "value": "?"}]}]
+    lines = b"".join(json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in entries)
+    return [json.dumps(entries, indent=1).encode(), json.dumps(entries, ensure_ascii=False).encode(), lines]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mutations
+
+
+def flip_bits(rng: random.Random, data: bytearray, other: bytes) -> None:
+    for _ in range(rng.randint(1, 8)):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+
+
+def set_number(rng: random.Random, data: bytearray, other: bytes) -> None:
+    """An integer of one, two, four or eight bytes, in either order."""
+    size, place = rng.choice((1, 2, 4, 8)), rng.randrange(len(data))
+    value = rng.choice((*INTERESTING, rng.getrandbits(64))) % (1 << 8 * size)
+    data[place : place + size] = value.to_bytes(size, rng.choice(("big", "little")))[: len(data) - place]
+
+
+def change_header(rng: random.Random, data: bytearray, other: bytes) -> None:
+    """A byte or two of the first 800, where most formats say how the rest is to be read."""
+    for _ in range(rng.randint(1, 2)):
+        data[rng.randrange(min(len(data), 800))] = rng.choice((rng.randrange(256), rng.randrange(4)))
+
+
+def cut_end(rng: random.Random, data: bytearray, other: bytes) -> None:
+    del data[rng.randrange(len(data)) :]
+
+
+def remove_range(rng: random.Random, data: bytearray, other: bytes) -> None:
+    start, stop = choose_range(rng, data)
+    del data[start:stop]
+
+
+def repeat_range(rng: random.Random, data: bytearray, other: bytes) -> None:
+    start, stop = choose_range(rng, data)
+    data[stop:stop] = data[start:stop] * rng.choice((1, 1, 2, 50))
+
+
+def move_range(rng: random.Random, data: bytearray, other: bytes) -> None:
+    start, stop = choose_range(rng, data)
+    piece = data[start:stop]
+    del data[start:stop]
+    place = rng.randint(0, len(data))
+    data[place:place] = piece
+
+
+def fill_range(rng: random.Random, data: bytearray, other: bytes) -> None:
+    start, stop = choose_range(rng, data)
+    data[start:stop] = rng.choice((bytes(stop - start), b"\xff" * (stop - start), rng.randbytes(stop - start)))
+
+
+def take_from_other(rng: random.Random, data: bytearray, other: bytes) -> None:
+    start, stop = choose_range(rng, other)
+    place = rng.randint(0, len(data))
+    data[place : place + rng.choice((0, stop - start))] = other[start:stop]
+
+
+def append_garbage(rng: random.Random, data: bytearray, other: bytes) -> None:
+    data += rng.choice((bytes(100), rng.randbytes(rng.randint(1, 2000)), other))
+
+
+def choose_range(rng: random.Random, data: bytes) -> tuple[int, int]:
+    start = rng.randrange(len(data))
+    return start, min(len(data), start + rng.choice((1, 4, 16, 64, 512, len(data))))
+
+
+MUTATIONS = (
+    flip_bits, set_number, change_header, change_header, cut_end, remove_range, repeat_range, move_range, fill_range,
+    take_from_other, append_garbage,
+)  # fmt: skip
+
+
+def mutate(rng: random.Random, data: bytes, other: bytes) -> bytes:
+    mutated = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
+        if mutated:
+            rng.choice(MUTATIONS)(rng, mutated, other)
+    return bytes(mutated)
+
+
+def correct_png(data: bytes) -> bytes:
+    """Put right the CRCs of the chunks, as far as they can be followed."""
+    corrected, place = bytearray(data), 8
+    while place + 12 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if end > len(data):
+            break
+        corrected[end - 4 : end] = struct.pack(">I", zlib.crc32(data[place + 4 : end - 4]))
+        place = end
+    return bytes(corrected)
+
+
+def correct_tar(data: bytes) -> bytes:
+    """Put right the checksums of all blocks that look like headers."""
+    corrected = bytearray(data)
+    for place in range(0, len(data) - 511, 512):
+        block = corrected[place : place + 512]
+        if block[257:262] == b"ustar":
+            block[148:156] = b" " * 8
+            corrected[place + 148 : place + 156] = b"%06o\0 " % sum(block)
+    return bytes(corrected)
+
+
+JSON_WORDS = (
+    b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"-0", b"null", b"true", b'""', b'"\\ud800"', b'"\\u0000"', b"[]",
+    b"{}", b"[" * 100_000, b'{"a":' * 5000, b'"image"', b'"video"', b'"conversations"', b'"<image>"',
+    b'"<video><image>"', b'"../../etc/passwd"', b'"/etc/passwd"', b'"gpt"', b'"human"', b"\xff\xfe",
+    b"\xed\xa0\x80", b"\\", b'"', b",", b"\n", b'"' + b"x" * 300_000 + b'"',
+)  # fmt: skip
+
+
+def mutate_json(rng: random.Random, data: bytes) -> bytes:
+    """Words put in place of values, or anywhere; or mutations of bytes."""
+    if rng.random() < 0.3:
+        return mutate(rng, data, json_files()[0])
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        places = [place for place, byte in enumerate(data) if byte in b':,[{"']
+        place = rng.choice(places or [0]) + 1
+        end = place
+        if rng.random() < 0.6:
+            while end < len(data) and data[end] not in b",]}\n":
+                end += 1
+        data = data[:place] + rng.choice(JSON_WORDS) + data[end:]
+    return data
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What becomes of an input: "stored ..." or "skipped ..."; raises Finding, or whatever must not come out
+
+
+def fit(height: int, width: int, frames: int) -> tuple[int, int]:
+    return SMALL
+
+
+def run_picture(rng: random.Random) -> str:
+    data = mutate(rng, rng.choice(picture_files()), rng.choice(picture_files()))
+    if data.startswith(b"\x89PNG") and rng.random() < 0.5:
+        data = correct_png(data)
+    return store("picture", data, ConversionOptions(max_pixels=rng.choice((None, None, None, 1000))))
+
+
+def run_clip(rng: random.Random) -> str:
+    return store("clip", mutate(rng, rng.choice(clip_files()), rng.choice(clip_files())), ConversionOptions())
+
+
+def store(kind: str, data: bytes, options: ConversionOptions) -> str:
+    """Convert a picture or clip, and read what is stored."""
+    medium = "image" if kind == "picture" else "video"
+    try:
+        stored = convert_media(medium, "x", data, options)
+    except UnusableSample as unusable:
+        if unusable.reason not in REASONS[kind]:
+            raise Finding(f"an unknown reason: {unusable}") from unusable
+        return f"skipped {unusable.reason}"
+    if stored.treatment not in media_conversion.TREATMENTS or not stored.data:
+        raise Finding(f"stored as {stored.treatment}, {len(stored.data)} bytes")
+    try:
+        shape = read_stored(medium, stored.data)
+    except MediaError as error:
+        return find_again(medium, data, error)
+    if shape != (stored.height, stored.width):
+        raise Finding(f"stored as {stored.height} x {stored.width}, read as {shape[0]} x {shape[1]}")
+    return f"stored {stored.treatment}"
+
+
+def read_stored(medium: str, data: bytes) -> tuple[int, int]:
+    """Read a stored part as training does; returns height and width. Raises MediaError."""
+    if medium == "image":
+        if decode_image(data, fit).shape != (*SMALL, 3):
+            raise Finding("resized to another size than asked for")
+        return decode_image(data).shape[:2]
+    frames = decode_video(data, VideoSampling(), fit, threads=1)
+    if frames.shape[1:] != (*SMALL, 3) or not len(frames):
+        raise Finding(f"read as {frames.shape}")
+    seen: list[tuple[int, int]] = []
+    decode_video(data, VideoSampling(max_frames=2), lambda *size: seen.append(size[:2]) or SMALL, threads=1)
+    return seen[0]
+
+
+def find_again(medium: str, data: bytes, error: MediaError) -> str:
+    """What passes the quick check and cannot be read must not pass the thorough one."""
+    try:
+        convert_media(medium, "x", data, ConversionOptions(check_pictures=True))
+    except UnusableSample:
+        return "stored, but damaged where only --check-pictures looks"
+    raise Finding(f"stored, and training cannot read it: {error}")
+
+
+def run_json(rng: random.Random) -> str:
+    """A file of metadata, entry by entry. All are accounted for, or the file is refused in one line."""
+    *lists, lines = json_files()
+    data = mutate_json(rng, rng.choice([*lists, lines, lines]))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "metadata.json"
+        path.write_bytes(data)
+        try:
+            reader = MetadataReader([path])
+            outcomes = Counter(check(value) for ranges in reader for value in parse_entries(ranges))
+        except PreparationError as error:
+            if "\n" in str(error):
+                raise Finding(f"an error of several lines: {error}") from error
+            return "skipped: the file is refused"
+    if outcomes.total() != reader.count:
+        raise Finding(f"{reader.count} entries, {outcomes.total()} outcomes")
+    return "stored all entries" if set(outcomes) <= {"passed"} else "stored some entries, skipped others"
+
+
+def check(value: Any) -> str:
+    """What becomes of one entry. What passes is JSON, and passes again without repair."""
+    try:
+        if isinstance(value, UnusableSample):
+            raise value
+        checked = check_entry(value)
+    except UnusableSample as unusable:
+        if unusable.reason not in ENTRY_REASONS:
+            raise Finding(f"an unknown reason: {unusable}") from unusable
+        return unusable.reason
+    again = check_entry(json.loads(json.dumps(checked.entry, allow_nan=False)))
+    if again.repairs or again.media != checked.media:
+        raise Finding(f"repaired twice: {checked.repairs}, {again.repairs}")
+    return "passed"
+
+
+def run_tar(rng: random.Random) -> str:
+    """A tar: what its index names lies in it and is readable."""
+    from media_index import count_refused, index_tars
+
+    data = mutate(rng, rng.choice(tar_files()), rng.choice(tar_files()))
+    data = correct_tar(data) if rng.random() < 0.5 else data
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.tar"
+        path.write_bytes(data)
+        try:
+            (source,) = index_tars(Path(folder), None, 1)
+        except PreparationError as error:
+            if "\n" in str(error):
+                raise Finding(f"an error of several lines: {error}") from error
+            return "skipped: the tar is refused"
+        count_refused(source)
+        for offset, size in zip(source.index.offset.tolist(), source.index.size.tolist()):
+            if not 0 <= offset <= offset + size <= len(data):
+                raise Finding(f"a member at {offset} of {size} bytes in a tar of {len(data)}")
+            store("picture", data[offset : offset + size], ConversionOptions())
+    return "stored members until the damage" if source.damage else "stored members"
+
+
+def run_set(rng: random.Random) -> str:
+    """A whole data set with a damaged tar, metadata and clip: one line of error, or shards that pass --verify."""
+    import data_preparation
+    from shard_verification import verify
+
+    with tempfile.TemporaryDirectory() as name, quiet() as said:
+        data, output = Path(name) / "data", Path(name) / "shards"
+        write_set(rng, data)
+        arguments = ["--data-dir", str(data), "--output-dir", str(output), "--num-workers", "0", "--no-report"]
+        status = data_preparation.main([*arguments, "--split", "1,1,1"])
+        if status not in (0, 1):
+            raise Finding(f"exit status {status}")
+        if status == 1:
+            errors = [line for line in said.getvalue().splitlines() if "error: " in line]
+            if len(errors) != 1:
+                raise Finding(f"{len(errors)} lines of error: {errors}")
+            return "skipped: the set is refused"
+        problems = [problem for problem in verify(output, 0) if not is_deep_damage(problem)]
+        if problems:
+            raise Finding(f"--verify: {problems[0]}")
+    return "stored a set"
+
+
+def is_deep_damage(problem: str) -> bool:
+    """What --verify finds because it decodes everything."""
+    return any(word in problem for word in ("broken_clip", "not a readable"))
+
+
+def write_set(rng: random.Random, data: Path) -> None:
+    """Thirty entries on the members of two tars and two plain files; one of these is mutated, or two."""
+    data.mkdir()
+    names = [f"coco/{number}.jpg" for number in (0, 1, 4, 5)] + ["coco/ä2.jpg", "plain.png", "LINK.jpg"]
+    entries = [entry(number, image=rng.choice(names)) for number in range(20)]
+    entries += [entry(20 + number, video="clip.mp4") for number in range(3)] + [entry(23 + n) for n in range(7)]
+    metadata = json.dumps(entries).encode()
+    files = {"a.tar": tar_files()[0], "b.tar": tar_files()[2], "clip.mp4": rng.choice(clip_files())}
+    files["plain.png"] = rng.choice(picture_files())
+    for name in rng.sample(sorted(files), 2):
+        files[name] = mutate(rng, files[name], files["a.tar"])
+        files[name] = correct_tar(files[name]) if name.endswith("tar") and rng.random() < 0.7 else files[name]
+    metadata = mutate_json(rng, metadata) if rng.random() < 0.4 else metadata
+    for name, content in {**files, "cambrian737k.json": metadata}.items():
+        (data / name).write_bytes(content)
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """What is printed meanwhile."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        yield said
+
+
+RUNNERS: dict[str, Callable[[random.Random], str]] = {
+    "picture": run_picture, "clip": run_clip, "json": run_json, "tar": run_tar, "set": run_set,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers
+
+
+def kind_of(number: int) -> str:
+    """The kinds take turns, so that any run of inputs holds all of them."""
+    place = number * 37 % 100  # 37 and 100 have no common divisor
+    for kind, share in KINDS.items():
+        if place < share:
+            return kind
+        place -= share
+    raise AssertionError("the shares of KINDS must add up to 100")
+
+
+Run = Callable[[int, int], tuple[str, bool]]  # run_input, or a test's
+
+
+def run_input(seed: int, number: int) -> tuple[str, bool]:
+    """What became of one input, and whether that is a finding."""
+    try:
+        return RUNNERS[kind_of(number)](random.Random(f"{seed} {number}")), False
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split()):.300}", True
+
+
+def work(pipe: Connection, seed: int, run: Run) -> None:
+    """Run the inputs whose numbers come through the pipe, until None does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    if run is run_input:  # before the clock runs
+        for make_files in (picture_files, clip_files, tar_files, json_files):
+            make_files()
+    pipe.send(None)
+    while (number := pipe.recv()) is not None:
+        start = time.perf_counter()
+        outcome, is_finding = run(seed, number)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        pipe.send((number, outcome, is_finding, time.perf_counter() - start, memory))
+
+
+@dataclass
+class Worker:
+    """A process and the input that it has in hand since `since`."""
+
+    process: multiprocessing.Process
+    pipe: Connection
+    number: int | None = None
+    since: float = 0.0
+
+
+@dataclass
+class Result:
+    """outcomes: by kind. findings: (number, kind, what)."""
+
+    outcomes: dict[str, Counter] = field(default_factory=lambda: {kind: Counter() for kind in KINDS})
+    findings: list[tuple[int, str, str]] = field(default_factory=list)
+    slowest: tuple[float, int] = (0.0, -1)
+    peak_mib: float = 0.0
+
+    def add(self, number: int, outcome: str, is_finding: bool, seconds: float = 0.0, kib: int = 0) -> None:
+        kind = kind_of(number)
+        self.outcomes[kind]["finding" if is_finding else outcome] += 1
+        if is_finding:
+            self.findings.append((number, kind, outcome))
+            print(f"\ninput {number} ({kind}): {outcome}", file=sys.stderr)
+        self.slowest = max(self.slowest, (seconds, number))
+        self.peak_mib = max(self.peak_mib, kib / 1024)
+
+
+def fuzz(inputs: range, seed: int, num_workers: int, limit: float, run: Run = run_input) -> Result:
+    """Run all inputs in processes; limit: seconds for one of them."""
+    context, result, waiting = multiprocessing.get_context("forkserver"), Result(), iter(inputs)
+    context.set_forkserver_preload([__name__])
+    workers = [start_worker(context, seed, run) for _ in range(num_workers)]
+    while workers:
+        ready = set(wait([worker.pipe for worker in workers], timeout=0.2))
+        for place, worker in enumerate(list(workers)):
+            try:
+                if worker.pipe in ready:
+                    take_result(worker, result)
+                    give_input(worker, waiting)
+                elif worker.number is not None and time.monotonic() - worker.since > limit:
+                    worker.process.kill()
+                    raise TimeoutError
+            except (EOFError, OSError, TimeoutError) as error:
+                say_death(worker, result, error, limit)
+                workers[place] = start_worker(context, seed, run)
+        workers = [worker for worker in workers if not worker.pipe.closed]
+    return result
+
+
+def start_worker(context: Any, seed: int, run: Run) -> Worker:
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(theirs, seed, run), daemon=True)
+    process.start()
+    theirs.close()
+    return Worker(process, ours)
+
+
+def take_result(worker: Worker, result: Result) -> None:
+    """Raises EOFError where the process has ended."""
+    received = worker.pipe.recv()
+    worker.number = None
+    if received is not None:
+        result.add(*received)
+        done = sum(outcomes.total() for outcomes in result.outcomes.values())
+        if done % 200 == 0:
+            print(f"\r{done} inputs, {len(result.findings)} findings", end="", file=sys.stderr, flush=True)
+
+
+def give_input(worker: Worker, waiting: Any) -> None:
+    number = next(waiting, None)
+    worker.pipe.send(number)
+    worker.number, worker.since = number, time.monotonic()
+    if number is None:
+        worker.process.join()
+        worker.pipe.close()
+
+
+def say_death(worker: Worker, result: Result, error: Exception, limit: float) -> None:
+    worker.process.join()
+    worker.pipe.close()
+    if worker.number is None:
+        raise SystemExit(f"fuzz_preparation.py: error: a worker ended with {worker.process.exitcode} while it started")
+    died = f"the process died (exit code {worker.process.exitcode})"
+    result.add(worker.number, f"over {limit:g} s" if isinstance(error, TimeoutError) else died, True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def summarise(result: Result, inputs: range, seed: int, seconds: float) -> dict[str, Any]:
+    counts = {kind: dict(sorted(outcomes.items())) for kind, outcomes in result.outcomes.items()}
+    total = sum(outcomes.total() for outcomes in result.outcomes.values())
+    return {
+        "seed": seed,
+        "first": inputs.start,
+        "inputs": len(inputs),
+        "lost": len(inputs) - total,
+        "findings": [{"input": number, "kind": kind, "what": what} for number, kind, what in result.findings],
+        "outcomes": counts,
+        "seconds": round(seconds, 1),
+        "slowest_input": {"input": result.slowest[1], "seconds": round(result.slowest[0], 2)},
+        "peak_memory_of_a_worker_mib": round(result.peak_mib),
+    }
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    for kind, outcomes in summary["outcomes"].items():
+        print(f"{kind}: {sum(outcomes.values())}")
+        for outcome, count in outcomes.items():
+            print(f"    {count:6} {outcome}")
+    for finding in summary["findings"]:
+        print(f"FINDING input {finding['input']} ({finding['kind']}): {finding['what']}")
+    slowest = summary["slowest_input"]
+    print(
+        f"{summary['inputs']} inputs in {summary['seconds']} s, {len(summary['findings'])} findings, "
+        f"{summary['lost']} lost; slowest: input {slowest['input']}, {slowest['seconds']} s; "
+        f"memory of a worker up to {summary['peak_memory_of_a_worker_mib']} MiB"
+    )
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    cores = len(os.sched_getaffinity(0))
+    add("--inputs", type=int, default=20_000, metavar="N", help="how many (default: %(default)s)")
+    add("--first", type=int, default=0, metavar="N", help="number of the first one (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="other inputs for every seed (default: %(default)s)")
+    add("--num-workers", type=int, default=cores, metavar="N", help="processes (default: the cores, %(default)s)")
+    add("--limit", type=float, default=20.0, metavar="SECONDS", help="for one input (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    arguments = parser.parse_args(argv)
+    if arguments.inputs < 1 or arguments.first < 0 or arguments.num_workers < 1 or arguments.limit <= 0:
+        parser.error("--inputs and --num-workers must be 1 or more, --first 0 or more, --limit more than 0")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    inputs = range(arguments.first, arguments.first + arguments.inputs)
+    start = time.perf_counter()
+    result = fuzz(inputs, arguments.seed, min(arguments.num_workers, len(inputs)), arguments.limit)
+    summary = summarise(result, inputs, arguments.seed, time.perf_counter() - start)
+    print(file=sys.stderr)
+    print_summary(summary)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(summary, indent=2) + "\n")
+    return 1 if summary["findings"] or summary["lost"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
