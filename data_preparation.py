@@ -25,6 +25,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def prepare(arguments: argparse.Namespace) -> int:
         with tqdm(desc="Checking entries", unit="entry") as bar:
             collector = check_all(reader, pool, arguments.strict, bar.update)
         with run_lock(arguments):
-            tars, plan, layout, run = plan_set(arguments, reader, collector)
+            tars, plan, layout, run = plan_set(pool, arguments, reader, collector)
             if arguments.dry_run:
                 return say_dry_run(plan, layout)
             seconds, samples = write_missing(pool, arguments, metadata, tars, plan, layout)
@@ -87,14 +88,15 @@ def prepare(arguments: argparse.Namespace) -> int:
 
 
 def plan_set(
-    arguments: argparse.Namespace, reader: MetadataReader, collector: Collector
+    pool: WorkerPool, arguments: argparse.Namespace, reader: MetadataReader, collector: Collector
 ) -> tuple[list[TarSource], Plan, Layout, dict[str, Any]]:
     """Find the media, decide what goes where, and mark the output folder; but for the last in a dry run."""
     data_dir, output_dir = arguments.data_dir, arguments.output_dir
     with planning_lock(arguments) as work:
-        tars = index_tars(data_dir, work, arguments.num_workers)
+        tars = index_tars(data_dir, work, pool)
         say_tars(tars, arguments)
         plan = make_plan(collector, reader.paths, tars, data_dir, output_dir, arguments.strict)
+        tars = [replace(tar, index=None) for tar in tars]
         layout = lay_out(plan, arguments)
         say_plan(plan, layout, arguments)
         run = describe_run(arguments, reader, tars, plan, layout)
@@ -221,14 +223,14 @@ def verify_set(arguments: argparse.Namespace) -> int:
 
 def say_tars(tars: list[TarSource], arguments: argparse.Namespace) -> None:
     """How many files there are, and on stderr what is not used. Raises PreparationError for the latter if strict."""
-    print(f"Found {sum(len(tar.index.names) for tar in tars)} files in {len(tars)} tars")
+    print(f"Found {sum(tar.members for tar in tars)} files in {len(tars)} tars")
     not_read = list_not_read(arguments.data_dir)
     if not_read:
         print(f"Not read, only .tar, .tar.gz and .tgz are: {', '.join(not_read)}", file=sys.stderr)
     for tar in tars:
         findings = []
         if tar.damage:
-            findings.append(f"only the {len(tar.index.names)} members before its damage are used: {tar.damage}")
+            findings.append(f"only the {tar.members} members before its damage are used: {tar.damage}")
         if tar.refused:
             reasons = ", ".join(f"{reason} {count}" for reason, count in count_refused(tar).items())
             findings.append(f"members refused ({reasons}), by name in {REFUSED_NAME}")

@@ -11,6 +11,7 @@ Letters used for shapes: N entries, M their media in a row, G groups, S samples.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
@@ -22,6 +23,7 @@ from raw_data import PreparationError
 SPLITS = ("train", "val", "test")
 MOST_UNITS = 1000  # shards for one round of the proportion: "8,1,1" needs 10, "98.5,1,0.5" 200
 MOST_COPIES = 100
+CELLS = 1 << 16  # (group, source) at a time as Python's numbers, which take five times as much memory as numpy's
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,10 @@ def parse_weight(text: str) -> tuple[str, float]:
 def hash_seeded(seed: int, purpose: str, digests: np.ndarray) -> np.ndarray:
     """uint64 [N]: a hash of each of the digests S16 [N], another one for every seed and purpose."""
     key, person = str(seed).encode(), purpose.encode()
-    data, width = digests.tobytes(), digests.itemsize
-    hashes = (
-        blake2b(data[place : place + width], digest_size=8, key=key, person=person).digest()
-        for place in range(0, len(data), width)
-    )
-    return np.frombuffer(b"".join(hashes), "<u8")
+    data, width, hashes = memoryview(digests.tobytes()), digests.itemsize, bytearray()
+    for place in range(0, len(data), width):
+        hashes += blake2b(data[place : place + width], digest_size=8, key=key, person=person).digest()
+    return np.frombuffer(bytes(hashes), "<u8")
 
 
 def group_entries(media_start: np.ndarray, content: np.ndarray, digest: np.ndarray) -> np.ndarray:
@@ -119,18 +119,34 @@ def split_entries(
     Every source, and all of them together, lack some entries in each split at any time. A group goes where it makes
     the sum of squares of what they lack smallest.
     """
-    groups, first = np.unique(group, return_index=True)
-    cells, count = np.unique(group * (source.max(initial=0) + 1) + source, return_counts=True)
-    of_group, of_source = np.divmod(cells, source.max(initial=0) + 1)
-    begin = np.searchsorted(of_group, np.arange(len(groups) + 1)).tolist()
-    members = list(zip(of_source.tolist(), count.tolist()))
-    lacks = [[0, 0, 0] for _ in range(int(source.max(initial=0)) + 1)]  # by source and split, times the sum of shares
-    lacks_all, chosen = [0, 0, 0], [0] * len(groups)
-    for number in np.argsort(hash_seeded(seed, "split", identity[first]), kind="stable").tolist():
-        touched = [(lacks[name], entries) for name, entries in members[begin[number] : begin[number + 1]]]
+    _, first = np.unique(group, return_index=True)
+    order = np.argsort(hash_seeded(seed, "split", identity[first]), kind="stable")
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    sources = int(source.max(initial=0)) + 1
+    lacks = [[0, 0, 0] for _ in range(sources)]  # by source and split, times the sum of shares
+    lacks_all, chosen = [0, 0, 0], np.zeros(len(order), np.int8)
+    for number, members in iterate_groups(rank[group], source, sources):
+        touched = [(lacks[name], entries) for name, entries in members]
         touched.append((lacks_all, sum(entries for _, entries in touched)))
         chosen[number] = choose_split(touched, shares)
-    return np.array(chosen, np.int8)[group]
+    return chosen[rank[group]]
+
+
+def iterate_groups(group: np.ndarray, source: np.ndarray, sources: int) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """(group, the number of its entries from each source) of all groups, ascending."""
+    cells, counts = np.unique(group * sources + source, return_counts=True)
+    number, members = 0, []
+    for start in range(0, len(cells), CELLS):
+        some = slice(start, start + CELLS)
+        for cell, count in zip(cells[some].tolist(), counts[some].tolist()):
+            of, name = divmod(cell, sources)
+            if of != number:
+                yield number, members
+                number, members = of, []
+            members.append((name, count))
+    if members:
+        yield number, members
 
 
 def choose_split(touched: list[tuple[list[int], int]], shares: tuple[int, int, int]) -> int:

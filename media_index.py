@@ -19,19 +19,21 @@ import zipfile
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from gzip import BadGzipFile
 from gzip import open as open_gzip
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from output_folder import replacing
 from raw_data import PreparationError
 from tar_walk import EDGE_BYTES, DamagedTar, Member, walk_tar
+from worker_pool import WorkerPool
 
 INDEX_VERSION = 1  # of the files in O/.work
 DIGEST = np.dtype("S16")
@@ -87,13 +89,15 @@ class Index:
 class TarSource:
     """A tar as it is found (path) and as it is read (readable: the same file, or the unpacked one).
 
-    refused: JSON lines with the other members' names, and why each is not used. damage: why what comes after some byte
-    is not used, "" if all is.
+    members: how many can be used; `index`, which says where they lie, is None once they have been located. refused:
+    JSON lines with the other members' names, and why each is not used. damage: why what comes after some byte is not
+    used, "" if all is.
     """
 
     path: Path
     readable: Path
-    index: Index
+    members: int
+    index: Index | None
     refused: bytes
     damage: str
 
@@ -161,10 +165,14 @@ def list_not_read(data_dir: Path) -> list[str]:
     return sorted(path.name for pattern in NOT_READ for path in data_dir.glob(pattern))
 
 
-def index_tars(data_dir: Path, work: Path | None, num_workers: int) -> list[TarSource]:
+def index_tars(data_dir: Path, work: Path | None, pool: WorkerPool) -> list[TarSource]:
     """All tars of a data folder, by name. `work`: folder of kept indexes and unpacked tars; None: keep nothing."""
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        return list(pool.map(lambda path: open_tar(path, work), list_tars(data_dir)))
+    tasks = [(path, work) for path in list_tars(data_dir)]
+    return list(pool.map(open_in_worker, tasks, lambda steps: None))
+
+
+def open_in_worker(task: tuple[Path, Path | None], advance: Callable[[int], Any]) -> TarSource:
+    return open_tar(*task)
 
 
 def open_tar(path: Path, work: Path | None) -> TarSource:
@@ -203,7 +211,8 @@ def load_index(path: Path, readable: Path, kept: Path) -> TarSource | None:
     try:
         with np.load(kept, allow_pickle=False) as arrays:
             index = Index(*(arrays[name] for name in Index.__dataclass_fields__))
-            return TarSource(path, readable, index, arrays["refused"].tobytes(), arrays["damage"].tobytes().decode())
+            refused, damage = arrays["refused"].tobytes(), arrays["damage"].tobytes().decode()
+            return TarSource(path, readable, len(index.names), index, refused, damage)
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
@@ -240,7 +249,7 @@ def index_tar(path: Path, readable: Path, damage: str = "") -> TarSource:
                 raise error if isinstance(error, DamagedTar) else DamagedTar(0, str(error)) from error
             damage = damage or str(error)
     index, refused = walked.finish()
-    return TarSource(path, readable, index, refused, damage)
+    return TarSource(path, readable, len(index.names), index, refused, damage)
 
 
 class WalkedTar:

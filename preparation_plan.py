@@ -25,7 +25,6 @@ OTHER_SOURCES, NO_SOURCE, TEXT_SOURCE, NO_FOLDER = "other", "unknown", "text", "
 OTHER_CASE = "other_letter_case"  # the repair of a medium's name
 MAXIMUM_NAME, MAXIMUM_ID = 100, 200  # characters
 MAXIMUM_MEDIA_BYTES = 1 << 30
-SMALL_BYTES = 8 << 20  # of metadata that are checked while the workers start
 
 
 @dataclass(frozen=True)
@@ -260,8 +259,7 @@ def check_all(reader: MetadataReader, pool: WorkerPool, strict: bool, advance: C
     """Check all entries of the metadata. Raises PreparationError."""
     collector = Collector()
     tasks = (CheckTask(ranges, strict) for ranges in reader)
-    is_small = sum(path.stat().st_size for path in reader.paths) < SMALL_BYTES
-    for piece in (check_piece(task, advance) for task in tasks) if is_small else pool.map(check_piece, tasks, advance):
+    for piece in pool.map(check_piece, tasks, advance):
         collector.add(piece)
     if not collector.pieces:
         raise PreparationError(f"{', '.join(map(str, reader.paths))}: the metadata holds no entries")

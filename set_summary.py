@@ -118,7 +118,7 @@ def count_sources(plan: Plan, layout: Layout, counts: SetCounts) -> dict[str, di
 
 
 def describe_tar(tar: TarSource) -> dict[str, Any]:
-    return {"members": len(tar.index.names), "refused": count_refused(tar), "damage": tar.damage}
+    return {"members": tar.members, "refused": count_refused(tar), "damage": tar.damage}
 
 
 def write_filtered_metadata(path: Path, plan: Plan, layout: Layout, metadata: list[Path], broken: set[int]) -> None:

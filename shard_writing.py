@@ -248,8 +248,9 @@ def cut_windows(samples: list[PlannedSample], budget: int) -> Iterator[list[Plan
 
 @functools.lru_cache(maxsize=1)
 def window_memory() -> memoryview:
-    """Of this process, for one window after the other: memory that is new has to be cleared by the kernel each time."""
-    return memoryview(mmap.mmap(-1, WINDOW_BYTES))
+    """For one window after the other: memory that is new has to be cleared by the kernel each time. Private: processes
+    that are forked later have their own."""
+    return memoryview(mmap.mmap(-1, WINDOW_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def read_window(window: list[PlannedSample], reader: SourceReader) -> dict[tuple[str, int, int], memoryview]:

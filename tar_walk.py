@@ -9,8 +9,8 @@ import posixpath
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import BinaryIO
+from dataclasses import dataclass
+from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
 MAXIMUM_HEADER_BYTES = 1 << 20  # of a pax header or a long name
@@ -34,8 +34,7 @@ class DamagedTar(Exception):
         self.offset = offset
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A member that is no folder. name: as "a/b.jpg", undecoded. Its data are bytes [offset, offset + size) of the tar.
 
     refused: why it is not used, "" if it is. edges: its first and last 4,096 bytes, if it is used.
@@ -57,14 +56,13 @@ class Extension:
     refused: str = ""
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """The fields of one 512-byte header that count here."""
 
     name: bytes
     size: int
     kind: bytes
-    block: bytes = field(repr=False)
+    block: bytes
 
 
 def walk_tar(stream: BinaryIO, length: int | None) -> Iterator[Member]:
@@ -208,26 +206,29 @@ def describe(
     refused = extension.refused or REFUSED_TYPES.get(header.kind) or check_name(name)
     if not refused and header.kind not in PLAIN:
         refused = "unknown_type"
-    if offset + stored > length:
-        yield Member(clean(name), offset, stored, refused or "cut_short")
+    if not refused:
+        name = clean(name)
+    is_cut = offset + stored > length
+    edges = b"" if refused or is_cut else read_edges(stream, offset, stored)
+    if is_cut or edges is None:
+        yield Member(name, offset, stored, refused or "cut_short")
         raise DamagedTar(offset - BLOCK, "cut short")
-    edges = b"" if refused else read_edges(stream, offset, stored)
-    if edges is None:
-        yield Member(clean(name), offset, stored, "cut_short")
-        raise DamagedTar(offset - BLOCK, "cut short")
-    yield Member(clean(name), offset, stored, refused, edges)
+    yield Member(name, offset, stored, refused, edges)
 
 
 def check_name(name: bytes) -> str:
     """Why a name is refused; "" if it is not."""
     if name.startswith(b"/"):
         return "absolute_path"
-    if b".." in name.split(b"/"):
+    if b".." in name and b".." in name.split(b"/"):
         return "parent_path"
     return "" if clean(name) != b"." and b"\0" not in name else "no_name"
 
 
 def clean(name: bytes) -> bytes:
+    """ "a/b" for "./a//b/"."""
+    if name[:1] not in b"./" and name[-1:] != b"/" and b"//" not in name and b"/." not in name:
+        return name
     return posixpath.normpath(name)
 
 

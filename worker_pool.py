@@ -13,8 +13,6 @@ from typing import Any
 from raw_data import PreparationError
 
 POLL_SECONDS = 0.5
-# Imported once, by the process that the workers are forked from. Nothing here imports torch, which takes 5 s.
-PRELOADED = ["preparation_plan", "shard_writing"]
 
 _progress: Any = None  # in a worker process: the counter that it shares with its parent
 
@@ -44,8 +42,11 @@ def run_in_worker(function: Callable[[Any, Callable[[int], Any]], Any], task: An
 
 
 class WorkerPool:
-    """`num_workers` processes; 0: the calling one does the work. Used as a context manager, which returns at once: the
-    processes need about a second to start."""
+    """`num_workers` processes; 0: the calling one does the work. Used as a context manager.
+
+    They are forked, all at once and first of all: before this process has threads, open locks or much memory, and with
+    everything imported. Started anew they would take a second.
+    """
 
     def __init__(self, num_workers: int):
         self.num_workers = num_workers
@@ -53,22 +54,15 @@ class WorkerPool:
 
     def __enter__(self) -> "WorkerPool":
         if self.num_workers:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(PRELOADED)
+            context = multiprocessing.get_context("fork")
             self.progress = context.Value("q", 0)
             # Not multiprocessing.Pool, which waits for ever when a worker is killed.
             self.pool = ProcessPoolExecutor(self.num_workers, context, start_worker, (self.progress,))
-            self.starter = threading.Thread(target=self.start)
-            self.starter.start()
+            self.pool.submit(os.getpid).result()
         return self
-
-    def start(self) -> None:
-        for _ in range(self.num_workers):
-            self.pool.submit(os.getpid)
 
     def __exit__(self, *error: object) -> None:
         if self.pool:
-            self.starter.join()
             self.pool.shutdown(wait=True, cancel_futures=True)
 
     def map(
@@ -96,7 +90,6 @@ class WorkerPool:
         running: dict[Future, int] = {}
         done: dict[int, Future] = {}
         submitted, yielded, failed = 0, 0, False
-        self.starter.join()
         while True:
             while not failed and len(running) < 2 * self.num_workers and (task := next(tasks, None)) is not None:
                 running[self.pool.submit(run_in_worker, function, task)] = submitted

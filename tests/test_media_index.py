@@ -30,6 +30,7 @@ from media_index import (
 )
 from raw_data import PreparationError
 from tar_walk import EDGE_BYTES
+from worker_pool import WorkerPool
 
 LONG_NAME = "folder/" * 40 + "picture.jpg"
 FILES = {"a/1.jpg": b"one", "a/2.jpg": b"two" * 5000, "b/Ü.png": b"", LONG_NAME: b"long", "c.mp4": b"x" * 512}
@@ -83,7 +84,7 @@ def index(folder: Path, data: bytes, name: str = "media.tar") -> TarSource:
 
 def find(folder: Path, *names: str, work: Path | None = None) -> tuple[Places, dict[str, bytes | None]]:
     """The places of names in a data folder, and what lies there; None for what is nowhere."""
-    tars = index_tars(folder, work, 1)
+    tars = index_tars(folder, work, WorkerPool(0))
     digests = np.array([digest_name(name) for name in names], DIGEST)
     folded = np.array([digest_folded(name) for name in names], DIGEST)
     order = np.argsort(digests)
@@ -148,7 +149,7 @@ def test_compressed_tars_whatever_their_name(tmp_path, name):
     assert find(tmp_path, *FILES, work=work)[1] == FILES
     (unpacked,) = work.glob("*.unpacked")
     unpacked.unlink()
-    (source,) = index_tars(tmp_path, work, 2)  # from the kept index
+    (source,) = index_tars(tmp_path, work, WorkerPool(0))  # from the kept index
     assert not unpacked.exists()
     make_readable([source], 2)
     assert unpacked.exists()
@@ -156,7 +157,7 @@ def test_compressed_tars_whatever_their_name(tmp_path, name):
 
 def test_a_dry_look_at_a_compressed_tar_writes_nothing(tmp_path):
     (tmp_path / "media.tgz").write_bytes(gzip.compress(pack(member(*item) for item in FILES.items())))
-    (source,) = index_tars(tmp_path, None, 1)
+    (source,) = index_tars(tmp_path, None, WorkerPool(0))
     assert len(source.index.names) == len(FILES)
     assert [path.name for path in tmp_path.iterdir()] == ["media.tgz"]
 
@@ -165,15 +166,15 @@ def test_the_index_is_kept_until_the_tar_changes(tmp_path, monkeypatch):
     work = tmp_path / "work"
     work.mkdir()
     (tmp_path / "media.tar").write_bytes(pack([*(member(*item) for item in FILES.items()), member("/etc/x", b"x")]))
-    (first,) = index_tars(tmp_path, work, 1)
+    (first,) = index_tars(tmp_path, work, WorkerPool(0))
     with monkeypatch.context() as patch:
         patch.setattr(media_index, "walk_tar", None)  # not walked over again
-        (second,) = index_tars(tmp_path, work, 1)
+        (second,) = index_tars(tmp_path, work, WorkerPool(0))
     assert second.refused == first.refused and b"absolute_path" in first.refused
     for name in ("names", "folded", "content", "offset", "size"):
         np.testing.assert_array_equal(getattr(second.index, name), getattr(first.index, name))
     write_tar(tmp_path / "media.tar", {"new.jpg": b"new"})
-    (third,) = index_tars(tmp_path, work, 1)
+    (third,) = index_tars(tmp_path, work, WorkerPool(0))
     assert len(third.index.names) == 1
 
 
@@ -181,12 +182,12 @@ def test_a_kept_index_that_is_broken_is_made_anew(tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     write_tar(tmp_path / "media.tar", FILES)
-    index_tars(tmp_path, work, 1)
+    index_tars(tmp_path, work, WorkerPool(0))
     (kept,) = work.glob("*.npz")
     for data in (b"", b"PK\3\4 nothing", kept.read_bytes()[:-40]):
         kept.write_bytes(data)
         assert load_index(tmp_path, tmp_path, kept) is None
-        assert len(index_tars(tmp_path, work, 1)[0].index.names) == len(FILES)
+        assert len(index_tars(tmp_path, work, WorkerPool(0))[0].index.names) == len(FILES)
 
 
 # Harm
@@ -345,7 +346,7 @@ def test_a_tar_that_may_not_be_read(tmp_path, monkeypatch):
     write_tar(tmp_path / "media.tar", FILES)
     monkeypatch.setattr(media_index, "index_tar", refuse)
     with pytest.raises(PreparationError, match=r"media\.tar cannot be read \(Input/output error\)"):
-        index_tars(tmp_path, None, 1)
+        index_tars(tmp_path, None, WorkerPool(0))
 
 
 def refuse(*arguments) -> None:
