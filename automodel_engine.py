@@ -6,10 +6,8 @@ optimizer, schedule, loops and loader. It is written under another name and rena
 no half ones.
 """
 
-import json
 import math
 import os
-import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -18,8 +16,7 @@ from typing import Any
 import torch
 import torch.distributed
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.callbacks import Callback
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.vlm import HFAutoModelForImageTextToText
@@ -29,11 +26,18 @@ from torch.nn import functional
 from transformers import Qwen2VLForConditionalGeneration
 
 from data_module import EnergonDataModule, energon_state_classes
+from run_folder import (
+    StepCheckpoint,
+    build_loggers,
+    copy_all_but_weights,
+    count_batches_as_completed,
+    is_frozen,
+    latest_checkpoint,
+    sync_files,
+    write_pixel_bounds,
+)
 from task_encoder import IGNORE_INDEX, QwenBatch
 from training_log import TrainingLog
-
-CHECKPOINT_NAME = re.compile(r"step(\d{6,})")
-PARTS = {"vision": "visual.", "projector": "visual.merger.", "language": ("model.", "lm_head.")}
 
 
 class QwenAutoModel(HFAutoModelForImageTextToText):
@@ -67,12 +71,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         self.model = Qwen2VLForConditionalGeneration.from_pretrained(self.model_dir, torch_dtype=torch.float32)
         self.model.train()
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad = not self._is_frozen(name)
-
-    def _is_frozen(self, name: str) -> bool:
-        if name.startswith(PARTS["projector"]):
-            return "projector" in self.freeze
-        return any(name.startswith(PARTS[part]) for part in self.freeze)
+            parameter.requires_grad = not is_frozen(name, self.freeze)
 
     def forward(self, batch: QwenBatch) -> torch.Tensor:
         """-> logits [B, L, vocabulary]."""
@@ -123,35 +122,19 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         self.log("val_loss", self.validation_loss, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """NeMo stores its constructor's arguments, functions among them; they come from the command line instead.
-
-        Lightning saves inside on_train_batch_end, before it counts that batch as completed, and a resumed run starts
-        from the completed ones: gradient accumulation would be out of step by one micro-batch.
-        """
+        """NeMo stores its constructor's arguments, functions among them; they come from the command line instead."""
         checkpoint.pop("hyper_parameters", None)
         checkpoint.pop("hparams_name", None)
-        for counts in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
-            if isinstance(counts, dict):
-                counts["completed"] = counts["processed"]
+        count_batches_as_completed(checkpoint)
 
     def save_hf(self, output_dir: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """A complete HF directory: weights, config, tokenizer, and processor with this run's pixel bounds. Atomic."""
         temporary = output_dir.with_name(f".{output_dir.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        for path in sorted(self.model_dir.iterdir()):
-            if path.is_file() and path.suffix not in (".safetensors", ".bin") and "safetensors.index" not in path.name:
-                temporary.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, temporary / path.name)
-        self._write_pixel_bounds(temporary / "preprocessor_config.json")
+        copy_all_but_weights(self.model_dir, temporary)
+        write_pixel_bounds(temporary, self.pixel_bounds)
         self.model.save_pretrained(temporary, state_dict=state_dict)
         shutil.rmtree(output_dir, ignore_errors=True)
         temporary.replace(output_dir)
-
-    def _write_pixel_bounds(self, path: Path) -> None:
-        if self.pixel_bounds and path.is_file():
-            config = json.loads(path.read_text(encoding="utf-8"))
-            config.pop("size", None)  # the stock processor's second name for the same two numbers
-            path.write_text(json.dumps({**config, **self.pixel_bounds}, indent=2) + "\n", encoding="utf-8")
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -169,7 +152,7 @@ class FolderCheckpointIO(CheckpointIO):
         weights = {name.removeprefix("model."): tensor for name, tensor in checkpoint.pop("state_dict").items()}
         self.module.save_hf(temporary / "hf", weights)
         torch.save(checkpoint, temporary / "trainer.pt")
-        _sync_files(temporary)
+        sync_files(temporary)
         if path.exists():
             shutil.rmtree(path)
         temporary.replace(path)
@@ -190,45 +173,6 @@ class FolderCheckpointIO(CheckpointIO):
         shutil.rmtree(path, ignore_errors=True)
 
 
-class StepCheckpoint(ModelCheckpoint):
-    """Every `interval` optimizer steps and at the end; keeps the last `keep`."""
-
-    FILE_EXTENSION = ""
-
-    def __init__(self, folder: Path, interval: int, keep: int) -> None:
-        super().__init__(
-            dirpath=folder,
-            filename="step{step:06d}",
-            auto_insert_metric_name=False,
-            monitor="step",
-            mode="max",
-            save_top_k=keep,
-            every_n_train_steps=interval,
-        )
-
-    def _should_remove_checkpoint(self, trainer, previous: str, current: str) -> bool:
-        """Lightning keeps the one that a run was resumed from for ever; a few restarts would fill the disk."""
-        return previous != current
-
-    def on_train_end(self, trainer, pl_module) -> None:
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The whole checkpoint with the highest step; what a killed run left half-written has another name."""
-    found = [path for path in folder.glob("step*") if CHECKPOINT_NAME.fullmatch(path.name)]
-    return max(found, key=lambda path: int(CHECKPOINT_NAME.fullmatch(path.name)[1]), default=None)
-
-
-def _sync_files(folder: Path) -> None:
-    """Data reaches the disk before the folder gets its final name."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
 def build_optimizer(arguments) -> PytorchOptimizerModule:
     """AdamW, linear warm-up, cosine down to min_lr; no decay on biases and norms."""
     optimizer = partial(
@@ -242,9 +186,8 @@ def build_optimizer(arguments) -> PytorchOptimizerModule:
     )
 
 
-def build_trainer(arguments, module: QwenAutoModel, log: TrainingLog) -> nl.Trainer:
+def build_trainer(arguments, module: QwenAutoModel, callbacks: list[Callback]) -> nl.Trainer:
     """Lightning's Trainer as NeMo wraps it. Steps are optimizer steps; Lightning counts validation in micro-batches."""
-    accumulate = arguments.global_batch_size // (arguments.micro_batch_size * arguments.world_size)
     return nl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=arguments.devices,
@@ -253,8 +196,8 @@ def build_trainer(arguments, module: QwenAutoModel, log: TrainingLog) -> nl.Trai
         precision=arguments.precision,
         max_steps=arguments.max_steps,
         max_epochs=-1,
-        accumulate_grad_batches=accumulate,
-        val_check_interval=arguments.val_interval * accumulate,
+        accumulate_grad_batches=arguments.accumulate,
+        val_check_interval=arguments.val_interval * arguments.accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -262,31 +205,19 @@ def build_trainer(arguments, module: QwenAutoModel, log: TrainingLog) -> nl.Trai
         enable_model_summary=False,
         log_every_n_steps=1,
         logger=False,
-        callbacks=[log, StepCheckpoint(arguments.run_dir / "checkpoints", arguments.save_interval, arguments.keep)],
+        callbacks=callbacks,
         plugins=[FolderCheckpointIO(module)],
     )
 
 
-def build_loggers(arguments) -> nl.NeMoLogger:
-    wandb = None
-    if arguments.wandb_project:
-        wandb = WandbLogger(project=arguments.wandb_project, name=arguments.experiment_name, save_dir=arguments.run_dir)
-    return nl.NeMoLogger(
-        name=arguments.experiment_name,
-        explicit_log_dir=str(arguments.run_dir / "logs"),
-        update_logger_directory=False,
-        tensorboard=TensorBoardLogger(save_dir=arguments.run_dir, name="tensorboard", version=""),
-        wandb=wandb,
-    )
-
-
-def run(arguments, data: EnergonDataModule, merge_size: int) -> None:
+def run(arguments, data: EnergonDataModule, merge_size: int, extra_callbacks: list[Callback]) -> None:
     """Fine-tunes, resuming from the newest checkpoint, and writes RUN_DIR/hf."""
     module = QwenAutoModel(
         arguments.model_dir, tuple(arguments.freeze), arguments.max_gradient_norm, arguments.pixel_bounds
     )
     log = TrainingLog(arguments.run_dir, arguments.max_steps, arguments.log_interval, merge_size)
-    trainer = build_trainer(arguments, module, log)
+    saving = StepCheckpoint(arguments.run_dir / "checkpoints", arguments.save_interval, arguments.keep)
+    trainer = build_trainer(arguments, module, [log, saving, *extra_callbacks])
     checkpoint = latest_checkpoint(arguments.run_dir / "checkpoints")
     if checkpoint and trainer.is_global_zero:
         print(f"Resuming from {checkpoint}", flush=True)

@@ -6,11 +6,12 @@ not those that were read ahead. A restore that does not fit raises; it is never 
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed
 from megatron.energon import (
     SavableDataLoader,
     WorkerConfig,
@@ -20,7 +21,7 @@ from megatron.energon import (
     get_val_dataset,
 )
 
-from task_encoder import DATASET_OPTIONS, QwenBatch, QwenTaskEncoder
+from task_encoder import DATASET_OPTIONS, QwenTaskEncoder
 
 
 class CountedLoader:
@@ -37,7 +38,7 @@ class CountedLoader:
     def __len__(self) -> int:
         return self.batches
 
-    def __iter__(self) -> Iterator[QwenBatch]:
+    def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader)
         while True:
             start = time.perf_counter()
@@ -50,8 +51,12 @@ class EnergonDataModule(pl.LightningDataModule):
     """Train and validation loaders over a prepared folder of shards.
 
     path: the folder with `.nv-meta`. total_batches: micro-batches of one process in the whole run. num_workers: loader
-    processes of one process; 0 loads in the training process. val_batches: micro-batches of one validation, over all
-    processes together at most; None for the whole split.
+    processes of one process; 0 loads in the training process. rank, world_size: among processes that train on different
+    samples. val_batches: micro-batches of one validation, over all processes together at most; None for the whole
+    split. packing_buffer_size: samples among which a worker chooses those of a row (the task encoder is then a
+    `PackingTaskEncoder`, and a row a micro-batch); None: a micro-batch is micro_batch_size samples.
+    data_parallel_group: called before loading, gives the group of the processes that train on different samples; None:
+    all.
     """
 
     def __init__(
@@ -67,6 +72,8 @@ class EnergonDataModule(pl.LightningDataModule):
         seed: int,
         val_batches: int | None = None,
         shuffle_buffer_size: int = 1000,
+        packing_buffer_size: int | None = None,
+        data_parallel_group: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__()
         self.path = path
@@ -78,19 +85,25 @@ class EnergonDataModule(pl.LightningDataModule):
         self.total_batches = total_batches
         self.val_batches = val_batches
         self.shuffle_buffer_size = shuffle_buffer_size
+        self.packing_buffer_size = packing_buffer_size
+        self.batch_size = 1 if packing_buffer_size else micro_batch_size
         self.worker_config = WorkerConfig(rank=rank, world_size=world_size, num_workers=num_workers, seed_offset=seed)
         self.train_loader: CountedLoader | None = None
+        self.data_parallel_group = data_parallel_group
         self._restored: list | None = None
 
     def train_dataloader(self) -> CountedLoader:
         """Endless, shuffled, split over processes and workers."""
+        if self.data_parallel_group:
+            self.worker_config.data_parallel_group = self.data_parallel_group()
         # Energon's loader processes look at every object that the collector tracks, and without TransformerEngine
         # NeMo leaves some behind on which even isinstance() raises. Frozen objects are out of sight.
         gc.freeze()
         dataset = get_train_dataset(
             self.path,
             worker_config=self.worker_config,
-            batch_size=self.micro_batch_size,
+            batch_size=self.batch_size,
+            packing_buffer_size=self.packing_buffer_size,
             shuffle_buffer_size=self.shuffle_buffer_size,
             max_samples_per_sequence=100,
             task_encoder=self.task_encoder,
@@ -111,7 +124,8 @@ class EnergonDataModule(pl.LightningDataModule):
         dataset = get_val_dataset(
             self.path,
             worker_config=self.worker_config,
-            batch_size=self.micro_batch_size,
+            batch_size=self.batch_size,
+            packing_buffer_size=self.packing_buffer_size,
             task_encoder=self.task_encoder,
             limit=limit,
             **DATASET_OPTIONS,
@@ -119,10 +133,16 @@ class EnergonDataModule(pl.LightningDataModule):
         return get_loader(dataset)
 
     def state_dict(self) -> dict[str, Any]:
-        """Collective: every process calls it; process 0 gets the states of all."""
-        if self.train_loader is None:
+        """Collective: every process calls it; process 0 gets the states of all that train on different samples."""
+        if self.train_loader is None or not self._trains_beside_process_0():
             return {}
         return {"energon": self.train_loader.loader.save_state_global(global_dst_rank=0) or []}
+
+    def _trains_beside_process_0(self) -> bool:
+        """Under tensor or pipeline parallelism several processes train on the same samples; one group of those that
+        train on different ones holds process 0, and its states are enough."""
+        group = self.worker_config.data_parallel_group
+        return group is None or 0 in torch.distributed.get_process_group_ranks(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until the loader is built. Raises ValueError where the state was made by another number of processes."""

@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ FIXED_ON_RESUME = (
     *("world_size", "micro_batch_size", "global_batch_size", "num_workers", "max_steps"),
     *("lr", "min_lr", "warmup_steps", "weight_decay", "adam_beta2", "max_gradient_norm", "freeze"),
     *("video_fps", "video_min_frames", "video_max_frames", "video_total_pixels"),
+    *("pack_tokens", "packing_buffer"),
 )
 
 
@@ -28,7 +30,9 @@ POSITIVE = (
     *("max_steps", "micro_batch_size", "global_batch_size", "devices", "num_nodes", "val_interval", "save_interval"),
     *("keep", "log_interval", "seq_length", "max_bad_in_a_row"),
     *("video_min_frames", "video_max_frames", "video_total_pixels"),
+    *("tensor_parallel", "pipeline_parallel", "packing_buffer"),
 )
+MEGATRON_ONLY = ("tensor_parallel", "pipeline_parallel", "pack_tokens", "recompute")
 
 
 class RunError(ValueError):
@@ -106,6 +110,18 @@ def parser_machine(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: megatron where it can run, else automodel",
     )
+    group.add_argument(
+        "--pack-tokens",
+        type=int,
+        default=0,
+        help="megatron: a micro-batch is one row of samples with at most so many tokens together, and "
+        "--global-batch-size counts rows; 0: a row of --micro-batch-size samples",
+    )
+    group.add_argument("--packing-buffer", type=int, default=64, help="samples among which a loader process fills rows")
+    group.add_argument("--tensor-parallel", type=int, default=1, help="megatron: processes that share each layer")
+    group.add_argument("--pipeline-parallel", type=int, default=1, help="megatron: processes that share the layers")
+    group.add_argument("--recompute", action="store_true", help="megatron: less memory, a third more arithmetic")
+    group.add_argument("--profile", type=int, metavar="STEP", help="write a trace of this step to RUN/profile")
     group.add_argument("--devices", type=int, default=1, help="processes of one node")
     group.add_argument("--num-nodes", type=int, default=1, help="nodes")
     group.add_argument("--precision", choices=("32", "bf16-mixed"), help="default: 32 on a CPU, bf16-mixed on a GPU")
@@ -179,11 +195,22 @@ def check_numbers(arguments: argparse.Namespace) -> None:
             raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     if not arguments.video_fps > 0:
         raise RunError(f"--video-fps must be over 0, got {arguments.video_fps}")
-    per_step = arguments.micro_batch_size * arguments.world_size
+    model_parallel = arguments.tensor_parallel * arguments.pipeline_parallel
+    if arguments.world_size % model_parallel:
+        raise RunError(
+            f"--tensor-parallel {arguments.tensor_parallel} x --pipeline-parallel {arguments.pipeline_parallel} = "
+            f"{model_parallel} does not divide {arguments.world_size} processes: change them or --devices"
+        )
+    if arguments.pack_tokens < 0 or (arguments.pack_tokens and arguments.micro_batch_size != 1):
+        raise RunError(
+            f"--pack-tokens {arguments.pack_tokens} fills rows with samples up to it, so --micro-batch-size is 1, got "
+            f"{arguments.micro_batch_size}: leave one of them out"
+        )
+    per_step = arguments.micro_batch_size * arguments.data_parallel
     if arguments.global_batch_size % per_step:
         raise RunError(
             f"GBS {arguments.global_batch_size} is not divisible by MBS {arguments.micro_batch_size} x "
-            f"{arguments.world_size} processes = {per_step}: change --global-batch-size or --micro-batch-size"
+            f"{arguments.data_parallel} processes = {per_step}: change --global-batch-size or --micro-batch-size"
         )
     if os.environ.get("WORLD_SIZE") and int(os.environ["WORLD_SIZE"]) != arguments.world_size:
         raise RunError(
@@ -240,69 +267,102 @@ def load_processor(arguments: argparse.Namespace, info: ModelInfo):
     return tokenizer, processor_class.from_pretrained(arguments.model_dir, **arguments.pixel_bounds)
 
 
-def build_data(arguments: argparse.Namespace, info: ModelInfo):
-    """The Energon data module, the same for both engines."""
-    from data_module import EnergonDataModule
+def build_task_encoder(arguments: argparse.Namespace, info: ModelInfo, rows: bool):
+    """rows: of packed rows instead of padded batches."""
     from media import VideoSampling
+    from packing import PackingTaskEncoder
     from task_encoder import QwenTaskEncoder
 
-    tokenizer, processor = load_processor(arguments, info)
-    task_encoder = QwenTaskEncoder(
-        tokenizer,
-        processor,
-        seq_length=arguments.seq_length,
-        video_sampling=VideoSampling(
+    options = {
+        "seq_length": arguments.seq_length,
+        "video_sampling": VideoSampling(
             arguments.video_fps, arguments.video_min_frames, arguments.video_max_frames, arguments.video_total_pixels
         ),
-        max_bad_in_a_row=arguments.max_bad_in_a_row,
-    )
-    accumulate = arguments.global_batch_size // (arguments.micro_batch_size * arguments.world_size)
+        "max_bad_in_a_row": arguments.max_bad_in_a_row,
+    }
+    tokenizer, processor = load_processor(arguments, info)
+    if rows:
+        return PackingTaskEncoder(tokenizer, processor, pack_tokens=arguments.pack_tokens, **options)
+    return QwenTaskEncoder(tokenizer, processor, **options)
+
+
+def build_data(arguments: argparse.Namespace, info: ModelInfo, engine: str):
+    """The Energon data module, the same for both engines but for rows."""
+    from data_module import EnergonDataModule
+
+    several = arguments.data_parallel < arguments.world_size
     return EnergonDataModule(
         arguments.data_dir,
-        task_encoder,
+        build_task_encoder(arguments, info, rows=engine == "megatron"),
         micro_batch_size=arguments.micro_batch_size,
         global_batch_size=arguments.global_batch_size,
-        total_batches=arguments.max_steps * accumulate,
+        total_batches=arguments.max_steps * arguments.accumulate,
         num_workers=arguments.num_workers,
-        rank=arguments.rank,
-        world_size=arguments.world_size,
+        # Megatron-core counts tensor-parallel processes first, then data-parallel ones, then pipeline stages.
+        rank=arguments.rank // arguments.tensor_parallel % arguments.data_parallel,
+        world_size=arguments.data_parallel,
         seed=arguments.seed,
         val_batches=arguments.val_batches,
         shuffle_buffer_size=arguments.shuffle_buffer,
+        packing_buffer_size=arguments.packing_buffer if arguments.pack_tokens else None,
+        data_parallel_group=_megatron_data_group if several else None,
     )
 
 
-def choose_engine(name: str) -> str:
-    """ "auto" becomes what can run here. Raises RunError if what was asked for cannot."""
-    if name == "automodel":
-        return name
-    from megatron_engine import refusal
+def _megatron_data_group():
+    from megatron.core import parallel_state
 
-    reason = refusal()
-    if name == "megatron" and reason:
+    return parallel_state.get_data_parallel_group_gloo()
+
+
+def megatron_refusal() -> str | None:
+    """Why the megatron engine cannot run here, or None."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "--engine megatron needs a CUDA device and there is none: use --engine automodel"
+    if find_spec("transformer_engine") is None:
+        return "--engine megatron needs TransformerEngine: run inside the NeMo container, or use --engine automodel"
+    return None
+
+
+def choose_engine(arguments: argparse.Namespace) -> str:
+    """ "auto" becomes what can run here. Raises RunError if what was asked for cannot."""
+    reason = megatron_refusal() if arguments.engine != "automodel" else "--engine automodel was asked for"
+    if arguments.engine == "megatron" and reason:
         raise RunError(reason)
-    return "automodel" if reason else "megatron"
+    if not reason:
+        if arguments.precision not in (None, "bf16-mixed"):
+            raise RunError(f"--engine megatron trains in bf16-mixed, not {arguments.precision}: leave --precision out")
+        return "megatron"
+    for name in MEGATRON_ONLY:
+        if getattr(arguments, name) not in (0, 1, False):
+            raise RunError(f"--{name.replace('_', '-')} is of the megatron engine, but {reason}")
+    return "automodel"
 
 
 def train(arguments: argparse.Namespace, info: ModelInfo) -> None:
     """Builds the parts and runs the engine."""
     import torch
 
-    engine = choose_engine(arguments.engine)
+    engine = choose_engine(arguments)
     arguments.precision = arguments.precision or ("bf16-mixed" if torch.cuda.is_available() else "32")
     if arguments.rank == 0:
         write_run_file(arguments, info)
         print(f"Engine {engine}, token format {info.dct_name}, {arguments.world_size} process(es), GBS "
               f"{arguments.global_batch_size}, run folder {arguments.run_dir}", flush=True)  # fmt: skip
-    if engine == "megatron":
-        raise RunError("--engine megatron is not part of this version yet: use --engine automodel")
     import lightning.pytorch as pl
 
-    import automodel_engine
+    from profile_step import ProfileStep
 
     pl.seed_everything(arguments.seed)
-    data = build_data(arguments, info)
-    automodel_engine.run(arguments, data, data.task_encoder.image_processor.merge_size)
+    data = build_data(arguments, info, engine)
+    callbacks = [ProfileStep(arguments.profile, arguments.run_dir / "profile")] if arguments.profile else []
+    if engine == "megatron":
+        import megatron_engine as chosen
+    else:
+        import automodel_engine as chosen
+    chosen.run(arguments, data, data.task_encoder.image_processor.merge_size, callbacks)
 
 
 def explain(error: Exception) -> str | None:
@@ -311,22 +371,24 @@ def explain(error: Exception) -> str | None:
     trace = "".join(traceback.format_exception(error))
     if marker in trace:
         return trace.split(marker)[1].split("\n")[0]
-    from training_log import NonFiniteLoss
+    from training_log import NonFiniteLoss, OutOfMemory
 
-    return str(error) if isinstance(error, (RunError, NonFiniteLoss)) else None
+    return str(error) if isinstance(error, (RunError, NonFiniteLoss, OutOfMemory)) else None
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     arguments.world_size = arguments.devices * arguments.num_nodes
+    arguments.data_parallel = max(1, arguments.world_size // (arguments.tensor_parallel * arguments.pipeline_parallel))
     arguments.rank = int(os.environ.get("RANK", 0))
     arguments.run_dir = arguments.output_dir / arguments.experiment_name
     bounds = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
     arguments.pixel_bounds = {name: value for name, value in bounds.items() if value is not None}
     try:
         info = check(arguments)
+        arguments.accumulate = arguments.global_batch_size // (arguments.micro_batch_size * arguments.data_parallel)
         if arguments.check:
-            choose_engine(arguments.engine)
+            choose_engine(arguments)
             return 0
         if (arguments.run_dir / "finished").is_file():
             print(f"{arguments.run_dir} is finished: its model is in {arguments.run_dir / 'hf'}")

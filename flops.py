@@ -7,8 +7,6 @@ twice the forward pass.
 
 import torch
 
-from task_encoder import QwenBatch
-
 # Dense bf16 peak in FLOP/s by the vendor's datasheets, found by a part of the device's name; the first match counts.
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
 
@@ -35,17 +33,18 @@ def vision_flops(vision, grids: torch.Tensor) -> float:
     return 2 * tokens * (patch + vision.depth * block + merger) + vision.depth * 4 * pairs * width
 
 
-def language_flops(config, lengths: torch.Tensor) -> float:
-    """Forward pass of the language model and its head over samples of `lengths` tokens; causal attention is half."""
+def language_flops(config, lengths: torch.Tensor, heads: int | None = None) -> float:
+    """Forward pass of the language model over samples of `lengths` tokens, and of its head over `heads` of them (None:
+    all); causal attention is half."""
     head = config.hidden_size // config.num_attention_heads
     query, key = config.num_attention_heads * head, config.num_key_value_heads * head
     block = config.hidden_size * (2 * query + 2 * key) + 3 * config.hidden_size * config.intermediate_size
     tokens, pairs = float(lengths.sum()), float((lengths**2).sum()) / 2
-    linear = config.num_hidden_layers * block + config.hidden_size * config.vocab_size
-    return 2 * tokens * linear + config.num_hidden_layers * 4 * pairs * query
+    projected = (tokens if heads is None else heads) * config.hidden_size * config.vocab_size
+    return 2 * (tokens * config.num_hidden_layers * block + projected) + config.num_hidden_layers * 4 * pairs * query
 
 
-def training_flops(config, batch: QwenBatch) -> float:
-    """Forward and backward pass of a micro-batch. config: Qwen2VLConfig."""
-    grids = torch.cat([batch.image_grid_thw, batch.video_grid_thw])
-    return 3 * (vision_flops(config.vision_config, grids) + language_flops(config, batch.attention_mask.sum(dim=1)))
+def training_flops(config, grids: torch.Tensor, lengths: torch.Tensor, heads: int | None = None) -> float:
+    """Forward and backward pass of a micro-batch. config: Qwen2VLConfig. grids int64 [M, 3] of its media, lengths int64
+    [S] of its samples, heads: positions at which logits are computed (None: all)."""
+    return 3 * (vision_flops(config.vision_config, grids) + language_flops(config, lengths, heads))

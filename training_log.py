@@ -18,8 +18,8 @@ from task_encoder import IGNORE_INDEX, QwenBatch
 
 SUMMED = (
     "loss",
+    "loss_weight",
     "flops",
-    "micro_batches",
     "samples",
     "visual_tokens",
     "text_tokens",
@@ -33,13 +33,25 @@ class NonFiniteLoss(ValueError):
     """The loss is NaN or infinite. The message names the samples."""
 
 
+class OutOfMemory(ValueError):
+    """The device's memory is full. The message names the micro-batch and what to lower."""
+
+
+def check_finite(loss: float, step: int, keys: list[str]) -> None:
+    """Raises NonFiniteLoss naming the samples of the micro-batch."""
+    if not math.isfinite(loss):
+        raise NonFiniteLoss(
+            f"the loss is {loss} at step {step}; samples of the batch: {', '.join(keys)}. Lower --lr, or look at these "
+            f"samples"
+        )
+
+
 def count_tokens(batch: QwenBatch, merge_size: int) -> dict[str, float]:
     """What is in a micro-batch, by the names of `SUMMED`."""
     grids = torch.cat([batch.image_grid_thw, batch.video_grid_thw])
     visual = int(grids.prod(dim=1).sum()) // merge_size**2
     present = int(batch.attention_mask.sum())
     return {
-        "micro_batches": 1,
         "samples": len(batch.keys),
         "visual_tokens": visual,
         "text_tokens": present - visual,
@@ -100,17 +112,18 @@ class TrainingLog(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch: QwenBatch, batch_index: int) -> None:
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches  # Lightning hands it on divided
-        if not math.isfinite(loss):
-            raise NonFiniteLoss(
-                f"the loss is {loss} at step {trainer.global_step}; samples of the batch: {', '.join(batch.keys)}. "
-                f"Lower --lr, or look at these samples"
-            )
-        flops = training_flops(pl_module.model.config, batch)
-        for name, value in {"loss": loss, "flops": flops, **count_tokens(batch, self.merge_size)}.items():
-            self._sums[name] += value
+        check_finite(loss, trainer.global_step, batch.keys)
+        grids = torch.cat([batch.image_grid_thw, batch.video_grid_thw])
+        flops = training_flops(pl_module.model.config, grids, batch.attention_mask.sum(dim=1))
+        self.add(loss=loss, loss_weight=1, flops=flops, **count_tokens(batch, self.merge_size))
         self._skipped[batch.worker] = batch.skipped
         if (batch_index + 1) % trainer.accumulate_grad_batches == 0:
             self._end_step(trainer, pl_module)
+
+    def add(self, **values: float) -> None:
+        """Adds to the sums of this optimizer step, by the names of `SUMMED`."""
+        for name, value in values.items():
+            self._sums[name] += value
 
     def _end_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         now = time.perf_counter()
@@ -122,13 +135,13 @@ class TrainingLog(pl.Callback):
         skipped = sum(sum(counts.values()) for counts in self._skipped.values())
         line = {
             "step": trainer.global_step,
-            "loss": sums["loss"] / sums["micro_batches"],
+            "loss": sums["loss"] / sums["loss_weight"],
             "learning_rate": pl_module.last_learning_rate,
             "gradient_norm": float(pl_module.gradient_norm),
             "samples": int(sums["samples"]),
             "visual_tokens": int(sums["visual_tokens"]),
             "text_tokens": int(sums["text_tokens"]),
-            "padding_share": sums["padding"] / sums["positions"],
+            "padding_share": sums["padding"] / max(1, sums["positions"]),
             "skipped_samples": skipped,
             "seconds": seconds,
             "data_wait_share": min(1.0, sums["wait"] / trainer.world_size / seconds),
@@ -136,6 +149,8 @@ class TrainingLog(pl.Callback):
         }
         if self.peak_flops:
             line["mfu"] = sums["flops"] / seconds / (self.peak_flops * trainer.world_size)
+        if torch.cuda.is_available():
+            line["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         pl_module.log_dict(
             {f"train/{name}": float(value) for name, value in line.items() if name != "step"}, rank_zero_only=True
         )
@@ -155,14 +170,21 @@ class TrainingLog(pl.Callback):
         done = line["step"] - self._start_step
         left = (self.max_steps - line["step"]) * (time.perf_counter() - self._start_time) / max(1, done)
         seconds = line["seconds"]
-        mfu = f"MFU {line['mfu']:.1%} | " if "mfu" in line else ""
-        return (
-            f"step {line['step']}/{self.max_steps} | loss {line['loss']:.4f} | lr {line['learning_rate']:.2e} | "
-            f"grad norm {line['gradient_norm']:.2f} | {line['samples'] / seconds:.1f} samples/s | "
-            f"{line['visual_tokens'] / seconds:.0f} visual tokens/s | data wait {line['data_wait_share']:.0%} | "
-            f"{mfu}"
-            f"skipped {line['skipped_samples']} | ETA {int(left // 60)}:{int(left % 60):02d}"
-        )
+        parts = [
+            f"step {line['step']}/{self.max_steps}",
+            f"loss {line['loss']:.4f}",
+            f"lr {line['learning_rate']:.2e}",
+            f"grad norm {line['gradient_norm']:.2f}",
+            f"{line['samples'] / seconds:.1f} samples/s",
+            f"{line['visual_tokens'] / seconds:.0f} visual + {line['text_tokens'] / seconds:.0f} text tokens/s",
+            f"padding {line['padding_share']:.0%}",
+            f"data wait {line['data_wait_share']:.0%}",
+            *([f"MFU {line['mfu']:.1%}"] if "mfu" in line else []),
+            *([f"{line['peak_memory_gib']:.1f} GiB"] if "peak_memory_gib" in line else []),
+            f"skipped {line['skipped_samples']}",
+            f"ETA {int(left // 60)}:{int(left % 60):02d}",
+        ]
+        return " | ".join(parts)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:

@@ -1,0 +1,432 @@
+"""Training speed of Qwen2-VL-2B on one GPU: NeMo's recipe as it ships against this repository's engine, in one run.
+
+    python benchmarks/training.py --json training.json
+
+Random weights at the real size, all of them trained, bf16, Megatron-core's distributed optimizer; the tokens are random
+and in memory, in the layout that the loader gives. An optimizer step sees the same samples in every way.
+
+    clips     16 frames of 448 x 448 and 256 tokens of text, half of them learned
+    mix       pictures of several sizes and conversations of several lengths, one in ten without a picture
+
+    stock 1   NeMo's model on pixels, one sample a micro-batch: the recipe as it ships, but with all weights trained
+    stock N   the same at the micro-batch that is fastest
+    none      this repository's engine on pixels: rows of samples up to a budget of tokens
+    exact, x4, x16   the same on DCT tokens
+
+MFU counts the matrix products that a way has to do (flops.py) against the device's dense bf16 peak; busy is the share
+of a step in which some kernel runs, by torch's profiler. The ratios are samples/s over those of stock 1 and of stock N.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+TEXT_TOKENS, LEARNED_SHARE = 256, 0.5
+PIXELS = (3, 2, 14)  # channels, frames and side of a pixel patch
+STOCK_IMAGE, STOCK_VIDEO = -200, -300  # NeMo's ids of visual tokens
+IMAGE_ID, VIDEO_ID = 151655, 151656
+PICTURES = ((448, 448), (336, 448), (448, 672), (672, 896), (896, 672), (896, 896))  # height, width of the mix
+Step = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A sample before a token format is chosen. frames 0: text only."""
+
+    frames: int
+    height: int
+    width: int
+    text: int
+    learned: int
+
+
+def make_work(name: str, count: int, seed: int) -> list[Work]:
+    if name == "clips":
+        return [Work(16, 448, 448, TEXT_TOKENS, int(TEXT_TOKENS * LEARNED_SHARE))] * count
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        height, width = PICTURES[rng.integers(len(PICTURES))]
+        text = int(np.clip(rng.lognormal(5.2, 0.7), 24, 1500))
+        made.append(Work(0 if rng.random() < 0.1 else 1, height, width, text, max(1, int(text * LEARNED_SHARE))))
+    return made
+
+
+def grid_of(work: Work, block: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(t, h, w) of a picture or clip whose sides are multiples of the block and of the merge of two."""
+    frames, height, width = block
+    sides = [max(2, round(side / step / 2) * 2) for side, step in ((work.height, height), (work.width, width))]
+    return (max(1, work.frames // frames), *sides)
+
+
+def real_config(width: int | None = None):
+    """Qwen2-VL-2B-Instruct's configuration; for DCT tokens of `width` floats, or for pixels."""
+    from transformers import Qwen2VLConfig
+
+    patch = {"in_channels": 3, "patch_size": 14, "temporal_patch_size": 2}
+    if width:
+        patch = {"in_channels": width, "patch_size": 1, "temporal_patch_size": 1}
+    return Qwen2VLConfig(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        rope_theta=1000000.0,
+        rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
+        tie_word_embeddings=True,
+        vision_config={"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, **patch},
+    )
+
+
+def make_samples(works: list[Work], block: tuple[int, int, int], width: int, seed: int) -> list:
+    """EncodedSamples with random ids and tokens."""
+    from task_encoder import IGNORE_INDEX, EncodedSample, mrope_positions
+
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for number, work in enumerate(works):
+        grid = grid_of(work, block) if work.frames else None
+        visual = int(np.prod(grid)) // 4 if grid else 0
+        kind = VIDEO_ID if work.frames > 1 else IMAGE_ID
+        before = work.text - work.learned
+        text = torch.randint(0, 150000, (work.text,), generator=generator)
+        ids = torch.cat([text[: before // 2], torch.full((visual,), kind), text[before // 2 :]])
+        labels = ids.clone()
+        labels[: len(ids) - work.learned] = IGNORE_INDEX
+        merged = [(grid[0], grid[1] // 2, grid[2] // 2)] if grid else []
+        positions = mrope_positions([before // 2, *merged, work.text - before // 2])
+        tokens = torch.randn(4 * visual, width, generator=generator)
+        grids = torch.tensor([grid] if grid else [], dtype=torch.int64).reshape(-1, 3)
+        none = torch.zeros(0, 3, dtype=torch.int64)
+        clip = work.frames > 1
+        samples.append(
+            EncodedSample(
+                __key__=str(number), __restore_key__=(), __subflavor__=None, __subflavors__={},
+                input_ids=ids, labels=labels, position_ids=torch.from_numpy(positions),
+                pixel_values=tokens[:0] if clip else tokens, image_grid_thw=none if clip else grids,
+                pixel_values_videos=tokens if clip else tokens[:0], video_grid_thw=grids if clip else none,
+            )
+        )  # fmt: skip
+    return samples
+
+
+# The two models, under the same wrapper and optimizer
+
+
+class Training:
+    """A model under Megatron-core's DDP and distributed optimizer, as NeMo's strategy sets them up."""
+
+    def __init__(self, model) -> None:
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.transformer.module import Float16Module
+
+        model.config.calculate_per_token_loss = True
+        model.config.finalize_model_grads_func = finalize_model_grads
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        model.cuda()
+        self.model = DistributedDataParallel(model.config, ddp, Float16Module(model.config, model))
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(lr=1e-6, bf16=True, use_distributed_optimizer=True, clip_grad=1.0), [self.model]
+        )
+
+    def step(self, batches: list, forward: Callable) -> float:
+        """One optimizer step over micro-batches in pinned memory; forward(model, batch) -> loss sum, tokens."""
+        from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
+
+        def forward_step(iterator, model):
+            loss, tokens = forward(model, next(iterator))
+            return loss, lambda output: (output, tokens, {"loss": output.detach()})
+
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = forward_backward_no_pipelining(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=self.model,
+            num_microbatches=len(batches),
+            seq_length=1,
+            micro_batch_size=1,
+        )
+        self.optimizer.step()
+        return float(sum(entry["loss"] for entry in losses))
+
+
+def stock_model():
+    from nemo.collections import llm, vlm
+
+    numbers = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+    return vlm.Qwen2VLConfig(
+        language_transformer_config=llm.Qwen2Config1P5B(
+            share_embeddings_and_output_weights=True, seq_length=16384, **numbers
+        ),
+        vision_transformer_config=vlm.Qwen2VLVisionConfig(**numbers),
+        vision_projection_config=vlm.MultimodalProjectorConfig(
+            projector_type="mcore_mlp", input_size=5120, hidden_size=1536, ffn_hidden_size=5120, **numbers
+        ),
+        **numbers,
+    ).configure_model(None)
+
+
+def stock_batches(samples: list, micro_batch: int) -> list[dict]:
+    """Right-padded batches with NeMo's ids, in pinned memory."""
+    from task_encoder import IGNORE_INDEX
+
+    batches = []
+    for start in range(0, len(samples), micro_batch):
+        chosen = samples[start : start + micro_batch]
+        length = max(len(sample.input_ids) for sample in chosen)
+        ids, labels = torch.zeros(len(chosen), length, dtype=torch.int64), torch.zeros(len(chosen), length).long()
+        mask = torch.zeros(len(chosen), length)
+        for row, sample in enumerate(chosen):
+            own = sample.input_ids.clone()
+            own[own == IMAGE_ID], own[own == VIDEO_ID] = STOCK_IMAGE, STOCK_VIDEO
+            ids[row, : len(own)] = own
+            labels[row, : len(own) - 1] = sample.input_ids[1:]
+            mask[row, : len(own) - 1] = (sample.labels[1:] != IGNORE_INDEX).float()
+        batch = {"input_ids": ids, "labels": labels, "loss_mask": mask}
+        for tokens, grids, names in (
+            ("pixel_values", "image_grid_thw", ("pixel_values", "image_grid_thw")),
+            ("pixel_values_videos", "video_grid_thw", ("pixel_values_videos", "video_grid_thw")),
+        ):
+            present = [sample for sample in chosen if len(getattr(sample, grids))]
+            if present:
+                batch[names[0]] = torch.cat([getattr(sample, tokens) for sample in present])
+                batch[names[1]] = torch.cat([getattr(sample, grids) for sample in present])
+        batches.append({name: value.pin_memory() for name, value in batch.items()})
+    return batches
+
+
+def stock_forward(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = {name: value.cuda(non_blocking=True) for name, value in batch.items()}
+    losses, mask = model(**batch)
+    mask = mask.float()
+    return (losses.float() * mask).sum(), mask.sum().int()
+
+
+def row_forward(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = batch.to("cuda")
+    losses = model(batch)
+    return losses.float().sum(), torch.tensor(len(batch.learned), dtype=torch.int, device="cuda")
+
+
+def rows_of(samples: list, budget: int, width: int) -> list:
+    from packing import fit_rows, pack
+
+    rows = fit_rows([len(sample.input_ids) for sample in samples], budget)
+    packed = [pack([samples[n] for n in row], 2, width, torch.bfloat16, (IMAGE_ID, VIDEO_ID)) for row in rows]
+    return [row.pin_memory() for row in packed]
+
+
+# Measuring
+
+
+def busy_share(step: Step) -> float:
+    """Share of a step's time in which some kernel or copy ran on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    spans = sorted((e.time_range.start, e.time_range.end) for e in recorded.events() if e.device_type.name == "CUDA")
+    busy, reached = 0.0, 0.0
+    for begin, end in spans:
+        busy += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return busy / 1e6 / seconds
+
+
+def measure(name: str, step: Step, works: list[Work], flops: float, visual: int, repeats: int) -> dict:
+    from flops import device_peak
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        loss = step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    best = float(np.median(seconds))
+    line = {
+        "way": name,
+        "samples_per_second": len(works) / best,
+        "visual_tokens_per_second": visual / best,
+        "mfu": flops / best / device_peak(),
+        "busy": busy_share(step),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "seconds": seconds,
+        "loss": loss,
+    }
+    print(
+        f"{name:<10} {line['samples_per_second']:9.2f} samples/s {line['visual_tokens_per_second']:9.0f} visual "
+        f"tokens/s MFU {line['mfu']:.1%} busy {line['busy']:.0%} {line['peak_gib']:6.1f} GiB, step {best:.2f} s",
+        flush=True,
+    )
+    return line
+
+
+def free() -> None:
+    import gc
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def measure_stock(works: list[Work], sizes: list[int], seed: int, repeats: int) -> list[dict]:
+    from flops import training_flops
+
+    samples = make_samples(works, (2, 14, 14), 1176, seed)
+    grids = torch.cat([torch.cat([s.image_grid_thw, s.video_grid_thw]) for s in samples])
+    flops = training_flops(real_config(), grids, torch.tensor([len(s.input_ids) for s in samples]))
+    visual = int(grids.prod(dim=1).sum()) // 4
+    training, lines = Training(stock_model()), []
+    for size in sizes:
+        try:
+            batches = stock_batches(samples, size)
+            step = partial(training.step, batches, stock_forward)
+            lines.append(measure(f"stock {size}", step, works, flops, visual, repeats))
+        except torch.OutOfMemoryError:
+            print(f"stock {size}: out of memory", flush=True)
+            break
+    del training, step
+    free()
+    return lines
+
+
+def measure_rows(name: str, works: list[Work], budget: int, seed: int, repeats: int) -> dict:
+    from dct_tokenizer import DCTConfig
+    from flops import training_flops
+    from megatron_model import fuse_gradient_accumulation, model_config
+
+    config = None if name == "none" else DCTConfig.preset(name)
+    block, width = (config.block, config.num_coefficients) if config else ((2, 14, 14), 1176)
+    hf_config = real_config(None if name == "none" else width)
+    samples = make_samples(works, block, width, seed)
+    batches = rows_of(samples, budget, width)
+    flops = sum(training_flops(hf_config, b.grid_thw, b.sample_starts.diff(), len(b.learned)) for b in batches)
+    visual = sum(len(batch.visual) for batch in batches)
+    model = model_config(hf_config, 65536).configure_model()
+    fuse_gradient_accumulation(model)
+    training = Training(model)
+    step = partial(training.step, batches, row_forward)
+    line = measure(name, step, works, flops, visual, repeats)
+    del training, model, step
+    free()
+    return {**line, "rows": len(batches), "budget": budget}
+
+
+def profile_step(name: str, works: list[Work], budget: int, seed: int, path: Path) -> None:
+    """A table of the kernels of one step, by time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from dct_tokenizer import DCTConfig
+    from megatron_model import fuse_gradient_accumulation, model_config
+
+    config = DCTConfig.preset(name)
+    batches = rows_of(make_samples(works, config.block, config.num_coefficients, seed), budget, config.num_coefficients)
+    model = model_config(real_config(config.num_coefficients), 65536).configure_model()
+    fuse_gradient_accumulation(model)
+    training = Training(model)
+    training.step(batches, row_forward)
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+        training.step(batches, row_forward)
+    path.write_text(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90))
+    del training, model
+    free()
+
+
+def set_up() -> None:
+    """One process of torch.distributed and Megatron's groups."""
+    import socket
+
+    from megatron.core import parallel_state, tensor_parallel
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.cuda.set_device(0)
+    torch.distributed.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def print_ratios(lines: list[dict]) -> None:
+    stock = [line for line in lines if line["way"].startswith("stock")]
+    if not stock:
+        return
+    first, best = stock[0], max(stock, key=lambda line: line["samples_per_second"])
+    print(f"\n{'way':<10}{'x ' + first['way']:>12}{'x ' + best['way']:>12}")
+    for line in lines:
+        ratios = [line["samples_per_second"] / other["samples_per_second"] for other in (first, best)]
+        print(f"{line['way']:<10}{ratios[0]:12.2f}{ratios[1]:12.2f}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--work", nargs="+", choices=("clips", "mix"), default=["clips", "mix"], help="what is trained on"
+    )
+    parser.add_argument("--ways", nargs="+", default=["stock", "none", "exact", "x4", "x16"], help="what is measured")
+    parser.add_argument("--samples", type=int, default=32, help="samples of an optimizer step")
+    parser.add_argument("--stock-sizes", nargs="+", type=int, default=[1, 2, 4, 8], help="micro-batches of stock")
+    parser.add_argument("--pack-tokens", type=int, default=16384, help="language-model tokens of a row of x4 and x16")
+    parser.add_argument("--pixel-pack-tokens", type=int, default=9216, help="the same of none and exact")
+    parser.add_argument("--repeats", type=int, default=3, help="measured steps; the median counts")
+    parser.add_argument("--seed", type=int, default=0, help="of tokens and of the mix")
+    parser.add_argument("--profile", type=Path, help="write a table of kernels of a step of x4 here, and nothing else")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("benchmarks/training.py needs a CUDA device and there is none", file=sys.stderr)
+        return 1
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    set_up()
+    results = {"device": torch.cuda.get_device_name(), "seed": arguments.seed, "samples": arguments.samples}
+    if arguments.profile:
+        works = make_work(arguments.work[0], arguments.samples, arguments.seed)
+        profile_step("x4", works, arguments.pack_tokens, arguments.seed, arguments.profile)
+        return 0
+    for work in arguments.work:
+        works = make_work(work, arguments.samples, arguments.seed)
+        print(f"\n{work}: {len(works)} samples a step", flush=True)
+        lines = []
+        for way in arguments.ways:
+            if way == "stock":
+                lines += measure_stock(works, arguments.stock_sizes, arguments.seed, 1)
+            else:
+                budget = arguments.pixel_pack_tokens if way in ("none", "exact") else arguments.pack_tokens
+                lines.append(measure_rows(way, works, budget, arguments.seed, arguments.repeats))
+        print_ratios(lines)
+        results[work] = lines
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

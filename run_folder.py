@@ -1,0 +1,100 @@
+"""What a run keeps in its folder, the same for both engines: checkpoints by step, loggers, Hugging Face directories."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from nemo import lightning as nl
+
+CHECKPOINT_NAME = re.compile(r"step(\d{6,})")
+PARTS = {"vision": "visual.", "projector": "visual.merger.", "language": ("model.", "lm_head.")}
+
+
+def is_frozen(name: str, freeze: tuple[str, ...]) -> bool:
+    """Whether a parameter, by its name in the checkpoint, is in one of the parts that are not trained; "vision" is the
+    tower without its projector."""
+    if name.startswith(PARTS["projector"]):
+        return "projector" in freeze
+    return any(name.startswith(PARTS[part]) for part in freeze)
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Every `interval` optimizer steps and at the end; keeps the last `keep`."""
+
+    FILE_EXTENSION = ""
+
+    def __init__(self, folder: Path, interval: int, keep: int) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="step{step:06d}",
+            auto_insert_metric_name=False,
+            monitor="step",
+            mode="max",
+            save_top_k=keep,
+            every_n_train_steps=interval,
+        )
+
+    def _should_remove_checkpoint(self, trainer, previous: str, current: str) -> bool:
+        """Lightning keeps the one that a run was resumed from for ever; a few restarts would fill the disk."""
+        return previous != current
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The whole checkpoint with the highest step; what a killed run left half-written has another name."""
+    found = [path for path in folder.glob("step*") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return max(found, key=lambda path: int(CHECKPOINT_NAME.fullmatch(path.name)[1]), default=None)
+
+
+def sync_files(folder: Path) -> None:
+    """Data reaches the disk before the folder gets its final name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def count_batches_as_completed(checkpoint: dict) -> None:
+    """Lightning saves inside on_train_batch_end, before it counts that batch as completed, and a resumed run starts
+    from the completed ones: gradient accumulation would be out of step by one micro-batch."""
+    for counts in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
+        if isinstance(counts, dict):
+            counts["completed"] = counts["processed"]
+
+
+def copy_all_but_weights(model_dir: Path, folder: Path) -> None:
+    """A fresh `folder` with the configuration, tokenizer and processor of a Hugging Face directory."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in sorted(model_dir.iterdir()):
+        if path.is_file() and path.suffix not in (".safetensors", ".bin") and "safetensors.index" not in path.name:
+            shutil.copyfile(path, folder / path.name)
+
+
+def write_pixel_bounds(folder: Path, bounds: dict[str, int]) -> None:
+    """The processor of a Hugging Face directory gets the bounds that the run was trained with."""
+    path = folder / "preprocessor_config.json"
+    if bounds and path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("size", None)  # the stock processor's second name for the same two numbers
+        path.write_text(json.dumps({**config, **bounds}, indent=2) + "\n", encoding="utf-8")
+
+
+def build_loggers(arguments) -> nl.NeMoLogger:
+    wandb = None
+    if arguments.wandb_project:
+        wandb = WandbLogger(project=arguments.wandb_project, name=arguments.experiment_name, save_dir=arguments.run_dir)
+    return nl.NeMoLogger(
+        name=arguments.experiment_name,
+        explicit_log_dir=str(arguments.run_dir / "logs"),
+        update_logger_directory=False,
+        tensorboard=TensorBoardLogger(save_dir=arguments.run_dir, name="tensorboard", version=""),
+        wandb=wandb,
+    )
