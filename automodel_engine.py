@@ -27,12 +27,12 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from data_module import EnergonDataModule, energon_state_classes
 from run_folder import (
-    StepCheckpoint,
     build_loggers,
     copy_all_but_weights,
     count_batches_as_completed,
     is_frozen,
     latest_checkpoint,
+    step_checkpoints,
     sync_files,
     write_pixel_bounds,
 )
@@ -200,6 +200,7 @@ def build_trainer(arguments, module: QwenAutoModel, callbacks: list[Callback]) -
         val_check_interval=arguments.val_interval * arguments.accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
+        enable_checkpointing=bool(arguments.save_interval),
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -216,8 +217,7 @@ def run(arguments, data: EnergonDataModule, merge_size: int, extra_callbacks: li
         arguments.model_dir, tuple(arguments.freeze), arguments.max_gradient_norm, arguments.pixel_bounds
     )
     log = TrainingLog(arguments.run_dir, arguments.max_steps, arguments.log_interval, merge_size)
-    saving = StepCheckpoint(arguments.run_dir / "checkpoints", arguments.save_interval, arguments.keep)
-    trainer = build_trainer(arguments, module, [log, saving, *extra_callbacks])
+    trainer = build_trainer(arguments, module, [log, *step_checkpoints(arguments), *extra_callbacks])
     checkpoint = latest_checkpoint(arguments.run_dir / "checkpoints")
     if checkpoint and trainer.is_global_zero:
         print(f"Resuming from {checkpoint}", flush=True)

@@ -56,7 +56,7 @@ class EnergonDataModule(pl.LightningDataModule):
     split. packing_buffer_size: samples among which a worker chooses those of a row (the task encoder is then a
     `PackingTaskEncoder`, and a row a micro-batch); None: a micro-batch is micro_batch_size samples.
     data_parallel_group: called before loading, gives the group of the processes that train on different samples; None:
-    all.
+    all. start_anew: a saved state is not restored.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class EnergonDataModule(pl.LightningDataModule):
         shuffle_buffer_size: int = 1000,
         packing_buffer_size: int | None = None,
         data_parallel_group: Callable[[], Any] | None = None,
+        start_anew: bool = False,
     ) -> None:
         super().__init__()
         self.path = path
@@ -90,6 +91,7 @@ class EnergonDataModule(pl.LightningDataModule):
         self.worker_config = WorkerConfig(rank=rank, world_size=world_size, num_workers=num_workers, seed_offset=seed)
         self.train_loader: CountedLoader | None = None
         self.data_parallel_group = data_parallel_group
+        self.start_anew = start_anew
         self._restored: list | None = None
 
     def train_dataloader(self) -> CountedLoader:
@@ -146,11 +148,13 @@ class EnergonDataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until the loader is built. Raises ValueError where the state was made by another number of processes."""
+        if self.start_anew:
+            return
         states = state_dict["energon"]
         if len(states) != self.worker_config.world_size:
             raise ValueError(
                 f"the checkpoint holds loader states of {len(states)} processes, this run has "
-                f"{self.worker_config.world_size}: resume with the same number, or start a new experiment"
+                f"{self.worker_config.world_size}: resume with the same number, or add --restart-data"
             )
         self._restored = states
 

@@ -14,8 +14,9 @@ Out: O/pretrain-000000.tar, ...    WebDataset samples: KEY.jpg, KEY.mp4 or KEY.0
 The same data and settings give the same bytes, whatever the number of workers, in one run, in several after crashes, or
 in parts on several machines (--part 1/4 ... --part 4/4, then the same command without --part; prepare_slurm.sh).
 
-First everything is planned (raw_data.py, conversations.py, media_index.py, preparation_plan.py, data_splits.py), then
-workers write the shards (shard_writing.py, media_conversion.py), then the counts are put together (set_summary.py).
+The work is done in preparation/: first everything is planned (raw_metadata.py, conversations.py, media_index.py,
+plan.py, data_splits.py), then workers write the shards (shard_writing.py, media_conversion.py), then the counts are put
+together (set_summary.py).
 """
 
 import argparse
@@ -32,12 +33,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-import data_splits
-from data_splits import SPLITS, Layout
-from energon_metadata import dialogue_command, energon_prepare, is_cut_alike
-from media_conversion import ConversionOptions
-from media_index import TarSource, count_refused, index_tars, list_not_read, make_readable
-from output_folder import (
+from preparation import data_splits
+from preparation.data_splits import SPLITS, Layout
+from preparation.energon_metadata import dialogue_command, energon_prepare, is_cut_alike
+from preparation.media_conversion import ConversionOptions
+from preparation.media_index import TarSource, count_refused, index_tars, list_not_read, make_readable
+from preparation.output_folder import (
     REFUSED_NAME,
     REPORT_NAME,
     SHARD_NAME,
@@ -52,12 +53,12 @@ from output_folder import (
     remove_leftovers,
     remove_work,
 )
-from preparation_plan import Collector, Plan, check_all, make_plan
-from raw_data import METADATA_NAME, MetadataReader, PreparationError, find_metadata
-from run_description import describe_run, is_complete, say_shares
-from set_summary import filtered_name, summarise
-from shard_writing import make_task, write_shard
-from worker_pool import WorkerPool
+from preparation.plan import Collector, Plan, check_all, make_plan
+from preparation.raw_metadata import METADATA_NAME, MetadataReader, PreparationError, find_metadata
+from preparation.run_description import describe_run, is_complete, say_shares
+from preparation.set_summary import filtered_name, summarise
+from preparation.shard_writing import make_task, write_shard
+from preparation.worker_pool import WorkerPool
 
 
 def prepare(arguments: argparse.Namespace) -> int:
@@ -67,6 +68,12 @@ def prepare(arguments: argparse.Namespace) -> int:
     if is_complete(arguments, metadata):
         print(f"{arguments.output_dir} is complete already; --force would write it anew")
         return finish(arguments, read_json(arguments.output_dir / STATS_NAME))
+    stats = write_set(arguments, metadata)
+    return finish(arguments, stats) if stats else 0
+
+
+def write_set(arguments: argparse.Namespace, metadata: list[Path]) -> dict[str, Any] | None:
+    """Plan, write, summarise; returns the set's stats, or None where it is not complete: after a dry run or a part."""
     with WorkerPool(arguments.num_workers) as pool:
         reader = MetadataReader(metadata, arguments.limit)
         with tqdm(desc="Checking entries", unit="entry") as bar:
@@ -74,14 +81,16 @@ def prepare(arguments: argparse.Namespace) -> int:
         with run_lock(arguments):
             tars, plan, layout, run = plan_set(pool, arguments, reader, collector)
             if arguments.dry_run:
-                return say_dry_run(plan, layout)
+                say_dry_run(plan, layout)
+                return None
             seconds, samples = write_missing(pool, arguments, metadata, tars, plan, layout)
             if arguments.part:
-                return say_part(arguments, layout, seconds, samples)
+                say_part(arguments, layout, seconds, samples)
+                return None
             stats = summarise(arguments.output_dir, plan, layout, metadata, tars, run)
             remove_work(arguments.output_dir)
     say_result(stats, arguments.output_dir / filtered_name(metadata), seconds, samples)
-    return finish(arguments, stats)
+    return stats
 
 
 # Planning
@@ -113,12 +122,13 @@ def lay_out(plan: Plan, arguments: argparse.Namespace) -> Layout:
         raise PreparationError(f"--source-weight {unknown[0]}: the sources are {', '.join(sorted(names))}")
     weights = {names[name]: weight for name, weight in arguments.source_weight}
     shares, seed = arguments.split, arguments.seed
-    group = data_splits.group_entries(plan.media_start, plan.content, plan.digest)
-    identity = data_splits.identify(plan.media_start, plan.content, plan.digest)
-    split = data_splits.split_entries(group, plan.source, identity, shares, seed)
-    copies = data_splits.count_copies(split, plan.source, plan.digest, weights, seed)
+    source, digest = plan.entries["source"], plan.entries["digest"]
+    group = data_splits.group_entries(plan.media_start, plan.content, digest)
+    identity = data_splits.identify(plan.media_start, plan.content, digest)
+    split = data_splits.split_entries(group, source, identity, shares, seed)
+    copies = data_splits.count_copies(split, source, digest, weights, seed)
     try:
-        return data_splits.lay_out(split, copies, plan.digest, shares, arguments.maxcount, seed)
+        return data_splits.lay_out(split, copies, digest, shares, arguments.maxcount, seed)
     except PreparationError as error:
         reasons = ", ".join(f"{reason} {count}" for reason, count in plan.skipped.reasons().items()) or "none skipped"
         example = f"; the first skipped: {plan.skipped.first_detail()}" if len(plan.skipped) else ""
@@ -210,7 +220,7 @@ def finish(arguments: argparse.Namespace, stats: dict[str, Any]) -> int:
 
 def verify_set(arguments: argparse.Namespace) -> int:
     """Read the set back; returns the exit status."""
-    from shard_verification import verify
+    from preparation.shard_verification import verify
 
     problems = verify(arguments.output_dir, arguments.num_workers)
     for problem in problems:
@@ -252,11 +262,12 @@ def say_plan(plan: Plan, layout: Layout, arguments: argparse.Namespace) -> None:
     print("Samples: " + ", ".join(f"{name} {count}" for name, count in layout.counts.items()))
 
 
-def say_dry_run(plan: Plan, layout: Layout) -> int:
-    """The table of sources and splits; nothing has been written. Returns the exit status."""
+def say_dry_run(plan: Plan, layout: Layout) -> None:
+    """The table of sources and splits; nothing has been written."""
     split_of = np.repeat([SPLITS.index(name) for name in layout.split_of], np.diff(layout.bounds))
     print(f"{'source':<24}{'read':>10}{'usable':>10}" + "".join(f"{name:>10}" for name in SPLITS))
-    usable, source = np.bincount(plan.source, minlength=len(plan.sources)), plan.source[layout.row]
+    usable = np.bincount(plan.entries["source"], minlength=len(plan.sources))
+    source = plan.entries["source"][layout.row]
     for number, name in enumerate(plan.sources):
         splits = np.bincount(split_of[source == number], minlength=len(SPLITS))
         counts = [plan.read[name], usable[number], *splits]
@@ -264,19 +275,18 @@ def say_dry_run(plan: Plan, layout: Layout) -> int:
     for reason, count in plan.skipped.reasons().items():
         print(f"would be skipped: {reason} {count}")
     print("Dry run: pictures and clips have not been read, nothing has been written")
-    return 0
 
 
-def say_part(arguments: argparse.Namespace, layout: Layout, seconds: float, samples: int) -> int:
+def say_part(arguments: argparse.Namespace, layout: Layout, seconds: float, samples: int) -> None:
     number, parts = arguments.part
     shards = len(own_shards(layout, arguments.part))
-    print(f"Part {number} of {parts} done: {shards} of {len(layout.split_of)} shards ({say_rate(seconds, samples)})")
+    print(f"Part {number} of {parts} done: {shards} of {len(layout.split_of)} shards{say_rate(seconds, samples)}")
     print("When all parts are done, the same command without --part puts the counts together")
-    return 0
 
 
 def say_rate(seconds: float, samples: int) -> str:
-    return f"{seconds:.1f} s, {samples / max(seconds, 1e-9):.0f} samples/s"
+    """What follows a number of shards; nothing where they had all been there."""
+    return f" ({seconds:.1f} s, {samples / max(seconds, 1e-9):.0f} samples/s)" if samples else ""
 
 
 def say_result(stats: dict[str, Any], filtered: Path, seconds: float, samples: int) -> None:
@@ -289,7 +299,7 @@ def say_result(stats: dict[str, Any], filtered: Path, seconds: float, samples: i
     for name in ("parts", "repairs"):
         if stats[name]:
             print(", ".join(f"{what.replace('_', ' ')} {count}" for what, count in stats[name].items()))
-    print(f"Conversion done: {len(stats['shards'])} shards in {filtered.parent} ({say_rate(seconds, samples)})")
+    print(f"Conversion done: {len(stats['shards'])} shards in {filtered.parent}{say_rate(seconds, samples)}")
 
 
 # Arguments

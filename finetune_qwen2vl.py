@@ -19,20 +19,21 @@ from typing import Any
 # A resumed run repeats the samples and losses of an uninterrupted one only if these are what they were.
 FIXED_ON_RESUME = (
     *("model_dir", "data_dir", "min_pixels", "max_pixels", "seq_length", "shuffle_buffer", "seed"),
-    *("world_size", "micro_batch_size", "global_batch_size", "num_workers", "max_steps"),
-    *("lr", "min_lr", "warmup_steps", "weight_decay", "adam_beta2", "max_gradient_norm", "freeze"),
-    *("video_fps", "video_min_frames", "video_max_frames", "video_total_pixels"),
-    *("pack_tokens", "packing_buffer"),
+    *("video_fps", "video_min_frames", "video_max_frames", "video_total_pixels", "packing_buffer"),
+    *("data_parallel", "micro_batch_size", "pack_tokens", "global_batch_size", "num_workers"),
+    *("max_steps", "lr", "min_lr", "warmup_steps", "weight_decay", "adam_beta2", "max_gradient_norm", "freeze"),
 )
+FREE_WITH_NEW_DATA = FIXED_ON_RESUME[1 : FIXED_ON_RESUME.index("max_steps")]  # what --restart-data lets change
 
 
 POSITIVE = (
-    *("max_steps", "micro_batch_size", "global_batch_size", "devices", "num_nodes", "val_interval", "save_interval"),
+    *("max_steps", "micro_batch_size", "global_batch_size", "devices", "num_nodes", "val_interval"),
     *("keep", "log_interval", "seq_length", "max_bad_in_a_row"),
     *("video_min_frames", "video_max_frames", "video_total_pixels"),
     *("tensor_parallel", "pipeline_parallel", "packing_buffer"),
 )
 MEGATRON_ONLY = ("tensor_parallel", "pipeline_parallel", "pack_tokens", "recompute")
+ROW_TOKENS, ROWS_PER_STEP = 16384, 8  # of packed rows, where the command line does not say
 
 
 class RunError(ValueError):
@@ -82,8 +83,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def parser_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how")
     group.add_argument("--max-steps", type=int, default=1000, help="optimizer steps")
-    group.add_argument("--micro-batch-size", type=int, default=1, help="samples of one forward pass of one process")
-    group.add_argument("--global-batch-size", type=int, default=32, help="samples of one optimizer step")
+    group.add_argument("--micro-batch-size", type=int, help="samples of one forward pass of one process (default: 1; "
+                       "megatron: packed rows)")  # fmt: skip
+    group.add_argument("--global-batch-size", type=int, help="samples of one optimizer step, or packed rows (default: "
+                       f"32 samples, {ROWS_PER_STEP} rows)")  # fmt: skip
     group.add_argument("--lr", type=float, default=1e-5, help="peak learning rate")
     group.add_argument("--min-lr", type=float, default=1e-6, help="learning rate at the end of the cosine")
     group.add_argument("--warmup-steps", type=int, default=30, help="steps of linear warm-up")
@@ -110,13 +113,9 @@ def parser_machine(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: megatron where it can run, else automodel",
     )
-    group.add_argument(
-        "--pack-tokens",
-        type=int,
-        default=0,
-        help="megatron: a micro-batch is one row of samples with at most so many tokens together, and "
-        "--global-batch-size counts rows; 0: a row of --micro-batch-size samples",
-    )
+    group.add_argument("--pack-tokens", type=int, help="megatron: a micro-batch is one row of samples with at most so "
+                       f"many tokens together; 0: a row of --micro-batch-size samples (default: {ROW_TOKENS}, or 0 "
+                       "where --micro-batch-size is given)")  # fmt: skip
     group.add_argument("--packing-buffer", type=int, default=64, help="samples among which a loader process fills rows")
     group.add_argument("--tensor-parallel", type=int, default=1, help="megatron: processes that share each layer")
     group.add_argument("--pipeline-parallel", type=int, default=1, help="megatron: processes that share the layers")
@@ -132,9 +131,14 @@ def parser_machine(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--val-interval", type=int, default=200, help="steps between validations")
     group.add_argument("--val-batches", type=int, help="micro-batches of one validation (default: the whole val split)")
-    group.add_argument("--save-interval", type=int, default=200, help="steps between checkpoints")
+    group.add_argument("--save-interval", type=int, default=200, help="steps between checkpoints; 0: none are written")
     group.add_argument("--keep", type=int, default=2, help="newest checkpoints that are kept")
     group.add_argument("--log-interval", type=int, default=10, help="steps between progress lines")
+    group.add_argument(
+        "--restart-data",
+        action="store_true",
+        help="resume weights and optimizer, and begin the data anew: its settings may then differ from before",
+    )
     group.add_argument("--wandb-project", help="log to this Weights & Biases project as well")
     group.add_argument("--check", action="store_true", help="only check that the run can start")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -188,11 +192,25 @@ def check_data(data_dir: Path) -> None:
         )
 
 
+def settle_batch(arguments: argparse.Namespace, engine: str) -> None:
+    """Fills in what the command line leaves open of micro-batch, rows and step."""
+    packs = engine == "megatron" and arguments.micro_batch_size is None
+    if arguments.pack_tokens is None:
+        arguments.pack_tokens = ROW_TOKENS if packs else 0
+    if arguments.micro_batch_size is None:
+        arguments.micro_batch_size = 1
+    if arguments.global_batch_size is None:
+        rows = -(-ROWS_PER_STEP // arguments.data_parallel) * arguments.data_parallel
+        arguments.global_batch_size = rows if arguments.pack_tokens else 32
+
+
 def check_numbers(arguments: argparse.Namespace) -> None:
     """Raises RunError for batch sizes and counts that do not fit each other."""
     for name in POSITIVE:
         if getattr(arguments, name) < 1:
             raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.save_interval < 0:
+        raise RunError(f"--save-interval must be at least 0, got {arguments.save_interval}")
     if not arguments.video_fps > 0:
         raise RunError(f"--video-fps must be over 0, got {arguments.video_fps}")
     model_parallel = arguments.tensor_parallel * arguments.pipeline_parallel
@@ -226,6 +244,8 @@ def check_run_folder(arguments: argparse.Namespace) -> None:
         return
     earlier = json.loads(path.read_text(encoding="utf-8"))
     for name in FIXED_ON_RESUME:
+        if arguments.restart_data and name in FREE_WITH_NEW_DATA:
+            continue
         now = _plain(getattr(arguments, name))
         if earlier.get(name) != now:
             raise RunError(
@@ -305,6 +325,7 @@ def build_data(arguments: argparse.Namespace, info: ModelInfo, engine: str):
         val_batches=arguments.val_batches,
         shuffle_buffer_size=arguments.shuffle_buffer,
         packing_buffer_size=arguments.packing_buffer if arguments.pack_tokens else None,
+        start_anew=arguments.restart_data,
         data_parallel_group=_megatron_data_group if several else None,
     )
 
@@ -336,7 +357,7 @@ def choose_engine(arguments: argparse.Namespace) -> str:
             raise RunError(f"--engine megatron trains in bf16-mixed, not {arguments.precision}: leave --precision out")
         return "megatron"
     for name in MEGATRON_ONLY:
-        if getattr(arguments, name) not in (0, 1, False):
+        if getattr(arguments, name) not in (None, 0, 1, False):
             raise RunError(f"--{name.replace('_', '-')} is of the megatron engine, but {reason}")
     return "automodel"
 
@@ -345,7 +366,7 @@ def train(arguments: argparse.Namespace, info: ModelInfo) -> None:
     """Builds the parts and runs the engine."""
     import torch
 
-    engine = choose_engine(arguments)
+    engine = arguments.chosen_engine
     arguments.precision = arguments.precision or ("bf16-mixed" if torch.cuda.is_available() else "32")
     if arguments.rank == 0:
         write_run_file(arguments, info)
@@ -385,10 +406,11 @@ def main(argv: list[str] | None = None) -> int:
     bounds = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
     arguments.pixel_bounds = {name: value for name, value in bounds.items() if value is not None}
     try:
+        arguments.chosen_engine = choose_engine(arguments)
+        settle_batch(arguments, arguments.chosen_engine)
         info = check(arguments)
         arguments.accumulate = arguments.global_batch_size // (arguments.micro_batch_size * arguments.data_parallel)
         if arguments.check:
-            choose_engine(arguments)
             return 0
         if (arguments.run_dir / "finished").is_file():
             print(f"{arguments.run_dir} is finished: its model is in {arguments.run_dir / 'hf'}")

@@ -36,11 +36,11 @@ from megatron_model import RowQwen2VL, fuse_gradient_accumulation, model_config
 from megatron_weights import load_hf, save_hf, sources_of
 from packing import PackedBatch
 from run_folder import (
-    StepCheckpoint,
     build_loggers,
     count_batches_as_completed,
     is_frozen,
     latest_checkpoint,
+    step_checkpoints,
     sync_files,
     write_pixel_bounds,
 )
@@ -305,6 +305,7 @@ def build_trainer(arguments, callbacks: list[Callback]) -> nl.Trainer:
         val_check_interval=arguments.val_interval,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
+        enable_checkpointing=bool(arguments.save_interval),
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -331,7 +332,7 @@ def run(arguments, data: EnergonDataModule, merge_size: int, extra_callbacks: li
     )
     callbacks = [
         log,
-        StepCheckpoint(arguments.run_dir / "checkpoints", arguments.save_interval, arguments.keep),
+        *step_checkpoints(arguments),
         SaveHF(arguments.run_dir / "hf", arguments.pixel_bounds),
         *extra_callbacks,
     ]

@@ -36,12 +36,12 @@ def write_report(
     the text tokens; None to estimate them. Raises PreparationError where a file of the set is missing or contradicts
     another one, OSError.
     """
-    from output_folder import REPORT_FOLDER, replacing
-    from report_figures import Data, draw_figures
-    from report_page import Findings, write_page
-    from report_samples import choose_samples, read_conversations, read_shown_samples
-    from report_statistics import read_examples, read_statistics
-    from report_tokens import count_text_tokens, load_tokenizer, measure_lengths
+    from preparation.output_folder import REPORT_FOLDER, replacing
+    from preparation.report_figures import Data, draw_figures
+    from preparation.report_page import Findings, write_page
+    from preparation.report_samples import choose_samples, read_conversations, read_shown_samples
+    from preparation.report_statistics import read_examples, read_statistics
+    from preparation.report_tokens import count_text_tokens, load_tokenizer, measure_lengths
 
     statistics = read_statistics(output_dir)
     text = None
@@ -108,7 +108,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    from raw_data import PreparationError
+    from preparation.raw_metadata import PreparationError
 
     try:
         path = write_report(

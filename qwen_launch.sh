@@ -2,11 +2,11 @@
 # Fine-tunes a converted Qwen2-VL on prepared shards: one process for each GPU, or for each CPU process where there is no GPU.
 #
 #   bash qwen_launch.sh                          inside the container, with the defaults below
-#   MBS=8 GBS=256 bash qwen_launch.sh            every name below can be set from the environment
+#   MAX_STEPS=200 LR=2e-5 bash qwen_launch.sh    every name below can be set from the environment
 #   bash qwen_launch.sh --freeze language        further arguments go to finetune_qwen2vl.py (see its --help)
 #
 # Started again after an interruption, the same command goes on from the newest checkpoint.
-# The defaults are for one node with 8 GPUs of 80 GB; nobody has timed them yet.
+# Several nodes: the same command on each, with NNODES, NODE_RANK and MASTER_ADDR set; train_slurm.sh does that under Slurm.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -22,8 +22,11 @@ NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 MASTER_PORT=${MASTER_PORT:-29500}
 
-MBS=${MBS:-4}                    # micro-batch size: samples of one forward pass of one process
-GBS=${GBS:-128}                  # global batch size: samples of one optimizer step
+TP=${TP:-1}                      # tensor parallelism: processes that share each layer (megatron engine)
+PP=${PP:-1}                      # pipeline parallelism: processes that share the layers (megatron engine)
+PACK_TOKENS=${PACK_TOKENS:-}     # most tokens of a packed row, which is a micro-batch; empty: 16384 with the megatron engine
+MBS=${MBS:-}                     # micro-batch size: samples of one forward pass of one process, instead of packed rows
+GBS=${GBS:-}                     # global batch size: packed rows of one optimizer step (default 8), or samples (32)
 SEQ_LENGTH=${SEQ_LENGTH:-2048}   # tokens; longer samples are skipped and counted
 MINPIXELS=${MINPIXELS:-}         # least pixels of a picture; empty: what the checkpoint says
 MAXPIXELS=${MAXPIXELS:-}         # most pixels of a picture; empty: what the checkpoint says
@@ -48,13 +51,19 @@ fi
 arguments=(
   --model-dir "$MODEL_DIR" --data-dir "$DATASET_DIR" --output-dir "$OUTPUT_DIR" --experiment-name "$EXPERIMENT_NAME"
   --devices "$DEVICES" --num-nodes "$NNODES" --engine "$ENGINE"
-  --micro-batch-size "$MBS" --global-batch-size "$GBS" --seq-length "$SEQ_LENGTH"
+  --tensor-parallel "$TP" --pipeline-parallel "$PP" --seq-length "$SEQ_LENGTH"
   --max-steps "$MAX_STEPS" --lr "$LR" --min-lr "$MIN_LR" --warmup-steps "$WARMUP_STEPS"
   --val-interval "$VAL_INTERVAL" --save-interval "$SAVE_INTERVAL" --num-workers "$NUM_WORKERS" --seed "$SEED"
 )
+if [ -n "$PACK_TOKENS" ]; then arguments+=(--pack-tokens "$PACK_TOKENS"); fi
+if [ -n "$MBS" ]; then arguments+=(--micro-batch-size "$MBS"); fi
+if [ -n "$GBS" ]; then arguments+=(--global-batch-size "$GBS"); fi
 if [ -n "$MINPIXELS" ]; then arguments+=(--min-pixels "$MINPIXELS"); fi
 if [ -n "$MAXPIXELS" ]; then arguments+=(--max-pixels "$MAXPIXELS"); fi
 arguments+=("$@")
+
+# Rows differ in length; without this the freed pieces of the device's memory do not fit the next row.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
 # What cannot work is refused here, once and in one line, before any process starts.
 "$PYTHON" finetune_qwen2vl.py "${arguments[@]}" --check

@@ -47,6 +47,13 @@ class StepCheckpoint(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
+def step_checkpoints(arguments) -> list[StepCheckpoint]:
+    """The callback that saves, or none where --save-interval is 0."""
+    if not arguments.save_interval:
+        return []
+    return [StepCheckpoint(arguments.run_dir / "checkpoints", arguments.save_interval, arguments.keep)]
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The whole checkpoint with the highest step; what a killed run left half-written has another name."""
     found = [path for path in folder.glob("step*") if CHECKPOINT_NAME.fullmatch(path.name)]

@@ -12,7 +12,6 @@ Letters used for shapes in this file:
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -38,14 +37,11 @@ from torch.utils.data import get_worker_info
 
 from dct_tokenizer import target_size
 from media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaError, VideoSampling, YUVFrames, as_array
+from turns import DEFAULT_SYSTEM, LONE_SURROGATE, PLACEHOLDER, ROLES, text_of
 
 # Shards hold file bytes and decoding is done here, in media.py; this is what a dataset.yaml that does not say gets.
 DATASET_OPTIONS = {"auto_decode": False}
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: positions that are not learned
-DEFAULT_SYSTEM = "You are a helpful assistant."  # what Qwen2-VL's chat template inserts when there is no system turn
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-PLACEHOLDER = re.compile(r"\n?<(image|video)>\n?")
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may spell one out, tokenizers take none
 
 
 class BadSample(ValueError):
@@ -157,7 +153,7 @@ def parse_messages(entry: Any) -> list[tuple[str, str]]:
     messages = []
     for turn in turns:
         role = ROLES.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
-        text = _text_of(turn.get("value", turn.get("content"))) if role else None
+        text = text_of(turn.get("value", turn.get("content"))) if role else None
         if text is None or LONE_SURROGATE.search(text):
             raise BadSample("bad_turn", f"a turn needs a known role and text, got {str(turn)[:80]!r}")
         messages.append((role, text))
@@ -167,17 +163,6 @@ def parse_messages(entry: Any) -> list[tuple[str, str]]:
     if not spoken or len(spoken) % 2 or spoken != expected[: len(spoken)]:
         raise BadSample("bad_roles", f"user and assistant must take turns, got {', '.join(roles)[:80]}")
     return messages
-
-
-def _text_of(content: Any) -> str | None:
-    """A turn's text; OpenAI's list of parts becomes text with placeholders. None for anything else."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        return None
-    kinds = {"image": "<image>", "image_url": "<image>", "video": "<video>"}
-    pieces = [part.get("text") if part.get("type") == "text" else kinds.get(str(part.get("type"))) for part in content]
-    return "".join(pieces) if all(isinstance(piece, str) for piece in pieces) else None
 
 
 def mrope_positions(runs: list[int | tuple[int, int, int]]) -> np.ndarray:

@@ -45,11 +45,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import media_conversion
-from conversations import UnusableSample, check_entry
 from media import MediaError, VideoSampling, decode_image, decode_video
-from media_conversion import ConversionOptions, convert_media
-from raw_data import MetadataReader, PreparationError, parse_entries
+from preparation import media_conversion
+from preparation.conversations import UnusableSample, check_entry
+from preparation.media_conversion import ConversionOptions, convert_media
+from preparation.raw_metadata import MetadataReader, PreparationError, parse_entries
 
 # Of 100 inputs, in this order.
 KINDS = {"picture": 48, "clip": 22, "json": 16, "tar": 11, "set": 3}
@@ -407,7 +407,7 @@ def run_json(rng: random.Random) -> str:
         path.write_bytes(data)
         try:
             reader = MetadataReader([path])
-            outcomes = Counter(check(value) for ranges in reader for value in parse_entries(ranges))
+            outcomes = Counter(check(value) for ranges in reader for _, value in parse_entries(ranges))
         except PreparationError as error:
             if "\n" in str(error):
                 raise Finding(f"an error of several lines: {error}") from error
@@ -435,7 +435,7 @@ def check(value: Any) -> str:
 
 def run_tar(rng: random.Random) -> str:
     """A tar: what its index names lies in it and is readable."""
-    from media_index import count_refused, open_tar
+    from preparation.media_index import count_refused, open_tar
 
     data = mutate(rng, rng.choice(tar_files()), rng.choice(tar_files()))
     data = correct_tar(data) if rng.random() < 0.5 else data
@@ -459,7 +459,7 @@ def run_tar(rng: random.Random) -> str:
 def run_set(rng: random.Random) -> str:
     """A whole data set with a damaged tar, metadata and clip: one line of error, or shards that pass --verify."""
     import data_preparation
-    from shard_verification import verify
+    from preparation.shard_verification import verify
 
     with tempfile.TemporaryDirectory() as name, quiet() as said:
         data, output = Path(name) / "data", Path(name) / "shards"

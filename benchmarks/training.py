@@ -88,6 +88,10 @@ def real_config(width: int | None = None):
         rope_theta=1000000.0,
         rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
         tie_word_embeddings=True,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+        image_token_id=IMAGE_ID,
+        video_token_id=VIDEO_ID,
         vision_config={"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, **patch},
     )
 

@@ -11,15 +11,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class StoredSample:
-    """parts: media by file ending. The sizes are those of the first medium."""
+    """parts: media by file ending. shapes: height, width, frames, seconds of each of them."""
 
     turns: Sequence[tuple[str, str]]
     source: str = "coco"
     parts: dict[str, bytes] = field(default_factory=dict)
-    height: int = 0
-    width: int = 0
-    frames: int = 0
-    seconds: float = 0.0
+    shapes: Sequence[tuple[int, int, int, float]] = ()
 
     @property
     def entry(self) -> dict:
@@ -59,11 +56,15 @@ def write_tar(path: Path, samples: list[StoredSample], first_key: int) -> None:
 
 def shard_stats(name: str, split: str, samples: list[StoredSample]) -> dict:
     sources = sorted({sample.source for sample in samples})
-    columns = {name: [getattr(s, name) for s in samples] for name in ("height", "width", "frames", "seconds")}
-    columns["source"] = [sources.index(sample.source) for sample in samples]
-    columns["media"] = [len(sample.parts) for sample in samples]
-    columns["text"] = [sum(len(text) for _, text in sample.turns) for sample in samples]
-    return {"name": name, "split": split, "written": len(samples), "sources": sources, "samples": columns}
+    columns = {
+        "source": [sources.index(sample.source) for sample in samples],
+        "media": [len(sample.parts) for sample in samples],
+        "text": [sum(len(text) for _, text in sample.turns) for sample in samples],
+    }
+    shapes = [shape for sample in samples for shape in sample.shapes]
+    media = {name: [shape[n] for shape in shapes] for n, name in enumerate(("height", "width", "frames", "seconds"))}
+    head = {"name": name, "split": split, "written": len(samples), "sources": sources}
+    return {**head, "samples": columns, "media": media}
 
 
 def set_stats(shards: dict[str, int], samples: list[StoredSample], skipped: Sequence[tuple[str, str, str]]) -> dict:

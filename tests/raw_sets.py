@@ -38,14 +38,14 @@ def entry(number: int, **fields) -> dict:
 
 
 CLIP = clip_file("mp4", "mpeg4", frames=6)
-JPEGS = {f"coco/train/{number:04d}.jpg": plain_jpeg(number) for number in range(20)}
+JPEGS = {f"coco/train/{number:04d}.jpg": plain_jpeg(number) for number in range(40)}
 PNG = encode(quadrants("rgbw"), "PNG")
 TRANSPARENT = encode(quadrants("rgbw").convert("RGBA"), "PNG")
 PICTURES = {"png/a.b.png": PNG, "png/cut.png": PNG[:60], "png/clear.png": TRANSPARENT}
 CLIPS = {"clips/one.mp4": CLIP, "clips/cut.mp4": CLIP[:-500], "clips/none.mp4": b"no clip"}
 # The entries of the small data set, and why some of them are skipped.
 GOOD = [
-    *(entry(number, image=name, source="coco") for number, name in enumerate(JPEGS)),
+    *(entry(number, image=name, source="coco") for number, name in enumerate(JPEGS, 100)),
     entry(20, image="coco/train/0000.jpg", question_type=["colour"]),
     entry(21, image="png/a.b.png"),
     entry(22, image=["coco/train/0001.jpg", "./png/a.b.png"]),
@@ -72,8 +72,12 @@ BAD = [
     ("malformed_turn", {"id": "id.41", "conversations": [{"from": "human", "value": 3}]}),
     ("malformed_entry", ["no", "object"]),
     ("malformed_entry", {"id": "id.43", "image": {"path": "x"}, "conversations": dialogue()}),
-    ("duplicate_entry", entry(5, image="coco/train/0005.jpg", source="coco")),
+    ("duplicate_entry", entry(105, image="coco/train/0005.jpg", source="coco")),
 ]
+
+
+# 20 shards of 2 or 3 samples, none of which has broken media alone.
+SMALL_SHARDS = ("--maxcount", "3")
 
 
 def make_small_set(folder: Path, name: str = "cambrian737k.json") -> Path:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from media_files import clip_file, encode
 from PIL import Image
 
-from conversations import (
+from media import VideoSampling, as_array
+from preparation.conversations import (
     DECODER,
     MAXIMUM_CHARACTERS,
     MAXIMUM_DEPTH,
@@ -21,7 +22,6 @@ from conversations import (
     check_entry,
     clean_name,
 )
-from media import VideoSampling, as_array
 
 
 def entry(*turns: tuple[str, object], **fields) -> dict:
@@ -59,6 +59,8 @@ def reason_of(bad: object) -> str:
         (ask("What?\n<image>", image=["./a//b.jpg"]), (("image", "a/b.jpg"),)),
         (ask("<image>", image="a.jpg"), (("image", "a.jpg"),)),
         (ask("<video>What?", video="a.mp4"), (("video", "a.mp4"),)),
+        (ask("<video> or <image>?", images=["a.jpg"], videos=["b.mp4"]), (("video", "b.mp4"), ("image", "a.jpg"))),
+        (ask("<image>", image="a.jpg", images=["b.jpg"]), (("image", "a.jpg"),)),
         (entry(("system", "Be brief."), ("user", "What?"), ("assistant", "noise")), ()),
         (
             entry(("human", "<image>One?"), ("gpt", "1"), ("human", "<image> <image>Two?"), ("gpt", "2"))
@@ -407,14 +409,3 @@ def test_clips_frames_and_mixed_media_reach_training(tmp_path, place_media):
     assert shown["unplaced"] == [("image", 0), ("image", 240), clip]
     assert shown["two"] == [("image", 240), ("image", 0)]
     assert samples["frames"].media[0][1][4:8] == b"ftyp"
-
-
-def test_words_that_training_shares():
-    import conversations
-    import task_encoder
-
-    assert conversations.ROLES == task_encoder.ROLES
-    assert conversations.LONE_SURROGATE.pattern == task_encoder.LONE_SURROGATE.pattern
-    for text in ("<image>", "\n<video>\n", "<Image>", "<images>"):
-        found = [match.group(1) for match in task_encoder.PLACEHOLDER.finditer(text)]
-        assert conversations.PLACEHOLDER.findall(text) == found

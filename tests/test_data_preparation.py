@@ -16,6 +16,7 @@ from raw_sets import (
     GOOD,
     JPEGS,
     PNG,
+    SMALL_SHARDS,
     all_files,
     by_id,
     command,
@@ -34,7 +35,9 @@ from raw_sets import (
 
 import data_preparation
 import preparation_report
-from energon_metadata import count_splits
+from preparation import run_description
+from preparation.energon_metadata import count_splits
+from preparation.plan import source_of
 
 SCRIPT = Path(data_preparation.__file__)
 SHARDS = [f"pretrain-{number:06d}.tar" for number in range(10)]
@@ -72,13 +75,13 @@ def test_every_entry_is_written_or_accounted_for(prepared):
     assert stats["complete"] is True
     assert (stats["read"], stats["written"]) == (len(GOOD) + len(BAD), len(GOOD))
     assert stats["skipped"] == dict(sorted(Counter(reasons).items()))
-    assert stats["parts"] == {"images_copied": 26, "images_converted": 1, "clips_copied": 1, "text_only": 3}
+    assert stats["parts"] == {"images_copied": 46, "images_converted": 1, "clips_copied": 1, "text_only": 3}
     assert stats["repairs"] == {"other_letter_case": 1}
     assert sum(stats["shards"].values()) == sum(stats["splits"].values()) == len(GOOD)
     for count in stats["sources"].values():
         assert count["read"] == count["written"] + sum(count["skipped"].values())
     read = {name: count["read"] for name, count in stats["sources"].items()}
-    assert (read["coco"], read["png"], read["folder"], read["clips"], read["text"]) == (28, 3, 1, 3, 5)
+    assert (read["coco"], read["png"], read["folder"], read["clips"], read["text"]) == (48, 3, 1, 3, 5)
     assert sum(read.values()) == stats["read"]
     lines = [json.loads(line) for line in (prepared / "skipped.jsonl").read_text().splitlines()]
     assert [(line["index"], line["reason"]) for line in lines] == [
@@ -96,8 +99,8 @@ def test_shards_hold_the_entries_and_their_media(prepared):
     samples = by_id(prepared)
     assert {name: json.loads(parts["json"]) for name, parts in samples.items()} == {item["id"]: item for item in GOOD}
     for number, data in enumerate(JPEGS.values()):
-        assert samples[f"id.{number}"]["jpg"] == data
-    assert samples["id.20"]["jpg"] == samples["id.0"]["jpg"]
+        assert samples[f"id.{number + 100}"]["jpg"] == data
+    assert samples["id.20"]["jpg"] == samples["id.100"]["jpg"]
     assert samples["id.21"]["png"] == PNG
     assert {name: data for name, data in samples["id.22"].items() if name != "json"} == {
         "0.jpg": JPEGS["coco/train/0001.jpg"],
@@ -126,9 +129,9 @@ def test_bytes_do_not_depend_on_the_workers_but_on_the_seed(raw_set, prepared, t
 
 
 def test_maxcount_bounds_the_samples_of_a_shard(raw_set, tmp_path):
-    assert run(raw_set, tmp_path / "shards", "--maxcount", "2") == 0
+    assert run(raw_set, tmp_path / "shards", *SMALL_SHARDS) == 0
     shards = read_stats(tmp_path / "shards")["shards"]
-    assert set(shards.values()) <= {1, 2} and sum(shards.values()) == len(GOOD)
+    assert set(shards.values()) <= {1, 2, 3} and sum(shards.values()) == len(GOOD)
 
 
 # Forms of raw data
@@ -183,7 +186,7 @@ def test_damaged_and_hostile_tars_are_named_and_what_is_sound_is_used(tmp_path, 
     assert by_id(output)["id.99"]["jpg"] == plain_jpeg(7)
     stats = read_stats(output)
     assert stats["tars"]["evil.tar"]["members"] == 1 and "cut short" in stats["tars"]["evil.tar"]["damage"]
-    assert stats["tars"]["coco.tar"] == {"members": 22, "refused": {}, "damage": ""}
+    assert stats["tars"]["coco.tar"] == {"members": 42, "refused": {}, "damage": ""}
     refused = [json.loads(line) for line in (output / "refused_members.jsonl").read_text().splitlines()]
     assert [(line["tar"], line["member"], line["reason"]) for line in refused] == [
         ("evil.tar", "/etc/passwd", "absolute_path"),
@@ -346,7 +349,7 @@ def test_a_dry_run_says_everything_and_writes_nothing(raw_set, tmp_path, capsys)
     before = sorted(path.name for path in raw_set.rglob("*"))
     assert run(raw_set, tmp_path / "shards", "--dry-run") == 0
     said = capsys.readouterr().out
-    for text in ("Keeping 35 of 45 conversations: 10 shards", "Samples: train ", "missing_media 2", "coco  "):
+    for text in ("Keeping 55 of 65 conversations: 10 shards", "Samples: train ", "missing_media 2", "coco  "):
         assert text in said
     assert not (tmp_path / "shards").exists()
     assert sorted(path.name for path in raw_set.rglob("*")) == before
@@ -389,10 +392,10 @@ def test_what_it_says(raw_set, tmp_path):
     script = [sys.executable, str(SCRIPT), *command(raw_set, output, workers=1)]
     done = subprocess.run(script, capture_output=True, text=True, check=True)
     for text in (
-        "Found 28 files in 2 tars",
-        "Keeping 35 of 45 conversations: 10 shards of up to 4 samples",
+        "Found 48 files in 2 tars",
+        "Keeping 55 of 65 conversations: 10 shards of up to 6 samples",
         f"{output}/cambrian737k_filtered.json",
-        "read 45 = written 30 + skipped 15 (broken_clip 2, broken_image 3,",
+        "read 65 = written 50 + skipped 15 (broken_clip 2, broken_image 3,",
         "other letter case 1",
         "Conversion done: 10 shards",
         f"prepare '{output}'",
@@ -478,9 +481,28 @@ def test_help_and_wrong_arguments(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("entry", "source"),
+    [
+        ({"source": "gqa", "image": "coco/a.jpg"}, "gqa"),
+        ({"dataset": "vg", "source": 3}, "vg"),
+        ({"image": "./coco/train/a.jpg"}, "coco"),
+        ({"images": ["coco/a.jpg", "gqa/a.jpg"]}, "coco"),
+        ({"image": [], "video": "clips/a.mp4"}, "clips"),
+        ({"image": "a.jpg"}, "no folder"),
+        ({"image": "../coco/a.jpg"}, "no folder"),
+        ({"image": {"path": "coco/a.jpg"}}, "no folder"),
+        ({}, "text"),
+        ([], "unknown"),
+    ],
+)
+def test_sources_of_entries(entry, source):
+    assert source_of(entry) == source
+
+
 def test_help_is_quick_and_workers_are_light():
     """Nothing of what workers and --help import brings torch with it."""
-    code = "import sys, data_preparation, preparation_plan, shard_writing; print('torch' in sys.modules)"
+    code = "import sys, data_preparation, preparation.shard_verification; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parent, check=True)
     assert done.stdout.strip() == "False"
 
@@ -529,21 +551,27 @@ def test_a_shard_whose_samples_are_all_broken(tmp_path, capsys):
 
 def test_the_folder_of_another_run_is_refused(raw_set, tmp_path, capsys):
     output = tmp_path / "shards"
-    assert run(raw_set, output, "--maxcount", "2") == 0
+    assert run(raw_set, output, *SMALL_SHARDS) == 0
     first = all_files(output)
-    fails_with(capsys, raw_set, output, "another run (different: maxcount was 2, now is 4)", "--maxcount", "4")
-    fails_with(capsys, raw_set, output, "split was 8,1,1, now is 18,1,1", "--maxcount", "2", "--split", "90,5,5")
+    fails_with(capsys, raw_set, output, "another run (different: maxcount was 3, now is 4)", "--maxcount", "4")
+    fails_with(capsys, raw_set, output, "split was 8,1,1, now is 18,1,1", *SMALL_SHARDS, "--split", "90,5,5")
     data = make_small_set(tmp_path / "data")
     write_tar(data / "new.tar", {"new.jpg": plain_jpeg()})
-    fails_with(capsys, data, output, "different: media", "--maxcount", "2")
+    fails_with(capsys, data, output, "different: media", *SMALL_SHARDS)
     write_entries(data / "cambrian737k.json", GOOD)
-    fails_with(capsys, data, output, "different: metadata, media", "--maxcount", "2")
+    fails_with(capsys, data, output, "different: metadata, media", *SMALL_SHARDS)
     assert all_files(output) == first
+
+
+def test_a_set_of_another_version_is_refused(raw_set, tmp_path, capsys, monkeypatch):
+    assert run(raw_set, tmp_path / "shards") == 0
+    monkeypatch.setattr(run_description, "SET_VERSION", 1000)
+    fails_with(capsys, raw_set, tmp_path / "shards", "another run (different: version)")
 
 
 def test_force_replaces_only_what_the_tool_wrote(raw_set, tmp_path, capsys):
     output = tmp_path / "shards"
-    assert run(raw_set, output, "--maxcount", "2") == 0
+    assert run(raw_set, output, *SMALL_SHARDS) == 0
     first = all_files(output)
     (output / "notes.txt").write_text("mine")
     (output / "report.html").write_text("stale")
@@ -560,7 +588,7 @@ def test_force_replaces_only_what_the_tool_wrote(raw_set, tmp_path, capsys):
     (output / "notes.txt").unlink()
     (output / "report" / "notes.txt").unlink()
     assert len(all_files(output)) == 2 * 10 + 4 < len(first)
-    assert run(raw_set, output, "--force", "--maxcount", "2") == 0
+    assert run(raw_set, output, "--force", *SMALL_SHARDS) == 0
     assert all_files(output) == first
 
 

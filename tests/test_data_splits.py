@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from data_splits import (
+from preparation.data_splits import (
     SPLITS,
     Layout,
     count_copies,
@@ -17,9 +17,9 @@ from data_splits import (
     parse_weight,
     split_entries,
 )
-from energon_metadata import is_cut_alike
-from media_index import DIGEST, digest_of
-from raw_data import PreparationError
+from preparation.energon_metadata import is_cut_alike
+from preparation.media_index import DIGEST, digest_of
+from preparation.raw_metadata import PreparationError
 
 SHARES = (8, 1, 1)
 

@@ -19,10 +19,10 @@ from PIL import Image
 
 import data_preparation
 from benchmarks import fuzz_preparation
-from conversations import UnusableSample
 from media import decode_image
-from media_conversion import ConversionOptions, convert_media
-from picture_structure import read_layout
+from preparation.conversations import UnusableSample
+from preparation.media_conversion import ConversionOptions, convert_media
+from preparation.picture_structure import read_layout
 
 
 def outcome(kind: str, data: bytes, **options) -> str:
@@ -212,13 +212,13 @@ def test_clips_of_absurd_size(monkeypatch):
     for height, width in ((0, 32), (8192, 8192), (30_000, 30_000)):
         with pytest.raises(UnusableSample, match="broken_clip: x: no frame size, or one of over 35389440 px"):
             convert_media("video", "x", absurd_avi(height, width))
-    monkeypatch.setattr("clip_conversion.MAXIMUM_FRAME_PIXELS", 64 * 96 - 1)
+    monkeypatch.setattr("preparation.clip_conversion.MAXIMUM_FRAME_PIXELS", 64 * 96 - 1)
     for container in ("mp4", "mpegts"):
         assert outcome("video", clip_file(container)) == "clip_too_large"
 
 
 def test_clips_of_too_many_frames(monkeypatch):
-    monkeypatch.setattr("clip_conversion.MAXIMUM_PACKETS", 11)
+    monkeypatch.setattr("preparation.clip_conversion.MAXIMUM_PACKETS", 11)
     assert outcome("video", clip_file(frames=11)) == "clips_copied"
     assert outcome("video", clip_file(frames=12)) == "clip_too_long"
 
@@ -297,7 +297,7 @@ def test_hostile_entries_are_repaired_or_skipped_one_by_one(tmp_path, as_lines):
     assert stats["written"] == len(entries) - sum(reason in reasons for reason in expected)
     for line in (tmp_path / "shards" / "skipped.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
-    from shard_verification import verify
+    from preparation.shard_verification import verify
 
     assert verify(tmp_path / "shards", 0) == []
 

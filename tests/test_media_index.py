@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from raw_sets import plain_jpeg, write_tar
 
-import media_index
-from media_index import (
+from preparation import media_index
+from preparation.media_index import (
     DIGEST,
     NO_PLACE,
     Places,
@@ -28,9 +28,9 @@ from media_index import (
     make_readable,
     open_tar,
 )
-from raw_data import PreparationError
-from tar_walk import EDGE_BYTES
-from worker_pool import WorkerPool
+from preparation.raw_metadata import PreparationError
+from preparation.tar_walk import EDGE_BYTES
+from preparation.worker_pool import WorkerPool
 
 LONG_NAME = "folder/" * 40 + "picture.jpg"
 FILES = {"a/1.jpg": b"one", "a/2.jpg": b"two" * 5000, "b/Ü.png": b"", LONG_NAME: b"long", "c.mp4": b"x" * 512}

@@ -20,11 +20,11 @@ from prepared_set import StoredSample, write_json, write_set
 
 import data_preparation
 import preparation_report
+from preparation.report_figures import DPI, FIGURES, HEIGHT, WIDTH
+from preparation.report_samples import choose_samples, make_thumbnail, read_conversations, read_shown_samples
+from preparation.report_statistics import read_statistics
+from preparation.report_tokens import FACTORS, count_text_tokens, load_tokenizer, measure_lengths, target_sizes
 from preparation_report import PIXEL_BOUNDS, write_report
-from report_figures import DPI, FIGURES, HEIGHT, WIDTH
-from report_samples import choose_samples, make_thumbnail, read_conversations, read_shown_samples
-from report_statistics import read_statistics
-from report_tokens import FACTORS, count_text_tokens, load_tokenizer, measure_lengths, target_sizes
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 HOSTILE = (
@@ -49,20 +49,20 @@ def samples(image_file, clip_file, natural_frames) -> list[StoredSample]:
     def pictured(height: int, width: int, turns, source: str = "coco", file_format: str = "JPEG") -> StoredSample:
         ending = {"JPEG": "jpg", "PNG": "png"}[file_format]
         data = image_file(picture(height, width), file_format)
-        return StoredSample(turns, source, {ending: data}, height, width, frames=1)
+        return StoredSample(turns, source, {ending: data}, [(height, width, 1, 0)])
 
     def asked(question: str, answer: str = "yes") -> list[tuple[str, str]]:
         return [("human", f"<image>\n{question}"), ("gpt", answer)]
 
     clip = clip_file(natural_frames(12, 112, 168, 1), 4)
-    both = {"0.jpg": image_file(picture(280, 420), "JPEG"), "1.png": image_file(picture(280, 420, "red"), "PNG")}
+    both = {"0.jpg": image_file(picture(280, 420), "JPEG"), "1.png": image_file(picture(620, 310, "red"), "PNG")}
     return [
         *(pictured(280, 420, asked(text, text)) for text in HOSTILE),
         pictured(480, 640, asked("Colour? 🦜👨‍👩‍👧 \0\x1b[31m", ARABIC), "gqa", "PNG"),
         pictured(640, 480, asked("x" * 5000, "short"), NAME),
         pictured(5, 3000, asked("A strip?"), LONG_NAME),
-        StoredSample(asked("<image>Two?"), "gqa", both, 280, 420, frames=1),
-        StoredSample([("human", "<video>\nMoves?"), ("gpt", "left")], "clips", {"mp4": clip}, 112, 168, 12, 3.0),
+        StoredSample(asked("<image>Two?"), "gqa", both, [(280, 420, 1, 0), (620, 310, 1, 0)]),
+        StoredSample([("human", "<video>\nMoves?"), ("gpt", "left")], "clips", {"mp4": clip}, [(112, 168, 12, 3.0)]),
         StoredSample([("human", "Two and two?"), ("gpt", "4")] * 10, "text"),
         replace(pictured(64, 64, asked("Broken?")), parts={"jpg": b"no picture"}),
     ]
@@ -257,13 +257,13 @@ def test_counts_are_shown(seen):
 def test_sizes_and_tokens_are_shown(seen):
     tables = seen["tables"]
     assert tables["table-distributions"][1:6] == [
-        ["height, px", "5", "10", "280", "626", "640", "270.1"],
-        ["width, px", "64", "73", "420", "2,788", "3,000", "645.2"],
+        ["height, px", "5", "11", "280", "638", "640", "301.9"],
+        ["width, px", "64", "74", "420", "2,764", "3,000", "614.7"],
         ["pictures and clips of a sample", "1", "1", "1", "2", "2", "1.1"],
         ["frames of a clip", "12", "12", "12", "12", "12", "12.0"],
         ["duration of a clip, s", "3.0", "3.0", "3.0", "3.0", "3.0", "3.0"],
     ]
-    assert tables["table-tokens"][1] == ["visual, pixels, exact", "0", "0", "150", "391", "391", "175.8"]
+    assert tables["table-tokens"][1] == ["visual, pixels, exact", "0", "0", "150", "392", "392", "185.0"]
     # Longer than 1,024 tokens: the text of 5,014 characters alone.
     assert tables["table-sequence-lengths"][1:3] == [
         ["1,024", "1 9.1 %", "1 9.1 %", "1 9.1 %"],
@@ -271,6 +271,7 @@ def test_sizes_and_tokens_are_shown(seen):
     ]
     assert seen["facts"][0].endswith("280 x 420 px · 90 characters · visual tokens: pixels, exact 150; x4 40; x16 8")
     assert "112 x 168 px · 12 frames, 3.0 s" in seen["facts"][8]
+    assert "280 x 420 px · 620 x 310 px" in seen["facts"][7]
 
 
 def test_hostile_text_is_shown_and_not_run(seen):
@@ -309,7 +310,7 @@ def test_report_of_a_set_that_was_prepared(image_file, clip_file, natural_frames
     statistics = read_statistics(output)
     assert len(statistics) == 50 and statistics.sources == ("coco", "text")
     assert sorted(zip(statistics.height.tolist(), statistics.width.tolist())) == sorted(
-        [(0, 0)] * 10 + [(32 + n, 64) for n in range(39)] + [(64, 96)]
+        [(32 + n, 64) for n in range(39)] + [(64, 96)]
     )
     assert statistics.frames[statistics.is_clip].tolist() == [8]
     assert statistics.seconds[statistics.is_clip].tolist() == [2.0]
@@ -451,24 +452,24 @@ FAULTS = {
     "source": (lambda folder: spoil(folder, "stats.json", lambda s: s["sources"].update(gqa=2)), "sources must hold"),
     "no shard stats": (lambda folder: (folder / SHARD_STATS).unlink(), f"{SHARD_STATS} is missing"),
     "short column": (
-        lambda folder: spoil(folder, SHARD_STATS, lambda s: s["samples"]["height"].pop()),
+        lambda folder: spoil(folder, SHARD_STATS, lambda s: s["media"]["height"].pop()),
         f"{SHARD_STATS}: height must be a list of 3 numbers",
     ),
     "no column": (lambda folder: spoil(folder, SHARD_STATS, lambda s: s["samples"].pop("text")), "text must be a list"),
     "text in a column": (
-        lambda folder: spoil(folder, SHARD_STATS, lambda s: s["samples"].update(width=[1, "2", 3])),
+        lambda folder: spoil(folder, SHARD_STATS, lambda s: s["media"].update(width=[1, "2", 3])),
         "width holds something that is no whole number",
     ),
     "fractions": (
-        lambda folder: spoil(folder, SHARD_STATS, lambda s: s["samples"].update(frames=[1, 1.5, 1])),
+        lambda folder: spoil(folder, SHARD_STATS, lambda s: s["media"].update(frames=[1, 1.5, 1])),
         "frames holds something that is no whole number",
     ),
     "not a number": (
-        lambda folder: spoil(folder, SHARD_STATS, lambda s: s["samples"].update(seconds=[0, float("nan"), 0])),
+        lambda folder: spoil(folder, SHARD_STATS, lambda s: s["media"].update(seconds=[0, float("nan"), 0])),
         "seconds holds something that is no number",
     ),
     "too large": (
-        lambda folder: spoil(folder, SHARD_STATS, lambda s: s["samples"].update(height=[1, 1 << 40, 1])),
+        lambda folder: spoil(folder, SHARD_STATS, lambda s: s["media"].update(height=[1, 1 << 40, 1])),
         "height holds something",
     ),
     "split": (lambda folder: spoil(folder, SHARD_STATS, lambda s: s.update(split="all")), "split must be one of train"),

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 import data_preparation
-from raw_data import PreparationError
-from shard_verification import verify
+from preparation.raw_metadata import PreparationError
+from preparation.shard_verification import verify
 
 FIRST, LAST = "pretrain-000000.tar", "pretrain-000009.tar"
 Members = list[tuple[str, bytes]]
@@ -66,7 +66,8 @@ def sound(tmp_path_factory) -> Path:
     (data / "0.jpg").write_bytes(picture(0))
     (data / "cambrian737k.json").write_text(json.dumps(entries))
     arguments = ["--data-dir", str(data), "--output-dir", str(output), "--num-workers", "0", "--no-report"]
-    assert data_preparation.main(arguments) == 0
+    assert data_preparation.main([*arguments, "--seed", "1"]) == 0
+    assert read_members(output / FIRST)[0][0].endswith("jpg")
     return output
 
 
@@ -212,7 +213,7 @@ def test_stats_that_say_otherwise(copied):
         ("written", lambda stats: stats.update(written=1), "samples, the stats say 1"),
         ("parts", lambda stats: stats["parts"].update(images_copied=99), "of both"),
         ("text", lambda stats: stats["samples"]["text"].append(1), "the column text"),
-        ("height", lambda stats: stats["samples"]["height"].__setitem__(0, 7), "height of sample 0 is"),
+        ("height", lambda stats: stats["media"]["height"].__setitem__(0, 7), "height of medium 0 is"),
     ):
         path = (copied / FIRST).with_suffix(".stats.json")
         before = path.read_bytes()
@@ -297,7 +298,7 @@ def test_a_sample_without_an_entry(copied):
 
 
 def test_many_problems_of_one_shard_are_counted(copied, monkeypatch):
-    monkeypatch.setattr("shard_verification.MOST_PROBLEMS", 2)
+    monkeypatch.setattr("preparation.shard_verification.MOST_PROBLEMS", 2)
     path = copied / FIRST
     write_members(path, [(name, b"{" if name.endswith("json") else data) for name, data in read_members(path)])
     samples = len(read_members(path)) // 2

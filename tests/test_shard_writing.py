@@ -14,14 +14,32 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from raw_sets import GOOD, all_files, command, entry, make_set, make_small_set, plain_jpeg, read_shard, run
+from raw_sets import (
+    GOOD,
+    SMALL_SHARDS,
+    all_files,
+    command,
+    entry,
+    make_set,
+    make_small_set,
+    plain_jpeg,
+    read_shard,
+    run,
+)
 
 import data_preparation
-import output_folder
-import shard_writing
-from output_folder import is_finished, locked, replacing
-from raw_data import PreparationError
-from shard_writing import PlannedSample, SourceReader, TarWriter, cut_windows, make_header, read_window, write_all
+from preparation import output_folder, shard_writing
+from preparation.output_folder import is_finished, locked, replacing
+from preparation.raw_metadata import PreparationError
+from preparation.shard_writing import (
+    PlannedSample,
+    SourceReader,
+    TarWriter,
+    cut_windows,
+    make_header,
+    read_window,
+    write_all,
+)
 
 SCRIPT = Path(data_preparation.__file__)
 
@@ -36,7 +54,11 @@ def test_headers_are_those_of_tarfile(size):
     assert make_header(header.name, size) == header.tobuf(tarfile.USTAR_FORMAT)
 
 
-def test_a_written_tar_is_that_of_tarfile(tmp_path):
+@pytest.mark.parametrize("flush_bytes", [1, 1 << 30])
+def test_a_written_tar_is_that_of_tarfile(tmp_path, monkeypatch, flush_bytes):
+    hinted = []
+    monkeypatch.setattr(shard_writing, "FLUSH_BYTES", flush_bytes)
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, place, size, advice: hinted.append((place, size)))
     parts = {"0.jpg": os.urandom(700), "1.png": b"", "json": b"{}" * 256}
     with (tmp_path / "ours.tar").open("wb") as file:
         writer = TarWriter(file)
@@ -53,6 +75,7 @@ def test_a_written_tar_is_that_of_tarfile(tmp_path):
     data = (tmp_path / "ours.tar").read_bytes()
     assert data == stream.getvalue()
     assert (writer.digest.hexdigest(), writer.size) == (sha256(data).hexdigest(), len(data))
+    assert hinted == ([(0, 3072), (3072, 3072), (6144, 4096)] if flush_bytes == 1 else [])
 
 
 def test_a_sample_of_very_many_parts(tmp_path):
@@ -76,7 +99,7 @@ def test_a_disk_that_takes_less_than_all_at_once(tmp_path, monkeypatch):
 
 
 def planned(*media: tuple[str, int, int]) -> PlannedSample:
-    return PlannedSample(0, 0, 0, 0, 0, "", list(media), False)
+    return PlannedSample(0, 0, "", 0, 0, 0, 0, 0, False, (), list(media), False)
 
 
 def test_windows_hold_consecutive_samples_up_to_their_budget():
@@ -84,7 +107,7 @@ def test_windows_hold_consecutive_samples_up_to_their_budget():
     samples = [planned(*(("a", number, size) for size in of)) for number, of in enumerate(sizes)]
     windows = list(cut_windows(samples, 100))
     assert [sample for window in windows for sample in window] == samples
-    assert [[sum(size for _, _, size in sample.media) for sample in window] for window in windows] == [
+    assert [[sum(size for _, _, size in sample.places) for sample in window] for window in windows] == [
         [40, 60, 0],
         [10],
         [200],
@@ -233,7 +256,7 @@ def raw_set(tmp_path_factory) -> Path:
 def whole(raw_set, tmp_path_factory) -> dict[str, bytes]:
     """All files of a run that nothing has stopped."""
     output = tmp_path_factory.mktemp("whole") / "shards"
-    assert run(raw_set, output, "--maxcount", "2") == 0
+    assert run(raw_set, output, *SMALL_SHARDS) == 0
     return all_files(output)
 
 
@@ -263,12 +286,12 @@ def test_a_full_disk(raw_set, whole, tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "writev", writev)
-        assert run(raw_set, output, "--maxcount", "2") == 1
+        assert run(raw_set, output, *SMALL_SHARDS) == 1
     message = one_error(capsys)
     assert "could not be written (No space left on device)" in message and "the same command goes on" in message
     finished = assert_finished_shards_are_sound(output, whole)
     assert 0 < finished < 20 and not list(output.glob("*.tmp"))
-    assert run(raw_set, output, "--maxcount", "2", workers=2) == 0
+    assert run(raw_set, output, *SMALL_SHARDS, workers=2) == 0
     assert f"{finished} of 20 shards are finished already" in capsys.readouterr().out
     assert all_files(output) == whole
 
@@ -280,14 +303,18 @@ def test_a_file_size_limit_in_the_workers(raw_set, whole, tmp_path):
         "sys.path.insert(0, sys.argv.pop(1)); import data_preparation; sys.exit(data_preparation.main(sys.argv[1:]))"
     )
     output = tmp_path / "shards"
-    arguments = command(raw_set, output, "--maxcount", "2", workers=2)
+    arguments = command(raw_set, output, *SMALL_SHARDS, workers=2)
     done = subprocess.run(
-        [sys.executable, "-c", limited, str(SCRIPT.parent), *arguments], capture_output=True, text=True, timeout=120
+        # -B: bytecode that is cut short by the limit would stay.
+        [sys.executable, "-B", "-c", limited, str(SCRIPT.parent), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 1 and "could not be written (File too large)" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert_finished_shards_are_sound(output, whole)
-    assert run(raw_set, output, "--maxcount", "2") == 0
+    assert run(raw_set, output, *SMALL_SHARDS) == 0
     assert all_files(output) == whole
 
 
@@ -301,13 +328,13 @@ def test_a_file_that_vanishes_and_comes_back(raw_set, whole, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(data_preparation, "write_missing", vanish)
-        assert run(data, output, "--maxcount", "2") == 1
+        assert run(data, output, *SMALL_SHARDS) == 1
     assert "plain.jpg was there and cannot be opened any more" in one_error(capsys)
     finished = assert_finished_shards_are_sound(output, whole)
-    assert run(data, output, "--maxcount", "2") == 1  # another plan, in which the entry is missing
+    assert run(data, output, *SMALL_SHARDS) == 1  # another plan, in which the entry is missing
     assert "different: media" in one_error(capsys)
     hidden.rename(data / "folder" / "plain.jpg")
-    assert run(data, output, "--maxcount", "2") == 0
+    assert run(data, output, *SMALL_SHARDS) == 0
     assert f"{finished} of 20 shards" in capsys.readouterr().out or finished == 0
     assert all_files(output) == whole
 
@@ -323,16 +350,16 @@ def test_a_tar_that_shrinks(raw_set, whole, tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(data_preparation, "write_missing", shrink)
-        assert run(data, output, "--maxcount", "2") == 1
+        assert run(data, output, *SMALL_SHARDS) == 1
     assert "coco.tar changed while it was read" in one_error(capsys)
     assert_finished_shards_are_sound(output, whole)
     tar.write_bytes(content)
-    assert run(data, output, "--maxcount", "2") == 0
+    assert run(data, output, *SMALL_SHARDS) == 0
     assert all_files(output) == whole
 
 
 def start(data: Path, output: Path, workers: int, *options: str) -> subprocess.Popen:
-    arguments = command(data, output, "--maxcount", "2", *options, workers=workers)
+    arguments = command(data, output, *SMALL_SHARDS, *options, workers=workers)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen([sys.executable, str(SCRIPT), *arguments], start_new_session=True, **quiet)
 
@@ -365,7 +392,7 @@ def test_kill_9_and_the_same_command_again(raw_set, whole, tmp_path, workers, ag
         time.sleep(0.05)
     assert not processes_of(process.pid)
     assert_finished_shards_are_sound(output, whole)
-    assert run(raw_set, output, "--maxcount", "2", workers=again) == 0
+    assert run(raw_set, output, *SMALL_SHARDS, workers=again) == 0
     assert all_files(output) == whole
     assert not (output / ".work").exists()
 
@@ -378,11 +405,11 @@ def test_killed_between_any_two_steps_of_a_file(raw_set, whole, tmp_path, step):
     child = os.fork()
     if child == 0:
         die_at_rename(step)
-        os._exit(run(raw_set, output, "--maxcount", "2"))
+        os._exit(run(raw_set, output, *SMALL_SHARDS))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert_finished_shards_are_sound(output, whole)
     assert len(list(output.rglob("*.tmp"))) == 1
-    assert run(raw_set, output, "--maxcount", "2") == 0
+    assert run(raw_set, output, *SMALL_SHARDS) == 0
     assert all_files(output) == whole
 
 
@@ -433,20 +460,23 @@ def test_stats_beside_a_shard(raw_set, tmp_path):
         samples = read_shard(path)
         assert (stats["name"], stats["written"], stats["bytes"]) == (path.name, len(samples), path.stat().st_size)
         assert stats["sha256"] == sha256(path.read_bytes()).hexdigest()
-        columns = stats["samples"]
+        columns, media = stats["samples"], stats["media"]
         assert {len(column) for column in columns.values()} == {len(samples)}
+        assert {len(column) for column in media.values()} == {sum(columns["media"])}
+        shapes = iter(zip(*(media[name] for name in ("height", "width", "frames", "seconds"))))
         for row, parts in enumerate(samples.values()):
             item = json.loads(parts["json"])
             turns = item["conversations"]
             assert columns["text"][row] == sum(len(turn["value"]) for turn in turns)
             assert columns["media"][row] == len(parts) - 1
-            if "jpg" in parts and item.get("source") == "coco":
-                assert (columns["height"][row], columns["width"][row], columns["frames"][row]) == (40, 56, 1)
+            if item.get("source") == "coco":
                 assert stats["sources"][columns["source"][row]] == "coco"
-            if "mp4" in parts:
-                assert (columns["frames"][row], columns["seconds"][row]) == (6, 0.75)
-            if len(parts) == 1:
-                assert columns["height"][row] == columns["frames"][row] == 0
+            for ending in list(parts)[:-1]:
+                shape = next(shapes)
+                if ending == "mp4":
+                    assert shape[2:] == (6, 0.75)
+                elif ending == "jpg" and item.get("source") == "coco":
+                    assert shape == (40, 56, 1, 0)
         total += len(stats["skipped"])
         written += len(samples)
     assert (written, total) == (len(GOOD), 5)

@@ -10,8 +10,8 @@ Nothing is decoded or encoded anew that training reads as it is. So these keep t
 What looks unusual in a picture's structure is decoded to find out. All other pictures, and those with more than
 `max_pixels`, become JPEGs without chroma subsampling: first frame, EXIF rotation applied, transparency on white, 16
 bits scaled to 8. Colour values are taken as they are (an ICC profile is neither applied nor kept). Clips in other
-containers are put into an mp4 or mkv with the same packets. A clip that is given as picture files becomes an mp4 of
-those JPEGs.
+containers are put into an mp4, mkv or avi with the same packets. A clip that is given as picture files becomes an mp4
+of those JPEGs.
 
 What training could not read raises `UnusableSample`, with one of these reasons to count by:
 
@@ -32,17 +32,16 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from clip_conversion import MAXIMUM_ASPECT_RATIO, Probe, mux_jpegs, probe_clip, remux
-from conversations import UnusableSample
-from media import decode_image, to_rgb
-from picture_structure import read_layout
+from media import EXIF_ORIENTATION, decode_image, to_rgb
+from preparation.clip_conversion import MAXIMUM_ASPECT_RATIO, Probe, mux_jpegs, probe_clip, remux
+from preparation.conversations import UnusableSample
+from preparation.picture_structure import read_layout
 
 # Bitmap formats only: Pillow would hand EPS to Ghostscript, and vector formats have no size of their own.
 PICTURE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 MAXIMUM_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MiB of RGB
 MAXIMUM_JPEG_SIDE = 65_500  # px, libjpeg's JPEG_MAX_DIMENSION
-EXIF_ORIENTATION = 0x0112  # EXIF 2.32; 1 is upright, 2 to 8 are the other seven
-TURNED = range(2, 9)
+NOT_UPRIGHT = range(2, 9)  # of the EXIF orientations
 MEMORY_ADDRESS = re.compile(r" object at 0x[0-9a-f]+")  # in Pillow's messages; another one in every run
 
 BITS_OF_PNG = 24  # where its header says how many bits a value has
@@ -191,7 +190,7 @@ def read_orientation(image: Image.Image) -> int | None:
 def copied_part(image: Image.Image, data: bytes, orientation: int | None) -> str | None:
     """The file ending of a picture that training reads as it is. Over an EXIF block that cannot be read it would
     stumble."""
-    if orientation is None or orientation in TURNED:
+    if orientation is None or orientation in NOT_UPRIGHT:
         return None
     if image.format == "JPEG" and image.mode in ("L", "RGB"):
         return "jpg"

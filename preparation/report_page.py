@@ -14,13 +14,13 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from data_splits import SPLITS
-from report_figures import DPI, HEIGHT, WIDTH, Figure, figure_path
-from report_samples import ShownSample, Thumbnail
-from report_statistics import Statistics
-from report_tokens import CHARACTERS_OF_A_TOKEN, TEMPLATE_TOKENS, Lengths
+from preparation.data_splits import SPLITS
+from preparation.report_figures import DPI, HEIGHT, WIDTH, Figure, figure_path
+from preparation.report_samples import MOST_MEDIA, ShownSample, Thumbnail
+from preparation.report_statistics import Statistics
+from preparation.report_tokens import CHARACTERS_OF_A_TOKEN, TEMPLATE_TOKENS, Lengths
 
-STYLE = Path(__file__).with_name("preparation_report.css")
+STYLE = Path(__file__).with_name("report_page.css")
 # The browser keeps the page to its word.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -168,7 +168,7 @@ def pictures(findings: Findings, *names: str) -> list[Element | None]:
 
 def tiles(findings: Findings) -> Element:
     statistics = findings.statistics
-    clips = int(statistics.is_clip.sum())
+    clips = len(np.unique(statistics.owner[statistics.is_clip]))
     values = {
         "entries read": statistics.stats["read"],
         "entries skipped": sum(statistics.stats["skipped"].values()),
@@ -284,13 +284,13 @@ def splits_section(findings: Findings) -> Element:
 
 
 def quantities(findings: Findings) -> dict[str, np.ndarray]:
-    """What the table of distributions has a row for: values of the samples that have one."""
+    """What the table of distributions has a row for."""
     statistics = findings.statistics
-    pictured, clips = statistics.media > 0, statistics.is_clip
+    clips = statistics.is_clip
     return {
-        "height, px": statistics.height[pictured],
-        "width, px": statistics.width[pictured],
-        "pictures and clips of a sample": statistics.media[pictured],
+        "height, px": statistics.height,
+        "width, px": statistics.width,
+        "pictures and clips of a sample": statistics.media[statistics.media > 0],
         "frames of a clip": statistics.frames[clips],
         "duration of a clip, s": statistics.seconds[clips],
         "characters of all turns": statistics.text,
@@ -312,7 +312,7 @@ def sizes_section(findings: Findings) -> Element:
     return section(
         "sizes",
         "Sizes and lengths",
-        node("p", "As stored in the shards. Of a sample with several media, the first one.", class_="note"),
+        node("p", "As stored in the shards; of each picture and clip.", class_="note"),
         beside(*pictures(findings, "sizes", "aspect_ratios", "clips", "text_lengths")),
         distribution_table("distributions", quantities(findings)),
     )
@@ -342,7 +342,7 @@ def token_note(findings: Findings) -> str:
     low, high = findings.pixel_bounds
     note = (
         f"Visual tokens follow from the sizes, with {low:,} to {high:,} pixels a picture or frame and training's usual "
-        "choice of frames; all media of a sample are taken to be like its first. "
+        "choice of frames. "
     )
     if findings.lengths.is_counted:
         note += "Text is counted by the tokenizer, with the chat template. "
@@ -386,12 +386,13 @@ def sample_facts(findings: Findings, i: int) -> list[Element | str]:
     """One line: source, size, clip, characters, tokens."""
     statistics, lengths = findings.statistics, findings.lengths
     facts = []
-    if statistics.media[i]:
-        facts.append(f"{statistics.height[i]} x {statistics.width[i]} px")
-    if statistics.is_clip[i]:
-        facts.append(f"{statistics.frames[i]:,} frames, {statistics.seconds[i]:.1f} s")
+    media = range(len(statistics.height))[statistics.media_of(i)]
+    for medium in media[:MOST_MEDIA]:
+        facts.append(f"{statistics.height[medium]} x {statistics.width[medium]} px")
+        if statistics.is_clip[medium]:
+            facts.append(f"{statistics.frames[medium]:,} frames, {statistics.seconds[medium]:.1f} s")
     facts.append(f"{statistics.text[i]:,} characters")
-    if statistics.media[i]:
+    if media:
         facts.append("visual tokens: " + "; ".join(f"{name} {counts[i]:,}" for name, counts in lengths.visual.items()))
     return [foreign(statistics.sources[statistics.source[i]]), "".join(f" · {fact}" for fact in facts)]
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from raw_data import PreparationError
+from preparation.raw_metadata import PreparationError
 
 SHARD_NAME = "pretrain-{:06d}.tar"
 RUN_NAME, STATS_NAME, SKIPPED_NAME, REFUSED_NAME = "run.json", "stats.json", "skipped.jsonl", "refused_members.jsonl"

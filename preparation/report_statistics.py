@@ -1,10 +1,10 @@
 """What data_preparation.py counted and measured of a prepared set, read back from its stats files into columns.
 
     O/stats.json                    counts of the whole set
-    O/pretrain-000000.stats.json    one beside each shard; its columns hold one value for each sample
+    O/pretrain-000000.stats.json    one beside each shard; its columns hold one value for each sample, or each medium
     O/skipped.jsonl                 the entries left out
 
-Letter used for shapes: N, the samples of the set, in the order of the shards and within them.
+Letters used for shapes: N, the samples of the set, in the order of the shards and within them; M, their media in a row.
 """
 
 import json
@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from data_splits import SPLITS
-from output_folder import SKIPPED_NAME, STATS_NAME, TOOL, stats_path
-from raw_data import PreparationError
+from preparation.data_splits import SPLITS
+from preparation.output_folder import SKIPPED_NAME, STATS_NAME, TOOL, stats_path
+from preparation.raw_metadata import PreparationError
 
 TOTALS = ("read", "copies", "written", "thinned")
-COLUMNS = ("source", "height", "width", "frames", "seconds", "media", "text")
+SAMPLE_COLUMNS = ("source", "media", "text")
+MEDIA_COLUMNS = ("height", "width", "frames", "seconds")
 AGAIN = "run data_preparation.py on the folder again"
 
 
@@ -39,9 +40,9 @@ class Statistics:
     """A prepared set.
 
     stats: what stats.json holds. sources: the names of the source datasets, the one with most entries read first.
-    Columns [N]: source int32, index in `sources`; media int32, pictures and clips of the sample; height, width int32
-    (px), frames int32 (1: a picture) and seconds float32 of its first medium, 0 without one; text int64, characters of
-    all turns. split int8 [N]: index in SPLITS.
+    Columns [N]: source int32, index in `sources`; media int32, pictures and clips of the sample; text int64, characters
+    of all turns; split int8, index in SPLITS. Columns [M]: height, width int32, px; frames int32, 1 for a picture;
+    seconds float32, 0 for a picture.
     """
 
     stats: dict[str, Any]
@@ -49,20 +50,30 @@ class Statistics:
     sources: tuple[str, ...]
     split: np.ndarray
     source: np.ndarray
+    media: np.ndarray
+    text: np.ndarray
     height: np.ndarray
     width: np.ndarray
     frames: np.ndarray
     seconds: np.ndarray
-    media: np.ndarray
-    text: np.ndarray
 
     def __len__(self) -> int:
         return len(self.text)
 
     @property
     def is_clip(self) -> np.ndarray:
-        """bool [N]: the first medium has more than one frame."""
+        """bool [M]: the medium has more than one frame."""
         return self.frames > 1
+
+    @property
+    def owner(self) -> np.ndarray:
+        """int64 [M]: the sample that a medium is of."""
+        return np.repeat(np.arange(len(self)), self.media)
+
+    def media_of(self, sample: int) -> slice:
+        """Where the media of a sample are."""
+        first = int(self.media[:sample].sum(dtype=np.int64))
+        return slice(first, first + int(self.media[sample]))
 
     def skipped_of(self, source: str) -> dict[str, int]:
         """Entries of a source that were left out, by reason."""
@@ -91,7 +102,9 @@ def read_statistics(output_dir: Path) -> Statistics:
     shards = tuple(
         Shard(name, split, first, stats["shards"][name]) for name, (split, _), first in zip(names, parts, firsts)
     )
-    columns = {name: np.concatenate([columns[name] for _, columns in parts]) for name in COLUMNS}
+    columns = {
+        name: np.concatenate([columns[name] for _, columns in parts]) for name in (*SAMPLE_COLUMNS, *MEDIA_COLUMNS)
+    }
     split = np.repeat([SPLITS.index(shard.split) for shard in shards], [shard.written for shard in shards])
     statistics = Statistics(stats, shards, sources, split.astype(np.int8), **columns)
     check_sources(statistics, path)
@@ -154,15 +167,17 @@ def read_shard(shard: Path, written: int, sources: dict[str, int]) -> tuple[str,
     """The split of a shard and its columns, `source` as index in the set's sources."""
     path = stats_path(shard)
     stats = read_json(path)
-    samples, names = stats.get("samples"), stats.get("sources")
+    samples, media, names = stats.get("samples"), stats.get("media"), stats.get("sources")
     if stats.get("split") not in SPLITS:
         raise PreparationError(f"{path}: split must be one of {', '.join(SPLITS)}; {AGAIN}")
-    if not isinstance(samples, dict) or not isinstance(names, list):
-        raise PreparationError(f"{path}: samples and sources are missing; {AGAIN}")
+    if not isinstance(samples, dict) or not isinstance(media, dict) or not isinstance(names, list):
+        raise PreparationError(f"{path}: samples, media and sources are missing; {AGAIN}")
     if not is_count(stats.get("written")):
         raise PreparationError(f"{path}: written must be a count; {AGAIN}")
     agree(path, "written", stats["written"], STATS_NAME + " says", written)
-    columns = {name: read_column(path, name, samples.get(name), written) for name in COLUMNS}
+    columns = {name: read_column(path, name, samples.get(name), written) for name in SAMPLE_COLUMNS}
+    parts = int(columns["media"].sum(dtype=np.int64))
+    columns |= {name: read_column(path, name, media.get(name), parts) for name in MEDIA_COLUMNS}
     unknown = [name for name in names if name not in sources]
     if unknown or (written and columns["source"].max() >= len(names)):
         raise PreparationError(f"{path}: its sources are not those of {STATS_NAME}; {AGAIN}")
@@ -170,21 +185,22 @@ def read_shard(shard: Path, written: int, sources: dict[str, int]) -> tuple[str,
     return stats["split"], {**columns, "source": numbers[columns["source"]]}
 
 
-def read_column(path: Path, name: str, values: Any, written: int) -> np.ndarray:
-    """`written` numbers, none below 0; whole numbers but for the seconds."""
+def read_column(path: Path, name: str, values: Any, count: int) -> np.ndarray:
+    """`count` numbers, whole but for the seconds; sizes and frames are 1 or more."""
     whole = name != "seconds"
     dtype = np.int64 if name == "text" else np.int32 if whole else np.float32
-    if written == 0 and values == []:
+    if count == 0 and values == []:
         return np.zeros(0, dtype)
     try:
         column = np.asarray(values) if isinstance(values, list) else np.zeros(0)
     except ValueError:  # lists in it
         column = np.zeros(0)
-    if column.shape != (written,):
-        raise PreparationError(f"{path}: {name} must be a list of {written} numbers, as written says; {AGAIN}")
+    if column.shape != (count,):
+        raise PreparationError(f"{path}: {name} must be a list of {count} numbers, as its counts say; {AGAIN}")
     numeric = column.dtype.kind == "i" or (not whole and column.dtype.kind == "f")
-    if not numeric or not 0 <= column.min() <= column.max() <= (np.iinfo(dtype).max if whole else 1e9):
-        raise PreparationError(f"{path}: {name} holds something that is no {'whole ' * whole}number of 0 or more")
+    least = int(whole and name in MEDIA_COLUMNS)
+    if not numeric or not least <= column.min() <= column.max() <= (np.iinfo(dtype).max if whole else 1e9):
+        raise PreparationError(f"{path}: {name} holds something that is no {'whole ' * whole}number of {least} or more")
     return column.astype(dtype)
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from raw_data import PreparationError
+from preparation.raw_metadata import PreparationError
 
 POLL_SECONDS = 0.5
 

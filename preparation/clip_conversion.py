@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from conversations import UnusableSample
-from media import exchanges_axes, orientation
+from media import CLIP_FORMATS, exchanges_axes, orientation
+from preparation.conversations import UnusableSample
 
-# FFmpeg's names.
-CLIP_FORMATS = "mov,mp4,matroska,webm,avi,flv,mpegts,mpeg,asf,ogg"
 MAXIMUM_FRAME_PIXELS = 8192 * 4320  # 8K
 MAXIMUM_ASPECT_RATIO = 200  # of Qwen2-VL's smart_resize
 MAXIMUM_PACKETS = 1_000_000  # nine hours at 30 frames a second
@@ -187,9 +185,9 @@ def duration(stream: Any, packets: list[Any], frames: int) -> float:
 
 
 def remux(data: bytes) -> bytes:
-    """The video packets of a clip, from the first key frame on, in an mp4, or in an mkv where mp4 takes no such codec.
-    Raises UnusableSample and FFmpeg's errors."""
-    for container_format in ("mp4", "matroska"):
+    """The video packets of a clip, from the first key frame on, in an mp4; in an mkv or else an avi where mp4 takes no
+    such codec. Raises UnusableSample and FFmpeg's errors."""
+    for container_format in ("mp4", "matroska", "avi"):
         with open_clip(data) as (container, stream), new_clip(container_format) as (output, target):
             try:
                 copy = target.add_stream_from_template(stream, opaque=True)
@@ -203,7 +201,7 @@ def remux(data: bytes) -> bytes:
                     target.mux(packet)
             target.close()
             return output.getvalue()
-    raise UnusableSample("unsupported_clip", "neither mp4 nor mkv takes its codec")
+    raise UnusableSample("unsupported_clip", "neither mp4 nor mkv nor avi takes its codec")
 
 
 def mux_jpegs(files: list[bytes], height: int, width: int) -> bytes:

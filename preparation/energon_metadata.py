@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data_splits import SPLITS
-from output_folder import ENERGON_FOLDER, SHARD_NAME, remove_own_folder, replacing
-from raw_data import PreparationError
+from preparation.data_splits import SPLITS
+from preparation.output_folder import ENERGON_FOLDER, SHARD_NAME, remove_own_folder, replacing
+from preparation.raw_metadata import PreparationError
 
 CRUDE_SAMPLE = "11"  # "Crude sample (plain dict for cooking)" in the dialogue of Energon 5.2.0
 DATASET_YAML = "__module__: megatron.energon\n__class__: CrudeWebdataset\nauto_decode: false\n"

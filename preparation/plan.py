@@ -12,16 +12,28 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
-from conversations import CheckedEntry, UnusableSample, check_entry
-from media_index import DIGEST, NO_PLACE, NameList, Places, TarSource, digest_folded, digest_name, digest_of, locate
-from raw_data import EntryRanges, MetadataReader, PreparationError, parse_entries, read_entry
-from worker_pool import WorkerPool
+from preparation.conversations import CheckedEntry, UnusableSample, check_entry, field_of, read_turns
+from preparation.media_index import (
+    DIGEST,
+    NO_PLACE,
+    NameList,
+    Places,
+    TarSource,
+    digest_folded,
+    digest_name,
+    digest_of,
+    locate,
+)
+from preparation.raw_metadata import EntryRanges, MetadataReader, PreparationError, parse_entries, read_entry
+from preparation.worker_pool import WorkerPool
 
 MOST_SOURCES = 256  # more names are no names of datasets; the others are counted together
 OTHER_SOURCES, NO_SOURCE, TEXT_SOURCE, NO_FOLDER = "other", "unknown", "text", "no folder"
+KINDS = ("image", "video", "frame")  # of conversations.CheckedEntry
 OTHER_CASE = "other_letter_case"  # the repair of a medium's name
 MAXIMUM_NAME, MAXIMUM_ID = 100, 200  # characters
 MAXIMUM_MEDIA_BYTES = 1 << 30
@@ -69,22 +81,31 @@ class SkipList:
             yield self.lines[number] + b"\n"
 
 
+# An entry that passed the check: its number among all entries; its metadata file, its bytes there and their CRC-32;
+# the number of its source's name; the characters of its turns; whether it was repaired; the hash of id, turns, media.
+ENTRY = np.dtype(
+    [
+        ("index", "<i8"),
+        ("start", "<i8"),
+        ("stop", "<i8"),
+        ("file", "<i4"),
+        ("source", "<i4"),
+        ("crc", "<u4"),
+        ("characters", "<i4"),
+        ("repaired", "?"),
+        ("digest", DIGEST),
+    ]
+)
+
+
 @dataclass
 class Columns:
-    """Entries that passed the check.
+    """entries ENTRY [N]. media_start int64 [N + 1]: entry i has the media media_start[i] to media_start[i + 1]. kind
+    uint8 [M]: number in KINDS. names, folded S16 [M]: digests of their names, which `spelled` holds."""
 
-    index, file, start, stop int64 [N]: number among all entries; its metadata file, and its bytes there. source int64
-    [N]: number in a list of names. digest S16 [N]: of id, turns and media. media_start int64 [N + 1]: entry i has the
-    media media_start[i] to media_start[i + 1]. names, folded S16 [M]: digests of their names, which `spelled` holds.
-    """
-
-    index: np.ndarray
-    file: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    source: np.ndarray
-    digest: np.ndarray
+    entries: np.ndarray
     media_start: np.ndarray
+    kind: np.ndarray
     names: np.ndarray
     folded: np.ndarray
     spelled: NameList
@@ -110,16 +131,13 @@ class CheckedPiece:
 class Plan:
     """All entries that can be written, as far as their files have not been read yet.
 
-    index ... media_start: as in Columns. media int64 [M]: number in `places`. sources: names; read: entries by source.
+    entries, media_start, kind: as in Columns. media int64 [M]: number in `places`. sources: names; read: entries by
+    source.
     """
 
-    index: np.ndarray
-    file: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    source: np.ndarray
-    digest: np.ndarray
+    entries: np.ndarray
     media_start: np.ndarray
+    kind: np.ndarray
     media: np.ndarray
     places: Places
     sources: list[str]
@@ -127,7 +145,7 @@ class Plan:
     skipped: SkipList
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.entries)
 
     @property
     def content(self) -> np.ndarray:
@@ -142,12 +160,12 @@ def source_of(entry: Any) -> str:
     for name in (entry.get("source"), entry.get("dataset")):
         if isinstance(name, str) and name:
             return name[:MAXIMUM_NAME]
-    names = entry.get("image") or entry.get("video")
+    names = field_of(entry, "image") or field_of(entry, "video")
     name = names[0] if isinstance(names, list) else names
     if name is None:
         return TEXT_SOURCE
     folder, slash, _ = name.removeprefix("./").partition("/") if isinstance(name, str) else (None, "", "")
-    return folder[:MAXIMUM_NAME] if slash and folder else NO_FOLDER
+    return folder[:MAXIMUM_NAME] if slash and folder not in ("", "..") else NO_FOLDER
 
 
 def describe_skip(index: int, entry: Any, source: str, unusable: UnusableSample) -> SkippedEntry:
@@ -168,49 +186,49 @@ def check_piece(task: CheckTask, advance: Callable[[int], Any]) -> CheckedPiece:
     """Check some consecutive entries. Raises PreparationError for metadata that is no JSON, and where `strict` is set
     at the first finding."""
     ranges, skipped, sources, read = task.ranges, [], {}, Counter()
-    rows, digests, names, spelled, counts = [], bytearray(), bytearray(), NameList(), []
-    for number, value in enumerate(parse_entries(ranges)):
-        source = source_of(value)
+    entries, kinds, names, spelled, counts = [], bytearray(), bytearray(), NameList(), [0]
+    starts, stops = ranges.start.tolist(), ranges.stop.tolist()
+    for number, (text, value) in enumerate(parse_entries(ranges)):
+        source, index = source_of(value), ranges.first + number
         read[source] += 1
         try:
-            if isinstance(value, UnusableSample):
-                raise value
-            checked = check_entry(value)
+            checked = check_value(value)
         except UnusableSample as unusable:
             if task.strict:
-                be_strict(ranges.first + number, str(unusable))
-            skipped.append(describe_skip(ranges.first + number, value, source, unusable))
+                be_strict(index, str(unusable))
+            skipped.append(describe_skip(index, value, source, unusable))
             continue
         if task.strict and checked.repairs:
-            be_strict(ranges.first + number, f"needs repair: {', '.join(checked.repairs)}")
-        rows.append((number, sources.setdefault(source, len(sources))))
-        digests += digest_entry(checked)
+            be_strict(index, f"needs repair: {', '.join(checked.repairs)}")
+        place = (index, starts[number], stops[number], ranges.file, sources.setdefault(source, len(sources)))
+        characters = count_characters(checked.entry)
+        entries.append((*place, crc32(text), characters, bool(checked.repairs), digest_entry(checked)))
         counts.append(len(checked.media))
-        for _, name in checked.media:
+        for kind, name in checked.media:
+            kinds.append(KINDS.index(kind))
             names += digest_name(name) + digest_folded(name)
             spelled.append(name.encode())
     advance(len(ranges.start))
-    kept, source = np.array(rows, np.int64).reshape(-1, 2).T
     name, folded = np.frombuffer(bytes(names), DIGEST).reshape(-1, 2).T
-    columns = Columns(
-        kept + ranges.first,
-        np.full(len(kept), ranges.file),
-        ranges.start[kept],
-        ranges.stop[kept],
-        source,
-        np.frombuffer(bytes(digests), DIGEST),
-        np.cumsum([0, *counts]),
-        name,
-        folded,
-        spelled,
-    )
+    kind = np.frombuffer(bytes(kinds), np.uint8)
+    columns = Columns(np.array(entries, ENTRY), np.cumsum(counts), kind, name, folded, spelled)
     return CheckedPiece(columns, list(sources), skipped, read)
+
+
+def check_value(value: Any) -> CheckedEntry:
+    if isinstance(value, UnusableSample):
+        raise value
+    return check_entry(value)
+
+
+def count_characters(entry: dict[str, Any]) -> int:
+    return sum(len(turn.text) for turn in read_turns(entry))
 
 
 def digest_entry(checked: CheckedEntry) -> bytes:
     """Of id, turns and media: entries that agree in these are one entry twice."""
     turns = checked.entry.get("conversations") or checked.entry.get("messages")
-    return digest_of(json.dumps([checked.entry.get("id"), turns, checked.media], sort_keys=True).encode())
+    return digest_of(repr((checked.entry.get("id"), turns, checked.media)).encode())
 
 
 # Collecting
@@ -231,7 +249,8 @@ class Collector:
         for entry in piece.skipped:
             self.skipped.add(SkippedEntry(**{**asdict(entry), "source": self.name_source(entry.source)}))
         numbers = np.array([self.sources[self.name_source(name)] for name in piece.sources], np.int64)
-        piece.columns.source = numbers[piece.columns.source] if len(numbers) else piece.columns.source
+        if len(numbers):
+            piece.columns.entries["source"] = numbers[piece.columns.entries["source"]]
         self.pieces.append(piece.columns)
 
     def name_source(self, name: str) -> str:
@@ -249,7 +268,7 @@ class Collector:
         spelled = NameList()
         for columns in self.pieces:
             spelled.extend(columns.spelled)
-        for name in ("index", "file", "start", "stop", "source", "digest", "names", "folded"):
+        for name in ("entries", "kind", "names", "folded"):
             joined[name] = np.concatenate([getattr(columns, name) for columns in self.pieces])
         self.pieces = []
         return Columns(**joined, spelled=spelled)
@@ -276,36 +295,33 @@ def make_plan(
 ) -> Plan:
     """Leave out duplicates and entries whose files are missing; find the files of the others."""
     columns = collector.columns()
-    usable = np.ones(len(columns.index), bool)
+    entries, usable = columns.entries, np.ones(len(columns.entries), bool)
 
     def skip(row: int, reason: str, detail: str) -> None:
         usable[row] = False
-        entry = read_entry(metadata[columns.file[row]], int(columns.start[row]), int(columns.stop[row]))
-        unusable, source = UnusableSample(reason, detail), list(collector.sources)[columns.source[row]]
+        of, unusable = entries[row], UnusableSample(reason, detail)
         if strict:
-            be_strict(int(columns.index[row]), str(unusable))
-        collector.skipped.add(describe_skip(int(columns.index[row]), entry, source, unusable))
+            be_strict(int(of["index"]), str(unusable))
+        value = read_entry(metadata[of["file"]], int(of["start"]), int(of["stop"]))
+        source = list(collector.sources)[of["source"]]
+        collector.skipped.add(describe_skip(int(of["index"]), value, source, unusable))
 
-    for row, first in find_duplicates(columns.digest):
-        skip(row, "duplicate_entry", f"entry {columns.index[first]} has the same id, turns and media")
+    for row, first in find_duplicates(entries["digest"]):
+        skip(row, "duplicate_entry", f"entry {entries['index'][first]} has the same id, turns and media")
     names, first, media = np.unique(columns.names, return_index=True, return_inverse=True)
     places = locate(tars, data_dir, leave_out, names, columns.folded[first])
     for row, number in find_first_of_each(columns.media_start, (places.source == NO_PLACE)[media], usable):
         skip(row, "missing_media", f"{columns.spelled[number].decode()} is in no tar and no folder")
     for row, number in find_first_of_each(columns.media_start, (places.size > MAXIMUM_MEDIA_BYTES)[media], usable):
-        size = places.size[media[number]]
-        skip(
-            row,
-            "media_too_large",
-            f"{columns.spelled[number].decode()} has {size} bytes, the limit is {MAXIMUM_MEDIA_BYTES}",
-        )
+        size = f"{places.size[media[number]]} bytes, the limit is {MAXIMUM_MEDIA_BYTES}"
+        skip(row, "media_too_large", f"{columns.spelled[number].decode()} has {size}")
     if strict:
         for row, number in find_first_of_each(columns.media_start, places.other_case[media], usable):
-            be_strict(int(columns.index[row]), f"needs repair: {OTHER_CASE}: {columns.spelled[number].decode()}")
-    media_start, media = select_media(columns.media_start, media, usable)
-    kept = {name: getattr(columns, name)[usable] for name in ("index", "file", "start", "stop", "source", "digest")}
+            be_strict(int(entries["index"][row]), f"needs repair: {OTHER_CASE}: {columns.spelled[number].decode()}")
+    media_start, of_usable = select_media(columns.media_start, usable)
+    kept = {"entries": entries[usable], "media_start": media_start, "kind": columns.kind[of_usable]}
     counted = {"sources": list(collector.sources), "read": collector.read, "skipped": collector.skipped}
-    return Plan(**kept, media_start=media_start, media=media, places=places, **counted)
+    return Plan(**kept, media=media[of_usable], places=places, **counted)
 
 
 def find_duplicates(digest: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -324,7 +340,7 @@ def find_first_of_each(media_start: np.ndarray, is_bad: np.ndarray, usable: np.n
             yield row, number
 
 
-def select_media(media_start: np.ndarray, media: np.ndarray, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """media_start and media of the usable entries alone."""
+def select_media(media_start: np.ndarray, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """media_start of the usable entries alone, and which media are theirs, bool [M]."""
     counts = np.diff(media_start)
-    return np.concatenate([[0], np.cumsum(counts[usable])]), media[np.repeat(usable, counts)]
+    return np.concatenate([[0], np.cumsum(counts[usable])]), np.repeat(usable, counts)

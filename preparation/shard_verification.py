@@ -22,12 +22,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from clip_conversion import probe_clip
-from conversations import DECODER, UnusableSample, check_entry, read_turns
 from media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaError, VideoSampling, decode_image, decode_video
-from output_folder import ENERGON_FOLDER, SKIPPED_NAME, STATS_NAME, read_json, stats_path
-from raw_data import MetadataReader, PreparationError
-from worker_pool import WorkerPool
+from preparation.clip_conversion import probe_clip
+from preparation.conversations import DECODER, UnusableSample, check_entry, read_turns
+from preparation.output_folder import ENERGON_FOLDER, SKIPPED_NAME, STATS_NAME, read_json, stats_path
+from preparation.raw_metadata import MetadataReader, PreparationError
+from preparation.worker_pool import WorkerPool
 
 SHARD_FILES = "pretrain-*.tar"
 BLOCK = tarfile.BLOCKSIZE
@@ -158,14 +158,13 @@ class TarReader:
 
 @dataclass
 class Measured:
-    """Counts of a shard, and columns as in its stats, one value for each sample; None where it cannot be told."""
+    """Counts of a shard, and columns as in its stats; None for a value that cannot be told."""
 
     samples: int = 0
     parts: int = 0
     text_only: int = 0
-    columns: dict[str, list] = field(
-        default_factory=lambda: {name: [] for name in ("height", "width", "frames", "media", "text")}
-    )
+    of_samples: dict[str, list] = field(default_factory=lambda: {name: [] for name in ("media", "text")})
+    of_media: dict[str, list] = field(default_factory=lambda: {name: [] for name in ("height", "width", "frames")})
 
 
 def verify_sample(
@@ -207,9 +206,11 @@ def verify_sample(
         yield f"json: {unusable}"
     measured.parts += len(parts)
     measured.text_only += not parts
-    first = shapes[0] if shapes else (0, 0, 0)
-    for column, value in zip(measured.columns.values(), (*first, len(parts), characters)):
+    for column, value in zip(measured.of_samples.values(), (len(parts), characters)):
         column.append(value)
+    for shape in shapes:
+        for column, value in zip(measured.of_media.values(), shape):
+            column.append(value)
 
 
 def part_kind(ending: str, number: int, count: int) -> str | None:
@@ -273,15 +274,21 @@ def compare_stats(stats: dict[str, Any], tar: TarReader, measured: Measured) -> 
     said = sum(stats.get("parts", {}).values())
     if said != measured.parts + measured.text_only:
         yield f"{measured.parts} media and {measured.text_only} samples without, the stats say {said} of both"
-    columns = stats.get("samples", {})
-    for name, values in columns.items():
-        if len(values) != measured.samples:
-            yield f"the column {name} of the stats has {len(values)} values for {measured.samples} samples"
-    for name, found in measured.columns.items():
-        wrong = [n for n, pair in enumerate(zip(found, columns.get(name, []))) if pair[0] not in (None, pair[1])]
+    yield from compare_columns("sample", stats.get("samples", {}), measured.of_samples, measured.samples)
+    yield from compare_columns("medium", stats.get("media", {}), measured.of_media, measured.parts)
+
+
+def compare_columns(thing: str, said: dict[str, list], measured: dict[str, list], count: int) -> Iterator[str]:
+    """Yields where columns with a value for each of `count` things are not what was measured."""
+    for name in {**said, **measured}:
+        values = len(said.get(name, []))
+        if values != count:
+            yield f"the column {name} of the stats has {values} values, one for each {thing} would be {count}"
+    for name, found in measured.items():
+        wrong = [n for n, pair in enumerate(zip(found, said.get(name, []))) if pair[0] not in (None, pair[1])]
         if wrong:
-            place, values = wrong[0], (found[wrong[0]], columns[name][wrong[0]])
-            yield f"{name} of sample {place} is {values[0]}, the stats say {values[1]} ({len(wrong)} such samples)"
+            place, values = wrong[0], (found[wrong[0]], said[name][wrong[0]])
+            yield f"{name} of {thing} {place} is {values[0]}, the stats say {values[1]} ({len(wrong)} such values)"
 
 
 # The set

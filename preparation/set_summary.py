@@ -14,11 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from data_splits import SPLITS, Layout
-from media_index import TarSource, count_refused
-from output_folder import REFUSED_NAME, SHARD_NAME, SKIPPED_NAME, STATS_NAME, TOOL, replacing, stats_path, write_json
-from preparation_plan import Plan, SkipList, SkippedEntry
-from raw_data import METADATA_NAME, read_range
+from preparation.data_splits import SPLITS, Layout
+from preparation.media_index import TarSource, count_refused
+from preparation.output_folder import (
+    REFUSED_NAME,
+    SHARD_NAME,
+    SKIPPED_NAME,
+    STATS_NAME,
+    TOOL,
+    replacing,
+    stats_path,
+    write_json,
+)
+from preparation.plan import Plan, SkipList, SkippedEntry
+from preparation.raw_metadata import METADATA_NAME, read_range
 
 # Always said, even where there are none.
 USUAL_PARTS = ("images_copied", "images_converted", "clips_copied", "text_only")
@@ -103,8 +112,8 @@ def make_stats(
 
 def count_sources(plan: Plan, layout: Layout, counts: SetCounts) -> dict[str, dict[str, Any]]:
     """What became of the entries of each source."""
-    copies = np.bincount(plan.source[layout.row[layout.copy > 0]], minlength=len(plan.sources))
-    thinned = np.bincount(plan.source[layout.thinned], minlength=len(plan.sources))
+    copies = np.bincount(plan.entries["source"][layout.row[layout.copy > 0]], minlength=len(plan.sources))
+    thinned = np.bincount(plan.entries["source"][layout.thinned], minlength=len(plan.sources))
     skipped: dict[str, dict[str, int]] = {name: {} for name in plan.sources}
     for (source, reason), count in sorted(counts.skipped.counts.items()):
         skipped[source][reason] = count
@@ -125,13 +134,13 @@ def write_filtered_metadata(path: Path, plan: Plan, layout: Layout, metadata: li
     """Copy the text of every written entry into a new JSON list."""
     written = np.zeros(len(plan), bool)
     written[layout.row] = True
-    written &= ~np.isin(plan.index, np.array(sorted(broken), np.int64))
+    written &= ~np.isin(plan.entries["index"], np.array(sorted(broken), np.int64))
     separator = b"[\n"
     with replacing(path) as stream:
         for number, source in enumerate(metadata):
-            rows = np.flatnonzero(written & (plan.file == number))
+            rows = np.flatnonzero(written & (plan.entries["file"] == number))
             with source.open("rb") as file:
-                for start, stop in zip(plan.start[rows].tolist(), plan.stop[rows].tolist()):
+                for start, stop in plan.entries[["start", "stop"]][rows].tolist():
                     stream.write(separator + read_range(file.fileno(), source, start, stop).strip())
                     separator = b",\n"
         stream.write(b"\n]\n")

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import features
 
-from data_splits import Layout
-from media_index import TarSource, list_tars
-from output_folder import RUN_NAME, STATS_NAME, TOOL, is_finished, read_json, read_run
-from preparation_plan import Plan
-from raw_data import MetadataReader
+from preparation.data_splits import Layout
+from preparation.media_index import TarSource, list_tars
+from preparation.output_folder import RUN_NAME, STATS_NAME, TOOL, is_finished, read_json, read_run
+from preparation.plan import Plan
+from preparation.raw_metadata import MetadataReader
 
-SET_VERSION = 1  # raised when other bytes would be written from the same data and settings
+SET_VERSION = 2  # raised when other bytes would be written from the same data and settings
 
 
 def list_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def is_complete(arguments: argparse.Namespace, metadata: list[Path]) -> bool:
     run, stats = read_run(arguments.output_dir), read_json(arguments.output_dir / STATS_NAME)
     if arguments.force or arguments.dry_run or not run or not isinstance(stats, dict):
         return False
-    if stats.get("fingerprint") != run["fingerprint"]:
+    if stats.get("fingerprint") != run["fingerprint"] or run.get("version") != SET_VERSION:
         return False
     inputs = list_inputs(arguments.data_dir, metadata)
     if run["settings"] != list_settings(arguments) or run["inputs"] != list_sizes(inputs):
@@ -70,9 +70,9 @@ def digest_plan(tars: list[TarSource], plan: Plan, layout: Layout) -> str:
     """SHA-256 of which samples go where and of where their media lie, with their size, ends and names."""
     digest = sha256("".join(f"{tar.path.name}/" for tar in tars).encode())
     places = plan.places
-    entries = (plan.index, plan.file, plan.start, plan.stop, plan.media_start)
+    digest.update(plan.entries.tobytes())
     media = [column[plan.media] for column in (places.source, places.offset, places.size)]
-    for column in (*entries, *media, layout.row, layout.copy, layout.bounds):
+    for column in (plan.media_start, *media, layout.row, layout.copy, layout.bounds):
         digest.update(np.ascontiguousarray(column, np.int64))
     digest.update(plan.content.tobytes())
     digest.update(bytes(places.files.text))

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import raw_data
-from conversations import UnusableSample
-from raw_data import MetadataReader, PreparationError, find_metadata, parse_entries
+from preparation import raw_metadata
+from preparation.conversations import UnusableSample
+from preparation.raw_metadata import MetadataReader, PreparationError, find_metadata, parse_entries
 
 VALUES = [{"id": "ä", "n": [1, {"x": None}]}, 12345, -1.5e3, '世界\\n\\u00e9 \\" [{,', True, [], {}, "x" * 300, "\\"]
 
 
 def read(*paths: Path, limit: int | None = None) -> list:
-    return [value for ranges in MetadataReader(list(paths), limit) for value in parse_entries(ranges)]
+    return [value for ranges in MetadataReader(list(paths), limit) for _, value in parse_entries(ranges)]
 
 
 def texts(path: Path) -> list[bytes]:
@@ -29,7 +29,7 @@ def texts(path: Path) -> list[bytes]:
 @pytest.mark.parametrize("piece", [1, 2, 7, 64, 1 << 20])
 @pytest.mark.parametrize("joint", [",", " ,\r\n\t", "\n, "])
 def test_a_list_is_cut_where_its_entries_end(tmp_path, monkeypatch, piece, joint):
-    monkeypatch.setattr(raw_data, "READ_BYTES", max(piece, 4))  # the byte order mark must fit into the first piece
+    monkeypatch.setattr(raw_metadata, "READ_BYTES", max(piece, 4))  # the byte order mark must fit into the first piece
     written = [json.dumps(value, ensure_ascii=False).encode() for value in VALUES]
     path = tmp_path / "list.json"
     path.write_bytes(b"\xef\xbb\xbf[ " + joint.encode().join(written) + b"\n]\n")
@@ -40,7 +40,7 @@ def test_a_list_is_cut_where_its_entries_end(tmp_path, monkeypatch, piece, joint
 @pytest.mark.parametrize("piece", [4, 7, 64, 1 << 20])
 @pytest.mark.parametrize("end", ["", "\n", "\r\n \n"])
 def test_lines_are_cut_where_they_end(tmp_path, monkeypatch, piece, end):
-    monkeypatch.setattr(raw_data, "READ_BYTES", piece)
+    monkeypatch.setattr(raw_metadata, "READ_BYTES", piece)
     values = [{"id": number, "text": "ü\n" * number} for number in range(8)]
     lines = [json.dumps(value, ensure_ascii=False) for value in values]
     path = tmp_path / "lines.jsonl"
@@ -59,7 +59,7 @@ JSON_VALUES = st.recursive(
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(JSON_VALUES), st.integers(4, 40), st.booleans(), st.sampled_from([None, 0, 2]))
 def test_any_list_in_pieces_of_any_size(tmp_path, monkeypatch, values, piece, ascii_only, indent):
-    monkeypatch.setattr(raw_data, "READ_BYTES", piece)
+    monkeypatch.setattr(raw_metadata, "READ_BYTES", piece)
     path = tmp_path / "list.json"
     text = json.dumps(values, ensure_ascii=ascii_only, indent=indent)
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -117,7 +117,7 @@ def test_what_is_no_metadata(tmp_path, text, message):
 
 
 def test_text_behind_the_list_in_a_later_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(raw_data, "READ_BYTES", 8)
+    monkeypatch.setattr(raw_metadata, "READ_BYTES", 8)
     (tmp_path / "list.json").write_text("[1, 2]" + " " * 50)
     assert read(tmp_path / "list.json") == [1, 2]
     (tmp_path / "list.json").write_text("[1, 2]" + " " * 50 + "x")
@@ -151,7 +151,7 @@ def test_a_broken_line_is_marked_and_the_next_is_read(tmp_path):
 
 
 def test_an_entry_of_many_megabytes_is_not_even_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(raw_data, "MAXIMUM_ENTRY_BYTES", 100)
+    monkeypatch.setattr(raw_metadata, "MAXIMUM_ENTRY_BYTES", 100)
     path = tmp_path / "list.json"
     path.write_text(json.dumps([{"id": 1}, {"id": "x" * 200}, {"id": 3}]))
     assert "an entry of 211 bytes" in str(read(path)[1])
@@ -163,7 +163,7 @@ def test_metadata_that_changes_while_it_is_read(tmp_path):
     pieces = list(MetadataReader([path]))
     path.write_text('[{"id": 1}]')
     with pytest.raises(PreparationError, match="changed while it was read"):
-        [value for piece in pieces for value in parse_entries(piece)]
+        [value for piece in pieces for _, value in parse_entries(piece)]
 
 
 def test_where_metadata_is_looked_for(tmp_path, monkeypatch):

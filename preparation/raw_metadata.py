@@ -1,6 +1,6 @@
 """The metadata of a raw data folder: one file or several, each a JSON list of entries or JSON lines.
 
-A file is cut into its entries by brackets, commas, quotes and line ends alone, 4 MiB at a time, so that its size does
+A file is cut into its entries by brackets, commas, quotes and line ends alone, 512 KiB at a time, so that its size does
 not matter and the entries can be parsed by several processes: an entry is known by its file and its bytes there.
 
 Letter used for shapes: N entries.
@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from conversations import DECODER, UnusableSample
+from preparation.conversations import DECODER, UnusableSample
 
 METADATA_NAME = "cambrian737k.json"
-READ_BYTES = 4 << 20
+READ_BYTES = 1 << 19  # some 500 entries: small enough that small sets keep all workers busy
 MAXIMUM_ENTRY_BYTES = 64 << 20  # an entry of Cambrian737k has 1 KB, a long conversation 1 MB
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it first
 OPEN, CLOSE, COMMA = 1, 2, 3
@@ -239,8 +239,8 @@ def read_range(descriptor: int, path: Path | str, start: int, stop: int) -> byte
     return data
 
 
-def parse_entries(ranges: EntryRanges) -> Iterator[Any]:
-    """The value of each entry; an UnusableSample in its place where the entry alone is at fault.
+def parse_entries(ranges: EntryRanges) -> Iterator[tuple[bytes, Any]]:
+    """The text and the value of each entry; an UnusableSample in place of the value where the entry alone is at fault.
 
     Raises PreparationError where an entry of a list is no JSON, since all borders may then be wrong.
     """
@@ -249,19 +249,19 @@ def parse_entries(ranges: EntryRanges) -> Iterator[Any]:
         for number, start, stop in zip(range(ranges.first, 1 << 62), ranges.start.tolist(), ranges.stop.tolist()):
             if stop - start > MAXIMUM_ENTRY_BYTES:
                 what = f"an entry of {stop - start} bytes; the limit is {MAXIMUM_ENTRY_BYTES}"
-                yield UnusableSample("malformed_entry", what)
+                yield b"", UnusableSample("malformed_entry", what)
                 continue
             data = read_range(descriptor, ranges.path, start, stop)
             try:
-                yield parse_entry(data)
+                yield data, parse_entry(data)
             except UnusableSample as unusable:
-                yield unusable
+                yield data, unusable
             except ValueError as error:
                 if ranges.is_list or number == 0:
                     kind = "a JSON list of entries" if ranges.is_list else "JSON lines"
                     where = f"in entry {number}, which begins at byte {start}"
                     raise PreparationError(f"{ranges.path} is not {kind}: {error}, {where}") from error
-                yield UnusableSample("malformed_entry", f"not JSON: {error}")
+                yield data, UnusableSample("malformed_entry", f"not JSON: {error}")
     finally:
         os.close(descriptor)
 

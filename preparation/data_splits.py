@@ -18,7 +18,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from raw_data import PreparationError
+from preparation.raw_metadata import PreparationError
 
 SPLITS = ("train", "val", "test")
 MOST_UNITS = 1000  # shards for one round of the proportion: "8,1,1" needs 10, "98.5,1,0.5" 200

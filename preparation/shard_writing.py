@@ -20,17 +20,19 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+from zlib import crc32
 
 import numpy as np
 
-from conversations import CheckedEntry, UnusableSample, check_entry, read_turns
-from data_splits import Layout
-from media_conversion import ConversionOptions, StoredMedia, convert_all
-from output_folder import replacing, stats_path
-from preparation_plan import OTHER_CASE, Plan, SkippedEntry, be_strict, describe_skip
-from raw_data import PreparationError, parse_entry
+from preparation.conversations import UnusableSample, check_entry
+from preparation.data_splits import Layout
+from preparation.media_conversion import ConversionOptions, StoredMedia, convert_all
+from preparation.output_folder import replacing, stats_path
+from preparation.plan import KINDS, OTHER_CASE, Plan, SkippedEntry, be_strict, describe_skip
+from preparation.raw_metadata import PreparationError, parse_entry
 
 WINDOW_BYTES = 128 << 20  # of media files
+FLUSH_BYTES = 8 << 20
 TEXT_ONLY = "text_only"
 # A header with no name, size and checksum: owner 0, time 0, so that equal samples give equal bytes.
 BLANK_HEADER = tarfile.TarInfo("")
@@ -46,25 +48,22 @@ GO_ON = "then the same command goes on"
 class ShardTask:
     """All that a worker needs to write one shard of S samples with M media in a row.
 
-    index, copy, start, stop [S]: see preparation_plan.Columns and data_splits.Layout. metadata [S], source [S], path
-    [M]: numbers in `metadata_files`, `sources`, `paths`. media_start [S + 1]. offset, size [M]: the range of the file.
-    other_case bool [M]: the medium was found under a name in another letter case.
+    entries plan.ENTRY [S], `file` and `source` as numbers in `metadata` and `sources`. copy [S]: see
+    data_splits.Layout. media_start [S + 1], kind [M]: as in plan.Columns. path [M]: number in `paths`;
+    offset, size [M]: the range there. other_case bool [M]: it was found under a name in another letter case.
     """
 
     shard: Path
     split: str
-    index: np.ndarray
+    entries: np.ndarray
     copy: np.ndarray
-    metadata: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    source: np.ndarray
     media_start: np.ndarray
+    kind: np.ndarray
     path: np.ndarray
     offset: np.ndarray
     size: np.ndarray
     other_case: np.ndarray
-    metadata_files: tuple[str, ...]
+    metadata: tuple[str, ...]
     sources: tuple[str, ...]
     paths: tuple[str, ...]
     options: ConversionOptions
@@ -72,32 +71,33 @@ class ShardTask:
 
     def unpack(self) -> list["PlannedSample"]:
         """The samples one by one."""
-        paths, other_case = np.array(self.paths, object)[self.path].tolist(), self.other_case.tolist()
-        places = list(zip(paths, self.offset.tolist(), self.size.tolist()))
-        bounds = self.media_start.tolist()
-        media = [(places[first:last], any(other_case[first:last])) for first, last in itertools.pairwise(bounds)]
-        files = [self.metadata_files[number] for number in self.metadata.tolist()]
-        columns = (
-            self.index.tolist(),
-            self.copy.tolist(),
-            self.start.tolist(),
-            self.stop.tolist(),
-            self.source.tolist(),
-        )
-        return [PlannedSample(*values, file, *of) for *values, file, of in zip(*columns, files, media)]
+        paths, other_case = [self.paths[number] for number in self.path.tolist()], self.other_case.tolist()
+        places, kinds = list(zip(paths, self.offset.tolist(), self.size.tolist())), self.kind.tolist()
+        samples = []
+        for entry, copy, (first, last) in zip(
+            self.entries.tolist(), self.copy.tolist(), itertools.pairwise(self.media_start.tolist())
+        ):
+            index, start, stop, file, *rest, _digest = entry
+            media = tuple(KINDS[kind] for kind in kinds[first:last]), places[first:last], any(other_case[first:last])
+            samples.append(PlannedSample(index, copy, self.metadata[file], start, stop, *rest, *media))
+        return samples
 
 
 class PlannedSample(NamedTuple):
-    """index: number of the entry; copy: of its repetition; start, stop: bytes of its text in the file `metadata`;
-    source: number in ShardTask.sources; media: (path, offset, size) of each, in order."""
+    """index: number of the entry; copy: of its repetition; start, stop, crc: bytes of its text in the file `metadata`;
+    source: number in ShardTask.sources; kinds, places: of its media, in order, as (path, offset, size)."""
 
     index: int
     copy: int
+    metadata: str
     start: int
     stop: int
     source: int
-    metadata: str
-    media: list[tuple[str, int, int]]
+    crc: int
+    characters: int
+    repaired: bool
+    kinds: tuple[str, ...]
+    places: list[tuple[str, int, int]]
     other_case: bool
 
     @property
@@ -119,26 +119,25 @@ def make_task(
     data_dir, metadata, tars = files
     samples = slice(int(layout.bounds[number]), int(layout.bounds[number + 1]))
     rows = layout.row[samples]
+    entries = plan.entries[rows]
     counts = plan.media_start[rows + 1] - plan.media_start[rows]
     media_start = np.concatenate([[0], np.cumsum(counts)])
-    places = plan.media[np.arange(media_start[-1]) + np.repeat(plan.media_start[rows] - media_start[:-1], counts)]
+    media = np.arange(media_start[-1]) + np.repeat(plan.media_start[rows] - media_start[:-1], counts)
+    places = plan.media[media]
     used, path = np.unique(plan.places.source[places], return_inverse=True)
-    sources, source = np.unique(plan.source[rows], return_inverse=True)
+    sources, entries["source"] = np.unique(entries["source"], return_inverse=True)
     return ShardTask(
         shard=shard,
         split=layout.split_of[number],
-        index=plan.index[rows],
+        entries=entries,
         copy=layout.copy[samples],
-        metadata=plan.file[rows],
-        start=plan.start[rows],
-        stop=plan.stop[rows],
-        source=source,
         media_start=media_start,
+        kind=plan.kind[media],
         path=path,
         offset=plan.places.offset[places],
         size=plan.places.size[places],
         other_case=plan.places.other_case[places],
-        metadata_files=tuple(map(str, metadata)),
+        metadata=tuple(map(str, metadata)),
         sources=tuple(plan.sources[name] for name in sources.tolist()),
         paths=tuple(plan.places.path_of(number, data_dir, tars) for number in used.tolist()),
         options=options,
@@ -148,7 +147,8 @@ def make_task(
 
 @dataclass
 class ShardStats:
-    """What the file beside a shard says. samples: a column each, one value for each sample written, in their order."""
+    """What the file beside a shard says. samples, media: columns with one value for each sample written, and for each
+    of its media, in their order."""
 
     name: str
     split: str
@@ -158,31 +158,31 @@ class ShardStats:
     repairs: Counter = field(default_factory=Counter)
     skipped: list[SkippedEntry] = field(default_factory=list)
     samples: dict[str, list] = field(default_factory=lambda: {name: [] for name in SAMPLE_COLUMNS})
+    media: dict[str, list] = field(default_factory=lambda: {name: [] for name in MEDIA_COLUMNS})
 
-    def count(self, source: int, entry: CheckedEntry, stored: list[StoredMedia], repairs: list[str]) -> None:
+    def count(self, sample: PlannedSample, stored: list[StoredMedia], repairs: tuple[str, ...]) -> None:
         self.written += 1
         self.parts.update([media.treatment for media in stored] or [TEXT_ONLY])
         self.repairs.update(repairs)
-        first = stored[0] if stored else NO_MEDIUM
-        shape = (first.height, first.width, first.frames, round(first.seconds, 3))
-        values = (source, *shape, len(stored), count_characters(entry.entry))
-        for column, value in zip(self.samples.values(), values):
+        self.repairs[OTHER_CASE] += sample.other_case
+        for column, value in zip(self.samples.values(), (sample.source, len(stored), sample.characters)):
             column.append(value)
+        for medium in stored:
+            shape = (medium.height, medium.width, medium.frames, round(medium.seconds, 3))
+            for column, value in zip(self.media.values(), shape):
+                column.append(value)
 
     def as_json(self, tar: "TarWriter") -> dict[str, Any]:
         head = {"name": self.name, "split": self.split, "written": self.written, "bytes": tar.size}
-        counts = {"parts": dict(sorted(self.parts.items())), "repairs": dict(sorted(self.repairs.items()))}
+        counts = {"parts": dict(sorted(self.parts.items())), "repairs": dict(sorted((+self.repairs).items()))}
         skipped = [asdict(entry) for entry in self.skipped]
         hashed = {"sha256": tar.digest.hexdigest()}
-        return {**head, **hashed, **counts, "skipped": skipped, "sources": self.sources, "samples": self.samples}
+        columns = {"sources": self.sources, "samples": self.samples, "media": self.media}
+        return {**head, **hashed, **counts, "skipped": skipped, **columns}
 
 
-SAMPLE_COLUMNS = ("source", "height", "width", "frames", "seconds", "media", "text")
-NO_MEDIUM = StoredMedia("", b"", TEXT_ONLY, height=0, width=0, frames=0)
-
-
-def count_characters(entry: dict[str, Any]) -> int:
-    return sum(len(turn.text) for turn in read_turns(entry))
+SAMPLE_COLUMNS = ("source", "media", "text")  # number in `sources`, how many media, characters of all turns
+MEDIA_COLUMNS = ("height", "width", "frames", "seconds")  # of media_conversion.StoredMedia
 
 
 # Reading
@@ -237,7 +237,7 @@ def cut_windows(samples: list[PlannedSample], budget: int) -> Iterator[list[Plan
     """Consecutive samples whose media have at most `budget` bytes, at least one sample each."""
     window, held = [], 0
     for sample in samples:
-        needed = sum(size for _, _, size in sample.media)
+        needed = sum(size for _, _, size in sample.places)
         if window and held + needed > budget:
             yield window
             window, held = [], 0
@@ -250,12 +250,15 @@ def cut_windows(samples: list[PlannedSample], budget: int) -> Iterator[list[Plan
 def window_memory() -> memoryview:
     """For one window after the other: memory that is new has to be cleared by the kernel each time. Private: processes
     that are forked later have their own."""
-    return memoryview(mmap.mmap(-1, WINDOW_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    memory = mmap.mmap(-1, WINDOW_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without: 30 times as many page faults
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
 
 
 def read_window(window: list[PlannedSample], reader: SourceReader) -> dict[tuple[str, int, int], memoryview]:
     """The media of some samples by their place, read in the order of their files. They stay until the next call."""
-    ranges = sorted({place for sample in window for place in sample.media})
+    ranges = sorted({place for sample in window for place in sample.places})
     reader.announce(ranges)
     total, place, files = sum(size for _, _, size in ranges), 0, {}
     memory = window_memory() if total <= WINDOW_BYTES else memoryview(bytearray(total))
@@ -279,6 +282,7 @@ class TarWriter:
         self.stream = stream  # unbuffered
         self.digest = sha256()
         self.size = 0
+        self.flushed = 0
 
     def add_sample(self, key: str, parts: dict[str, bytes]) -> None:
         """Append a file KEY.NAME for each of the parts."""
@@ -297,6 +301,15 @@ class TarWriter:
             self.size += len(piece)
         for start in range(0, len(pieces), MOST_PIECES):
             write_all(self.stream.fileno(), pieces[start : start + MOST_PIECES])
+        if self.size - self.flushed >= FLUSH_BYTES:
+            self.begin_to_flush()
+
+    def begin_to_flush(self) -> None:
+        """Have the kernel send what is there to the disk meanwhile, so that fsync waits for little at the end."""
+        with contextlib.suppress(OSError):  # it is a hint
+            place, size = self.flushed, self.size - self.flushed
+            os.posix_fadvise(self.stream.fileno(), place, size, os.POSIX_FADV_DONTNEED)
+        self.flushed = self.size
 
 
 def write_all(descriptor: int, pieces: list[bytes]) -> None:
@@ -348,35 +361,39 @@ def write_sample(
     stats: ShardStats,
 ) -> None:
     """Append the members of one sample, media first; or note why it cannot be used."""
-    value, entry = read_entry_again(sample, reader)
+    text = reader.read(sample.metadata, sample.start, sample.stop - sample.start)
+    if crc32(text) != sample.crc:
+        raise PreparationError(f"{sample.metadata} changed while it was read; put back what it was, {GO_ON}")
+    data = [bytes(files[place]) for place in sample.places]
     try:
-        stored = convert_all(entry.media, (bytes(files[place]) for place in sample.media), task.options)
+        if sample.repaired:
+            entry = check_entry(parse_entry(text))
+            text, repairs = json.dumps(entry.entry).encode(), entry.repairs
+        else:
+            text, repairs = text.strip(), ()
+        stored = convert_all(zip(sample.kinds, itertools.repeat("")), data, task.options)
+    except UnusableSample:
+        note_unusable(task, sample, parse_entry(text), data, stats)
+    else:
+        tar.add_sample(sample.key, name_parts(stored, text))
+        stats.count(sample, stored, repairs)
+
+
+def note_unusable(task: ShardTask, sample: PlannedSample, value: Any, data: list[bytes], stats: ShardStats) -> None:
+    """Convert the media once more, this time with their names, and say what is wrong with which."""
+    try:
+        convert_all(check_entry(value).media, data, task.options)
     except UnusableSample as unusable:
         if task.strict:
             be_strict(sample.index, str(unusable))
         stats.skipped.append(describe_skip(sample.index, value, task.sources[sample.source], unusable))
-        return
-    tar.add_sample(sample.key, name_parts(stored, entry.entry))
-    stats.count(sample.source, entry, stored, [*entry.repairs, *[OTHER_CASE] * sample.other_case])
 
 
-def read_entry_again(sample: PlannedSample, reader: SourceReader) -> tuple[Any, CheckedEntry]:
-    """An entry as it stands in the metadata, and checked. Raises PreparationError if it is not what was planned."""
-    try:
-        value = parse_entry(reader.read(sample.metadata, sample.start, sample.stop - sample.start))
-        entry = check_entry(value)
-        if len(entry.media) == len(sample.media):
-            return value, entry
-    except (UnusableSample, ValueError):
-        pass
-    raise PreparationError(f"{sample.metadata} changed while it was read; put back what it was, {GO_ON}")
-
-
-def name_parts(stored: list[StoredMedia], entry: dict[str, Any]) -> dict[str, bytes]:
+def name_parts(stored: list[StoredMedia], text: bytes) -> dict[str, bytes]:
     """The parts of a sample by file ending: "jpg" for a single medium, "0.jpg", "1.mp4" for several; "json"."""
     numbered = len(stored) > 1
     parts = {f"{number}.{media.part}" if numbered else media.part: media.data for number, media in enumerate(stored)}
-    return {**parts, "json": json.dumps(entry).encode()}
+    return {**parts, "json": text}
 
 
 def refuse_empty_shard(stats: ShardStats) -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from conversations import Turn, UnusableSample, read_turns
 from media import VIDEO_EXTENSIONS, MediaError, VideoSampling, decode_image, decode_video
-from media_conversion import MEMORY_ADDRESS
-from raw_data import PreparationError
-from report_statistics import Shard, Statistics
+from preparation.conversations import Turn, UnusableSample, read_turns
+from preparation.media_conversion import MEMORY_ADDRESS
+from preparation.raw_metadata import PreparationError
+from preparation.report_statistics import Shard, Statistics
 
 PICTURE_SIDE, FRAME_SIDE = 320, 160  # px of the longer side of a picture and of a clip's frame, at most
 SHOWN_FRAMES = 6  # of a clip

@@ -3,7 +3,6 @@
 Letter used for shapes: N, samples.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from conversations import PLACEHOLDER, Turn
 from media import VideoSampling
-from raw_data import PreparationError
-from report_statistics import Statistics
+from preparation.conversations import Turn
+from preparation.raw_metadata import PreparationError
+from preparation.report_statistics import Statistics
+from turns import DEFAULT_SYSTEM, PLACEHOLDER
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,16 +32,12 @@ TEMPLATE_TOKENS = 21
 TURN_BOUNDS = 2  # <|im_start|>, <|im_end|>
 MEDIUM_BOUNDS = 2  # <|vision_start|>, <|vision_end|>
 
-# As task_encoder.py has them, which imports torch.
-DEFAULT_SYSTEM = "You are a helpful assistant."
-MEDIUM = re.compile(rf"\n?{PLACEHOLDER.pattern}\n?")
-
 
 @dataclass(frozen=True)
 class Lengths:
     """Tokens of each sample.
 
-    visual: preset -> int64 [N], of its media, as if all were like the first. text: int64 [N], everything else.
+    visual: preset -> int64 [N], of all its media. text: int64 [N], everything else.
     is_counted: by a tokenizer, not estimated. refused: bool [N], training leaves the sample out for its aspect ratio;
     its `visual` are 0.
     """
@@ -58,15 +54,16 @@ class Lengths:
 
 def measure_lengths(statistics: Statistics, text: np.ndarray | None, min_pixels: int, max_pixels: int) -> Lengths:
     """text: counted text tokens, int64 [N]; None to estimate them. min_pixels, max_pixels: training's bounds of H*W."""
-    rows = np.flatnonzero((statistics.height > 0) & (statistics.width > 0))
-    frames, bounds = sampled_frames(statistics.frames[rows], statistics.seconds[rows], min_pixels, max_pixels)
-    media_in_time = -(-frames // FRAMES_OF_A_TOKEN) * statistics.media[rows]
-    visual = {}
+    frames, bounds = sampled_frames(statistics.frames, statistics.seconds, min_pixels, max_pixels)
+    in_time, visual = -(-frames // FRAMES_OF_A_TOKEN), {}
+    refused = np.zeros(len(statistics), bool)
     for name, factor in FACTORS.items():
-        heights, widths = target_sizes(statistics.height[rows], statistics.width[rows], factor, min_pixels, bounds)
+        heights, widths = target_sizes(statistics.height, statistics.width, factor, min_pixels, bounds)
+        refused[statistics.owner[heights == 0]] = True
         visual[name] = np.zeros(len(statistics), np.int64)
-        visual[name][rows] = media_in_time * (heights // factor) * (widths // factor)
-    refused = (statistics.media > 0) & (visual["pixels, exact"] == 0)
+        np.add.at(visual[name], statistics.owner, in_time * (heights // factor) * (widths // factor))
+    for tokens in visual.values():
+        tokens[refused] = 0
     return Lengths(visual, estimate_text_tokens(statistics) if text is None else text, text is not None, refused)
 
 
@@ -134,7 +131,7 @@ def text_segments(turns: list[Turn]) -> tuple[list[str], int]:
             segments += ["assistant\n", text, "\n"]
             special += TURN_BOUNDS
         else:
-            first, *others = MEDIUM.split(text)[::2] if role == "user" else [text]
+            first, *others = PLACEHOLDER.split(text)[::2] if role == "user" else [text]
             segments += [f"{role}\n{first}", *others, "\n"]
             special += TURN_BOUNDS + MEDIUM_BOUNDS * len(others)
     return segments, special

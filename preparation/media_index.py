@@ -30,10 +30,10 @@ from typing import Any
 
 import numpy as np
 
-from output_folder import replacing
-from raw_data import PreparationError
-from tar_walk import EDGE_BYTES, DamagedTar, Member, walk_tar
-from worker_pool import WorkerPool
+from preparation.output_folder import replacing
+from preparation.raw_metadata import PreparationError
+from preparation.tar_walk import EDGE_BYTES, DamagedTar, Member, walk_tar
+from preparation.worker_pool import WorkerPool
 
 INDEX_VERSION = 1  # of the files in O/.work
 DIGEST = np.dtype("S16")

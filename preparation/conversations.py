@@ -1,9 +1,9 @@
 """One entry of the metadata, checked and repaired: what passes here is what task_encoder.py can learn from.
 
 Turns are LLaVA's (`from`, `value`) or OpenAI's (`role`, `content`) and lie under `conversations` or `messages`; the
-names of the media under `image` and `video`, one name or a list of them. `<image>` and `<video>` in a question say
-where they go. What is wrong with an entry is repaired where there is one right way to do so, and is a reason to skip
-it otherwise:
+names of the media under `image` and `video`, or `images` and `videos`, one name or a list of them. `<image>` and
+`<video>` in a question say where they go. What is wrong with an entry is repaired where there is one right way to do
+so, and is a reason to skip it otherwise:
 
     finding                                                       what is done                  counted as
     no JSON object; nested deeper than 64 levels; a media name    skipped                       malformed_entry
@@ -29,7 +29,7 @@ it otherwise:
     NaN and infinite numbers, among them such as 1e999 and those  null put in their place       not_a_number
       of more than 4,300 digits, which no JSON reader takes
 
-Duplicates, files that are not there and names in another letter case are found by the plan (preparation_plan.py). Of
+Duplicates, files that are not there and names in another letter case are found by the plan (plan.py). Of
 two values under one key the last counts, as in every use of Python's json. `video` may be a list of picture files: the
 frames of one clip.
 """
@@ -37,15 +37,11 @@ frames of one clip.
 import json
 import math
 import posixpath
-import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-# task_encoder.py's own; it learns what the assistant says.
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-CONTENT_PARTS = {"image": "<image>", "image_url": "<image>", "video": "<video>"}
-PLACEHOLDER = re.compile("<(image|video)>")
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may spell one out, tokenizers take none
+from turns import LONE_SURROGATE, PLACEHOLDER, ROLES, text_of
+
 # GIF is left out: it may be a clip itself.
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -166,9 +162,10 @@ def replace_numbers(value: Any, depth: int = 0) -> Any:
 
 def list_media(entry: dict) -> list[Medium]:
     """Images first, then clips, each in the entry's order. Raises UnusableSample."""
-    media = [Medium("image", (name,)) for name in names_of(entry.get("image"))]
-    clips = names_of(entry.get("video"))
-    if isinstance(entry.get("video"), list) and clips and all(name.lower().endswith(FRAME_ENDINGS) for name in clips):
+    media = [Medium("image", (name,)) for name in names_of(field_of(entry, "image"))]
+    given = field_of(entry, "video")
+    clips = names_of(given)
+    if isinstance(given, list) and clips and all(name.lower().endswith(FRAME_ENDINGS) for name in clips):
         media.append(Medium("video", tuple(clips), is_frames=True))
     else:
         media += [Medium("video", (name,)) for name in clips]
@@ -176,6 +173,12 @@ def list_media(entry: dict) -> list[Medium]:
         number = max(len(media), len(clips))
         raise UnusableSample("too_many_media", f"{number} media in one entry, the limit is {MAXIMUM_MEDIA}")
     return media
+
+
+def field_of(entry: dict, kind: str) -> Any:
+    """What stands under `kind`, "image" or "video", or under its plural; None where nothing does."""
+    value = entry.get(kind)
+    return entry.get(f"{kind}s") if value is None else value
 
 
 def names_of(value: Any) -> list[str]:
@@ -224,18 +227,6 @@ def read_turn(number: int, turn: Any) -> Turn:
     if not text.isascii() and LONE_SURROGATE.search(text):
         raise UnusableSample("broken_text", f"turn {number} has half a surrogate pair in it")
     return Turn(ROLES[speaker], text, turn)
-
-
-def text_of(content: Any) -> str | None:
-    """A turn's text; OpenAI's list of parts becomes text with placeholders. None for anything else."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        return None
-    pieces = [
-        part.get("text") if part.get("type") == "text" else CONTENT_PARTS.get(str(part.get("type"))) for part in content
-    ]
-    return "".join(pieces) if all(isinstance(piece, str) for piece in pieces) else None
 
 
 def write_turn(turn: Turn) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_splits import SPLITS
-from output_folder import replacing
-from report_statistics import Statistics
-from report_tokens import Lengths
+from preparation.data_splits import SPLITS
+from preparation.output_folder import replacing
+from preparation.report_statistics import Statistics
+from preparation.report_tokens import Lengths
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -257,8 +257,7 @@ def draw_sizes(drawing: "Drawing", data: Data) -> None:
     from matplotlib.ticker import LogLocator
 
     statistics, axes = data.statistics, drawing.subplots()
-    rows = statistics.media > 0
-    height, width = statistics.height[rows], statistics.width[rows]
+    height, width = statistics.height, statistics.width
     (x, log_x), (y, log_y) = edges_of(width, 4), edges_of(height, 4)
     counts, _, _ = np.histogram2d(height, width, (y, x))
     colours = LinearSegmentedColormap.from_list("counts", [FEW, SERIES[0], MANY])
@@ -268,7 +267,7 @@ def draw_sizes(drawing: "Drawing", data: Data) -> None:
     scale_axis(axes, "y", log_y, is_whole=True)
     axes.set(xlabel="width, px", ylabel="height, px")
     axes.grid()
-    bar = drawing.colorbar(mesh, label="samples", ticks=LogLocator(), format=short_number)
+    bar = drawing.colorbar(mesh, label="pictures and clips", ticks=LogLocator(), format=short_number)
     bar.outline.set_visible(False)
     bar.minorticks_off()
 
@@ -277,12 +276,11 @@ def draw_aspect_ratios(drawing: "Drawing", data: Data) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     statistics, axes = data.statistics, drawing.subplots()
-    rows = statistics.media > 0
-    ratios = np.log2(statistics.width[rows] / statistics.height[rows])
+    ratios = np.log2(statistics.width / statistics.height)
     end = max(1.25, float(np.abs(ratios).max()) * 1.02)
     edges = 2 ** np.linspace(-end, end, BINS + 2)  # an odd number of bins: one is around 1:1
     axes.stairs(np.histogram(2**ratios, edges)[0], edges, fill=True, color=SERIES[0])
-    axes.set(xlabel="width : height", ylabel="samples", xscale="log", xlim=(edges[0], edges[-1]))
+    axes.set(xlabel="width : height", ylabel="pictures and clips", xscale="log", xlim=(edges[0], edges[-1]))
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}:1" if x >= 1 else f"1:{1 / x:.0f}"))
