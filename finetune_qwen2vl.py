@@ -33,7 +33,7 @@ POSITIVE = (
     *("tensor_parallel", "pipeline_parallel", "packing_buffer"),
 )
 MEGATRON_ONLY = ("tensor_parallel", "pipeline_parallel", "pack_tokens", "recompute")
-ROW_TOKENS, ROWS_PER_STEP = 16384, 8  # of packed rows, where the command line does not say
+ROW_TOKENS, ROWS_PER_STEP = 8192, 16  # of packed rows, where the command line does not say
 
 
 class RunError(ValueError):

@@ -74,14 +74,19 @@ class TokenLoss(MegatronLossReduction):
 
 
 class RowSampler(MegatronDataSampler):
-    """Tells Megatron how many rows a step has: the loader gives them as they are; validation takes them one by one."""
+    """Tells Megatron how many rows a step has: the loader gives them as they are; validation takes them one by one.
+
+    A validation row is fetched before its step begins, so that all pipeline stages learn together that there is none.
+    """
 
     def transform_dataloader(self, dataloader: Any, consumed_samples: int = 0) -> Any:
         return dataloader
 
     def on_megatron_step_start(self, step):
         step = super().on_megatron_step_start(step)
-        return replace(step, num_microbatches=1) if step.forward_only else step
+        if not step.forward_only:
+            return step
+        return replace(step, num_microbatches=1, data=iter([next(step.data)]))
 
 
 class QwenMegatronModel(Qwen2VLModel):
@@ -100,11 +105,11 @@ class QwenMegatronModel(Qwen2VLModel):
         pipeline: bool = False,
     ) -> None:
         hf_config = Qwen2VLConfig.from_pretrained(model_dir)
-        options: dict[str, Any] = {"perform_initialization": False, "calculate_per_token_loss": True}
+        options: dict[str, Any] = {"calculate_per_token_loss": True}
         if recompute:
             options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        if pipeline:
-            options |= {"variable_seq_lengths": True}
+        if pipeline:  # rows differ in length; the dispatcher, of which there is none here, is Megatron-core's condition
+            options |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
         super().__init__(model_config(hf_config, row_tokens, **options))
         self.hf_config = hf_config
         self.model_dir = model_dir
@@ -232,15 +237,24 @@ class WholeCheckpointIO(MegatronCheckpointIO):
 
 
 class SaveHF(Callback):
-    """Writes RUN_DIR/hf when the run is over, while its processes still have their groups."""
+    """Writes RUN_DIR/hf at the end of training, and also where a run resumes from its last step and trains no more."""
 
     def __init__(self, output_dir: Path, pixel_bounds: dict[str, int]) -> None:
         self.output_dir = output_dir
         self.pixel_bounds = pixel_bounds
+        self._saved = False
+
+    def on_train_end(self, trainer, pl_module: QwenMegatronModel) -> None:
+        if trainer.strategy.ddp_config.overlap_param_gather:
+            trainer.strategy.megatron_parallel.force_param_sync()  # the last step's weights are still under way
+        self._save(pl_module)
 
     def on_fit_end(self, trainer, pl_module: QwenMegatronModel) -> None:
-        if trainer.strategy.ddp_config.overlap_param_gather:
-            trainer.strategy.megatron_parallel.force_param_sync()
+        if not self._saved:
+            pl_module.cuda()  # Lightning has moved it to the CPU
+            self._save(pl_module)
+
+    def _save(self, pl_module: QwenMegatronModel) -> None:
         model = pl_module.module
         while not isinstance(model, RowQwen2VL):
             model = model.module
@@ -251,6 +265,7 @@ class SaveHF(Callback):
             self.output_dir,
             edit=lambda folder: write_pixel_bounds(folder, self.pixel_bounds),
         )
+        self._saved = True
 
 
 def build_optimizer(arguments) -> MegatronOptimizerModule:

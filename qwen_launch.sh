@@ -24,9 +24,9 @@ MASTER_PORT=${MASTER_PORT:-29500}
 
 TP=${TP:-1}                      # tensor parallelism: processes that share each layer (megatron engine)
 PP=${PP:-1}                      # pipeline parallelism: processes that share the layers (megatron engine)
-PACK_TOKENS=${PACK_TOKENS:-}     # most tokens of a packed row, which is a micro-batch; empty: 16384 with the megatron engine
+PACK_TOKENS=${PACK_TOKENS:-}     # most tokens of a packed row, which is a micro-batch; empty: 8192 with the megatron engine
 MBS=${MBS:-}                     # micro-batch size: samples of one forward pass of one process, instead of packed rows
-GBS=${GBS:-}                     # global batch size: packed rows of one optimizer step (default 8), or samples (32)
+GBS=${GBS:-}                     # global batch size: packed rows of one optimizer step (default 16), or samples (32)
 SEQ_LENGTH=${SEQ_LENGTH:-2048}   # tokens; longer samples are skipped and counted
 MINPIXELS=${MINPIXELS:-}         # least pixels of a picture; empty: what the checkpoint says
 MAXPIXELS=${MAXPIXELS:-}         # most pixels of a picture; empty: what the checkpoint says

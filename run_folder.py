@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from nemo import lightning as nl
@@ -37,6 +38,10 @@ class StepCheckpoint(ModelCheckpoint):
             save_top_k=keep,
             every_n_train_steps=interval,
         )
+
+    def _monitor_candidates(self, trainer) -> dict:
+        """NeMo's Megatron strategy logs a "step" of its own, which is one behind."""
+        return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}
 
     def _should_remove_checkpoint(self, trainer, previous: str, current: str) -> bool:
         """Lightning keeps the one that a run was resumed from for ever; a few restarts would fill the disk."""

@@ -36,6 +36,7 @@ TEXT_TOKENS, LEARNED_SHARE = 256, 0.5
 PIXELS = (3, 2, 14)  # channels, frames and side of a pixel patch
 STOCK_IMAGE, STOCK_VIDEO = -200, -300  # NeMo's ids of visual tokens
 IMAGE_ID, VIDEO_ID = 151655, 151656
+PROFILED = 2  # micro-batches of the step in which kernels are recorded; stock launches tens of thousands in each
 PICTURES = ((448, 448), (336, 448), (448, 672), (672, 896), (896, 672), (896, 896))  # height, width of the mix
 Step = Callable[[], float]
 
@@ -244,7 +245,7 @@ def rows_of(samples: list, budget: int, width: int) -> list:
 
 
 def busy_share(step: Step) -> float:
-    """Share of a step's time in which some kernel or copy ran on the device."""
+    """Share of the step's time in which some kernel or copy ran on the device."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
@@ -261,16 +262,20 @@ def busy_share(step: Step) -> float:
     return busy / 1e6 / seconds
 
 
-def measure(name: str, step: Step, works: list[Work], flops: float, visual: int, repeats: int) -> dict:
+def measure(
+    name: str, step: Callable[[list], float], batches: list, works: list[Work], flops: float, visual: int, repeats: int
+) -> dict:
+    """step(batches): an optimizer step over these micro-batches."""
     from flops import device_peak
 
-    step()
+    step(batches[:1])
+    step(batches)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        loss = step()
+        loss = step(batches)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     best = float(np.median(seconds))
@@ -279,7 +284,7 @@ def measure(name: str, step: Step, works: list[Work], flops: float, visual: int,
         "samples_per_second": len(works) / best,
         "visual_tokens_per_second": visual / best,
         "mfu": flops / best / device_peak(),
-        "busy": busy_share(step),
+        "busy": busy_share(partial(step, batches[:PROFILED])),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "seconds": seconds,
         "loss": loss,
@@ -310,8 +315,8 @@ def measure_stock(works: list[Work], sizes: list[int], seed: int, repeats: int) 
     for size in sizes:
         try:
             batches = stock_batches(samples, size)
-            step = partial(training.step, batches, stock_forward)
-            lines.append(measure(f"stock {size}", step, works, flops, visual, repeats))
+            step = partial(training.step, forward=stock_forward)
+            lines.append(measure(f"stock {size}", step, batches, works, flops, visual, repeats))
         except torch.OutOfMemoryError:
             print(f"stock {size}: out of memory", flush=True)
             break
@@ -335,8 +340,8 @@ def measure_rows(name: str, works: list[Work], budget: int, seed: int, repeats: 
     model = model_config(hf_config, 65536).configure_model()
     fuse_gradient_accumulation(model)
     training = Training(model)
-    step = partial(training.step, batches, row_forward)
-    line = measure(name, step, works, flops, visual, repeats)
+    step = partial(training.step, forward=row_forward)
+    line = measure(name, step, batches, works, flops, visual, repeats)
     del training, model, step
     free()
     return {**line, "rows": len(batches), "budget": budget}

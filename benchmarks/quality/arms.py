@@ -1,0 +1,222 @@
+"""The arms of the experiments: ways in which a picture becomes tokens. Each is one linear map of blocks of pixels.
+
+Letters used for shapes:
+
+    B T H W   samples, their frames, rows and columns in pixels
+    b         side of the block that a token covers, in pixels of the picture that is cut into blocks
+    N K       tokens of a sample, t*h*w in Qwen2-VL's order; floats of a token
+
+Pixel arms cut a picture, downscaled or not, into blocks and scale the values; DCT arms apply the analysis of a
+`DCTConfig`, whose matrix is put together from dct_config.py and tested against `DCTTokenizer.encode`. What is measured
+on data (unit variance, PCA) is measured on pictures of a split of their own, never on the test set.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from dct_config import PIXEL_PATCH, RGB_TO_YCBCR, DCTConfig, dct_matrix
+
+MERGE = 2  # tokens along a side that become one of the language model
+FRAMES = PIXEL_PATCH[0]
+# What a fitted basis keeps: the floats of `x4` that are not zero in a still.
+PCA_FLOATS = 1176
+LEAST_STD = 1e-3  # of normalised values; what varies less is constant
+
+X4_BLOCK = (2, 28, 28)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way from pixels to tokens.
+
+    side: of a token's block, in pixels of the picture as it is cut. shrink: by which the picture's sides are divided
+    before. scaling, of pixel arms: "clip", Qwen2-VL's normalisation; "unit", every float to mean 0, variance 1; "pca",
+    whitened principal components. config: the token format of DCT arms, for which the other fields are not asked.
+    """
+
+    name: str
+    side: int = PIXEL_PATCH[1]
+    shrink: int = 1
+    scaling: str = "clip"
+    config: DCTConfig | None = None
+
+    @property
+    def pixels_of_token(self) -> int:
+        """Side of what a token covers, in pixels of the picture as drawn."""
+        return self.side * self.shrink
+
+
+def _dct(name: str, config: DCTConfig) -> Arm:
+    return Arm(name, side=config.block[1], config=config)
+
+
+def _x4_like(name: str, count: int | None, order: str = "variance", chroma: str = "420", **options) -> Arm:
+    return _dct(name, DCTConfig.select(X4_BLOCK, chroma, count, order=order, name=name, **options))
+
+
+def _flat(name: str) -> Arm:
+    """x4 with one scale for all coefficients: the DCT without its conditioning."""
+    config = DCTConfig.preset("x4")
+    scale = math.sqrt(float(np.mean(np.square(config.scale))))
+    return _dct(name, replace(config, scale=(scale,) * config.num_coefficients, name=name))
+
+
+# name: (what it is, how it is made). The order is that of tables.
+ARMS = {
+    "pixels": ("pixels, all tokens", lambda name: Arm(name)),
+    "pixels-unit": ("pixels of unit variance, all tokens", lambda name: Arm(name, scaling="unit")),
+    "pixels-pca": ("whitened pixels, all tokens", lambda name: Arm(name, scaling="pca")),
+    "exact": ("preset exact", lambda name: _dct(name, DCTConfig.preset("exact"))),
+    "quarter": ("lower max_pixels, 1/4", lambda name: Arm(name, shrink=2)),
+    "quarter-unit": ("lower max_pixels, 1/4, unit variance", lambda name: Arm(name, shrink=2, scaling="unit")),
+    "quarter-pca": ("lower max_pixels, 1/4, whitened", lambda name: Arm(name, shrink=2, scaling="pca")),
+    "raw28": ("raw 28 x 28 px, unit variance", lambda name: Arm(name, side=28, scaling="unit")),
+    "pca28": ("whitened 28 x 28 px", lambda name: Arm(name, side=28, scaling="pca")),
+    "x4": ("preset x4", lambda name: _dct(name, DCTConfig.preset("x4"))),
+    "x4-flat": ("x4, one scale for all", _flat),
+    "x4-corner": ("14 x 14 corner: DCT downscaling", lambda name: _x4_like(name, 1176, "box")),
+    "x4-half": ("half the floats of x4, variance order", lambda name: _x4_like(name, 882)),
+    "x4-variance": ("1176 floats, variance order", lambda name: _x4_like(name, 1176)),
+    "x4-zigzag": ("1176 floats, zigzag order", lambda name: _x4_like(name, 1176, "zigzag")),
+    "x4-all": ("all floats, 4:2:0", lambda name: _x4_like(name, None)),
+    "x4-444": ("all floats, 4:4:4", lambda name: _x4_like(name, None, chroma="444")),
+    "sixteenth": ("lower max_pixels, 1/16", lambda name: Arm(name, shrink=4)),
+    "sixteenth-pca": ("lower max_pixels, 1/16, whitened", lambda name: Arm(name, shrink=4, scaling="pca")),
+    "x16": ("preset x16", lambda name: _dct(name, DCTConfig.preset("x16"))),
+}
+WEIGHTED = "x4-weighted"  # needs the patch embedding of a trained pixel model
+
+
+def make_arm(name: str, weight: torch.Tensor | None = None) -> Arm:
+    """An arm by name. weight: the pixel model's patch embedding [E, 3, 2, 14, 14], which x4-weighted orders by.
+
+    Raises ValueError for an unknown name, or if x4-weighted has no weight.
+    """
+    if name == WEIGHTED and weight is not None:
+        return _x4_like(name, 1176, "weighted", weight=weight)
+    if name not in ARMS:
+        needs = ", which needs a trained pixel model (--start-from)" if name == WEIGHTED else ""
+        raise ValueError(f"unknown arm {name!r}{needs}: choose from {', '.join(ARMS)}")
+    return ARMS[name][1](name)
+
+
+def analysis_matrix(config: DCTConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The tokenizer as a matrix: float64 [K, 3*bt*bh*bw] for values of 0..255 in the order (channel, frame, row,
+    column), and what is subtracted afterwards, float64 [K]."""
+    plane, ft, fy, fx = np.unravel_index(np.array(config.kept), (3, *config.block))
+    frames, rows, columns = (dct_matrix(side) for side in config.block)
+    matrix = np.einsum(
+        "kc,kt,ky,kx->kctyx", RGB_TO_YCBCR[plane] / 255, frames[ft], rows[fy], columns[fx], optimize=True
+    ).reshape(config.num_coefficients, 3, -1)
+    matrix /= np.array(config.scale)[:, None, None]
+    offset = matrix.sum(axis=2) @ (255 * np.array(OPENAI_CLIP_MEAN))
+    return matrix.reshape(config.num_coefficients, -1), offset
+
+
+def cut(frames: torch.Tensor, side: int) -> torch.Tensor:
+    """[B, t, f, H, W, 3] -> blocks [B, N, 3*f*b*b] in Qwen2-VL's order of tokens, values in the order (channel, frame,
+    row, column)."""
+    count, t, f, height, width, _ = frames.shape
+    h, w = height // (side * MERGE), width // (side * MERGE)
+    blocks = frames.reshape(count, t, f, h, MERGE, side, w, MERGE, side, 3)
+    # to B, t, h, w, m, m, channel, f, row, column
+    return blocks.permute(0, 1, 3, 6, 4, 7, 9, 2, 5, 8).reshape(count, t * h * w * MERGE**2, -1)
+
+
+def downscale(frames: torch.Tensor, factor: int) -> torch.Tensor:
+    """float32 [B, T, H, W, 3] -> [B, T, H/f, W/f, 3], bicubic with antialiasing, rounded to whole levels of 0..255:
+    what Qwen2-VL's image processor does under a lower max_pixels."""
+    if factor == 1:
+        return frames
+    count, length, height, width, _ = frames.shape
+    planes = frames.flatten(0, 1).permute(0, 3, 1, 2)
+    small = torch.nn.functional.interpolate(
+        planes, size=(height // factor, width // factor), mode="bicubic", antialias=True, align_corners=False
+    )
+    return small.round().clamp(0, 255).permute(0, 2, 3, 1).unflatten(0, (count, length))
+
+
+class Encoder:
+    """Applies an arm on a device: uint8 frames [B, T, H, W, 3] -> float32 tokens [B, N, K].
+
+    A lone picture (T = 1) counts as two equal frames, as in Qwen2-VL; `pixels`, `quarter` and `sixteenth` have both
+    copies in a token, as it has, the arms with blocks or bases of their own have one. Arms that are measured on data
+    need `fit` first.
+    """
+
+    def __init__(self, arm: Arm, size: tuple[int, int], length: int, device: torch.device | str = "cpu") -> None:
+        self.arm, self.still, self.device = arm, length == 1, torch.device(device)
+        step = arm.pixels_of_token * MERGE
+        if any(side % step for side in size) or (length > 1 and length % FRAMES):
+            raise ValueError(f"arm {arm.name} needs sides that are multiples of {step} px and 1 or 2n frames")
+        steps = max(1, length // FRAMES)
+        self.grid = (steps, size[0] // arm.pixels_of_token, size[1] // arm.pixels_of_token)
+        self.one_frame = self.still and (arm.config is not None or arm.scaling != "clip")
+        self.matrix: torch.Tensor | None = None
+        self.mean = self.std = None
+        values = arm.side**2 * (1 if self.one_frame else FRAMES)  # of a channel in a block
+        self.clip_mean, self.clip_std = (
+            torch.tensor(channels, device=self.device).repeat_interleave(values)
+            for channels in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        )
+        if arm.config is not None:
+            matrix, offset = analysis_matrix(arm.config)
+            if self.still:
+                matrix = matrix.reshape(len(matrix), 3, FRAMES, -1).sum(axis=2).reshape(len(matrix), -1)
+            self.matrix = torch.from_numpy(matrix.T.copy()).to(self.device, torch.float32)
+            # values come centred about 128, where float32 is most exact
+            shift = matrix.sum(axis=1) * 128 - offset
+            self.shift = torch.from_numpy(shift).to(self.device, torch.float32)
+
+    @property
+    def tokens(self) -> int:
+        """N, tokens of the vision tower."""
+        return math.prod(self.grid)
+
+    def _blocks(self, frames: torch.Tensor) -> torch.Tensor:
+        """float32 [B, N, values of a block], about 128 for 8-bit values: [-128, 127]."""
+        frames = downscale(frames.to(self.device, torch.float32), self.arm.shrink) - 128
+        if not self.still:
+            frames = frames.unflatten(1, (-1, FRAMES))
+        else:
+            frames = frames[:, :, None] if self.one_frame else frames[:, :, None].expand(-1, -1, FRAMES, -1, -1, -1)
+        return cut(frames, self.arm.side)
+
+    def _clip(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Qwen2-VL's normalisation of values about 128."""
+        return ((blocks + 128) / 255 - self.clip_mean) / self.clip_std
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[torch.Tensor]) -> None:
+        """Measures means, variances and principal components on uint8 frames [B, T, H, W, 3], where the arm has any."""
+        if self.arm.config is not None or self.arm.scaling == "clip":
+            return
+        blocks = torch.cat([self._clip(self._blocks(frames)).flatten(0, 1) for frames in batches])
+        self.mean = blocks.mean(dim=0)
+        centred = blocks - self.mean
+        if self.arm.scaling == "unit":
+            self.std = centred.square().mean(dim=0).sqrt().clamp_min(LEAST_STD)
+            return
+        covariance = (centred.T @ centred / len(centred)).double()
+        variance, basis = torch.linalg.eigh(covariance)
+        kept = min(PCA_FLOATS, int((variance > LEAST_STD**2).sum()))
+        whitening = basis[:, -kept:] / variance[-kept:].sqrt()
+        self.matrix = whitening.float()
+
+    @torch.no_grad()
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, T, H, W, 3] -> float32 [B, N, K]"""
+        blocks = self._blocks(frames)
+        if self.arm.config is not None:
+            return blocks @ self.matrix + self.shift
+        blocks = self._clip(blocks)
+        if self.arm.scaling == "unit":
+            return (blocks - self.mean) / self.std
+        if self.arm.scaling == "pca":
+            return (blocks - self.mean) @ self.matrix
+        return blocks

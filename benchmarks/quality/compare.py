@@ -1,0 +1,250 @@
+"""Reads the results of runs: tables, paired tests, figures.
+
+    python benchmarks/quality/compare.py --results results --figures figures
+
+Runs are compared within an experiment: same task and knobs, model, batch, steps and learning rate; only arm and seed
+differ. Two tests, both paired and two-sided, and both of a mean difference with its 95 % interval:
+
+    over pictures   of one seed: t test on the accuracy of each test picture under both arms. It says whether these two
+                    trained models differ, and nothing about other seeds.
+    over seeds      t test on the test accuracy of each seed. It decides "better", and needs three seeds.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# What is compared with what: (arm, against).
+PAIRS = (
+    ("x4", "quarter"),
+    ("x4", "quarter-pca"),
+    ("x4", "pixels"),
+    ("x4", "x4-corner"),
+    ("x4", "raw28"),
+    ("x4", "pca28"),
+    ("x4-corner", "quarter"),
+    ("exact", "pixels"),
+    ("x16", "sixteenth"),
+)
+LEVEL = 0.05
+LEAST_SEEDS = 3
+NOT_COMPARED = ("arm", "seed", "save", "start_from")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of paired values: mean, 95 % interval, p of the two-sided paired t test, number of pairs."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    pairs: int
+
+
+def paired_difference(ours: Iterable[float], theirs: Iterable[float]) -> Difference:
+    """Paired t test of two equally long series. Raises ValueError below two pairs, or for unequal lengths."""
+    from scipy.stats import ttest_rel
+
+    ours, theirs = np.asarray(list(ours), float), np.asarray(list(theirs), float)
+    if ours.shape != theirs.shape or ours.size < 2:
+        raise ValueError(f"paired_difference needs two equal series of at least 2, got {ours.size} and {theirs.size}")
+    mean = float((ours - theirs).mean())
+    if np.ptp(ours - theirs) == 0:  # without spread the t value is undefined
+        return Difference(mean, mean, mean, 0.0 if mean else 1.0, ours.size)
+    test = ttest_rel(ours, theirs)
+    low, high = test.confidence_interval(0.95)
+    return Difference(mean, float(low), float(high), float(test.pvalue), ours.size)
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """All results of runs in a folder, finished or not, in the order of their names."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [result for result in results if "settings" in result]
+
+
+def experiment(result: dict[str, Any]) -> str:
+    """What must be equal for two runs to be compared, as text."""
+    settings = {key: value for key, value in result["settings"].items() if key not in NOT_COMPARED}
+    return json.dumps({**settings, "warm": bool(result["settings"]["start_from"])}, sort_keys=True)
+
+
+def experiments(results: list[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """{experiment: {arm: its finished runs by seed}}, arms in the order of arms.ARMS."""
+    from benchmarks.quality.arms import ARMS
+
+    order = {name: number for number, name in enumerate(ARMS)}
+    grouped: dict[str, dict[str, list]] = {}
+    finished = [result for result in results if result["finished"]]
+    for result in sorted(finished, key=lambda r: (order.get(r["settings"]["arm"], len(order)), r["settings"]["seed"])):
+        grouped.setdefault(experiment(result), {}).setdefault(result["settings"]["arm"], []).append(result)
+    return grouped
+
+
+def title(name: str) -> str:
+    settings = json.loads(name)
+    knobs = ", ".join(f"{key} {value}" for key, value in settings["knobs"].items())
+    width = settings["size"]
+    return (
+        f"{settings['task']}{f' ({knobs})' if knobs else ''}, {settings['steps']} steps of {settings['batch']}, width "
+        f"{width['width']}, {width['vision_layers']} + {width['language_layers']} layers, learning rate "
+        f"{settings['learning_rate']:g}{', warm start' if settings['warm'] else ''}"
+    )
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds, in percent."""
+    mean = 100 * float(np.mean(values))
+    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {100 * float(np.std(values, ddof=1)):.1f}"
+
+
+def table(arms: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Markdown lines: one row per arm. Floats: those that are not constant, of all in a token."""
+    hard = next(iter(arms.values()))[0]["hard_levels"]
+    lines = [
+        f"| arm | LLM tokens | floats of a token | right, % | levels {hard[0]}-{hard[-1]}, % | generated, % | "
+        "ms a step: encode + train | GB | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for arm, runs in arms.items():
+        run, time = runs[0], runs[0]["milliseconds"]
+        generated = [r["generation"]["accuracy"] for r in runs if r["generation"]]
+        memory = f"{run['peak_memory_bytes'] / 1e9:.1f}" if "peak_memory_bytes" in run else ""
+        lines.append(
+            f"| {arm} | {run['visual_tokens']} | {run['live_floats_per_token']} of {run['floats_per_token']} | "
+            f"{spread([r['accuracy'] for r in runs])} | {spread([r['hard_accuracy'] for r in runs])} | "
+            f"{spread(generated) if generated else ''} | {time['encode']:.1f} + {time['train']:.1f} | {memory} | "
+            f"{len(runs)} |"
+        )
+    return lines
+
+
+def level_table(arms: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Markdown lines: accuracy in percent, mean over seeds, by level of difficulty."""
+    levels = sorted({int(level) for runs in arms.values() for run in runs for level in run["by_level"]})
+    if len(levels) < 2:
+        return []
+    lines = ["| arm \\ level | " + " | ".join(map(str, levels)) + " |", "| --- " * (len(levels) + 1) + "|"]
+    for arm, runs in arms.items():
+        lines.append(f"| {arm} | " + " | ".join(f"{100 * level_accuracy(runs, level):.1f}" for level in levels) + " |")
+    return lines
+
+
+def level_accuracy(runs: list[dict[str, Any]], level: int) -> float:
+    """Mean over seeds; NaN where the level did not occur."""
+    shares = [run["by_level"].get(str(level), (0, 0)) for run in runs]
+    return float(np.mean([right / count if count else math.nan for right, count in shares]))
+
+
+def picture_accuracy(run: dict[str, Any], hard: bool) -> np.ndarray:
+    """Share of answers that are right, for each test picture: float64 [pictures]; NaN where none counts."""
+    right, count = (np.array(run["by_picture"][f"{'hard_' * hard}{key}"], dtype=float) for key in ("right", "all"))
+    return np.divide(right, count, out=np.full(len(count), np.nan), where=count > 0)
+
+
+def tests(arms: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Lines on the pairs that are there."""
+    lines = []
+    for ours, theirs in PAIRS:
+        if ours not in arms or theirs not in arms:
+            continue
+        seeds = {run["settings"]["seed"]: run for run in arms[ours]}
+        paired = [(seeds[run["settings"]["seed"]], run) for run in arms[theirs] if run["settings"]["seed"] in seeds]
+        for hard in (False, True) if paired else ():
+            lines.append(f"{ours} - {theirs}, {'hard levels' if hard else 'all'}: {verdict(paired, hard)}")
+    return lines
+
+
+def verdict(paired: list[tuple[dict[str, Any], dict[str, Any]]], hard: bool) -> str:
+    """Both tests on runs of the same seeds, in words."""
+    ours, theirs = (picture_accuracy(run, hard) for run in paired[0])
+    both = ~(np.isnan(ours) | np.isnan(theirs))
+    said = f"over {both.sum()} pictures of seed {paired[0][0]['settings']['seed']}: "
+    said += describe(paired_difference(ours[both], theirs[both]))
+    if len(paired) < LEAST_SEEDS:
+        return f"{said}; no verdict below {LEAST_SEEDS} seeds"
+    key = "hard_accuracy" if hard else "accuracy"
+    over = paired_difference([one[key] for one, _ in paired], [two[key] for _, two in paired])
+    word = "no difference shown" if over.p >= LEVEL else ("better" if over.mean > 0 else "worse")
+    return f"{said}; over {over.pairs} seeds: {describe(over)}: {word}"
+
+
+def describe(difference: Difference) -> str:
+    points = [100 * value for value in (difference.mean, difference.low, difference.high)]
+    return f"{points[0]:+.1f} points ({points[1]:+.1f} to {points[2]:+.1f}), p = {difference.p:.2g}"
+
+
+def unfinished(results: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"unfinished: {r['settings']['task']} {r['settings']['arm']} seed {r['settings']['seed']}, "
+        f"{r['curve'][-1]['step'] if r['curve'] else 0} of {r['settings']['steps']} steps"
+        for r in results
+        if not r["finished"]
+    ]
+
+
+def draw_figure(arms: dict[str, list[dict[str, Any]]], heading: str, path: Path) -> None:
+    """Accuracy against visual tokens, floats of a token, steps, seconds (encoding and training) and difficulty."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 5, figsize=(25, 5), layout="constrained", sharey=True)
+    figure.suptitle(heading)
+    for number, (arm, runs) in enumerate(arms.items()):
+        style = {"color": plt.cm.tab20(number % 20), "label": arm}
+        accuracy = [100 * run["accuracy"] for run in runs]
+        error = np.std(accuracy, ddof=1) if len(runs) > 1 else 0
+        points = {"marker": "o", "capsize": 3, "linestyle": "", **style}
+        axes[0].errorbar(runs[0]["visual_tokens"], np.mean(accuracy), error, **points)
+        axes[1].errorbar(runs[0]["live_floats_per_token"], np.mean(accuracy), error, **points)
+        steps = [point["step"] for point in runs[0]["curve"]]
+        curve = 100 * np.mean([[point["accuracy"] for point in run["curve"]] for run in runs], axis=0)
+        axes[2].plot(steps, curve, **style)
+        time = np.mean([run["milliseconds"]["encode"] + run["milliseconds"]["train"] for run in runs]) / 1000
+        axes[3].plot(np.array(steps) * time, curve, **style)
+        levels = sorted(map(int, runs[0]["by_level"]))
+        axes[4].plot(levels, [100 * level_accuracy(runs, level) for level in levels], marker="o", **style)
+    names = ("visual tokens of the language model", "floats of a token that vary", "steps", "seconds", "level")
+    for axis, name in zip(axes, names):
+        axis.set_xlabel(name)
+        axis.grid(alpha=0.3)
+    axes[0].set_xscale("log", base=2)
+    axes[0].set_ylabel("right, %")
+    axes[4].legend(fontsize="small")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--results", type=Path, required=True, metavar="DIR", help="JSON files of runs")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw one figure for each experiment there")
+    arguments = parser.parse_args(argv)
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
+    results = load(arguments.results)
+    if not results:
+        print(f"compare.py: no results in {arguments.results}: run run_experiments.py --output there", file=sys.stderr)
+        return 1
+    for number, (name, arms) in enumerate(experiments(results).items()):
+        tested = [len(runs[0]["by_picture"]["right"]) for runs in arms.values()]
+        chance = 100 * next(iter(arms.values()))[0]["chance"]
+        print(f"\n{title(name)}; {tested[0]} test samples, chance {chance:.0f} %")
+        print("\n".join(["", *table(arms), "", *level_table(arms), "", *tests(arms)]))
+        if arguments.figures:
+            arguments.figures.mkdir(parents=True, exist_ok=True)
+            draw_figure(arms, title(name), arguments.figures / f"{json.loads(name)['task']}_{number}.png")
+    print("\n".join(unfinished(results)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

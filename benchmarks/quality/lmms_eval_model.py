@@ -1,0 +1,161 @@
+"""lmms-eval with checkpoints of this repository: registers the model `qwen2_vl_dct` and hands over to lmms-eval.
+
+    python benchmarks/quality/lmms_eval_model.py --model qwen2_vl_dct --tasks gqa,pope,docvqa_val \
+        --model_args pretrained=Qwen2-VL-2B-Instruct-x4,max_pixels=1003520 --batch_size 8 --output_path results
+
+All flags are lmms-eval's (written against 0.7.3). `pretrained` may be any Qwen2-VL directory, of pixels or of DCT
+tokens: both are read in the same way, which differs from lmms-eval's own `qwen2_vl` in that pictures are not turned
+into JPEGs of quality 85 first, which would blur the detail that is to be measured. See real_models.md.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
+
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from tqdm import tqdm
+
+NAME = "qwen2_vl_dct"
+MAX_NEW_TOKENS = 128  # where a task says nothing
+
+
+class Qwen2VLWithDCT(lmms):
+    """A Qwen2-VL directory, answered greedily by evaluate_qwen2vl.Answerer.
+
+    min_pixels, max_pixels: of a picture or frame; None for the checkpoint's. video_fps, video_max_frames: see
+    `media.VideoSampling`. Raises ValueError for arguments that it has not.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 1,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        video_fps: float = 2.0,
+        video_max_frames: int = 64,
+        device: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        given = {key for key, value in unknown.items() if value is not None} - {"max_batch_size"}
+        if given:
+            raise ValueError(f"--model_args: {NAME} has no {', '.join(sorted(given))}")
+        self.accelerator = Accelerator()  # chooses the GPU of this process
+        self._rank, self._world_size = self.accelerator.local_process_index, self.accelerator.num_processes
+        from evaluate_qwen2vl import Answerer
+        from media import VideoSampling
+
+        self.answerer = Answerer(Path(pretrained), MAX_NEW_TOKENS)
+        self.sampling = VideoSampling(fps=float(video_fps), max_frames=int(video_max_frames))
+        self.batch_size = int(batch_size)
+        bound_pixels(self.answerer.processor.image_processor, min_pixels, max_pixels)
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        return self._world_size
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answers in the order of the requests."""
+        said = []
+        with tqdm(total=len(requests), disable=self.rank != 0, desc="Answering") as progress:
+            for batch in batches(requests, self.batch_size):
+                settings = batch[0].args[1]
+                self.answerer.max_new_tokens = settings.get("max_new_tokens", MAX_NEW_TOKENS)
+                answers = self.answerer.answer([self._question(request) for request in batch])
+                said += [cut_at(answer, settings.get("until")) for answer in answers]
+                progress.update(len(batch))
+        return said
+
+    def _question(self, request: Instance):
+        from evaluate_qwen2vl import Question
+
+        context, _, doc_to_visual, doc_id, task, split = request.args
+        media = [self._read(visual) for visual in flat(doc_to_visual(self.task_dict[task][split][doc_id]))]
+        pieces = [piece for kind, _ in media for piece in ("", kind)]
+        text = context.replace("<image>", "").strip()
+        return Question(str(doc_id), 0, task, (*pieces, text), "", tuple(media))
+
+    def _read(self, visual):
+        """A PIL image, or the path of a clip -> ("image", uint8 [H, W, 3]) or ("video", uint8 [T, H, W, 3])."""
+        import numpy as np
+
+        if not isinstance(visual, (str, Path)):
+            return "image", np.asarray(visual.convert("RGB"))
+        from media import decode_video
+
+        return "video", decode_video(Path(visual).read_bytes(), self.sampling, self._frame_size)
+
+    def _frame_size(self, height: int, width: int, frames: int) -> tuple[int, int]:
+        """The size to which frames are resized when read, as in training."""
+        from dct_tokenizer import target_size
+
+        processor = self.answerer.processor.image_processor
+        most = self.sampling.max_frame_pixels(frames, processor.min_pixels, processor.max_pixels)
+        return target_size(height, width, processor.patch_size * processor.merge_size, processor.min_pixels, most)
+
+    def loglikelihood(self, requests: list[Instance]):
+        raise NotImplementedError(f"{NAME} generates answers: choose tasks of output_type generate_until")
+
+    def generate_until_multi_round(self, requests: list[Instance]):
+        raise NotImplementedError(f"{NAME} answers in one round")
+
+
+def bound_pixels(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Sets the bounds of an image processor, stock or of this repository, where given."""
+    processor.min_pixels = int(min_pixels or processor.min_pixels)
+    processor.max_pixels = int(max_pixels or processor.max_pixels)
+    if isinstance(getattr(processor, "size", None), dict):  # what the stock processor goes by
+        processor.size = {"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels}
+
+
+def flat(visuals: Any) -> list:
+    """What `doc_to_visual` gives: nothing, one, a list, or a list in a list."""
+    if visuals is None:
+        return []
+    if not isinstance(visuals, list):
+        return [visuals]
+    return [visual for part in visuals for visual in flat(part)]
+
+
+def batches(requests: list[Instance], size: int) -> Iterator[list[Instance]]:
+    """Neighbours of one task and one length of answers."""
+    batch: list[Instance] = []
+    for request in requests:
+        same = batch and (request.args[1], request.args[4]) == (batch[0].args[1], batch[0].args[4])
+        if batch and (len(batch) == size or not same):
+            yield batch
+            batch = []
+        batch.append(request)
+    if batch:
+        yield batch
+
+
+def cut_at(answer: str, until: str | list[str] | None) -> str:
+    """An answer up to the first of the words that end it."""
+    for end in [until] if isinstance(until, str) else until or []:
+        answer = answer.split(end)[0] if end else answer
+    return answer.strip()
+
+
+def main() -> None:
+    from lmms_eval.__main__ import cli_evaluate
+    from lmms_eval.models import MODEL_REGISTRY_V2
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    path = "benchmarks.quality.lmms_eval_model.Qwen2VLWithDCT"
+    MODEL_REGISTRY_V2.register_manifest(ModelManifest(NAME, simple_class_path=path))
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

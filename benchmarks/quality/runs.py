@@ -1,0 +1,173 @@
+"""One run: trains, tests, writes one JSON file."""
+
+import gc
+import json
+import math
+import platform
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.quality.scoring import accuracies, by_level, by_picture
+from benchmarks.quality.settings import Settings
+from benchmarks.quality.trainer import StepClock, Trainer
+
+CURVE_POINTS = 20  # evaluations during training
+TIMED_EVERY = 10  # steps
+
+
+def run(
+    settings: Settings,
+    output: Path,
+    device: torch.device | str = "cpu",
+    commit: str = "",
+    graphs: bool = True,
+    deadline: float | None = None,
+) -> dict[str, Any]:
+    """Trains and tests; writes output/NAME.json after each evaluation and returns what it holds. A finished run is
+    read.
+
+    deadline: of time.monotonic(), after which the run stops where it is; it then stays unfinished.
+    """
+    path = output / f"{settings.name}.json"
+    if path.is_file() and (done := json.loads(path.read_text()))["finished"]:
+        return done
+    device = torch.device(device)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    if device.type == "cuda":
+        gc.collect()  # an earlier run's model would count
+        torch.cuda.reset_peak_memory_stats()
+    trainer = Trainer(settings, device, start_weights(settings, output))
+    if device.type == "cuda" and graphs:
+        trainer.capture()
+    result = describe(trainer, commit)
+    report = _Report(path, result)
+    report.write()
+    clock, losses, seconds, started = StepClock(device), [], 0.0, time.perf_counter()
+    every = max(1, settings.steps // CURVE_POINTS)
+    for number in range(settings.steps):
+        loss = trainer.step(number, clock if number % TIMED_EVERY == min(5, settings.steps - 1) else None)
+        losses.append(loss.clone())
+        if (number + 1) % every and number + 1 < settings.steps:
+            continue
+        train_loss = torch.stack(losses).mean().item()  # waits for the device
+        seconds += time.perf_counter() - started
+        result["curve"].append(curve_point(trainer, number + 1, seconds, train_loss))
+        result["milliseconds"] = clock.medians()
+        report.write()
+        print(progress_line(settings, result["curve"][-1]), flush=True)
+        if not math.isfinite(train_loss):
+            raise FloatingPointError(f"{settings.name}: the loss is {train_loss} after {number + 1} steps")
+        if deadline is not None and time.monotonic() > deadline:
+            return result
+        losses, started = [], time.perf_counter()
+    finish(trainer, result)
+    report.write()
+    if settings.save:
+        torch.save({name: value.cpu() for name, value in trainer.model.state_dict().items()}, path.with_suffix(".pt"))
+    return result
+
+
+def start_weights(settings: Settings, output: Path) -> dict[str, torch.Tensor] | None:
+    """What the run that `start_from` names has saved. Raises FileNotFoundError if it has not."""
+    if settings.start_from is None:
+        return None
+    path = output / f"{settings.start_from}.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run the arm pixels there with --save first")
+    return torch.load(path, weights_only=True)
+
+
+def describe(trainer: Trainer, commit: str) -> dict[str, Any]:
+    """The head of a result."""
+    settings, encoder = trainer.settings, trainer.encoder
+    return {
+        "finished": False,
+        "settings": asdict(settings),
+        "environment": environment(trainer.device, commit),
+        "backgrounds": trainer.source.tools[-1].names,
+        "graph": trainer.graph is not None,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "patches": encoder.tokens,
+        "visual_tokens": trainer.layout.visual_tokens,
+        "floats_per_token": trainer.num_floats,
+        "live_floats_per_token": trainer.live_floats,
+        "chance": trainer.task.chance,
+        "hard_levels": list(trainer.task.hard),
+        "curve": [],
+    }
+
+
+def curve_point(trainer: Trainer, step: int, seconds: float, loss: float) -> dict[str, Any]:
+    """An evaluation during training. seconds: of training alone, drawing of pictures included."""
+    measured = accuracies(*trainer.test(trainer.settings.probe), trainer.task.hard)
+    return {"step": step, "seconds": round(seconds, 3), "loss": loss, **measured}
+
+
+def finish(trainer: Trainer, result: dict[str, Any]) -> None:
+    """Adds the final test."""
+    right, level = trainer.test(trainer.settings.test)
+    result.update(accuracies(right, level, trainer.task.hard))
+    result["by_level"] = by_level(right, level)
+    result["by_picture"] = by_picture(right, level, trainer.task.hard)
+    result["generation"] = trainer.test_generation(trainer.settings.generated)
+    if trainer.device.type == "cuda":
+        result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    result["finished"] = True
+
+
+def environment(device: torch.device, commit: str) -> dict[str, str]:
+    """Where a run took place."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit,
+    }
+
+
+def progress_line(settings: Settings, point: dict[str, Any]) -> str:
+    return (
+        f"{settings.task} {settings.arm} seed {settings.seed} | step {point['step']}/{settings.steps} | "
+        f"{point['seconds']:.1f} s | loss {point['loss']:.4f} | right {point['accuracy']:.1%}, "
+        f"hard {point['hard_accuracy']:.1%}"
+    )
+
+
+@dataclass
+class _Report:
+    path: Path
+    result: dict[str, Any]
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".json.part")
+        temporary.write_text(json.dumps(self.result) + "\n")
+        temporary.replace(self.path)
+
+
+def seconds_per_step(settings: Settings, device: torch.device | str, graphs: bool = True, steps: int = 20) -> float:
+    """Measured on the device, after a few steps, of which nothing is kept."""
+    device = torch.device(device)
+    trainer = Trainer(replace(settings, fit=64), device)
+    if device.type == "cuda" and graphs:
+        trainer.capture()
+    for number in range(3):
+        trainer.step(number).item()
+    started = time.perf_counter()
+    for number in range(steps):
+        loss = trainer.step(number)
+    loss.item()
+    return (time.perf_counter() - started) / steps
+
+
+def chosen_device(name: str | None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

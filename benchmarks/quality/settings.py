@@ -1,0 +1,75 @@
+"""What a run is made of. Imports nothing heavy: commands answer --help at once."""
+
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+HEAD = 64  # width of an attention head
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """vision and language: layers; width: of both, a multiple of HEAD."""
+
+    width: int = 256
+    vision_layers: int = 4
+    language_layers: int = 3
+
+    def __post_init__(self) -> None:
+        if self.width % HEAD:
+            raise ValueError(f"ModelSize.width must be a multiple of {HEAD}, got {self.width}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a run's result, beside the device.
+
+    knobs: fields of the task that differ from its defaults. batch: samples of a step. probe, test, fit: pictures tested
+    during training, after it, and on which arms measure scales and bases. generated: of `test`, also answered by real
+    generation. start_from: name of a run of arm `pixels` in the same folder that saved its model (`save`), whose patch
+    embedding is folded or kept.
+    """
+
+    task: str = "reading"
+    arm: str = "x4"
+    seed: int = 0
+    steps: int = 2000
+    batch: int = 256
+    knobs: dict[str, Any] = field(default_factory=dict)
+    size: ModelSize = field(default_factory=ModelSize)
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    probe: int = 256
+    test: int = 1024
+    fit: int = 512
+    generated: int = 64
+    start_from: str | None = None
+    save: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the run's files."""
+        digest = blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=4).hexdigest()
+        return f"{self.task}_{self.arm}_seed{self.seed}_{digest}"
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: linear warm-up over a twentieth of all steps, then half a cosine to a hundredth."""
+        warmup = max(1, self.steps // 20)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.steps - warmup)
+        return self.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that train.py and run_experiments.py share."""
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="where results are written, one JSON file per run")
+    add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
+    add("--commit", default="", help="noted in the results")
+    add("--graphs", choices=("on", "off"), default="on", help="CUDA graphs (default: %(default)s)")

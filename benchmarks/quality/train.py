@@ -1,0 +1,68 @@
+"""Trains one arm on one task from one seed, and writes what came out as one JSON file.
+
+    python benchmarks/quality/train.py --task reading --arm x4 --seed 0 --steps 2000 --output results
+
+A finished run is skipped. Steps, samples and their order depend on the settings alone; on a CUDA device the step is
+captured in a CUDA graph (--graphs off: not), as models this small otherwise wait for launches.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
+
+from benchmarks.quality.settings import ModelSize, Settings, add_run_flags
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add, default = parser.add_argument, Settings()
+    add_run_flags(parser)
+    add("--task", default=default.task, help="(default: %(default)s)")
+    add("--arm", default=default.arm, help="(default: %(default)s)")
+    add("--seed", type=int, default=default.seed, help="of weights and samples (default: %(default)s)")
+    add("--steps", type=int, default=default.steps, help="(default: %(default)s)")
+    add("--batch", type=int, default=default.batch, help="samples of a step (default: %(default)s)")
+    add("--learning-rate", type=float, default=default.learning_rate, help="highest (default: %(default)s)")
+    add("--knobs", type=json.loads, default={}, metavar="JSON", help="""of the task, as in '{"heights": [9, 12]}'""")
+    add(
+        "--size", type=int, nargs=3, metavar=("WIDTH", "VISION", "LANGUAGE"), help="of the model: width, layers, layers"
+    )
+    add("--test", type=int, default=default.test, help="samples tested at the end (default: %(default)s)")
+    add("--start-from", metavar="RUN", help="name of a run of arm pixels in --output, done with --save")
+    add("--save", action="store_true", help="keep the trained model beside the result")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    from benchmarks.quality.runs import chosen_device, run
+
+    settings = Settings(
+        task=arguments.task,
+        arm=arguments.arm,
+        seed=arguments.seed,
+        steps=arguments.steps,
+        batch=arguments.batch,
+        learning_rate=arguments.learning_rate,
+        knobs=arguments.knobs,
+        size=ModelSize(*arguments.size) if arguments.size else ModelSize(),
+        test=arguments.test,
+        start_from=arguments.start_from,
+        save=arguments.save,
+    )
+    try:
+        result = run(
+            settings, arguments.output, chosen_device(arguments.device), arguments.commit, arguments.graphs == "on"
+        )
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    print(f"{settings.name}: right {result['accuracy']:.1%}, hard {result['hard_accuracy']:.1%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""Trains a model on a task through an arm, on one device.
+
+Letters used for shapes: B samples, N tokens of the vision tower, K floats of a token, A tokens of the answer, S scored
+ones among them.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # repeatable sums; read when CUDA starts
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from benchmarks.quality.arms import Arm, Encoder, make_arm
+from benchmarks.quality.cells import NOT_SCORED
+from benchmarks.quality.model import (
+    Layout,
+    answer_logits,
+    build_model,
+    generate,
+    scale_patch_embedding,
+    set_patch_embedding,
+)
+from benchmarks.quality.scoring import share
+from benchmarks.quality.settings import Settings
+from benchmarks.quality.tasks import Source, make_task
+from dct_config import fold_patch_embedding
+
+PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
+TEST_BATCH = 64  # samples
+GENERATE_AT_ONCE = 16  # samples; the stock vision tower compares all patches of a batch with each other
+GRAPH_TOLERANCE = 0.02  # relative difference of the first loss with and without a CUDA graph
+
+
+class Trainer:
+    """Model, optimizer and data of a run, on a device. start: the weights of a trained pixel model."""
+
+    def __init__(
+        self, settings: Settings, device: torch.device | str = "cpu", start: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        self.settings, self.device = settings, torch.device(device)
+        self.task = make_task(settings.task, settings.knobs)
+        self.source = Source(self.task, self.device)
+        weight = None if start is None else pixel_embedding(start)
+        arm = make_arm(settings.arm, weight)
+        self.encoder = Encoder(arm, (self.task.size, self.task.size), self.task.frames, self.device)
+        self.encoder.fit(self._fit_frames())
+        example = self.encoder.encode(next(self._fit_frames()))
+        self.live_floats = int((example.flatten(0, 1).std(dim=0) > 1e-6).sum())
+        self.num_floats = example.shape[-1]
+        self.model = self._build_model(start, weight, example)
+        self.layout = Layout.build(
+            self.model, self.encoder.grid, self.task.frames > 1, self.task.question_length, self.task.answer_length
+        )
+        self.optimizer = self._build_optimizer()
+        self.scored = torch.tensor(self.task.scored, device=self.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: tuple[torch.Tensor, ...] | None = None  # what the graph reads
+        self.loss: torch.Tensor | None = None
+
+    def _fit_frames(self) -> Iterator[torch.Tensor]:
+        for number in range(math.ceil(self.settings.fit / 64)):
+            yield self.source.batch("fit", 0, number, min(64, self.settings.fit)).frames
+
+    def _build_model(self, start: dict | None, weight: torch.Tensor | None, example: torch.Tensor):
+        model = build_model(self.settings.size, self.num_floats, self.settings.seed).to(self.device)
+        if start is None:
+            scale_patch_embedding(model, example)
+        else:
+            embedding = start_embedding(self.encoder.arm, weight).to(self.device)
+            set_patch_embedding(model, embedding)
+            model.load_state_dict({**start, PATCH_EMBEDDING: embedding})
+        model.generation_config.eos_token_id = model.config.eos_token_id
+        model.generation_config.pad_token_id = model.config.pad_token_id
+        return model
+
+    def _build_optimizer(self) -> torch.optim.AdamW:
+        """Matrices decay, gains, biases and embeddings of ids do not."""
+        decays = [p for p in self.model.parameters() if p.ndim > 1 and p is not self.model.model.embed_tokens.weight]
+        decaying = {id(p) for p in decays}
+        rest = [p for p in self.model.parameters() if id(p) not in decaying]
+        groups = [{"params": decays, "weight_decay": self.settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        if self.device.type != "cuda":
+            return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
+        for group in groups:
+            group["lr"] = torch.zeros((), device=self.device)
+        return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True, capturable=True)
+
+    def autocast(self) -> torch.autocast:
+        """bf16 on CUDA, fp32 elsewhere. Without its cache of cast weights, which a CUDA graph must not keep."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False)
+
+    def _targets(self, answer: torch.Tensor) -> torch.Tensor:
+        """int64 [B, A + 1]: the answer and the end after it."""
+        return torch.cat([answer, self.layout.end.expand(len(answer), -1)], dim=1)
+
+    def _optimize(self, tokens: torch.Tensor, question: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        """One step; returns the loss. Asks the device for nothing."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            logits = answer_logits(self.model, self.layout, tokens, question, answer)
+        loss = cross_entropy(logits.float().flatten(0, 1), self._targets(answer).flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimizer.step()
+        return loss.detach()
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def capture(self) -> None:
+        """Captures a step in a CUDA graph and puts weights and optimizer back to where they were.
+
+        Raises RuntimeError if the captured step does not compute what the plain step computes.
+        """
+        batch = self.source.batch("train", self.settings.seed, 0, self.settings.batch)
+        self.inputs = (self.encoder.encode(batch.frames), batch.question.clone(), batch.answer.clone())
+        before = [parameter.detach().clone() for parameter in self.model.parameters()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            plain = [self._optimize(*self.inputs).clone() for _ in range(3)]
+        torch.cuda.current_stream().wait_stream(stream)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = self._optimize(*self.inputs)
+        self._restore(before)
+        self.graph.replay()
+        captured = self.loss.item()
+        self._restore(before)
+        if not math.isclose(captured, plain[0].item(), rel_tol=GRAPH_TOLERANCE):
+            raise RuntimeError(f"the CUDA graph gives a loss of {captured}, the plain step {plain[0].item()}")
+
+    @torch.no_grad()
+    def _restore(self, parameters: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self.model.parameters(), parameters):
+            parameter.copy_(value)
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
+    def step(self, number: int, clock: "StepClock | None" = None) -> torch.Tensor:
+        """Draws, encodes and learns one batch; returns its loss as a tensor that the next step may overwrite."""
+        marks = clock or StepClock(self.device, active=False)
+        marks.mark("begin")
+        batch = self.source.batch("train", self.settings.seed, number, self.settings.batch)
+        marks.mark("draw")
+        tokens = self.encoder.encode(batch.frames)
+        marks.mark("encode")
+        self._set_rate(self.settings.rate(number))
+        if self.graph is None:
+            self.loss = self._optimize(tokens, batch.question, batch.answer)
+        else:
+            for static, value in zip(self.inputs, (tokens, batch.question, batch.answer)):
+                static.copy_(value)
+            self.graph.replay()
+        marks.mark("train")
+        return self.loss
+
+    @torch.no_grad()
+    def test(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Teacher-forced on the first `count` test samples: right bool [count, S], level int64 [count, S], NOT_SCORED
+        where an answer does not count."""
+        right, level = [], []
+        for number, size in enumerate(pieces(count, 64)):
+            batch = self.source.batch("test", 0, number, 64)
+            tokens = self.encoder.encode(batch.frames[:size])
+            with self.autocast():
+                logits = answer_logits(self.model, self.layout, tokens, batch.question[:size], batch.answer[:size])
+            said = logits[:, :-1].argmax(dim=-1)
+            right.append((said == batch.answer[:size])[:, self.scored])
+            level.append(batch.level[:size])
+        return torch.cat(right).cpu(), torch.cat(level).cpu()
+
+    @torch.no_grad()
+    def test_generation(self, count: int) -> dict[str, float] | None:
+        """Real greedy answers to the first `count` test samples: the accuracy, and how often the same token is right or
+        wrong when teacher-forced."""
+        if not count:
+            return None
+        self.model.eval()
+        right = []
+        for number, size in enumerate(pieces(count, 64)):
+            batch = self.source.batch("test", 0, number, 64)
+            tokens = self.encoder.encode(batch.frames[:size])
+            for some, question, answer in zip(
+                *(part[:size].split(GENERATE_AT_ONCE) for part in (tokens, batch.question, batch.answer))
+            ):
+                with self.autocast():
+                    said = generate(self.model, self.layout, some, question, answer.shape[1])
+                right.append((said == answer)[:, self.scored])
+        right = torch.cat(right).cpu()
+        self.model.train()
+        forced, level = self.test(count)
+        counts = level != NOT_SCORED
+        agreement = (right == forced)[counts].float().mean().item()
+        return {"samples": count, "accuracy": share(right, counts), "agrees_with_forced": agreement}
+
+
+class StepClock:
+    """Milliseconds of the parts of steps; on CUDA by events, which make nothing wait."""
+
+    def __init__(self, device: torch.device, active: bool = True) -> None:
+        self.cuda, self.active, self.steps = device.type == "cuda", active, []
+
+    def mark(self, part: str) -> None:
+        """Ends a part; "begin" starts a step."""
+        if not self.active:
+            return
+        if self.cuda:
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        else:
+            moment = time.perf_counter()
+        if part == "begin":
+            self.steps.append([])
+        self.steps[-1].append((part, moment))
+
+    def medians(self) -> dict[str, float]:
+        """Median milliseconds of each part."""
+        times: dict[str, list[float]] = {}
+        for marks in self.steps:
+            for (_, start), (part, end) in pairwise(marks):
+                times.setdefault(part, []).append(start.elapsed_time(end) if self.cuda else 1000 * (end - start))
+        return {part: sorted(values)[len(values) // 2] for part, values in times.items()}
+
+
+def pixel_embedding(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The patch embedding [E, 3, 2, 14, 14] of a saved pixel model."""
+    return state[PATCH_EMBEDDING].reshape(-1, 3, 2, 14, 14).cpu()
+
+
+def start_embedding(arm: Arm, weight: torch.Tensor) -> torch.Tensor:
+    """The pixel model's patch embedding as an arm reads its tokens: [E, K, 1, 1, 1]. Raises ValueError for an arm that
+    it cannot be carried over to."""
+    if arm.config is not None:
+        return fold_patch_embedding(weight, arm.config)
+    if arm.scaling != "clip":
+        raise ValueError(f"arm {arm.name} cannot start from a pixel model: choose pixels, quarter or a DCT arm")
+    return weight.reshape(len(weight), -1, 1, 1, 1)
+
+
+def pieces(count: int, size: int) -> list[int]:
+    """Sizes of the pieces of up to `size` that make up `count`."""
+    return [min(size, count - start) for start in range(0, count, size)]

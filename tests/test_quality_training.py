@@ -1,0 +1,160 @@
+"""The experiments' model is Qwen2-VL, whichever way it is run; a run learns, repeats itself and is done once."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from benchmarks.quality import run_experiments
+from benchmarks.quality.arms import Encoder, make_arm
+from benchmarks.quality.model import Layout, answer_logits, build_model, generate, scale_patch_embedding
+from benchmarks.quality.runs import run
+from benchmarks.quality.settings import ModelSize, Settings
+from benchmarks.quality.trainer import PATCH_EMBEDDING, Trainer, pixel_embedding
+
+SMALL = ModelSize(64, 1, 1)
+# Large digits, nearly fixed in their cells, on a CPU in seconds.
+TRIVIAL = Settings(
+    steps=4,
+    batch=8,
+    knobs={"size": 112, "cells": 4, "heights": [22], "noise": 0.0},
+    size=SMALL,
+    probe=8,
+    test=16,
+    fit=16,
+    generated=2,
+)
+
+
+def stock_logits(model, layout: Layout, tokens, question, answer) -> torch.Tensor:
+    """Of `Qwen2VLForConditionalGeneration.forward`, at the places of the answer and the end."""
+    ids = torch.cat([layout.prompt(question), answer], dim=1)
+    kind = ("pixel_values_videos", "video_grid_thw") if layout.video else ("pixel_values", "image_grid_thw")
+    media = dict(zip(kind, (tokens.flatten(0, 1), torch.tensor([layout.grid] * len(tokens)))))
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **media).logits
+    return logits[:, -answer.shape[1] - 1 :]
+
+
+@pytest.mark.parametrize(("grid", "video"), [((1, 4, 4), False), ((3, 4, 4), True), ((1, 4, 8), False)])
+def test_the_fast_way_computes_what_the_stock_model_computes(grid, video):
+    generator = torch.Generator().manual_seed(0)
+    model = build_model(ModelSize(128, 2, 2), 12, seed=1)
+    assert type(model) is Qwen2VLForConditionalGeneration
+    layout = Layout.build(model, grid, video, 2, 6)
+    tokens = torch.randn(3, grid[0] * grid[1] * grid[2], 12, generator=generator)
+    question, answer = (torch.randint(9, 40, (3, length), generator=generator) for length in (2, 6))
+    fast = answer_logits(model, layout, tokens, question, answer)
+    torch.testing.assert_close(fast, stock_logits(model, layout, tokens, question, answer), rtol=1e-4, atol=1e-4)
+
+
+def test_generation_says_what_the_fast_way_would():
+    model = build_model(SMALL, 12, seed=1)
+    layout = Layout.build(model, (1, 4, 4), False, 1, 5)
+    tokens, question = torch.randn(2, 16, 12, generator=torch.Generator().manual_seed(0)), torch.full((2, 1), 9)
+    model.generation_config.eos_token_id = None
+    said = generate(model, layout, tokens, question, 5)
+    assert torch.equal(answer_logits(model, layout, tokens, question, said)[:, :-1].argmax(-1), said)
+
+
+def test_arms_start_from_the_same_weights_and_the_same_size_of_values():
+    tokens = {name: 7 * torch.randn(4, 16, floats) + 3 for name, floats in (("few", 5), ("many", 300))}
+    models = {name: build_model(SMALL, value.shape[-1], seed=2) for name, value in tokens.items()}
+    few, many = (dict(model.named_parameters()) for model in models.values())
+    different = {name for name in few if few[name].shape != many[name].shape or not torch.equal(few[name], many[name])}
+    assert different == {PATCH_EMBEDDING}
+    for name, model in models.items():
+        scale_patch_embedding(model, tokens[name])
+        outputs = tokens[name] @ model.visual.patch_embed.proj.weight.flatten(1).T
+        assert outputs.square().mean().item() == pytest.approx(1, rel=1e-4)
+
+
+def test_a_trivial_task_is_learned(tmp_path):
+    one_digit = {"size": 112, "cells": 1, "heights": [100], "noise": 0.0, "blank": 0.0}
+    settings = replace(TRIVIAL, arm="sixteenth", knobs=one_digit, size=ModelSize(128, 1, 1), learning_rate=1e-3)
+    result = run(replace(settings, steps=100, batch=32, test=64, generated=8), tmp_path)
+    assert result["finished"] and result["accuracy"] > 5 * result["chance"]
+    assert result["curve"][-1]["loss"] < 0.2 * result["curve"][0]["loss"]
+    assert list(result["by_level"]) == ["100"]
+    assert [sum(result["by_picture"][key]) for key in ("right", "all")] == result["by_level"]["100"]
+    assert result["generation"]["agrees_with_forced"] == 1 and result["generation"]["accuracy"] > 0.3
+
+
+def test_the_same_settings_give_the_same_result(tmp_path):
+    one, two = (run(TRIVIAL, tmp_path / name) for name in ("one", "two"))
+    for result in (one, two):
+        for point in result["curve"]:
+            del point["seconds"]
+        del result["milliseconds"]
+    assert one == two
+    other = run(replace(TRIVIAL, seed=1), tmp_path / "one")
+    assert other["curve"][0]["loss"] != one["curve"][0]["loss"]
+
+
+def test_arms_see_the_same_samples_in_the_same_order():
+    sources = [Trainer(replace(TRIVIAL, arm=arm)).source for arm in ("x4", "quarter")]
+    for number in range(2):
+        one, two = (source.batch("train", 0, number, 4) for source in sources)
+        assert torch.equal(one.frames, two.frames) and torch.equal(one.answer, two.answer)
+
+
+def test_a_finished_run_is_not_done_again_and_an_unfinished_one_is(tmp_path):
+    first = run(TRIVIAL, tmp_path)
+    path = tmp_path / f"{TRIVIAL.name}.json"
+    path.write_text(json.dumps({**first, "note": "kept"}))
+    assert run(TRIVIAL, tmp_path)["note"] == "kept"
+    path.write_text(json.dumps({**first, "finished": False, "note": "lost"}))
+    assert "note" not in run(TRIVIAL, tmp_path)
+
+
+def test_a_run_that_is_stopped_stays_unfinished(tmp_path):
+    result = run(TRIVIAL, tmp_path, deadline=0.0)
+    saved = json.loads((tmp_path / f"{TRIVIAL.name}.json").read_text())
+    assert saved == result and not saved["finished"] and [point["step"] for point in saved["curve"]] == [1]
+
+
+def test_dct_arms_start_as_the_pixel_model_on_the_downscaled_picture(tmp_path):
+    pixels = replace(TRIVIAL, arm="pixels", save=True)
+    run(pixels, tmp_path)
+    start = torch.load(tmp_path / f"{pixels.name}.pt", weights_only=True)
+
+    def logits(arm: str) -> torch.Tensor:
+        trainer = Trainer(replace(TRIVIAL, arm=arm), start=start)
+        batch = trainer.source.batch("test", 0, 0, 2)
+        tokens = trainer.encoder.encode(batch.frames)
+        return answer_logits(trainer.model, trainer.layout, tokens, batch.question, batch.answer)
+
+    torch.testing.assert_close(logits("exact"), logits("pixels"), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits("x4"), logits("x4-corner"), rtol=1e-3, atol=1e-3)
+    assert (logits("x4") - logits("quarter")).abs().max() > 1e-3  # bicubic is another low-pass than the DCT's
+    with pytest.raises(ValueError, match="cannot start from a pixel model"):
+        logits("raw28")
+    assert Encoder(make_arm("x4-weighted", pixel_embedding(start)), (112, 112), 1).tokens == 16
+
+
+def test_a_warm_start_runs_from_the_name_of_a_run(tmp_path):
+    pixels = replace(TRIVIAL, arm="pixels", save=True)
+    warm = replace(TRIVIAL, start_from=pixels.name)
+    with pytest.raises(FileNotFoundError, match="run the arm pixels there with --save first"):
+        run(warm, tmp_path)
+    run(pixels, tmp_path)
+    assert run(warm, tmp_path)["settings"]["start_from"] == pixels.name
+
+
+def test_a_suite_runs_from_the_command_line_and_goes_on(tmp_path, capsys):
+    command = ["--suite", "first", "--tiny", "--steps", "2", "--batch", "2", "--device", "cpu", "--part", "1/9"]
+    command += ["--output", str(tmp_path)]
+    assert run_experiments.main(command) == 0
+    said = capsys.readouterr().out
+    assert "reading quarter seed 0 | step 2/2" in said and "| quarter | 4 | 1176 of 1176 |" in said
+    results = sorted(tmp_path.glob("*.json"))
+    assert results and all(json.loads(path.read_text())["finished"] for path in results)
+    assert run_experiments.main(command) == 0
+    assert "step 2/2" not in capsys.readouterr().out
+
+
+def test_a_part_that_cannot_be_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        run_experiments.main(["--suite", "first", "--output", "x", "--part", "3/2"])
+    assert "expected I/N with I from 1 to N" in capsys.readouterr().err
