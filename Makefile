@@ -6,6 +6,7 @@ DEMO_DIR ?= demo
 SEED ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
+TEST_PROCESSES ?= 2
 
 VENV := .venv
 SHELL_FILES := $(wildcard *.sh */*.sh) .ci/run
@@ -19,7 +20,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_M
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo 'Variables: DEMO_DIR=demo SEED= DEMO_ARGS= TEST_ARGS= (of demo.py and pytest); for the set-up: ./setup_env.sh --help'
+	@echo 'Variables: DEMO_DIR=demo SEED= DEMO_ARGS= TEST_ARGS= (of demo.py and pytest) TEST_PROCESSES=2; for the set-up: ./setup_env.sh --help'
 
 setup:  ## make .venv from requirements.lock, if it is not there yet
 	@VENV=$(VENV) ./setup_env.sh
@@ -28,7 +29,7 @@ demo: setup  ## the whole pipeline on drawn sample data, into DEMO_DIR
 	$(IN_VENV) $(OFFLINE) python demo.py --output-dir "$(DEMO_DIR)" $(if $(SEED),--seed $(SEED)) $(DEMO_ARGS)
 
 test: lint  ## lint, then all tests; TEST_ARGS="tests/test_setup.py -k lock" for some
-	$(IN_VENV) $(OFFLINE) python -m pytest $(TEST_ARGS)
+	$(IN_VENV) $(OFFLINE) python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
 
 lint: setup  ## ruff, shellcheck, hadolint
 	$(IN_VENV) ruff check .

@@ -3,6 +3,7 @@
 The launches are shared by the tests: nearly all of their time is NeMo's import.
 """
 
+import gzip
 import json
 import math
 import os
@@ -95,7 +96,7 @@ def one_process(prepared, broken_shards, tmp_path_factory) -> dict:
     whole = launch_environment(prepared, output, "whole", 1)
     killed = launch_environment(prepared, output, "killed", 1)
     unusable = {**launch_environment(prepared, output, "unusable", 1), "DATASET_DIR": str(broken_shards)}
-    first, second = start(killed), start(whole)
+    first, second = start(killed), start(whole, "--profile", "3")
     kill_when_under_way(first, output / "killed")
     finish(second, whole)
     third, fourth = start(killed), start(unusable, "--max-bad-in-a-row", "20")
@@ -235,6 +236,48 @@ def test_indivisible_batch_is_refused(prepared, tmp_path):
     assert "GBS 10 is not divisible by MBS 2 x 2 processes = 4" in refused(prepared, tmp_path, GBS="10")
 
 
+def test_flags_of_the_other_engine_are_refused(prepared, tmp_path):
+    line = refused(prepared, tmp_path, PP="2")
+    assert "--pipeline-parallel is of the megatron engine, but --engine megatron needs" in line
+    assert "--pack-tokens is of the megatron engine" in refused(prepared, tmp_path, PACK_TOKENS="512", MBS="")
+
+
+@pytest.mark.parametrize(
+    ("engine", "typed", "expected"),
+    [
+        ("automodel", [], (1, 0, 32)),
+        ("automodel", ["--micro-batch-size", "4", "--global-batch-size", "8"], (4, 0, 8)),
+        ("megatron", [], (1, 8192, 18)),  # rows, a multiple of three data-parallel processes
+        ("megatron", ["--pack-tokens", "4096", "--global-batch-size", "6"], (1, 4096, 6)),
+        ("megatron", ["--micro-batch-size", "2"], (2, 0, 32)),
+        ("megatron", ["--pack-tokens", "0"], (1, 0, 32)),
+    ],
+)
+def test_what_the_command_line_leaves_open_of_a_batch(engine, typed, expected):
+    arguments = finetune_qwen2vl.parse_arguments(["--model-dir", "m", "--data-dir", "d", *typed])
+    arguments.data_parallel = 3
+    finetune_qwen2vl.settle_batch(arguments, engine)
+    assert (arguments.micro_batch_size, arguments.pack_tokens, arguments.global_batch_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--pack-tokens", "4096", "--micro-batch-size", "2"], "so --micro-batch-size is 1, got 2"),
+        (["--tensor-parallel", "3"], "--tensor-parallel 3 x --pipeline-parallel 1 = 3 does not divide 4 processes"),
+        (["--save-interval", "-1"], "--save-interval must be at least 0"),
+        (["--tensor-parallel", "2", "--global-batch-size", "3"], "GBS 3 is not divisible by MBS 1 x 2 processes"),
+    ],
+)
+def test_numbers_of_the_megatron_engine_that_do_not_fit(typed, said):
+    arguments = finetune_qwen2vl.parse_arguments(["--model-dir", "m", "--data-dir", "d", "--devices", "4", *typed])
+    arguments.world_size = 4
+    arguments.data_parallel = max(1, 4 // (arguments.tensor_parallel * arguments.pipeline_parallel))
+    finetune_qwen2vl.settle_batch(arguments, "megatron")
+    with pytest.raises(finetune_qwen2vl.RunError, match=re.escape(said)):
+        finetune_qwen2vl.check_numbers(arguments)
+
+
 def test_missing_model_is_refused(prepared, tmp_path):
     assert "no model in /nowhere" in refused(prepared, tmp_path, MODEL_DIR="/nowhere")
 
@@ -264,6 +307,41 @@ def test_unequal_devices_are_refused(prepared, tmp_path):
 
 def test_pixel_bounds_the_wrong_way_round_are_refused(prepared, tmp_path):
     assert "is over max_pixels" in refused(prepared, tmp_path, MINPIXELS="200000", MAXPIXELS="100000")
+
+
+FAKE_SRUN = """#!/usr/bin/env bash
+# Two nodes on one machine: the command of srun twice, each with a number of its own.
+while [[ "$1" == --* ]]; do shift; done
+SLURM_NODEID=1 "$@" > "$OUTPUT_DIR/node1.log" 2>&1 &
+SLURM_NODEID=0 "$@"
+code=$?
+wait $! && exit $code
+"""
+
+
+def test_two_nodes_through_slurm(prepared, tmp_path):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in {"srun": FAKE_SRUN, "scontrol": "#!/usr/bin/env bash\nprintf '127.0.0.1\\nother\\n'\n"}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    environment = {
+        **launch_environment(prepared, tmp_path, "nodes", 1),
+        **{"PATH": f"{folder}:{os.environ['PATH']}", "MAX_STEPS": "2", "SAVE_INTERVAL": "0", "ENGINE": "automodel"},
+        **{"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": str(os.getpid())},
+    }
+    done = run(["bash", "train_slurm.sh", "--log-interval", "1"], check=False, **environment)
+    assert done.returncode == 0, done.stderr[-2000:] + (tmp_path / "node1.log").read_text()[-3000:]
+    assert "2 process(es)" in done.stdout
+    steps = [line for line in metrics(tmp_path / "nodes") if "loss" in line]
+    assert [line["samples"] for line in steps] == [8, 8]
+    assert not (tmp_path / "nodes" / "checkpoints").exists() and (tmp_path / "nodes" / "hf").is_dir()
+
+
+def test_profile_is_a_trace_of_one_step(one_process):
+    trace = json.loads(gzip.decompress((one_process["output"] / "whole" / "profile" / "rank0.json.gz").read_bytes()))
+    names = {event.get("name", "") for event in trace["traceEvents"]}
+    assert any("backward" in name.lower() for name in names) and "aten::addmm" in names
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
