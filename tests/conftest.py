@@ -28,6 +28,14 @@ TEXTS = [
 ] * 8
 
 
+# Files that take minutes; begun first, they do not leave one of two processes idle at the end.
+LONGEST = ("test_finetune.py", "test_megatron_model.py", "test_data_preparation.py")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_sessionfinish() -> None:
     shutil.rmtree(MODULES_CACHE, ignore_errors=True)
 
