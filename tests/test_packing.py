@@ -109,24 +109,28 @@ def test_rows_hold_every_sample_once_within_the_budget(lengths, budget):
     assert len(small) < 2 or small[0] + small[1] > budget  # no two rows would fit in one
 
 
-def test_energon_packs_a_prepared_set(prepared):
+def packed_data(prepared, num_workers: int):
+    """The data module of the Megatron engine on the prepared set."""
     from data_module import EnergonDataModule
 
     processor = DCTImageProcessor.from_pretrained(prepared.model)
-    tokenizer = AutoTokenizer.from_pretrained(prepared.model)
-    encoder = PackingTaskEncoder(tokenizer, processor, pack_tokens=600)
-    data = EnergonDataModule(
+    encoder = PackingTaskEncoder(AutoTokenizer.from_pretrained(prepared.model), processor, pack_tokens=600)
+    return EnergonDataModule(
         prepared.shards,
         encoder,
         micro_batch_size=1,
         global_batch_size=1,
-        total_batches=6,
-        num_workers=0,
+        total_batches=12,
+        num_workers=num_workers,
         rank=0,
         world_size=1,
         seed=1,
         packing_buffer_size=16,
     )
+
+
+def test_energon_packs_a_prepared_set(prepared):
+    data = packed_data(prepared, num_workers=0)
     rows = [row for row, _ in zip(data.train_dataloader(), range(12))]
     assert all(row.sample_starts[-1] <= 600 or len(row.keys) == 1 for row in rows)
     assert any(len(row.keys) > 2 for row in rows)
@@ -136,33 +140,23 @@ def test_energon_packs_a_prepared_set(prepared):
 
 
 def test_a_packed_loader_goes_on_where_its_state_was_saved(prepared):
-    from data_module import EnergonDataModule
-
-    processor = DCTImageProcessor.from_pretrained(prepared.model)
-    tokenizer = AutoTokenizer.from_pretrained(prepared.model)
-
-    def build() -> EnergonDataModule:
-        encoder = PackingTaskEncoder(tokenizer, processor, pack_tokens=600)
-        return EnergonDataModule(
-            prepared.shards,
-            encoder,
-            micro_batch_size=1,
-            global_batch_size=1,
-            total_batches=9,
-            num_workers=2,
-            rank=0,
-            world_size=1,
-            seed=1,
-            packing_buffer_size=16,
-        )
-
-    first = build()
+    first = packed_data(prepared, num_workers=2)
     rows = iter(first.train_dataloader())
     for _ in range(4):
         next(rows)
     state = first.state_dict()
     expected = [next(rows) for _ in range(5)]
-    again = build()
+    again = packed_data(prepared, num_workers=2)
     again.load_state_dict(state)
     for row, wanted in zip(again.train_dataloader(), expected):
         assert row.keys == wanted.keys and torch.equal(row.tokens, wanted.tokens)
+
+
+def test_a_state_of_other_processes_is_refused_unless_data_begin_anew(prepared):
+    state = {"energon": [None, None]}
+    with pytest.raises(ValueError, match=r"loader states of 2 processes, this run has 1: .* --restart-data"):
+        packed_data(prepared, num_workers=0).load_state_dict(state)
+    data = packed_data(prepared, num_workers=0)
+    data.start_anew = True
+    data.load_state_dict(state)
+    assert next(iter(data.train_dataloader())).keys
