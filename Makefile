@@ -29,7 +29,7 @@ demo: setup  ## the whole pipeline on drawn sample data, into DEMO_DIR
 	$(IN_VENV) $(OFFLINE) python demo.py --output-dir "$(DEMO_DIR)" $(if $(SEED),--seed $(SEED)) $(DEMO_ARGS)
 
 test: lint  ## lint, then all tests; TEST_ARGS="tests/test_setup.py -k lock" for some
-	$(IN_VENV) $(OFFLINE) python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
+	$(IN_VENV) $(OFFLINE) python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 lint: setup  ## ruff, shellcheck, hadolint
 	$(IN_VENV) ruff check .

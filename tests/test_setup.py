@@ -387,7 +387,7 @@ def test_make_test_lints_first():
         "ruff format --check .",
         " ".join(["shellcheck", *shell_files, ".ci/run"]),
         "hadolint Dockerfile",
-        "python -m pytest --numprocesses 2 --dist loadfile -k lock",
+        "python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -k lock",
     ]
 
 
