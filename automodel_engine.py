@@ -31,9 +31,10 @@ from run_folder import (
     copy_all_but_weights,
     count_batches_as_completed,
     is_frozen,
-    latest_checkpoint,
+    resume,
     step_checkpoints,
     sync_files,
+    trainer_options,
     write_pixel_bounds,
 )
 from task_encoder import IGNORE_INDEX, QwenBatch
@@ -190,24 +191,13 @@ def build_trainer(arguments, module: QwenAutoModel, callbacks: list[Callback]) -
     """Lightning's Trainer as NeMo wraps it. Steps are optimizer steps; Lightning counts validation in micro-batches."""
     return nl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
-        devices=arguments.devices,
-        num_nodes=arguments.num_nodes,
         strategy="ddp" if arguments.world_size > 1 else "auto",
         precision=arguments.precision,
-        max_steps=arguments.max_steps,
-        max_epochs=-1,
         accumulate_grad_batches=arguments.accumulate,
         val_check_interval=arguments.val_interval * arguments.accumulate,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        enable_checkpointing=bool(arguments.save_interval),
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        logger=False,
         callbacks=callbacks,
         plugins=[FolderCheckpointIO(module)],
+        **trainer_options(arguments),
     )
 
 
@@ -218,15 +208,12 @@ def run(arguments, data: EnergonDataModule, merge_size: int, extra_callbacks: li
     )
     log = TrainingLog(arguments.run_dir, arguments.max_steps, arguments.log_interval, merge_size)
     trainer = build_trainer(arguments, module, [log, *step_checkpoints(arguments), *extra_callbacks])
-    checkpoint = latest_checkpoint(arguments.run_dir / "checkpoints")
-    if checkpoint and trainer.is_global_zero:
-        print(f"Resuming from {checkpoint}", flush=True)
     llm.finetune(
         model=module,
         data=data,
         trainer=trainer,
         log=build_loggers(arguments),
-        resume=nl.AutoResume(resume_from_path=str(checkpoint)) if checkpoint else None,
+        resume=resume(arguments),
         optim=build_optimizer(arguments),
         tokenizer=None,  # the loader has it; NeMo would store it in a field that this class does not have
     )

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 # A resumed run repeats the samples and losses of an uninterrupted one only if these are what they were.
-FIXED_ON_RESUME = (
-    *("model_dir", "data_dir", "min_pixels", "max_pixels", "seq_length", "shuffle_buffer", "seed"),
+DATA_SETTINGS = (  # --restart-data lets these change
+    *("data_dir", "min_pixels", "max_pixels", "seq_length", "shuffle_buffer", "seed"),
     *("video_fps", "video_min_frames", "video_max_frames", "video_total_pixels", "packing_buffer"),
     *("data_parallel", "micro_batch_size", "pack_tokens", "global_batch_size", "num_workers"),
+)
+FIXED_ON_RESUME = (
+    *("model_dir", *DATA_SETTINGS),
     *("max_steps", "lr", "min_lr", "warmup_steps", "weight_decay", "adam_beta2", "max_gradient_norm", "freeze"),
 )
-FREE_WITH_NEW_DATA = FIXED_ON_RESUME[1 : FIXED_ON_RESUME.index("max_steps")]  # what --restart-data lets change
 
 
 POSITIVE = (
@@ -244,7 +246,7 @@ def check_run_folder(arguments: argparse.Namespace) -> None:
         return
     earlier = json.loads(path.read_text(encoding="utf-8"))
     for name in FIXED_ON_RESUME:
-        if arguments.restart_data and name in FREE_WITH_NEW_DATA:
+        if arguments.restart_data and name in DATA_SETTINGS:
             continue
         now = _plain(getattr(arguments, name))
         if earlier.get(name) != now:

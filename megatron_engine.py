@@ -39,9 +39,10 @@ from run_folder import (
     build_loggers,
     count_batches_as_completed,
     is_frozen,
-    latest_checkpoint,
+    resume,
     step_checkpoints,
     sync_files,
+    trainer_options,
     write_pixel_bounds,
 )
 from training_log import OutOfMemory, TrainingLog, check_finite
@@ -311,22 +312,11 @@ def build_trainer(arguments, callbacks: list[Callback]) -> nl.Trainer:
     """Lightning's Trainer as NeMo wraps it; its batch is an optimizer step."""
     return nl.Trainer(
         accelerator="gpu",
-        devices=arguments.devices,
-        num_nodes=arguments.num_nodes,
         strategy=build_strategy(arguments),
         plugins=[nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16, grad_reduce_in_fp32=True)],
-        max_steps=arguments.max_steps,
-        max_epochs=-1,
         val_check_interval=arguments.val_interval,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        enable_checkpointing=bool(arguments.save_interval),
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        logger=False,
         callbacks=callbacks,
+        **trainer_options(arguments),
     )
 
 
@@ -352,16 +342,13 @@ def run(arguments, data: EnergonDataModule, merge_size: int, extra_callbacks: li
         *extra_callbacks,
     ]
     trainer = build_trainer(arguments, callbacks)
-    checkpoint = latest_checkpoint(arguments.run_dir / "checkpoints")
-    if checkpoint and arguments.rank == 0:
-        print(f"Resuming from {checkpoint}", flush=True)
     try:
         llm.finetune(
             model=module,
             data=data,
             trainer=trainer,
             log=build_loggers(arguments),
-            resume=nl.AutoResume(resume_from_path=str(checkpoint)) if checkpoint else None,
+            resume=resume(arguments),
             optim=build_optimizer(arguments),
             tokenizer=None,
         )

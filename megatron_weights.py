@@ -42,16 +42,15 @@ BLOCK, LAYER = "visual.blocks.{}.", "model.layers.{}."
 def _vision_rules() -> Iterator[Rule]:
     yield Rule("vision_model.conv1.weight", ("visual.patch_embed.proj.weight",), kind="patch")
     for part in ("weight", "bias"):
-        rows = ROWS
         columns = COLUMNS if part == "weight" else WHOLE
         yield Rule(f"{VISION}self_attention.linear_qkv.layer_norm_{part}", (f"{BLOCK}norm1.{part}",))
-        yield Rule(f"{VISION}self_attention.linear_qkv.{part}", (f"{BLOCK}attn.qkv.{part}",), rows, "fused_qkv")
+        yield Rule(f"{VISION}self_attention.linear_qkv.{part}", (f"{BLOCK}attn.qkv.{part}",), ROWS, "fused_qkv")
         yield Rule(f"{VISION}self_attention.linear_proj.{part}", (f"{BLOCK}attn.proj.{part}",), columns)
         yield Rule(f"{VISION}mlp.linear_fc1.layer_norm_{part}", (f"{BLOCK}norm2.{part}",))
-        yield Rule(f"{VISION}mlp.linear_fc1.{part}", (f"{BLOCK}mlp.fc1.{part}",), rows)
+        yield Rule(f"{VISION}mlp.linear_fc1.{part}", (f"{BLOCK}mlp.fc1.{part}",), ROWS)
         yield Rule(f"{VISION}mlp.linear_fc2.{part}", (f"{BLOCK}mlp.fc2.{part}",), columns)
         yield Rule(f"vision_model.decoder.final_layernorm.{part}", (f"visual.merger.ln_q.{part}",))
-        yield Rule(f"vision_projection.encoder.linear_fc1.{part}", (f"visual.merger.mlp.0.{part}",), rows)
+        yield Rule(f"vision_projection.encoder.linear_fc1.{part}", (f"visual.merger.mlp.0.{part}",), ROWS)
         yield Rule(f"vision_projection.encoder.linear_fc2.{part}", (f"visual.merger.mlp.2.{part}",), columns)
 
 

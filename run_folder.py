@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -63,6 +64,34 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """The whole checkpoint with the highest step; what a killed run left half-written has another name."""
     found = [path for path in folder.glob("step*") if CHECKPOINT_NAME.fullmatch(path.name)]
     return max(found, key=lambda path: int(CHECKPOINT_NAME.fullmatch(path.name)[1]), default=None)
+
+
+def resume(arguments) -> nl.AutoResume | None:
+    """From the newest checkpoint of the run, where there is one."""
+    checkpoint = latest_checkpoint(arguments.run_dir / "checkpoints")
+    if checkpoint is None:
+        return None
+    if arguments.rank == 0:
+        print(f"Resuming from {checkpoint}", flush=True)
+    return nl.AutoResume(resume_from_path=str(checkpoint))
+
+
+def trainer_options(arguments) -> dict[str, Any]:
+    """Of NeMo's Trainer: how long, and that this repository's own callbacks show and save."""
+    return {
+        "devices": arguments.devices,
+        "num_nodes": arguments.num_nodes,
+        "max_steps": arguments.max_steps,
+        "max_epochs": -1,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "enable_checkpointing": bool(arguments.save_interval),
+        "use_distributed_sampler": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "logger": False,
+    }
 
 
 def sync_files(folder: Path) -> None:

@@ -218,13 +218,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     from benchmarks.patch_weights import patch_weight
-    from benchmarks.rate_distortion import given_material, held_out_material
+    from benchmarks.rate_distortion import chosen_material
 
     try:
         weight, source = patch_weight(arguments.model_dir, arguments.seed)
-        own = arguments.images or arguments.clips
-        material = given_material(arguments.images, arguments.clips) if own else held_out_material(arguments.seed)
-        rows = measure(material, weight)
+        rows = measure(chosen_material(arguments), weight)
     except (ValueError, OSError) as error:
         if arguments.debug:
             raise

@@ -368,6 +368,12 @@ def mark_presets(axis, points: list[Point], measure: str, over: str) -> None:
 # The command
 
 
+def chosen_material(arguments: argparse.Namespace):
+    """What --images and --clips name, or the held-out photographs."""
+    own = arguments.images or arguments.clips
+    return given_material(arguments.images, arguments.clips) if own else held_out_material(arguments.seed)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
@@ -389,9 +395,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         weight, source = patch_weight(arguments.model_dir, arguments.seed)
-        own = arguments.images or arguments.clips
-        material = given_material(arguments.images, arguments.clips) if own else held_out_material(arguments.seed)
-        points = measure(material, weight)
+        points = measure(chosen_material(arguments), weight)
         print(f'weight of the order "weighted": {source}')
         print(report(points, FLOATS_PER_PIXEL, SIDES))
         if arguments.json:

@@ -33,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 TEXT_TOKENS, LEARNED_SHARE = 256, 0.5
-PIXELS = (3, 2, 14)  # channels, frames and side of a pixel patch
+PIXEL_BLOCK, PIXEL_WIDTH = (2, 14, 14), 3 * 2 * 14 * 14  # frames, height, width of a pixel patch; its floats
 STOCK_IMAGE, STOCK_VIDEO = -200, -300  # NeMo's ids of visual tokens
 IMAGE_ID, VIDEO_ID = 151655, 151656
 PROFILED = 2  # micro-batches of the step in which kernels are recorded; stock launches tens of thousands in each
@@ -208,14 +208,11 @@ def stock_batches(samples: list, micro_batch: int) -> list[dict]:
             labels[row, : len(own) - 1] = sample.input_ids[1:]
             mask[row, : len(own) - 1] = (sample.labels[1:] != IGNORE_INDEX).float()
         batch = {"input_ids": ids, "labels": labels, "loss_mask": mask}
-        for tokens, grids, names in (
-            ("pixel_values", "image_grid_thw", ("pixel_values", "image_grid_thw")),
-            ("pixel_values_videos", "video_grid_thw", ("pixel_values_videos", "video_grid_thw")),
-        ):
+        for tokens, grids in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
             present = [sample for sample in chosen if len(getattr(sample, grids))]
             if present:
-                batch[names[0]] = torch.cat([getattr(sample, tokens) for sample in present])
-                batch[names[1]] = torch.cat([getattr(sample, grids) for sample in present])
+                batch[tokens] = torch.cat([getattr(sample, tokens) for sample in present])
+                batch[grids] = torch.cat([getattr(sample, grids) for sample in present])
         batches.append({name: value.pin_memory() for name, value in batch.items()})
     return batches
 
@@ -233,12 +230,25 @@ def row_forward(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
     return losses.float().sum(), torch.tensor(len(batch.learned), dtype=torch.int, device="cuda")
 
 
-def rows_of(samples: list, budget: int, width: int) -> list:
+def rows_of(name: str, works: list[Work], budget: int, seed: int) -> tuple:
+    """The configuration of a 2B model of this token format, and the samples as rows in pinned memory."""
+    from dct_tokenizer import DCTConfig
     from packing import fit_rows, pack
 
+    config = None if name == "none" else DCTConfig.preset(name)
+    block, width = (config.block, config.num_coefficients) if config else (PIXEL_BLOCK, PIXEL_WIDTH)
+    samples = make_samples(works, block, width, seed)
     rows = fit_rows([len(sample.input_ids) for sample in samples], budget)
     packed = [pack([samples[n] for n in row], 2, width, torch.bfloat16, (IMAGE_ID, VIDEO_ID)) for row in rows]
-    return [row.pin_memory() for row in packed]
+    return real_config(width if config else None), [row.pin_memory() for row in packed]
+
+
+def row_training(hf_config) -> Training:
+    from megatron_model import fuse_gradient_accumulation, model_config
+
+    model = model_config(hf_config, 65536).configure_model()
+    fuse_gradient_accumulation(model)
+    return Training(model)
 
 
 # Measuring
@@ -307,7 +317,7 @@ def free() -> None:
 def measure_stock(works: list[Work], sizes: list[int], seed: int, repeats: int) -> list[dict]:
     from flops import training_flops
 
-    samples = make_samples(works, (2, 14, 14), 1176, seed)
+    samples = make_samples(works, PIXEL_BLOCK, PIXEL_WIDTH, seed)
     grids = torch.cat([torch.cat([s.image_grid_thw, s.video_grid_thw]) for s in samples])
     flops = training_flops(real_config(), grids, torch.tensor([len(s.input_ids) for s in samples]))
     visual = int(grids.prod(dim=1).sum()) // 4
@@ -326,23 +336,15 @@ def measure_stock(works: list[Work], sizes: list[int], seed: int, repeats: int) 
 
 
 def measure_rows(name: str, works: list[Work], budget: int, seed: int, repeats: int) -> dict:
-    from dct_tokenizer import DCTConfig
     from flops import training_flops
-    from megatron_model import fuse_gradient_accumulation, model_config
 
-    config = None if name == "none" else DCTConfig.preset(name)
-    block, width = (config.block, config.num_coefficients) if config else ((2, 14, 14), 1176)
-    hf_config = real_config(None if name == "none" else width)
-    samples = make_samples(works, block, width, seed)
-    batches = rows_of(samples, budget, width)
+    hf_config, batches = rows_of(name, works, budget, seed)
     flops = sum(training_flops(hf_config, b.grid_thw, b.sample_starts.diff(), len(b.learned)) for b in batches)
     visual = sum(len(batch.visual) for batch in batches)
-    model = model_config(hf_config, 65536).configure_model()
-    fuse_gradient_accumulation(model)
-    training = Training(model)
+    training = row_training(hf_config)
     step = partial(training.step, forward=row_forward)
     line = measure(name, step, batches, works, flops, visual, repeats)
-    del training, model, step
+    del training, step
     free()
     return {**line, "rows": len(batches), "budget": budget}
 
@@ -351,20 +353,12 @@ def profile_step(name: str, works: list[Work], budget: int, seed: int, path: Pat
     """A table of the kernels of one step, by time."""
     from torch.profiler import ProfilerActivity, profile
 
-    from dct_tokenizer import DCTConfig
-    from megatron_model import fuse_gradient_accumulation, model_config
-
-    config = DCTConfig.preset(name)
-    batches = rows_of(make_samples(works, config.block, config.num_coefficients, seed), budget, config.num_coefficients)
-    model = model_config(real_config(config.num_coefficients), 65536).configure_model()
-    fuse_gradient_accumulation(model)
-    training = Training(model)
+    hf_config, batches = rows_of(name, works, budget, seed)
+    training = row_training(hf_config)
     training.step(batches, row_forward)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
         training.step(batches, row_forward)
     path.write_text(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90))
-    del training, model
-    free()
 
 
 def set_up() -> None:

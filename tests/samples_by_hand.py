@@ -2,6 +2,8 @@
 
 from task_encoder import ConversationSample
 
+SAMPLE_KEYS = {"__key__": "k", "__restore_key__": (), "__subflavor__": None, "__subflavors__": {}}
+
 
 def answer(question: str, reply: str) -> dict:
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": reply}]
@@ -10,5 +12,4 @@ def answer(question: str, reply: str) -> dict:
 
 def conversation_sample(entry, *media: tuple[str, object], key: str = "k") -> ConversationSample:
     """media: ("image" | "video", file bytes) in order."""
-    keys = {"__key__": key, "__restore_key__": (), "__subflavor__": None, "__subflavors__": {}}
-    return ConversationSample(**keys, entry=entry, media=list(media))
+    return ConversationSample(**{**SAMPLE_KEYS, "__key__": key}, entry=entry, media=list(media))

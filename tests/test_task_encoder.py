@@ -23,6 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.energon import SkipSample
 from megatron.energon.errors import FatalSampleError
+from samples_by_hand import SAMPLE_KEYS
+from samples_by_hand import conversation_sample as sample
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
 
 import evaluate_qwen2vl
@@ -44,7 +46,6 @@ from task_encoder import (
 )
 
 VISION_START, IMAGE_PAD, VIDEO_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"
-SAMPLE_KEYS = {"__key__": "k", "__restore_key__": (), "__subflavor__": None, "__subflavors__": {}}
 QUESTION, ANSWER = "What colour is the circle?", "The circle is red."
 
 
@@ -90,10 +91,6 @@ def llava(*turns: str, **fields) -> dict:
 def openai(*turns: str) -> dict:
     names = ("user", "assistant")
     return {"messages": [{"role": names[i % 2], "content": text} for i, text in enumerate(turns)]}
-
-
-def sample(entry, *media: tuple[str, object], key: str = "k") -> ConversationSample:
-    return ConversationSample(**{**SAMPLE_KEYS, "__key__": key}, entry=entry, media=list(media))
 
 
 def learned_text(encoder: QwenTaskEncoder, encoded: EncodedSample) -> str:
