@@ -98,9 +98,7 @@ class EnergonDataModule(pl.LightningDataModule):
         """Endless, shuffled, split over processes and workers."""
         if self.data_parallel_group:
             self.worker_config.data_parallel_group = self.data_parallel_group()
-        # Energon's loader processes look at every object that the collector tracks, and without TransformerEngine
-        # NeMo leaves some behind on which even isinstance() raises. Frozen objects are out of sight.
-        gc.freeze()
+        _hide_objects_from_loader_processes()
         dataset = get_train_dataset(
             self.path,
             worker_config=self.worker_config,
@@ -123,6 +121,7 @@ class EnergonDataModule(pl.LightningDataModule):
         limit = None
         if self.val_batches is not None:
             limit = max(1, self.val_batches // (self.worker_config.world_size * max(1, self.worker_config.num_workers)))
+        _hide_objects_from_loader_processes()
         dataset = get_val_dataset(
             self.path,
             worker_config=self.worker_config,
@@ -157,6 +156,12 @@ class EnergonDataModule(pl.LightningDataModule):
                 f"{self.worker_config.world_size}: resume with the same number, or add --restart-data"
             )
         self._restored = states
+
+
+def _hide_objects_from_loader_processes() -> None:
+    """Energon's loader processes look at every object that the collector tracks, and without TransformerEngine NeMo
+    leaves some behind on which even isinstance() raises. Frozen objects are out of sight."""
+    gc.freeze()
 
 
 def energon_state_classes() -> list[Any]:

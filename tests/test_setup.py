@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -342,7 +343,9 @@ def test_lock_is_what_is_installed():
         for requirement in locked_requirements()
         if requirement.marker is None or Marker(str(requirement.marker)).evaluate()
     }
-    found = {canonicalize_name(each.metadata["Name"]): each.version for each in importlib.metadata.distributions()}
+    site_packages = [sysconfig.get_path("purelib")]  # not what setuptools puts on sys.path of its own
+    distributions = importlib.metadata.distributions(path=site_packages)
+    found = {canonicalize_name(each.metadata["Name"]): each.version for each in distributions}
     assert {name: found.get(name) for name in expected} == expected
 
 

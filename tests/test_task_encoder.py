@@ -783,6 +783,23 @@ def test_validation_sees_every_sample_once(shards, new_encoder, num_workers):
     stop_workers(loader)
 
 
+class NotToBeLookedAt:
+    """isinstance() on it raises, as on what NeMo leaves behind where TransformerEngine is missing."""
+
+    @property
+    def __class__(self):
+        raise ImportError("transformer_engine not installed")
+
+
+@pytest.mark.parametrize("which", ["train_dataloader", "val_dataloader"])
+def test_loader_processes_live_with_objects_on_which_isinstance_raises(shards, new_encoder, which):
+    left_behind = [NotToBeLookedAt()]
+    loader = getattr(data_module(shards, new_encoder(), 1), which)()
+    assert next(iter(loader)).keys
+    stop_workers(loader)
+    del left_behind
+
+
 def test_training_sees_its_shards_only(shards, new_encoder):
     loader = data_module(shards, new_encoder(), 0).train_dataloader()
     assert len(loader) == 100
