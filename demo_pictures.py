@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
 from dct_tokenizer import DCTImageProcessor
+from evaluate_qwen2vl import table
 from media import VideoSampling, as_array
 from task_encoder import IGNORE_INDEX, ConversationSample, EncodedSample, QwenTaskEncoder, read_samples
 from training_log import read_metrics
@@ -42,11 +43,7 @@ def draw_loss(metrics: Path, output: Path) -> Path:
 
 def write_table(accuracy: Path, output: Path) -> Path:
     """The accuracies as text."""
-    results = json.loads(accuracy.read_text(encoding="utf-8"))
-    lines = [f"{'question type':<14} {'accuracy':>9} {'blind':>9}"]
-    for kind in sorted(results["accuracy"], key=lambda name: (name == "overall", name)):
-        lines.append(f"{kind:<14} {results['accuracy'][kind]:>8.1%} {results['blind_accuracy'][kind]:>8.1%}")
-    output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    output.write_text(table(json.loads(accuracy.read_text(encoding="utf-8"))) + "\n", encoding="utf-8")
     return output
 
 

@@ -11,6 +11,7 @@ reference but for case, white space and a final full stop.
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,12 +155,12 @@ def accuracies(questions: list[Question], predictions: list[str]) -> dict[str, f
     return {kind: sum(values) / len(values) for kind, values in sorted(right.items())}
 
 
-def table(questions: list[Question], accuracy: dict[str, float], blind: dict[str, float]) -> str:
-    """Accuracies in percent as text, a line for each question type, overall last."""
+def table(results: dict) -> str:
+    """What accuracy.json holds as text, in percent: a line for each question type, overall last."""
+    accuracy, blind, asked = (results[name] for name in ("accuracy", "blind_accuracy", "questions_by_type"))
     lines = [f"{'question type':<14} {'questions':>9} {'accuracy':>9} {'blind':>9}"]
     for kind in sorted(accuracy, key=lambda name: (name == "overall", name)):
-        count = sum(kind in ("overall", question.question_type) for question in questions)
-        lines.append(f"{kind:<14} {count:>9} {accuracy[kind]:>8.1%} {blind[kind]:>8.1%}")
+        lines.append(f"{kind:<14} {asked[kind]:>9} {accuracy[kind]:>8.1%} {blind[kind]:>8.1%}")
     return "\n".join(lines)
 
 
@@ -234,16 +235,17 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         )
     predictions = answer_all(answerer, questions, arguments.batch_size, blind=False)
     blind_predictions = answer_all(answerer, questions, arguments.batch_size, blind=True)
-    accuracy, blind = accuracies(questions, predictions), accuracies(questions, blind_predictions)
+    types = Counter(question.question_type for question in questions)
     summary = {
         "model_dir": str(arguments.model_dir),
         "split": arguments.split,
         "questions": len(questions),
-        "accuracy": accuracy,
-        "blind_accuracy": blind,
+        "questions_by_type": {**types, "overall": len(questions)},
+        "accuracy": accuracies(questions, predictions),
+        "blind_accuracy": accuracies(questions, blind_predictions),
     }
     write_results(arguments.output_dir, questions, predictions, blind_predictions, summary)
-    print(table(questions, accuracy, blind))
+    print(table(summary))
     return summary
 
 

@@ -1,6 +1,7 @@
 """evaluate_qwen2vl.py on real shards with an untrained model, and its counting by hand-made answers."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -94,7 +95,8 @@ def test_command_writes_predictions_and_accuracy(prepared, tmp_path, capsys):
     results = json.loads((tmp_path / "accuracy.json").read_text())
     assert len(lines) == results["questions"] == 6
     assert results["accuracy"]["overall"] == sum(line["correct"] for line in lines) / 6
-    assert set(results["blind_accuracy"]) == set(results["accuracy"])
+    assert set(results["blind_accuracy"]) == set(results["accuracy"]) == set(results["questions_by_type"])
+    assert results["questions_by_type"] == {**Counter(line["question_type"] for line in lines), "overall": 6}
     assert "question type" in capsys.readouterr().out
 
 
