@@ -1,0 +1,106 @@
+"""The wrapper for lmms-eval on a task of our own: what lmms-eval logs is what evaluate_qwen2vl answers.
+
+lmms-eval pins versions that this repository has not, so it runs in an environment of its own, made as
+benchmarks/quality/real_models.md says: LMMS_EVAL_PYTHON=lmms/bin/python pytest tests/test_lmms_eval.py
+"""
+
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pipeline import run
+
+from evaluate_qwen2vl import Answerer, Question
+from media import VideoSampling, decode_video
+from task_encoder import PixelFit
+
+PYTHON = os.environ.get("LMMS_EVAL_PYTHON") or (sys.executable if find_spec("lmms_eval") else None)
+pytestmark = pytest.mark.skipif(PYTHON is None, reason="lmms-eval is not installed here and LMMS_EVAL_PYTHON not set")
+
+MAX_PIXELS, MAX_NEW_TOKENS = 112 * 112, 6
+TASK = """\
+task: shapes
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function shapes.visuals
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {{max_new_tokens: {tokens}, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+FUNCTIONS = """\
+from PIL import Image
+
+
+def visuals(doc):
+    return [Image.open(path) if path.endswith(".png") else path for path in doc["media"]]
+"""
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory, natural_frames, image_file, clip_file) -> tuple[Path, list[dict]]:
+    """A folder with the task, and its questions: on one picture, on two, on a clip, on nothing."""
+    folder = tmp_path_factory.mktemp("task")
+    for number in range(2):
+        picture = natural_frames(1, 100 + 40 * number, 150, number)[0]
+        (folder / f"{number}.png").write_bytes(image_file(picture, "PNG"))
+    (folder / "clip.mp4").write_bytes(clip_file(natural_frames(8, 112, 112, 5)))
+    asked = [
+        ("What colour is the circle?", ["0.png"]),
+        ("How many squares are there?", ["0.png", "1.png"]),
+        ("What colour is the circle?", ["clip.mp4"]),
+        ("How many squares are there?", []),
+    ]
+    docs = [
+        {"question": question, "answer": "red", "media": [str(folder / name) for name in names]}
+        for question, names in asked
+    ]
+    data = folder / "shapes.jsonl"
+    data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    (folder / "shapes.yaml").write_text(TASK.format(data=data, tokens=MAX_NEW_TOKENS))
+    (folder / "shapes.py").write_text(FUNCTIONS)
+    return folder, docs
+
+
+def expected_answers(model_dir: Path, docs: list[dict]) -> list[str]:
+    answerer = Answerer(model_dir, MAX_NEW_TOKENS)
+    processor = answerer.processor.image_processor
+    processor.max_pixels = MAX_PIXELS
+    processor.size = {"shortest_edge": processor.min_pixels, "longest_edge": MAX_PIXELS}
+    sampling = VideoSampling(max_frames=64)
+    said = []
+    for doc in docs:
+        media = []
+        for path in doc["media"]:
+            if path.endswith(".png"):
+                media.append(("image", np.asarray(Image.open(path).convert("RGB"))))
+            else:
+                fit = PixelFit.of(processor, sampling)
+                media.append(("video", decode_video(Path(path).read_bytes(), sampling, fit)))
+        pieces = [piece for kind, _ in media for piece in ("", kind)]
+        said += answerer.answer([Question("", 0, "", (*pieces, doc["question"]), "", tuple(media))])
+    return [text.strip() for text in said]
+
+
+@pytest.mark.parametrize("form", ["pixels", "x4"])
+def test_lmms_eval_is_given_the_same_answers(form, task, prepared, tmp_path):
+    folder, docs = task
+    model_dir = prepared.model if form == "x4" else prepared.pixel_model
+    model = ["--model", "qwen2_vl_dct", "--model_args", f"pretrained={model_dir},max_pixels={MAX_PIXELS}"]
+    tasks = ["--include_path", str(folder), "--tasks", "shapes", "--batch_size", "1"]
+    output = ["--log_samples", "--output_path", str(tmp_path / "results")]
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = run([PYTHON, "benchmarks/quality/lmms_eval_model.py", *model, *tasks, *output], check=False, **offline)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (log,) = (tmp_path / "results").rglob("*samples*.jsonl")
+    logged = sorted((json.loads(line) for line in log.read_text().splitlines()), key=lambda line: line["doc_id"])
+    found = [line["filtered_resps"] for line in logged]
+    assert found == expected_answers(model_dir, docs)
+    assert len(set(found)) > 1
