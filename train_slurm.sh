@@ -15,7 +15,10 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 REPOSITORY=${REPOSITORY:-${SLURM_SUBMIT_DIR:-$here}}  # Slurm runs a copy of this file from a folder of its own
 NNODES=${SLURM_JOB_NUM_NODES:?train_slurm.sh runs inside a Slurm job: sbatch train_slurm.sh}
 NUM_PROC_PER_NODE=${NUM_PROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
-MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+if [ -z "${MASTER_ADDR:-}" ]; then
+  hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  MASTER_ADDR=${hosts%%$'\n'*}
+fi
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export REPOSITORY NNODES NUM_PROC_PER_NODE MASTER_ADDR MASTER_PORT
 
