@@ -2,8 +2,9 @@
 
 What NeMo's class leaves open is done here: validation, a checkpoint that can be loaded again, text-only micro-batches.
 A checkpoint is a folder `checkpoints/step000100/`: `hf/` is a complete Hugging Face directory, `trainer.pt` holds
-optimizer, schedule, loops and loader. It is written under another name and renamed when whole, so a killed run leaves
-no half ones.
+optimizer, schedule, loops and loader. With --lora-rank the adapters are merged into `hf/` and stand in `trainer.pt`;
+the frozen weights behind them are read from where the run began. It is written under another name and renamed when
+whole, so a killed run leaves no half ones.
 """
 
 import math
@@ -26,6 +27,7 @@ from torch.nn import functional
 from transformers import Qwen2VLForConditionalGeneration
 
 from data_module import EnergonDataModule, energon_state_classes
+from lora import LoRA, adapt_hf, adapted_weights, adapters_of, merged_hf
 from run_folder import (
     build_loggers,
     copy_all_but_weights,
@@ -46,7 +48,8 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
 
     model_dir: HF directory. freeze: parts that are not trained ("vision" is the tower without its projector).
     max_gradient_norm: 0 for no clipping. pixel_bounds: min_pixels, max_pixels of this run where they are not those of
-    model_dir; the processor that is saved with the weights gets them.
+    model_dir; the processor that is saved with the weights gets them. lora: adapters in place of the language model's
+    weights.
     """
 
     def __init__(
@@ -55,11 +58,13 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         freeze: tuple[str, ...] = (),
         max_gradient_norm: float = 1.0,
         pixel_bounds: dict[str, int] | None = None,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__(model_name=str(model_dir))
         self.pixel_bounds = pixel_bounds or {}
         self.model_dir = model_dir
-        self.freeze = freeze
+        self.freeze = (*freeze, "language") if lora else freeze
+        self.lora = lora
         self.max_gradient_norm = max_gradient_norm
         self.gradient_norm: Any = 0.0
         self.last_learning_rate = 0.0
@@ -73,6 +78,8 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         self.model.train()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad = not is_frozen(name, self.freeze)
+        if self.lora:
+            adapt_hf(self.model, self.lora)
 
     def forward(self, batch: QwenBatch) -> torch.Tensor:
         """-> logits [B, L, vocabulary]."""
@@ -129,11 +136,15 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         count_batches_as_completed(checkpoint)
 
     def save_hf(self, output_dir: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """A complete HF directory: weights, config, tokenizer, and processor with this run's pixel bounds. Atomic."""
+        """A complete HF directory: weights, config, tokenizer, and processor with this run's pixel bounds. Atomic.
+
+        state_dict: the model's own if None; adapters in it are merged.
+        """
         temporary = output_dir.with_name(f".{output_dir.name}.tmp")
         copy_all_but_weights(self.model_dir, temporary)
         write_pixel_bounds(temporary, self.pixel_bounds)
-        self.model.save_pretrained(temporary, state_dict=state_dict)
+        weights = self.model.state_dict() if state_dict is None else state_dict
+        self.model.save_pretrained(temporary, state_dict=merged_hf(weights, self.lora))
         shutil.rmtree(output_dir, ignore_errors=True)
         temporary.replace(output_dir)
 
@@ -152,7 +163,7 @@ class FolderCheckpointIO(CheckpointIO):
         temporary.mkdir(parents=True)
         weights = {name.removeprefix("model."): tensor for name, tensor in checkpoint.pop("state_dict").items()}
         self.module.save_hf(temporary / "hf", weights)
-        torch.save(checkpoint, temporary / "trainer.pt")
+        torch.save({**checkpoint, "adapters": adapters_of(weights)}, temporary / "trainer.pt")
         sync_files(temporary)
         if path.exists():
             shutil.rmtree(path)
@@ -167,6 +178,9 @@ class FolderCheckpointIO(CheckpointIO):
             weights.update(load_file(file))
         if self.module.model.config.tie_word_embeddings:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        adapters = checkpoint.pop("adapters", {})
+        frozen = self.module.model.state_dict()  # as model_dir has it; hf/ has it merged with the adapters
+        weights |= adapters | {name: frozen[name] for name in adapted_weights(adapters)}
         checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in weights.items()}
         return checkpoint
 
@@ -204,7 +218,11 @@ def build_trainer(arguments, module: QwenAutoModel, callbacks: list[Callback]) -
 def run(arguments, data: EnergonDataModule, merge_size: int, extra_callbacks: list[Callback]) -> None:
     """Fine-tunes, resuming from the newest checkpoint, and writes RUN_DIR/hf."""
     module = QwenAutoModel(
-        arguments.model_dir, tuple(arguments.freeze), arguments.max_gradient_norm, arguments.pixel_bounds
+        arguments.model_dir,
+        tuple(arguments.freeze),
+        arguments.max_gradient_norm,
+        arguments.pixel_bounds,
+        LoRA.of(arguments),
     )
     log = TrainingLog(arguments.run_dir, arguments.max_steps, arguments.log_interval, merge_size)
     trainer = build_trainer(arguments, module, [log, *step_checkpoints(arguments), *extra_callbacks])

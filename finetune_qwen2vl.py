@@ -25,6 +25,7 @@ DATA_SETTINGS = (  # --restart-data lets these change
 FIXED_ON_RESUME = (
     *("model_dir", *DATA_SETTINGS),
     *("max_steps", "lr", "min_lr", "warmup_steps", "weight_decay", "adam_beta2", "max_gradient_norm", "freeze"),
+    *("lora_rank", "lora_alpha"),
 )
 
 
@@ -32,7 +33,7 @@ POSITIVE = (
     *("max_steps", "micro_batch_size", "global_batch_size", "devices", "num_nodes", "val_interval"),
     *("keep", "log_interval", "seq_length", "max_bad_in_a_row"),
     *("video_min_frames", "video_max_frames", "video_total_pixels"),
-    *("tensor_parallel", "pipeline_parallel", "packing_buffer"),
+    *("tensor_parallel", "pipeline_parallel", "packing_buffer", "lora_alpha"),
 )
 MEGATRON_ONLY = ("tensor_parallel", "pipeline_parallel", "pack_tokens", "recompute")
 ROW_TOKENS, ROWS_PER_STEP = 8192, 16  # of packed rows, where the command line does not say
@@ -104,7 +105,11 @@ def parser_optimizer(parser: argparse.ArgumentParser) -> None:
         choices=("vision", "projector", "language"),
         help="parts that are not trained",
     )
-    group.add_argument("--seed", type=int, default=42, help="of shuffling")
+    group.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank (arXiv 2106.09685) in "
+                       "place of the language model's weights; 0: the weights")  # fmt: skip
+    group.add_argument("--lora-alpha", type=int, default=32, help="what the adapters add is multiplied by it and "
+                       "divided by --lora-rank")  # fmt: skip
+    group.add_argument("--seed", type=int, default=42, help="of shuffling and of adapters")
 
 
 def parser_machine(parser: argparse.ArgumentParser) -> None:
@@ -239,6 +244,29 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         )
 
 
+def check_parts(arguments: argparse.Namespace) -> None:
+    """Raises RunError for parts that cannot be frozen or adapted as asked."""
+    if "language" in arguments.freeze and arguments.pipeline_parallel > 1:
+        raise RunError(f"--freeze language leaves pipeline stages nothing to train, got --pipeline-parallel "
+                       f"{arguments.pipeline_parallel}: use --tensor-parallel")  # fmt: skip
+    check_lora(arguments)
+
+
+def check_lora(arguments: argparse.Namespace) -> None:
+    """Raises RunError for adapters that cannot be."""
+    rank, size = arguments.lora_rank, arguments.tensor_parallel
+    if rank < 0:
+        raise RunError(f"--lora-rank must be at least 0, got {rank}")
+    if rank and "language" in arguments.freeze:
+        raise RunError(f"--lora-rank {rank} trains adapters of the language model, --freeze language nothing of it: "
+                       "leave one of them out (with adapters its own weights are frozen anyway)")  # fmt: skip
+    if rank and arguments.pipeline_parallel > 1:  # it wants weights with and without decay in every stage
+        raise RunError(f"Megatron-core cannot resume --lora-rank {rank} under --pipeline-parallel "
+                       f"{arguments.pipeline_parallel}: use --tensor-parallel")  # fmt: skip
+    if rank % size:
+        raise RunError(f"--lora-rank {rank} is not divisible by --tensor-parallel {size}: change one of them")
+
+
 def check_run_folder(arguments: argparse.Namespace) -> None:
     """A folder of another run is not continued. Raises RunError naming what differs."""
     path = arguments.run_dir / "run.json"
@@ -259,6 +287,7 @@ def check_run_folder(arguments: argparse.Namespace) -> None:
 def check(arguments: argparse.Namespace) -> ModelInfo:
     """Everything that can be wrong before a heavy import. Raises RunError."""
     check_numbers(arguments)
+    check_parts(arguments)
     info = check_model(arguments.model_dir, arguments.dct)
     check_pixel_bounds(arguments)
     check_data(arguments.data_dir)

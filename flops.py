@@ -2,7 +2,7 @@
 
 A multiply-add counts as two. Matrix products only; attention is counted within each sample and, in the vision tower,
 within each time step of a medium, as if nothing were spent on padding or masked positions. The backward pass costs
-twice the forward pass.
+twice the forward pass, also where weights are frozen and it needs less.
 """
 
 import torch

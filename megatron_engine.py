@@ -32,6 +32,7 @@ from transformers import Qwen2VLConfig
 
 from data_module import EnergonDataModule
 from flops import training_flops
+from lora import LoRA, adapt_megatron
 from megatron_model import RowQwen2VL, fuse_gradient_accumulation, model_config
 from megatron_weights import load_hf, save_hf, sources_of
 from packing import PackedBatch
@@ -94,7 +95,8 @@ class QwenMegatronModel(Qwen2VLModel):
     """Qwen2-VL as NeMo's LightningModule, over `PackedBatch`es.
 
     model_dir: HF directory. row_tokens: of the longest row. freeze: parts that are not trained. recompute: activations
-    of transformer layers are computed again in the backward pass. pipeline: there are several pipeline stages.
+    of transformer layers are computed again in the backward pass. pipeline: there are several pipeline stages. lora:
+    adapters in place of the language model's weights.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class QwenMegatronModel(Qwen2VLModel):
         freeze: tuple[str, ...] = (),
         recompute: bool = False,
         pipeline: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
         hf_config = Qwen2VLConfig.from_pretrained(model_dir)
         options: dict[str, Any] = {"calculate_per_token_loss": True}
@@ -114,7 +117,8 @@ class QwenMegatronModel(Qwen2VLModel):
         super().__init__(model_config(hf_config, row_tokens, **options))
         self.hf_config = hf_config
         self.model_dir = model_dir
-        self.freeze = freeze
+        self.freeze = (*freeze, "language") if lora else freeze
+        self.lora = lora
         self.last_learning_rate = 0.0
         self.validation_loss = float("nan")
         self.rows: list[PackedBatch] = []  # of the step, without their tensors on the device
@@ -128,6 +132,8 @@ class QwenMegatronModel(Qwen2VLModel):
         sources = sources_of(self.module, self.hf_config)
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad = not is_frozen(sources[name].names[0], self.freeze)
+        if self.lora:
+            adapt_megatron(self.module, self.lora)
         fuse_gradient_accumulation(self.module)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
@@ -324,7 +330,12 @@ def run(arguments, data: EnergonDataModule, merge_size: int, extra_callbacks: li
     """Fine-tunes, resuming from the newest checkpoint, and writes RUN_DIR/hf. Raises OutOfMemory."""
     row_tokens = max(arguments.seq_length * arguments.micro_batch_size, arguments.pack_tokens)
     module = QwenMegatronModel(
-        arguments.model_dir, row_tokens, tuple(arguments.freeze), arguments.recompute, arguments.pipeline_parallel > 1
+        arguments.model_dir,
+        row_tokens,
+        tuple(arguments.freeze),
+        arguments.recompute,
+        arguments.pipeline_parallel > 1,
+        LoRA.of(arguments),
     )
     data.data_sampler = RowSampler(
         seq_len=row_tokens,

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lora import merged_megatron
 from run_folder import copy_all_but_weights
 
 ROWS, COLUMNS, WHOLE = 0, 1, None  # the axis that tensor parallelism splits
@@ -89,7 +90,7 @@ class Source:
 
 
 def sources_of(model, hf_config) -> dict[str, Source]:
-    """Of every parameter of this process's part of the model. Raises KeyError for one that no rule knows.
+    """Of every parameter of this process's part of the model but adapters. Raises KeyError for one that no rule knows.
 
     model: `RowQwen2VL`. With tied embeddings the output layer of a last pipeline stage is the embedding's copy.
     """
@@ -97,11 +98,12 @@ def sources_of(model, hf_config) -> dict[str, Source]:
         "vision_model": 0,
         "language_model": model.language_model.decoder.layers[0].layer_number - 1,
     }
-    return {name: _source_of(name, offsets, hf_config) for name, _ in model.named_parameters()}
+    names = (name for name, _ in model.named_parameters() if ".adapter." not in name)
+    return {name: _source_of(name, offsets, hf_config) for name in names}
 
 
 def _source_of(name: str, offsets: dict[str, int], hf_config) -> Source:
-    plain = name
+    plain = name.replace(".to_wrap.", ".")  # a layer with an adapter
     for unfused, fused in UNFUSED_NORMS.items():
         plain = plain.replace(unfused, fused)
     vision = plain.startswith("vision_model.")
@@ -197,14 +199,14 @@ def from_megatron(source: Source, parts: list[torch.Tensor]) -> list[torch.Tenso
 
 
 def gather_hf(model, hf_config) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors of this process's pipeline stage, on the CPU. Collective over tensor-parallel
-    processes; {} on all but the first of them."""
+    """The checkpoint's tensors of this process's pipeline stage, adapters merged, on the CPU. Collective over
+    tensor-parallel processes; {} on all but the first of them."""
     group = parallel_state.get_tensor_model_parallel_group()
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     patch = hf_config.vision_config
     tensors: dict[str, torch.Tensor] = {}
     for name, source in sources_of(model, hf_config).items():
-        value = model.get_parameter(name).detach()
+        value = merged_megatron(model, name)
         parts = [value]
         if size > 1 and source.axis is not None:
             parts = [torch.empty_like(value) for _ in range(size)]

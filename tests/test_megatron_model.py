@@ -6,11 +6,12 @@ the layers are Megatron-core's plain ones and attention is torch's.
 
 import importlib.util
 import os
+import shutil
 import socket
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from samples_by_hand import answer, conversation_sample
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
 
@@ -51,18 +52,18 @@ def load_processor(folder, name):
     return (Qwen2VLImageProcessor if name == "none" else DCTImageProcessor).from_pretrained(folder)
 
 
-def build(folder, dtype: torch.dtype = DTYPE):
+def build(folder, dtype: torch.dtype = DTYPE, **options):
     """The Megatron model of an HF directory."""
     from megatron_model import model_config
     from megatron_weights import load_hf
 
     hf_config = AutoConfig.from_pretrained(folder)
     if GPU:
-        config = model_config(hf_config, 4096, dtype, gradient_accumulation_fusion=False)
+        config = model_config(hf_config, 4096, dtype, gradient_accumulation_fusion=False, **options)
     else:
         from megatron_cpu import CPU_OPTIONS, plain_layers
 
-        config = model_config(hf_config, 4096, dtype, plain_layers(), **CPU_OPTIONS)
+        config = model_config(hf_config, 4096, dtype, plain_layers(), **CPU_OPTIONS, **options)
     model = config.configure_model().to(DEVICE, dtype)
     load_hf(model, hf_config, folder)
     return model
@@ -153,6 +154,29 @@ def test_every_tensor_comes_back_bit_for_bit(name, directory, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} - {weights} == {
         p.name for p in folder.iterdir() if p.is_file()
     } - {weights}
+
+
+@pytest.mark.skipif(not os.environ.get("FULL_SIZE"), reason="two minutes, 18 GB of memory, 9 GB of disk: FULL_SIZE=1")
+def test_every_tensor_of_the_2b_model_comes_back_bit_for_bit(converted, tmp_path):
+    """With random bits, not-a-numbers among them."""
+    from benchmarks.training import real_config
+    from megatron_weights import save_hf
+
+    folder, hf_config = tmp_path / "2b", real_config(1764)
+    shutil.copytree(converted("x4"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    hf_config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Qwen2VLForConditionalGeneration(hf_config).named_parameters()}
+    del shapes["lm_head.weight"]  # tied
+    generator = torch.Generator().manual_seed(0)
+    drawn = {name: torch.randint(-(2**15), 2**15, shape, generator=generator, dtype=torch.int16)
+             for name, shape in shapes.items()}  # fmt: skip
+    save_file({name: bits.view(torch.bfloat16) for name, bits in drawn.items()}, folder / "model.safetensors")
+    save_hf(build(folder, torch.bfloat16, perform_initialization=False), hf_config, folder, tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert sum(bits.numel() for bits in drawn.values()) > 2.2e9
+    assert after.keys() == drawn.keys()
+    assert all(torch.equal(after[name].view(torch.int16), bits) for name, bits in drawn.items())
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -298,6 +322,83 @@ def test_a_query_group_holds_its_queries_then_its_key_and_value():
     query, key, value = torch.arange(4.0)[:, None], torch.arange(10.0, 12)[:, None], torch.arange(20.0, 22)[:, None]
     found = to_megatron(Source(("q", "k", "v"), 0, "qkv", heads=4, groups=2), [query, key, value])
     assert found.flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+
+
+def build_with_adapters(folder, monkeypatch, **options):
+    """As the engine builds it, but in DTYPE: rank 4, the language model's own weights frozen."""
+    from lora import LoRA, adapt_megatron
+
+    if not GPU:  # NeMo takes mocks for its classes then
+        monkeypatch.setattr("nemo.collections.llm.peft.utils.HAVE_TE", False)
+    model = build(folder, **options)
+    model.language_model.requires_grad_(False)
+    adapt_megatron(model, LoRA(rank=4, alpha=8, seed=1))
+    return model
+
+
+def draw_adapters(model) -> None:
+    """Other values than the zeros that B begins with."""
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if ".linear_out." in name:
+            torch.nn.init.normal_(parameter.data, std=0.05, generator=torch.Generator(DEVICE).manual_seed(number))
+
+
+def test_adapters_change_nothing_at_first_and_learn_beside_the_vision_tower(directory, entries, monkeypatch):
+    folder = directory("x4")
+    encoder = packing_encoder(folder, "x4")
+    batch = encoder.batch(encode(encoder, entries, ROWS["mixed"])).to(DEVICE)
+    model = build_with_adapters(folder, monkeypatch)
+    with torch.no_grad():
+        assert torch.equal(model(batch, return_logits=True), build(folder)(batch, return_logits=True))
+    draw_adapters(model)
+    model(batch).mean().backward()
+    learns = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    adapters = {name for name in learns if ".adapter." in name}
+    assert len(adapters) == 2 * 4 * model.config.language_transformer_config.num_layers
+    assert learns - adapters == {name for name, _ in model.named_parameters() if name.startswith("vision_")}
+    assert all(parameter.grad.any() for name, parameter in model.named_parameters() if name in adapters)
+
+
+def test_the_exported_model_has_the_adapters_merged(directory, entries, monkeypatch, tmp_path):
+    from megatron_weights import save_hf
+
+    folder = directory("x4")
+    encoder = packing_encoder(folder, "x4")
+    samples = encode(encoder, entries, ROWS["all in one row"])
+    model = build_with_adapters(folder, monkeypatch).eval()
+    draw_adapters(model)
+    save_hf(model, AutoConfig.from_pretrained(folder), folder, tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+    with torch.no_grad():
+        batch = encoder.batch(samples).to(DEVICE)
+        found = model(batch, return_logits=True).float()
+        logits, _, _ = reference(tmp_path / "out", "x4", samples, torch.float32)
+        assert distance(found, logits) < (5e-2 if GPU else 2e-5)
+        assert distance(build(folder)(batch, return_logits=True), logits) > 0.1
+    again = build_with_adapters(folder, monkeypatch).eval()
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(batch, return_logits=True).float(), found)
+
+
+def test_adapters_learn_behind_recomputed_layers_and_a_frozen_tower(directory, entries, monkeypatch):
+    if not GPU:
+        for name in ("_get_cuda_rng_state", "_set_cuda_rng_state"):
+            monkeypatch.setattr(f"megatron.core.tensor_parallel.random.{name}", lambda *unused, **options: None)
+    folder = directory("x4")
+    encoder = packing_encoder(folder, "x4")
+    batch = encoder.batch(encode(encoder, entries, ROWS["image"])).to(DEVICE)
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    gradients = []
+    for options in ({}, recompute):
+        model = build_with_adapters(folder, monkeypatch, **options).train()
+        model.vision_model.requires_grad_(False)
+        model.vision_projection.requires_grad_(False)
+        draw_adapters(model)
+        model(batch).mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters() if ".adapter." in name})
+    for name, gradient in gradients[0].items():
+        assert gradient.any() and distance(gradients[1][name], gradient) < (2e-2 if GPU else 1e-6), name
 
 
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "0" if GPU else "1")  # small graphs on a CPU are not worth compiling

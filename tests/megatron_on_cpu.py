@@ -1,0 +1,116 @@
+"""Stands in for Python in qwen_launch.sh: `finetune_qwen2vl.py --engine megatron` then runs on a CPU.
+
+    PYTHON=python_on_cpu PYTHON_EXEC=python_on_cpu ENGINE=megatron bash qwen_launch.sh
+
+where `python_on_cpu` is a script that runs this file (`write_interpreter`); torchrun reads PYTHON_EXEC. All but a few
+pieces is the real engine: NeMo's strategy, Megatron-core's model, gradients, distributed optimizer and checkpoints,
+tensor, pipeline and data parallelism (over gloo). Replaced is what has no CPU form: the name of the device,
+TransformerEngine's layers (by those of tests/megatron_cpu.py) and its Adam, and the refusal to start.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+SCRIPT = "finetune_qwen2vl.py"
+
+
+def write_interpreter(folder: Path) -> Path:
+    """A program that takes python's arguments; for PYTHON and PYTHON_EXEC."""
+    program = folder / "python_on_cpu"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).resolve()}" "$@"\n')
+    program.chmod(0o755)
+    return program
+
+
+def replace_device() -> None:
+    """Whoever asks for a CUDA device gets the CPU."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    cpu = torch.device("cpu")
+
+    def on_cpu(value):
+        return cpu if isinstance(value, (str, torch.device)) and str(value).startswith("cuda") else value
+
+    class OnCPU(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.cuda:
+                return args[0]
+            kwargs = {name: on_cpu(value) for name, value in (kwargs or {}).items()}
+            result = func(*map(on_cpu, args), **kwargs)
+            if func is torch.Tensor.type and isinstance(result, str):
+                return result.replace("torch.", "torch.cuda.")  # Megatron's optimizer takes parameters of these only
+            return result
+
+    OnCPU().__enter__()
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.synchronize = lambda *device: None
+
+
+def replace_optimizer() -> None:
+    """Megatron-core 0.13.1 takes TransformerEngine's Adam; with PyTorch's it cannot resume."""
+    import megatron.core.optimizer
+    import torch
+    from megatron.core.optimizer import distrib_optimizer
+
+    class Adam(torch.optim.Optimizer):
+        """AdamW that counts its steps once for each group of parameters, as TransformerEngine's."""
+
+        def __init__(self, params, lr, betas, eps, weight_decay, **unused) -> None:
+            super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+        @torch.no_grad()
+        def step(self) -> None:
+            for group in self.param_groups:
+                group["step"] = group.get("step", 0) + 1
+                for parameter in group["params"]:
+                    self._update(parameter, **group)
+
+        def _update(self, parameter, step, lr, betas, eps, weight_decay, **unused) -> None:
+            state = self.state[parameter]
+            for name in ("exp_avg", "exp_avg_sq"):
+                state.setdefault(name, torch.zeros_like(parameter))
+            state["exp_avg"].lerp_(parameter.grad, 1 - betas[0])
+            state["exp_avg_sq"].lerp_(parameter.grad**2, 1 - betas[1])
+            mean, square = state["exp_avg"] / (1 - betas[0] ** step), state["exp_avg_sq"] / (1 - betas[1] ** step)
+            parameter.mul_(1 - lr * weight_decay).sub_(lr * mean / (square.sqrt() + eps))
+
+    megatron.core.optimizer.Adam = distrib_optimizer.Adam = Adam
+    megatron.core.optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+
+
+def replace_layers() -> None:
+    """Plain layers for TransformerEngine's, and Lightning's CPU for its GPU."""
+    from functools import partial
+
+    import nemo.lightning.io.pl
+    from megatron_cpu import CPU_OPTIONS, plain_layers
+
+    import megatron_engine
+
+    megatron_engine.model_config = partial(megatron_engine.model_config, layers=plain_layers(), **CPU_OPTIONS)
+    trainer = megatron_engine.nl.Trainer
+    megatron_engine.nl.Trainer = lambda **options: trainer(**{**options, "accelerator": "cpu"})
+    nemo.lightning.io.pl._fix_tensors_device = lambda checkpoint: checkpoint  # asserts that CUDA is there
+
+
+def fine_tune(arguments: list[str]) -> int:
+    """Imports come late: a process that Megatron-core starts for a checkpoint imports this file, too."""
+    sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+    import finetune_qwen2vl
+
+    finetune_qwen2vl.megatron_refusal = lambda: None
+    if "--check" not in arguments:
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # it would compile C++ for minutes, or find no compiler
+        replace_device()
+        replace_optimizer()
+        replace_layers()
+    return finetune_qwen2vl.main(arguments)
+
+
+if __name__ == "__main__":
+    if SCRIPT in sys.argv[1:3]:  # after -u, from torchrun
+        sys.exit(fine_tune(sys.argv[sys.argv.index(SCRIPT) + 1 :]))
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
