@@ -1,7 +1,6 @@
 """Pictures and clips: what keeps its bytes, what is converted and how, what is refused."""
 
 import io
-import os
 import re
 import struct
 import zlib
@@ -366,7 +365,7 @@ def test_pictures_beyond_the_limits_are_refused_unread(height, width, reason):
     assert reason_of("image", png_header(height, width)) == reason
 
 
-@pytest.mark.parametrize("data", [b"", b"GIF89a", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xff\xd8\xff", os.urandom(200)])
+@pytest.mark.parametrize("data", [b"", b"GIF89a", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xff\xd8\xff", bytes(range(200))])
 def test_what_is_no_picture(data):
     assert reason_of("image", data) == "broken_image"
 

@@ -334,6 +334,7 @@ def test_compressed_data_that_end_or_change(tmp_path):
         (gzip.compress(GOOD_ONE + END)[:20], "end-of-stream"),
         (GOOD_ONE[:514], "cut short"),
     ],
+    ids=["empty", "text", "jpeg", "compressed text", "cut gzip", "cut header"],  # gzip headers hold the time
 )
 def test_what_is_no_tar_at_all(tmp_path, data, message):
     with pytest.raises(
