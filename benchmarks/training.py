@@ -417,17 +417,16 @@ def main(argv: list[str] | None = None) -> int:
     for work in arguments.work:
         works = make_work(work, arguments.samples, arguments.seed)
         print(f"\n{work}: {len(works)} samples a step", flush=True)
-        lines = []
+        results[work] = lines = []
         for way in arguments.ways:
             if way == "stock":
                 lines += measure_stock(works, arguments.stock_sizes, arguments.seed, 1)
             else:
                 budget = arguments.pixel_pack_tokens if way in ("none", "exact") else arguments.pack_tokens
                 lines.append(measure_rows(way, works, budget, arguments.seed, arguments.repeats))
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print_ratios(lines)
-        results[work] = lines
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
