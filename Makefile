@@ -15,6 +15,9 @@ IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 # Nothing is downloaded after the set-up, and no result is sent anywhere.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline
 
+# Dozens of processes import the same packages: compiled modules are kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo test lint format lock clean distclean
 .DEFAULT_GOAL := help
 

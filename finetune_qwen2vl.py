@@ -413,6 +413,8 @@ def train(arguments: argparse.Namespace, info: ModelInfo) -> None:
     if engine == "megatron":
         import megatron_engine as chosen
     else:
+        # Nothing is compiled; Megatron-core, which NeMo imports, would start processes that could.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         import automodel_engine as chosen
     chosen.run(arguments, data, data.task_encoder.image_processor.merge_size, callbacks)
 

@@ -103,7 +103,7 @@ def fine_tune(arguments: list[str]) -> int:
 
     finetune_qwen2vl.megatron_refusal = lambda: None
     if "--check" not in arguments:
-        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # it would compile C++ for minutes, or find no compiler
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # it would compile C++ for minutes, or find no compiler
         replace_device()
         replace_optimizer()
         replace_layers()
