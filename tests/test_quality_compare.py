@@ -48,7 +48,8 @@ def test_a_paired_difference_is_that_of_the_textbook():
 
 def test_equal_series_show_nothing_and_a_constant_gap_everything():
     assert compare.paired_difference([1, 2, 3], [1, 2, 3]) == compare.Difference(0, 0, 0, 1.0, 3)
-    assert compare.paired_difference([2, 3], [1, 2]).p == 0.0
+    constant = compare.paired_difference([2, 3], [1, 2])
+    assert constant.p == 0.0 and compare.describe(constant) == "+100.0 points (+100.0 to +100.0), p < 1e-09"
     with pytest.raises(ValueError, match="got 3 and 2"):
         compare.paired_difference([1, 2, 3], [1, 2])
 
