@@ -28,6 +28,7 @@ PCA_FLOATS = 1176
 LEAST_STD = 1e-3  # of normalised values; what varies less is constant
 
 X4_BLOCK = (2, 28, 28)
+NOISE_FLOOR = 16 / 255  # of x4-floor: 16 levels of 0..255
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,13 @@ def _flat(name: str) -> Arm:
     return _dct(name, replace(config, scale=(scale,) * config.num_coefficients, name=name))
 
 
+def _floor(name: str) -> Arm:
+    """x4 with a floor under its scales, so that what natural pictures hardly have is not made as loud as the rest."""
+    config = DCTConfig.preset("x4")
+    scale = tuple(math.hypot(value, NOISE_FLOOR) for value in config.scale)
+    return _dct(name, replace(config, scale=scale, name=name))
+
+
 # name: (what it is, how it is made). The order is that of tables.
 ARMS = {
     "pixels": ("pixels, all tokens", lambda name: Arm(name)),
@@ -79,6 +87,7 @@ ARMS = {
     "pca28": ("whitened 28 x 28 px", lambda name: Arm(name, side=28, scaling="pca")),
     "x4": ("preset x4", lambda name: _dct(name, DCTConfig.preset("x4"))),
     "x4-flat": ("x4, one scale for all", _flat),
+    "x4-floor": ("x4, scales with a noise floor", _floor),
     "x4-corner": ("14 x 14 corner: DCT downscaling", lambda name: _x4_like(name, 1176, "box")),
     "x4-half": ("half the floats of x4, variance order", lambda name: _x4_like(name, 882)),
     "x4-variance": ("1176 floats, variance order", lambda name: _x4_like(name, 1176)),

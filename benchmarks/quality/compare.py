@@ -27,6 +27,8 @@ PAIRS = (
     ("x4", "quarter-pca"),
     ("x4", "pixels"),
     ("x4", "x4-corner"),
+    ("x4", "x4-floor"),
+    ("x4-floor", "quarter-pca"),
     ("x4", "raw28"),
     ("x4", "pca28"),
     ("x4-corner", "quarter"),

@@ -8,11 +8,22 @@ from benchmarks.quality.settings import ModelSize, Settings
 
 SEEDS = (0, 1, 2)
 CORE = ("quarter", "x4", "pixels")  # the cheapest first
-CONDITIONING = (*CORE, "quarter-unit", "quarter-pca", "raw28", "pca28", "x4-flat", "pixels-unit", "pixels-pca", "exact")
-INFORMATION = (*CORE, "quarter-pca", "x4-corner", "x4-half", "pca28")
+CONDITIONING = (
+    *CORE,
+    "quarter-unit",
+    "quarter-pca",
+    "raw28",
+    "pca28",
+    "x4-flat",
+    "x4-floor",
+    "pixels-unit",
+    "pixels-pca",
+    "exact",
+)
+INFORMATION = (*CORE, "quarter-pca", "x4-floor", "x4-corner", "x4-half", "pca28")
 FORMATS = ("x4", "x4-corner", "x4-half", "x4-variance", "x4-zigzag", "x4-all", "x4-444")
 BUDGETS = ("sixteenth", "sixteenth-pca", "x16", "quarter", "quarter-pca", "x4", "pixels", "exact")
-WARM = ("quarter", "x4", "pixels", "x4-corner", "x4-half", "x4-weighted", "exact", "sixteenth", "x16")
+WARM = ("quarter", "x4", "pixels", "x4-floor", "x4-corner", "x4-half", "x4-weighted", "exact", "sixteenth", "x16")
 STILLS = ("reading", "numbers", "words", "odd-one", "counting", "texture", "chart")
 CLIPS = ("motion", "order", "flashes", "ticker")
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
@@ -64,7 +75,7 @@ def _runs(base: Settings, arms: tuple[str, ...], seeds: tuple[int, ...] = SEEDS)
 def first(plan: Plan) -> Suite:
     """Does x4 read better than a picture of half the sides, at equal tokens and steps? One seed, then controls, then
     two more seeds."""
-    controls = ("x4-corner", "quarter-pca", "pca28", "raw28")
+    controls = ("x4-corner", "quarter-pca", "x4-floor", "pca28", "raw28")
     base = plan.base()
     return Suite((*_runs(base, CORE, (0,)), *_runs(base, controls, (0,)), *_runs(base, CORE, (1, 2))), len(CORE))
 
