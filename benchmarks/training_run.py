@@ -12,6 +12,7 @@ first.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -141,7 +142,11 @@ def measure(model_dir: Path, shards: Path, gpus: int, arguments: argparse.Namesp
         "NUM_WORKERS": arguments.num_workers, "SEQ_LENGTH": 4096, "ENGINE": "megatron", "PYTHON": sys.executable,
     }  # fmt: skip
     command = ["bash", "qwen_launch.sh", "--log-interval", "1", "--video-fps", str(CLIP_RATE)]
+    if arguments.trace:
+        command += ["--profile", str(WARM_UP - 1)]
     run([*command, "--shuffle-buffer", "100"], **{name: str(value) for name, value in environment.items()})
+    if arguments.trace:
+        shutil.copyfile(next((folder / f"gpus{gpus}").rglob("rank0.json.gz")), arguments.trace)
     lines = [json.loads(line) for line in (folder / f"gpus{gpus}" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line][WARM_UP:]
     seconds = sum(line["seconds"] for line in steps)
@@ -169,6 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pack-tokens", type=int, default=16384, help="of a row")
     parser.add_argument("--num-workers", type=int, default=8, help="loader processes for each GPU")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
+    parser.add_argument("--trace", type=Path, help="write a trace of a step that does not count here (.json.gz)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args(argv)
     import torch

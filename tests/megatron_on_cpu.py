@@ -85,6 +85,7 @@ def replace_layers() -> None:
     """Plain layers for TransformerEngine's, and Lightning's CPU for its GPU."""
     from functools import partial
 
+    import nemo.collections.llm.peft.utils
     import nemo.lightning.io.pl
     from megatron_cpu import CPU_OPTIONS, plain_layers
 
@@ -93,6 +94,7 @@ def replace_layers() -> None:
     megatron_engine.model_config = partial(megatron_engine.model_config, layers=plain_layers(), **CPU_OPTIONS)
     trainer = megatron_engine.nl.Trainer
     megatron_engine.nl.Trainer = lambda **options: trainer(**{**options, "accelerator": "cpu"})
+    nemo.collections.llm.peft.utils.HAVE_TE = False  # it asks for instances of what stands in for TransformerEngine
     nemo.lightning.io.pl._fix_tensors_device = lambda checkpoint: checkpoint  # asserts that CUDA is there
 
 
