@@ -20,7 +20,7 @@ from typing import Any
 DATA_SETTINGS = (  # --restart-data lets these change
     *("data_dir", "min_pixels", "max_pixels", "seq_length", "shuffle_buffer", "seed"),
     *("video_fps", "video_min_frames", "video_max_frames", "video_total_pixels", "packing_buffer"),
-    *("data_parallel", "micro_batch_size", "pack_tokens", "global_batch_size", "num_workers"),
+    *("data_parallel", "micro_batch_size", "global_batch_size", "pack_tokens", "pack_vision_tokens", "num_workers"),
 )
 FIXED_ON_RESUME = (
     *("model_dir", *DATA_SETTINGS),
@@ -35,7 +35,7 @@ POSITIVE = (
     *("video_min_frames", "video_max_frames", "video_total_pixels"),
     *("tensor_parallel", "pipeline_parallel", "packing_buffer", "lora_alpha"),
 )
-MEGATRON_ONLY = ("tensor_parallel", "pipeline_parallel", "pack_tokens", "recompute")
+MEGATRON_ONLY = ("tensor_parallel", "pipeline_parallel", "pack_tokens", "pack_vision_tokens", "recompute")
 ROW_TOKENS, ROWS_PER_STEP = 8192, 16  # of packed rows, where the command line does not say
 
 
@@ -123,7 +123,11 @@ def parser_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pack-tokens", type=int, help="megatron: a micro-batch is one row of samples with at most so "
                        f"many tokens together; 0: a row of --micro-batch-size samples (default: {ROW_TOKENS}, or 0 "
                        "where --micro-batch-size is given)")  # fmt: skip
-    group.add_argument("--packing-buffer", type=int, default=64, help="samples among which a loader process fills rows")
+    group.add_argument("--pack-vision-tokens", type=int, help="megatron: and so many tokens of the vision tower "
+                       "(default: twice --pack-tokens)")  # fmt: skip
+    group.add_argument(
+        "--packing-buffer", type=int, default=512, help="samples among which a loader fills rows"
+    )
     group.add_argument("--tensor-parallel", type=int, default=1, help="megatron: processes that share each layer")
     group.add_argument("--pipeline-parallel", type=int, default=1, help="megatron: processes that share the layers")
     group.add_argument("--recompute", action="store_true", help="megatron: less memory, a third more arithmetic")
@@ -204,6 +208,8 @@ def settle_batch(arguments: argparse.Namespace, engine: str) -> None:
     packs = engine == "megatron" and arguments.micro_batch_size is None
     if arguments.pack_tokens is None:
         arguments.pack_tokens = ROW_TOKENS if packs else 0
+    if arguments.pack_vision_tokens is None:
+        arguments.pack_vision_tokens = 2 * arguments.pack_tokens
     if arguments.micro_batch_size is None:
         arguments.micro_batch_size = 1
     if arguments.global_batch_size is None:
@@ -230,6 +236,11 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         raise RunError(
             f"--pack-tokens {arguments.pack_tokens} fills rows with samples up to it, so --micro-batch-size is 1, got "
             f"{arguments.micro_batch_size}: leave one of them out"
+        )
+    if bool(arguments.pack_tokens) != bool(arguments.pack_vision_tokens) or arguments.pack_vision_tokens < 0:
+        raise RunError(
+            f"--pack-vision-tokens {arguments.pack_vision_tokens} bounds the same rows as --pack-tokens "
+            f"{arguments.pack_tokens}: both must be over 0, or leave both out"
         )
     per_step = arguments.micro_batch_size * arguments.data_parallel
     if arguments.global_batch_size % per_step:
@@ -333,7 +344,8 @@ def build_task_encoder(arguments: argparse.Namespace, info: ModelInfo, rows: boo
     }
     tokenizer, processor = load_processor(arguments, info)
     if rows:
-        return PackingTaskEncoder(tokenizer, processor, pack_tokens=arguments.pack_tokens, **options)
+        budget = {name: getattr(arguments, name) for name in ("pack_tokens", "pack_vision_tokens")}
+        return PackingTaskEncoder(tokenizer, processor, **budget, **options)
     return QwenTaskEncoder(tokenizer, processor, **options)
 
 

@@ -143,10 +143,14 @@ def decode_image(data: bytes, fit: Fit | None = None) -> np.ndarray:
         image = Image.open(io.BytesIO(data))
         turned = image.getexif().get(EXIF_ORIENTATION) in TURNED
     with image:
-        height, width = (image.width, image.height) if turned else (image.height, image.width)
-        target = fit(height, width, 1) if fit else None
+        target = fit(*_displayed_size(image, turned), 1) if fit else None
         with _readable("picture", PICTURE_ERRORS):
             return np.asarray(_resize_picture(image, target, turned) if target else to_rgb(image))
+
+
+def _displayed_size(picture: Any, exchanged: bool) -> tuple[int, int]:
+    """Height and width of a PIL picture or a frame."""
+    return (picture.width, picture.height) if exchanged else (picture.height, picture.width)
 
 
 def _resize_picture(image: Image.Image, target: tuple[int, int], turned: bool) -> Image.Image:
@@ -193,9 +197,8 @@ def _read_by_stamp(data: bytes, sampling: VideoSampling, new_clip: Callable, thr
     """
     with _open(data, threads) as (container, stream):
         packets = _packets(container, stream)
-        stamps = sorted({packet.pts for packet in packets if packet.pts is not None and not packet.is_discard})
-        # AVI stores none: FFmpeg guesses them from the order of the packets, which is not that of the frames.
-        if not stamps or len(stamps) < _shown(packets) or container.format.name == "avi":
+        stamps = _usable_stamps(container, packets)
+        if not stamps:
             return None
         seconds = np.array(stamps, np.float64) * float(stream.time_base)
         clip = new_clip([stamps[number] for number in sampling.indices_at(seconds, float(stream.average_rate or 0))])
@@ -256,6 +259,13 @@ def _open(data: bytes, threads: int) -> Iterator[tuple[Any, Any]]:
 
 def _packets(container: Any, stream: Any) -> list:
     return [packet for packet in container.demux(stream) if packet.size]  # the empty one at the end drains the decoder
+
+
+def _usable_stamps(container: Any, packets: list) -> list[int]:
+    """The ascending time stamps of all frames that are shown; [] if packets lack them."""
+    stamps = sorted({packet.pts for packet in packets if packet.pts is not None and not packet.is_discard})
+    # AVI stores none: FFmpeg guesses them from the order of the packets, which is not that of the frames.
+    return [] if len(stamps) < _shown(packets) or container.format.name == "avi" else stamps
 
 
 def _shown(packets: list) -> int:
@@ -334,7 +344,7 @@ class _Clip:
         self._matrix, self._range = _colours(frame)
         self._orientation = orientation(frame)
         exchanged = exchanges_axes(self._orientation)
-        height, width = (frame.width, frame.height) if exchanged else (frame.height, frame.width)
+        height, width = _displayed_size(frame, exchanged)
         if self.fit:
             height, width = self.fit(height, width, len(self.keys))
         elif self.planes:
@@ -441,6 +451,40 @@ def as_array(
         indices = sampling.indices(len(content.frames), float(content.info.get("video_fps", 0)))
         return _resize_frames(content.frames[indices].permute(0, 2, 3, 1).numpy(), fit)
     raise MediaError(f"cannot read a {kind} part of type {type(content).__name__}")
+
+
+def media_shape(kind: str, content: Any, sampling: VideoSampling) -> tuple[int, int, int]:
+    """Height, width and number (1 of a picture) of the frames that `as_array` reads of the same part, before they are
+    resized; from headers, and of a clip one frame. Raises MediaError. Damaged clips may hold fewer frames than they
+    say."""
+    if isinstance(content, (bytes, bytearray)):
+        return _picture_shape(content) if kind == "image" else _clip_shape(content, sampling)
+    if kind == "image" and getattr(content, "ndim", 0) == 3:
+        return *content.shape[1:], 1
+    if kind == "video" and hasattr(content, "frames"):
+        count = sampling.count(len(content.frames), float(content.info.get("video_fps", 0)))
+        return *content.frames.shape[2:], count
+    raise MediaError(f"cannot read a {kind} part of type {type(content).__name__}")
+
+
+def _picture_shape(data: bytes) -> tuple[int, int, int]:
+    with _readable("picture", PICTURE_ERRORS), Image.open(io.BytesIO(data)) as image:
+        # A PNG's own getexif decodes the picture, to find tags that stand behind it.
+        turned = Image.Image.getexif(image).get(EXIF_ORIENTATION) in TURNED
+        return *_displayed_size(image, turned), 1
+
+
+def _clip_shape(data: bytes, sampling: VideoSampling) -> tuple[int, int, int]:
+    import av
+
+    with _readable("clip", (av.FFmpegError, OSError, IndexError)), _open(data, threads=1) as (container, stream):
+        packets, rate = _packets(container, stream), float(stream.average_rate or 0)
+        stamps = _usable_stamps(container, packets)
+        seconds = np.array(stamps, np.float64) * float(stream.time_base or 0)
+        count = len(sampling.indices_at(seconds, rate)) if stamps else sampling.count(_shown(packets), rate)
+        for frame in (frame for packet in [*packets, None] for frame in stream.codec_context.decode(packet)):
+            return *_displayed_size(frame, exchanges_axes(orientation(frame))), count
+    raise MediaError(f"not a readable clip: it has no frames ({len(packets)} packets)")
 
 
 def _resize_frames(frames: np.ndarray, fit: Fit | None) -> np.ndarray:

@@ -11,14 +11,15 @@ Letters used for shapes in this file:
     M F    media of a row, time steps of all of them together
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from megatron.energon import Batch, stateless
+from megatron.energon import Batch, Sample, SkipSample, stateless
 from torch.utils.data import get_worker_info
 
-from task_encoder import IGNORE_INDEX, EncodedSample, QwenTaskEncoder
+from task_encoder import IGNORE_INDEX, ConversationSample, EncodedSample, QwenTaskEncoder
 
 
 @dataclass
@@ -65,33 +66,63 @@ class PackedBatch(Batch):
         return replace(self, tokens=self.tokens[:0])
 
 
-class PackingTaskEncoder(QwenTaskEncoder):
-    """As `QwenTaskEncoder`, with rows instead of padded batches.
+@dataclass
+class MeasuredSample(Sample):
+    """A conversation that waits for its row with its media as they are in the shard, a hundredth of what they take as
+    vision tokens. size: its tokens, its vision tokens."""
 
-    pack_tokens: most tokens of a row that several samples share; a longer sample has a row of its own. token_dtype: of
-    the vision tokens, the model's. Other arguments: of `QwenTaskEncoder`.
+    conversation: ConversationSample
+    size: tuple[int, int]
+
+
+class PackingTaskEncoder(QwenTaskEncoder):
+    """As `QwenTaskEncoder`, with rows instead of padded batches. Media are decoded when their row is made.
+
+    pack_tokens, pack_vision_tokens: most tokens and vision tokens of a row that several samples share; a larger sample
+    has a row of its own. The memory of a row is in proportion to both: in the 2B model a vision token takes two thirds
+    of what a token takes. token_dtype: of the vision tokens, the model's. Other arguments: of `QwenTaskEncoder`.
     """
 
-    def __init__(self, *arguments, pack_tokens: int, token_dtype: torch.dtype = torch.bfloat16, **options) -> None:
+    def __init__(
+        self,
+        *arguments,
+        pack_tokens: int,
+        pack_vision_tokens: int,
+        token_dtype: torch.dtype = torch.bfloat16,
+        **options,
+    ) -> None:
         super().__init__(*arguments, **options)
-        self.pack_tokens = pack_tokens
+        self.budget = (pack_tokens, pack_vision_tokens)
         self.token_dtype = token_dtype
 
-    def select_samples_to_pack(self, samples: list[EncodedSample]) -> list[list[EncodedSample]]:
-        """Energon's packing stage, over a full buffer. -> rows of at most `pack_tokens` tokens."""
-        rows = fit_rows([len(sample.input_ids) for sample in samples], self.pack_tokens)
+    @stateless
+    def encode_sample(self, sample: ConversationSample) -> MeasuredSample:
+        """Raises SkipSample, TooManyBadSamples."""
+        return MeasuredSample.derive_from(sample, conversation=sample, size=self._or_skip(self.measure, sample))
+
+    def select_samples_to_pack(self, samples: list[MeasuredSample]) -> list[list[MeasuredSample]]:
+        """Energon's packing stage, over a full buffer. -> rows within the budget."""
+        rows = fit_rows([sample.size for sample in samples], self.budget)
         return [[samples[number] for number in row] for row in rows]
 
     @stateless
-    def pack_selected_samples(self, samples: list[EncodedSample]) -> PackedBatch:
-        return self._pack(samples)
+    def pack_selected_samples(self, samples: list[MeasuredSample]) -> PackedBatch:
+        """Raises SkipSample if no sample of the row can be used, TooManyBadSamples."""
+        encoded = []
+        for sample in samples:
+            with suppress(SkipSample):
+                encoded.append(super().encode_sample(sample.conversation))
+        if not encoded:
+            raise SkipSample
+        return self.make_row(encoded)
 
     @stateless
-    def batch(self, samples: list[EncodedSample] | list[PackedBatch]) -> PackedBatch:
+    def batch(self, samples: list[MeasuredSample] | list[PackedBatch]) -> PackedBatch:
         """One row of the samples; a row of the packing stage comes alone and is a batch already."""
-        return samples[0] if isinstance(samples[0], PackedBatch) else self._pack(samples)
+        return samples[0] if isinstance(samples[0], PackedBatch) else self.pack_selected_samples(samples)
 
-    def _pack(self, samples: list[EncodedSample]) -> PackedBatch:
+    def make_row(self, samples: list[EncodedSample]) -> PackedBatch:
+        """One row of all samples."""
         worker = get_worker_info()
         return pack(
             samples,
@@ -113,22 +144,24 @@ class PackingTaskEncoder(QwenTaskEncoder):
         return 3 * processor.temporal_patch_size * processor.patch_size**2
 
 
-def fit_rows(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices of `lengths`, grouped so that no group of several is over `budget`: longest first, each into the fullest
-    row that has room for it (best-fit decreasing, at most 11/9 of the best number of rows; D. S. Johnson, 1973). Rows
-    come in the order of their first sample, and samples within a row in theirs."""
+def fit_rows(sizes: list[tuple[int, ...]], budget: tuple[int, ...]) -> list[list[int]]:
+    """Indices of `sizes`, grouped so that no group of several is over `budget` in any of its dimensions: largest first,
+    each into the fullest row that has room for it (best-fit decreasing; in one dimension at most 11/9 of the best
+    number of rows, D. S. Johnson, 1973). Large and full: the sum of the shares of the budget. Rows come in the order of
+    their first sample, and samples within a row in theirs."""
+    shares = np.array(sizes, np.float64).reshape(len(sizes), -1) / budget
     rows: list[list[int]] = []
-    room: list[int] = []
-    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        fitting = [row for row, free in enumerate(room) if free >= lengths[number]]
-        if fitting:
-            row = min(fitting, key=room.__getitem__)
+    room = np.zeros((0, len(budget)), np.int64)
+    for number in np.argsort(-shares.sum(axis=1), kind="stable").tolist():
+        fitting = np.flatnonzero((room >= sizes[number]).all(axis=1))
+        if len(fitting):
+            row = int(fitting[(room[fitting] / budget).sum(axis=1).argmin()])
         else:
             row = len(rows)
             rows.append([])
-            room.append(budget)
+            room = np.append(room, [budget], axis=0)
         rows[row].append(number)
-        room[row] -= lengths[number]
+        room[row] -= sizes[number]
     return sorted(sorted(row) for row in rows)
 
 

@@ -25,6 +25,7 @@ MASTER_PORT=${MASTER_PORT:-29500}
 TP=${TP:-1}                      # tensor parallelism: processes that share each layer (megatron engine)
 PP=${PP:-1}                      # pipeline parallelism: processes that share the layers (megatron engine)
 PACK_TOKENS=${PACK_TOKENS:-}     # most tokens of a packed row, which is a micro-batch; empty: 8192 with the megatron engine
+PACK_VISION_TOKENS=${PACK_VISION_TOKENS:-}  # most tokens of the vision tower in it; empty: twice PACK_TOKENS
 MBS=${MBS:-}                     # micro-batch size: samples of one forward pass of one process, instead of packed rows
 GBS=${GBS:-}                     # global batch size: packed rows of one optimizer step (default 16), or samples (32)
 SEQ_LENGTH=${SEQ_LENGTH:-2048}   # tokens; longer samples are skipped and counted
@@ -56,6 +57,7 @@ arguments=(
   --val-interval "$VAL_INTERVAL" --save-interval "$SAVE_INTERVAL" --num-workers "$NUM_WORKERS" --seed "$SEED"
 )
 if [ -n "$PACK_TOKENS" ]; then arguments+=(--pack-tokens "$PACK_TOKENS"); fi
+if [ -n "$PACK_VISION_TOKENS" ]; then arguments+=(--pack-vision-tokens "$PACK_VISION_TOKENS"); fi
 if [ -n "$MBS" ]; then arguments+=(--micro-batch-size "$MBS"); fi
 if [ -n "$GBS" ]; then arguments+=(--global-batch-size "$GBS"); fi
 if [ -n "$MINPIXELS" ]; then arguments+=(--min-pixels "$MINPIXELS"); fi

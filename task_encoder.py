@@ -12,8 +12,9 @@ Letters used for shapes in this file:
 """
 
 import json
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,15 @@ from megatron.energon.errors import FatalSampleError
 from torch.utils.data import get_worker_info
 
 from dct_tokenizer import target_size
-from media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaError, VideoSampling, YUVFrames, as_array
+from media import (
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    MediaError,
+    VideoSampling,
+    YUVFrames,
+    as_array,
+    media_shape,
+)
 from turns import DEFAULT_SYSTEM, LONE_SURROGATE, PLACEHOLDER, ROLES, text_of
 
 # Shards hold file bytes and decoding is done here, in media.py; this is what a dataset.yaml that does not say gets.
@@ -260,7 +269,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         self.video_sampling = video_sampling or VideoSampling()
         self.max_bad_in_a_row = max_bad_in_a_row
         self.skipped: Counter[str] = Counter()
-        self._bad_in_a_row = 0
+        self._bad_in_a_row: Counter[str] = Counter()  # by what was done with them
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
         ids = tokenizer.convert_tokens_to_ids(list(names))
         missing = [name for name, token_id in zip(names, ids) if token_id is None or token_id == tokenizer.unk_token_id]
@@ -275,32 +284,33 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
     @stateless
     def encode_sample(self, sample: ConversationSample) -> EncodedSample:
         """Raises SkipSample for a bad sample, TooManyBadSamples after `max_bad_in_a_row` of them in a row."""
-        try:
-            encoded = self.encode(sample)
-        except (BadSample, MediaError) as error:
-            self._count_bad(sample.__key__, getattr(error, "reason", "undecodable_media"), error)
-            raise SkipSample from error
-        self._bad_in_a_row = 0
-        return encoded
+        return self._or_skip(self.encode, sample)
 
-    def _count_bad(self, key: str, reason: str, error: Exception) -> None:
-        self.skipped[reason] += 1
-        self._bad_in_a_row += 1
-        if self._bad_in_a_row >= self.max_bad_in_a_row:
+    def _or_skip(self, function: Callable[[ConversationSample], Any], sample: ConversationSample) -> Any:
+        """function(sample), with a bad sample counted. Raises as `encode_sample`."""
+        try:
+            result = function(sample)
+        except (BadSample, MediaError) as error:
+            self._bad_in_a_row[function.__name__] += 1
+            self.skipped[getattr(error, "reason", "undecodable_media")] += 1
+            self._stop_if_too_many(self._bad_in_a_row[function.__name__], sample.__key__, error)
+            raise SkipSample from error
+        self._bad_in_a_row[function.__name__] = 0
+        return result
+
+    def _stop_if_too_many(self, bad_in_a_row: int, key: str, error: Exception) -> None:
+        if bad_in_a_row >= self.max_bad_in_a_row:
             counts = ", ".join(f"{name} {count}" for name, count in sorted(self.skipped.items()))
             raise TooManyBadSamples(
-                f"{self._bad_in_a_row} samples in a row could not be used ({counts}); the last was {key}: {error}. "
+                f"{bad_in_a_row} samples in a row could not be used ({counts}); the last was {key}: {error}. "
                 f"Check the shards, or raise --max-bad-in-a-row"
             )
 
     def encode(self, sample: ConversationSample) -> EncodedSample:
         """As `encode_sample`, but raises BadSample or MediaError and counts nothing."""
-        messages = parse_messages(parse_entry(sample.entry))
-        messages = self._place_media(messages, [kind for kind, _ in sample.media])
+        messages = self._messages(sample)
         media = [self._encode_media(kind, content) for kind, content in sample.media]
         ids, learned, runs = self._segments(messages, [(kind, grid) for kind, _, grid in media])
-        if len(ids) > self.seq_length:
-            raise BadSample("too_long", f"{len(ids)} tokens, the limit is {self.seq_length}")
         input_ids = torch.tensor(ids, dtype=torch.int64)
         return EncodedSample.derive_from(
             sample,
@@ -310,6 +320,23 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
             **self._stack("image", media, "pixel_values", "image_grid_thw"),
             **self._stack("video", media, "pixel_values_videos", "video_grid_thw"),
         )
+
+    def measure(self, sample: ConversationSample) -> tuple[int, int]:
+        """Tokens of the sample and vision tokens of its media, without decoding these. Raises as `encode`."""
+        grids = [(kind, self._expected_grid(kind, content)) for kind, content in sample.media]
+        ids, _, _ = self._segments(self._messages(sample), grids)
+        return len(ids), sum(math.prod(grid) for _, grid in grids)
+
+    def _expected_grid(self, kind: str, content: Any) -> tuple[int, int, int]:
+        """The grid (t, h, w) of what `_encode_media` makes of the same part."""
+        height, width, frames = media_shape(kind, content, self.video_sampling)
+        height, width = self._fit(height, width, frames)
+        processor = self.image_processor
+        steps = -(-frames // processor.temporal_patch_size)
+        return steps, height // processor.patch_size, width // processor.patch_size
+
+    def _messages(self, sample: ConversationSample) -> list[tuple[str, str]]:
+        return self._place_media(parse_messages(parse_entry(sample.entry)), [kind for kind, _ in sample.media])
 
     @staticmethod
     def _place_media(messages: list[tuple[str, str]], kinds: list[str]) -> list[tuple[str, str]]:
@@ -353,6 +380,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         """-> ids, whether each is learned, runs for `mrope_positions`.
 
         The sequence is the one of Qwen2-VL's chat template: `<|im_start|>role\\n text <|im_end|>\\n` for each turn.
+        Raises BadSample if it is over seq_length.
         """
         ids: list[int] = []
         learned: list[bool] = []
@@ -382,6 +410,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
                     add([self._vision_end, *self._ids(piece)])
                 add([self._im_end])
             add(self._ids("\n"))
+        if len(ids) > self.seq_length:
+            raise BadSample("too_long", f"{len(ids)} tokens, the limit is {self.seq_length}")
         return ids, learned, runs
 
     def _ids(self, text: str) -> list[int]:

@@ -10,7 +10,7 @@ and in memory, in the layout that the loader gives. An optimizer step sees the s
 
     stock 1   NeMo's model on pixels, one sample a micro-batch: the recipe as it ships, but with all weights trained
     stock N   the same at the micro-batch that is fastest
-    none      this repository's engine on pixels: rows of samples up to a budget of tokens
+    none      this repository's engine on pixels: rows of samples up to two budgets of tokens
     exact, x4, x16   the same on DCT tokens
 
 MFU counts the matrix products that a way has to do (flops.py) against the device's dense bf16 peak; busy is the share
@@ -230,7 +230,12 @@ def row_forward(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
     return losses.float().sum(), torch.tensor(len(batch.learned), dtype=torch.int, device="cuda")
 
 
-def rows_of(name: str, works: list[Work], budget: int, seed: int) -> tuple:
+def size_of(sample) -> tuple[int, int]:
+    """Tokens of a sample, vision tokens of its media."""
+    return len(sample.input_ids), len(sample.pixel_values) + len(sample.pixel_values_videos)
+
+
+def rows_of(name: str, works: list[Work], budget: tuple[int, int], seed: int) -> tuple:
     """The configuration of a 2B model of this token format, and the samples as rows in pinned memory."""
     from dct_tokenizer import DCTConfig
     from packing import fit_rows, pack
@@ -238,7 +243,7 @@ def rows_of(name: str, works: list[Work], budget: int, seed: int) -> tuple:
     config = None if name == "none" else DCTConfig.preset(name)
     block, width = (config.block, config.num_coefficients) if config else (PIXEL_BLOCK, PIXEL_WIDTH)
     samples = make_samples(works, block, width, seed)
-    rows = fit_rows([len(sample.input_ids) for sample in samples], budget)
+    rows = fit_rows([size_of(sample) for sample in samples], budget)
     packed = [pack([samples[n] for n in row], 2, width, torch.bfloat16, (IMAGE_ID, VIDEO_ID)) for row in rows]
     return real_config(width if config else None), [row.pin_memory() for row in packed]
 
@@ -335,7 +340,7 @@ def measure_stock(works: list[Work], sizes: list[int], seed: int, repeats: int) 
     return lines
 
 
-def measure_rows(name: str, works: list[Work], budget: int, seed: int, repeats: int) -> dict:
+def measure_rows(name: str, works: list[Work], budget: tuple[int, int], seed: int, repeats: int) -> dict:
     from flops import training_flops
 
     hf_config, batches = rows_of(name, works, budget, seed)
@@ -349,7 +354,7 @@ def measure_rows(name: str, works: list[Work], budget: int, seed: int, repeats: 
     return {**line, "rows": len(batches), "budget": budget}
 
 
-def profile_step(name: str, works: list[Work], budget: int, seed: int, path: Path) -> None:
+def profile_step(name: str, works: list[Work], budget: tuple[int, int], seed: int, path: Path) -> None:
     """A table of the kernels of one step, by time."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -397,8 +402,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ways", nargs="+", default=["stock", "none", "exact", "x4", "x16"], help="what is measured")
     parser.add_argument("--samples", type=int, default=32, help="samples of an optimizer step")
     parser.add_argument("--stock-sizes", nargs="+", type=int, default=[1, 2, 4, 8], help="micro-batches of stock")
-    parser.add_argument("--pack-tokens", type=int, default=16384, help="language-model tokens of a row of x4 and x16")
-    parser.add_argument("--pixel-pack-tokens", type=int, default=9216, help="the same of none and exact")
+    parser.add_argument("--pack-tokens", type=int, default=20480, help="most tokens of a row, of ways that have rows")
+    parser.add_argument("--pack-vision-tokens", type=int, default=40960, help="and most vision tokens")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps; the median counts")
     parser.add_argument("--seed", type=int, default=0, help="of tokens and of the mix")
     parser.add_argument("--profile", type=Path, help="write a table of kernels of a step of x4 here, and nothing else")
@@ -410,9 +415,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     set_up()
     results = {"device": torch.cuda.get_device_name(), "seed": arguments.seed, "samples": arguments.samples}
+    budget = (arguments.pack_tokens, arguments.pack_vision_tokens)
     if arguments.profile:
         works = make_work(arguments.work[0], arguments.samples, arguments.seed)
-        profile_step("x4", works, arguments.pack_tokens, arguments.seed, arguments.profile)
+        profile_step("x4", works, budget, arguments.seed, arguments.profile)
         return 0
     for work in arguments.work:
         works = make_work(work, arguments.samples, arguments.seed)
@@ -422,7 +428,6 @@ def main(argv: list[str] | None = None) -> int:
             if way == "stock":
                 lines += measure_stock(works, arguments.stock_sizes, arguments.seed, 1)
             else:
-                budget = arguments.pixel_pack_tokens if way in ("none", "exact") else arguments.pack_tokens
                 lines.append(measure_rows(way, works, budget, arguments.seed, arguments.repeats))
             if arguments.json:
                 arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=400, help="of the data set, which is repeated")
     parser.add_argument("--steps", type=int, default=25, help=f"optimizer steps; the first {WARM_UP} do not count")
     parser.add_argument("--rows", type=int, default=4, help="rows of a step for each GPU")
-    parser.add_argument("--pack-tokens", type=int, default=16384, help="of a row")
+    parser.add_argument("--pack-tokens", type=int, default=20480, help="of a row")
     parser.add_argument("--num-workers", type=int, default=8, help="loader processes for each GPU")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
     parser.add_argument("--trace", type=Path, help="write a trace of a step that does not count here (.json.gz)")

@@ -270,25 +270,28 @@ def test_flags_of_the_other_engine_are_refused(prepared, tmp_path):
 @pytest.mark.parametrize(
     ("engine", "typed", "expected"),
     [
-        ("automodel", [], (1, 0, 32)),
-        ("automodel", ["--micro-batch-size", "4", "--global-batch-size", "8"], (4, 0, 8)),
-        ("megatron", [], (1, 8192, 18)),  # rows, a multiple of three data-parallel processes
-        ("megatron", ["--pack-tokens", "4096", "--global-batch-size", "6"], (1, 4096, 6)),
-        ("megatron", ["--micro-batch-size", "2"], (2, 0, 32)),
-        ("megatron", ["--pack-tokens", "0"], (1, 0, 32)),
+        ("automodel", [], (1, 0, 0, 32)),
+        ("automodel", ["--micro-batch-size", "4", "--global-batch-size", "8"], (4, 0, 0, 8)),
+        ("megatron", [], (1, 8192, 16384, 18)),  # rows, a multiple of three data-parallel processes
+        ("megatron", ["--pack-tokens", "4096", "--global-batch-size", "6"], (1, 4096, 8192, 6)),
+        ("megatron", ["--micro-batch-size", "2"], (2, 0, 0, 32)),
+        ("megatron", ["--pack-tokens", "0"], (1, 0, 0, 32)),
     ],
 )
 def test_what_the_command_line_leaves_open_of_a_batch(engine, typed, expected):
     arguments = finetune_qwen2vl.parse_arguments(["--model-dir", "m", "--data-dir", "d", *typed])
     arguments.data_parallel = 3
     finetune_qwen2vl.settle_batch(arguments, engine)
-    assert (arguments.micro_batch_size, arguments.pack_tokens, arguments.global_batch_size) == expected
+    names = ("micro_batch_size", "pack_tokens", "pack_vision_tokens", "global_batch_size")
+    assert tuple(getattr(arguments, name) for name in names) == expected
 
 
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
         (["--pack-tokens", "4096", "--micro-batch-size", "2"], "so --micro-batch-size is 1, got 2"),
+        (["--pack-vision-tokens", "4096"], "rows as --pack-tokens 0: both must be over 0"),
+        (["--pack-tokens", "4096", "--pack-vision-tokens", "0"], "--pack-vision-tokens 0 bounds the same rows"),
         (["--tensor-parallel", "3"], "--tensor-parallel 3 x --pipeline-parallel 1 = 3 does not divide 4 processes"),
         (["--save-interval", "-1"], "--save-interval must be at least 0"),
         (["--tensor-parallel", "2", "--global-batch-size", "3"], "GBS 3 is not divisible by MBS 1 x 2 processes"),

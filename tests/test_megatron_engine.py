@@ -99,10 +99,10 @@ def test_rows_for_later_stages_leave_the_vision_tokens_behind():
 def test_full_memory_names_the_row_and_what_to_lower():
     from megatron_engine import describe_full_memory
 
-    arguments = SimpleNamespace(pack_tokens=8192, seq_length=2048)
+    arguments = SimpleNamespace(pack_tokens=8192, pack_vision_tokens=16384, seq_length=2048)
     said = describe_full_memory([row(3), row(3, keys=tuple("cdefghi"), tokens=50)], arguments)
     assert "a row of 7 samples, 50 tokens, 32 vision tokens (c, d, e, f, g, ...)" in said
-    assert "lower --pack-tokens 8192, --seq-length 2048 or --max-pixels, or add --recompute" in said
+    assert "lower --pack-tokens 8192, --pack-vision-tokens 16384, --seq-length 2048 or --max-pixels, or add" in said
     assert "\n" not in said
     assert "before the first row" in describe_full_memory([], arguments)
 

@@ -105,7 +105,12 @@ def encode(encoder, entries, names):
 def packing_encoder(folder, name, dtype=DTYPE) -> PackingTaskEncoder:
     processor = load_processor(folder, name)
     return PackingTaskEncoder(
-        AutoTokenizer.from_pretrained(folder), processor, pack_tokens=4096, token_dtype=dtype, seq_length=4096
+        AutoTokenizer.from_pretrained(folder),
+        processor,
+        pack_tokens=4096,
+        pack_vision_tokens=8192,
+        token_dtype=dtype,
+        seq_length=4096,
     )
 
 
@@ -115,7 +120,7 @@ def reference(folder, name, samples, dtype) -> tuple[torch.Tensor, torch.Tensor,
     encoder = QwenTaskEncoder(AutoTokenizer.from_pretrained(folder), load_processor(folder, name), seq_length=4096)
     logits, losses = [], []
     for sample in samples:
-        batch = encoder.batch([sample])
+        batch = encoder.make_row([sample])
         inputs = {key: value.to(DEVICE) for key, value in batch.model_inputs().items()}
         labels = batch.labels[0].to(DEVICE)
         learned = labels != IGNORE_INDEX
@@ -188,7 +193,7 @@ def test_logits_and_losses_are_those_of_transformers(name, row, directory, entri
     with torch.no_grad():
         logits, losses, _ = reference(folder, name, samples, torch.float32)
         rounded = reference(folder, name, samples, DTYPE)
-        model, batch = build(folder).eval(), encoder.batch(samples).to(DEVICE)
+        model, batch = build(folder).eval(), encoder.make_row(samples).to(DEVICE)
         assert_as_near_as_transformers(model(batch, return_logits=True), logits, rounded[0], "logits")
         found = model(batch)
     assert found.shape == losses.shape
@@ -237,7 +242,7 @@ def test_gradients_are_those_of_transformers(name, row, directory, entries):
         losses.mean().backward()
         store.update({key: parameter.grad for key, parameter in model.named_parameters()})
     model = build(folder)
-    model(encoder.batch(samples).to(DEVICE)).mean().backward()
+    model(encoder.make_row(samples).to(DEVICE)).mean().backward()
     found = gradients_of(model, AutoConfig.from_pretrained(folder))
     for key in GRADIENTS:
         if row == "text" and key.startswith("visual"):
@@ -256,7 +261,7 @@ def test_no_token_sees_another_sample(directory, entries):
 
     def losses(*samples):
         with torch.no_grad():
-            found = model(encoder.batch(list(samples)).to(DEVICE))
+            found = model(encoder.make_row(list(samples)).to(DEVICE))
         return found.split([int((sample.labels != IGNORE_INDEX).sum()) for sample in samples])
 
     changed = encoder.encode(conversation_sample(*entries["mixed"], key="changed"))
@@ -346,7 +351,7 @@ def draw_adapters(model) -> None:
 def test_adapters_change_nothing_at_first_and_learn_beside_the_vision_tower(directory, entries, monkeypatch):
     folder = directory("x4")
     encoder = packing_encoder(folder, "x4")
-    batch = encoder.batch(encode(encoder, entries, ROWS["mixed"])).to(DEVICE)
+    batch = encoder.make_row(encode(encoder, entries, ROWS["mixed"])).to(DEVICE)
     model = build_with_adapters(folder, monkeypatch)
     with torch.no_grad():
         assert torch.equal(model(batch, return_logits=True), build(folder)(batch, return_logits=True))
@@ -370,7 +375,7 @@ def test_the_exported_model_has_the_adapters_merged(directory, entries, monkeypa
     save_hf(model, AutoConfig.from_pretrained(folder), folder, tmp_path / "out")
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
     with torch.no_grad():
-        batch = encoder.batch(samples).to(DEVICE)
+        batch = encoder.make_row(samples).to(DEVICE)
         found = model(batch, return_logits=True).float()
         logits, _, _ = reference(tmp_path / "out", "x4", samples, torch.float32)
         assert distance(found, logits) < (5e-2 if GPU else 2e-5)
@@ -387,7 +392,7 @@ def test_adapters_learn_behind_recomputed_layers_and_a_frozen_tower(directory, e
             monkeypatch.setattr(f"megatron.core.tensor_parallel.random.{name}", lambda *unused, **options: None)
     folder = directory("x4")
     encoder = packing_encoder(folder, "x4")
-    batch = encoder.batch(encode(encoder, entries, ROWS["image"])).to(DEVICE)
+    batch = encoder.make_row(encode(encoder, entries, ROWS["image"])).to(DEVICE)
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     gradients = []
     for options in ({}, recompute):

@@ -254,8 +254,8 @@ def test_a_checkpoint_exports_the_same_under_another_layout(writer, reader, trai
 def test_adapters_go_on_in_two_tensor_parallel_processes_and_are_merged(environment, model_dir, tmp_path):
     flags = ("--lora-rank", "4", "--freeze", "projector")
     launch(environment(tmp_path / "adapters"), *flags)
-    both = go_on(environment, tmp_path / "adapters", STEPS // 2, "TP", *flags)
-    assert_same_training(both, tmp_path / "adapters", after=STEPS // 2)
+    both = go_on(environment, tmp_path / "adapters", STEPS - SAVE_INTERVAL, "TP", *flags)
+    assert_same_training(both, tmp_path / "adapters", after=STEPS - SAVE_INTERVAL)
     changed = assert_close_weights(both, tmp_path / "adapters", model_dir)
     language = {name for name in changed if name.startswith("model.")}
     assert len(language) == 7 * 4 and all(name.endswith("_proj.weight") for name in language)

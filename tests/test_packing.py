@@ -1,23 +1,30 @@
 """Rows of packed samples: which samples share one, and what stands in it."""
 
+from itertools import combinations
+from types import SimpleNamespace
+
+import media_files
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.energon import SkipSample
+from PIL import Image
 from samples_by_hand import answer, conversation_sample
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
 from dct_tokenizer import DCTImageProcessor
 from packing import PackingTaskEncoder, fit_rows, vision_positions
-from task_encoder import IGNORE_INDEX
+from task_encoder import IGNORE_INDEX, TooManyBadSamples
 
 
 @pytest.fixture(scope="module")
 def encoder(converted) -> PackingTaskEncoder:
     folder = converted("x4")
     processor = DCTImageProcessor.from_pretrained(folder)
-    return PackingTaskEncoder(AutoTokenizer.from_pretrained(folder), processor, pack_tokens=400)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return PackingTaskEncoder(tokenizer, processor, pack_tokens=400, pack_vision_tokens=800)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +46,7 @@ def samples(encoder, natural_frames, image_file, clip_file) -> list:
 
 
 def test_a_row_holds_its_samples_one_after_the_other(encoder, samples):
-    row = encoder.batch(samples)
+    row = encoder.make_row(samples)
     lengths = [len(sample.input_ids) for sample in samples]
     assert row.sample_starts.tolist() == [0, *np.cumsum(lengths)]
     assert row.sample_starts.dtype == row.step_starts.dtype == torch.int32
@@ -51,7 +58,7 @@ def test_a_row_holds_its_samples_one_after_the_other(encoder, samples):
 
 
 def test_what_is_learned_never_crosses_a_sample(encoder, samples):
-    row = encoder.batch(samples)
+    row = encoder.make_row(samples)
     assert len(row.learned) == len(row.targets) == sum(int((s.labels != IGNORE_INDEX).sum()) for s in samples)
     assert torch.equal(row.input_ids[row.learned + 1], row.targets)
     ends = set((row.sample_starts[1:] - 1).tolist())
@@ -60,7 +67,7 @@ def test_what_is_learned_never_crosses_a_sample(encoder, samples):
 
 def test_tokens_come_in_the_order_of_their_placeholders(encoder, samples):
     mixed = samples[3]
-    row = encoder.batch([mixed])
+    row = encoder.make_row([mixed])
     images, clips = mixed.image_grid_thw.tolist(), mixed.video_grid_thw.tolist()
     assert row.grid_thw.tolist() == [images[0], clips[0], images[1]]
     first = int(np.prod(images[0]))
@@ -73,7 +80,7 @@ def test_tokens_come_in_the_order_of_their_placeholders(encoder, samples):
 
 
 def test_a_row_of_text_has_a_blank_picture(encoder, samples):
-    row = encoder.batch(samples[:1])
+    row = encoder.make_row(samples[:1])
     merge = encoder.image_processor.merge_size
     assert row.tokens.shape == (merge**2, encoder.image_processor.dct_config.num_coefficients)
     assert not row.tokens.any() and row.step_starts.tolist() == [0, merge**2]
@@ -96,17 +103,100 @@ def test_positions_are_those_of_transformers(grid):
     assert vision_positions(grid, 2).tolist() == found.tolist()
 
 
+sizes = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 90)), min_size=1, max_size=40)
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(10, 60))
-def test_rows_hold_every_sample_once_within_the_budget(lengths, budget):
-    rows = fit_rows(lengths, budget)
-    assert sorted(number for row in rows for number in row) == list(range(len(lengths)))
-    for row in rows:
-        assert len(row) == 1 or sum(lengths[number] for number in row) <= budget
-        assert row == sorted(row)
-    fullness = [sum(lengths[number] for number in row) for row in rows]
-    small = sorted(full for full in fullness if full <= budget)
-    assert len(small) < 2 or small[0] + small[1] > budget  # no two rows would fit in one
+@given(sizes, st.tuples(st.integers(10, 60), st.integers(20, 90)))
+def test_rows_hold_every_sample_once_within_the_budget(sizes, budget):
+    def fits(numbers: list[int]) -> bool:
+        return bool((np.array([sizes[number] for number in numbers]).sum(axis=0) <= budget).all())
+
+    rows = fit_rows(sizes, budget)
+    assert sorted(number for row in rows for number in row) == list(range(len(sizes)))
+    assert rows == sorted(sorted(row) for row in rows)
+    assert all(len(row) == 1 or fits(row) for row in rows)
+    assert not any(fits(one + other) for one, other in combinations(rows, 2))  # no two rows would fit in one
+
+
+def test_few_rows_are_nearly_empty():
+    """Conversations with pictures of a quarter to a whole megapixel: 256 wait, a row takes about 40."""
+    rng = np.random.default_rng(0)
+    visual = rng.integers(80, 330, 256)
+    waiting = [(int(seen + said), int(4 * seen)) for seen, said in zip(visual, rng.lognormal(5.2, 0.7, 256))]
+    rows = fit_rows(waiting, (16384, 32768))
+    share = sum(tokens for tokens, _ in waiting) / 16384
+    assert len(rows) <= np.ceil(1.1 * share)
+
+
+def measurable(natural_frames, image_file, clip_file) -> dict:
+    """name -> (kind, content) of many shapes and makes."""
+    frames = natural_frames(9, 90, 130, 1)
+    picture = Image.fromarray(frames[0])
+    turned = picture.getexif()
+    turned[0x0112] = 6
+    return {
+        "png": ("image", image_file(frames[0], "PNG")),
+        "turned jpeg": ("image", image_file(frames[0], "JPEG", exif=turned)),
+        "thin": ("image", image_file(frames[0, :8], "PNG")),
+        "large": ("image", image_file(np.tile(frames[0], (9, 9, 1)), "JPEG")),
+        "tensor": ("image", torch.rand(3, 70, 200)),
+        "clip": ("video", clip_file(frames)),
+        "one frame": ("video", clip_file(frames[:1])),
+        "avi": ("video", media_files.clip_file("avi", "mpeg4")),
+        "turned": ("video", media_files.clip_file("mov", rotation=90)),
+        "frames": ("video", SimpleNamespace(frames=torch.zeros(7, 3, 60, 90).byte(), info={"video_fps": 4.0})),
+    }
+
+
+@pytest.mark.parametrize("name", ["x4", "exact", "none"])
+def test_what_is_measured_is_what_is_encoded(name, converted, qwen2vl_directory, natural_frames, image_file, clip_file):
+    folder = qwen2vl_directory if name == "none" else converted(name)
+    processor = (Qwen2VLImageProcessor if name == "none" else DCTImageProcessor).from_pretrained(folder)
+    encoder = PackingTaskEncoder(
+        AutoTokenizer.from_pretrained(folder), processor, pack_tokens=1, pack_vision_tokens=1, seq_length=100_000
+    )
+    for what, medium in measurable(natural_frames, image_file, clip_file).items():
+        sample = conversation_sample(answer("What is this?", "A square."), medium, medium)
+        encoded = encoder.encode(sample)
+        vision = encoded.image_grid_thw.prod(dim=1).sum() + encoded.video_grid_thw.prod(dim=1).sum()
+        assert encoder.measure(sample) == (len(encoded.input_ids), int(vision)), what
+
+
+def test_samples_that_cannot_be_decoded_are_left_out_of_their_row(encoder, natural_frames, image_file):
+    whole = image_file(natural_frames(1, 112, 168)[0], "PNG")
+    question = answer("<image>What is this?", "A square.")
+    good = conversation_sample(question, ("image", whole), key="good")
+    cut = conversation_sample(question, ("image", whole[: len(whole) // 2]), key="cut")
+    first, second = (encoder.encode_sample(sample) for sample in (cut, good))
+    assert first.size == second.size
+    before = encoder.skipped["undecodable_media"]
+    row = encoder.pack_selected_samples([first, second])
+    assert row.keys == ["good"] and row.skipped["undecodable_media"] == before + 1
+    with pytest.raises(SkipSample):
+        encoder.pack_selected_samples([first])
+    with pytest.raises(SkipSample):
+        encoder.encode_sample(conversation_sample(question, ("image", b"no picture"), key="none"))
+    assert encoder.skipped["undecodable_media"] == before + 3
+
+
+def test_a_set_of_pictures_that_cannot_be_decoded_stops_the_run(converted, natural_frames, image_file):
+    """Their headers can be read, which must not count as success."""
+    folder = converted("x4")
+    encoder = PackingTaskEncoder(
+        AutoTokenizer.from_pretrained(folder),
+        DCTImageProcessor.from_pretrained(folder),
+        pack_tokens=400,
+        pack_vision_tokens=800,
+        max_bad_in_a_row=3,
+    )
+    whole = image_file(natural_frames(1, 112, 168)[0], "PNG")
+    cut = conversation_sample(answer("<image>What is this?", "A square."), ("image", whole[: len(whole) // 2]))
+    for _ in range(2):
+        with pytest.raises(SkipSample):
+            encoder.pack_selected_samples([encoder.encode_sample(cut)])
+    with pytest.raises(TooManyBadSamples, match="3 samples in a row could not be used"):
+        encoder.pack_selected_samples([encoder.encode_sample(cut)])
 
 
 def packed_data(prepared, num_workers: int):
@@ -114,7 +204,8 @@ def packed_data(prepared, num_workers: int):
     from data_module import EnergonDataModule
 
     processor = DCTImageProcessor.from_pretrained(prepared.model)
-    encoder = PackingTaskEncoder(AutoTokenizer.from_pretrained(prepared.model), processor, pack_tokens=600)
+    tokenizer = AutoTokenizer.from_pretrained(prepared.model)
+    encoder = PackingTaskEncoder(tokenizer, processor, pack_tokens=600, pack_vision_tokens=1200)
     return EnergonDataModule(
         prepared.shards,
         encoder,
