@@ -125,9 +125,7 @@ def parser_machine(parser: argparse.ArgumentParser) -> None:
                        "where --micro-batch-size is given)")  # fmt: skip
     group.add_argument("--pack-vision-tokens", type=int, help="megatron: and so many tokens of the vision tower "
                        "(default: twice --pack-tokens)")  # fmt: skip
-    group.add_argument(
-        "--packing-buffer", type=int, default=512, help="samples among which a loader fills rows"
-    )
+    group.add_argument("--packing-buffer", type=int, default=512, help="samples among which a loader fills rows")
     group.add_argument("--tensor-parallel", type=int, default=1, help="megatron: processes that share each layer")
     group.add_argument("--pipeline-parallel", type=int, default=1, help="megatron: processes that share the layers")
     group.add_argument("--recompute", action="store_true", help="megatron: less memory, a third more arithmetic")

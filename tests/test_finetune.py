@@ -290,7 +290,7 @@ def test_what_the_command_line_leaves_open_of_a_batch(engine, typed, expected):
     ("typed", "said"),
     [
         (["--pack-tokens", "4096", "--micro-batch-size", "2"], "so --micro-batch-size is 1, got 2"),
-        (["--pack-vision-tokens", "4096"], "rows as --pack-tokens 0: both must be over 0"),
+        (["--pack-vision-tokens", "4096", "--micro-batch-size", "1"], "rows as --pack-tokens 0: both must be over 0"),
         (["--pack-tokens", "4096", "--pack-vision-tokens", "0"], "--pack-vision-tokens 0 bounds the same rows"),
         (["--tensor-parallel", "3"], "--tensor-parallel 3 x --pipeline-parallel 1 = 3 does not divide 4 processes"),
         (["--save-interval", "-1"], "--save-interval must be at least 0"),

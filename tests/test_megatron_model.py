@@ -120,7 +120,7 @@ def reference(folder, name, samples, dtype) -> tuple[torch.Tensor, torch.Tensor,
     encoder = QwenTaskEncoder(AutoTokenizer.from_pretrained(folder), load_processor(folder, name), seq_length=4096)
     logits, losses = [], []
     for sample in samples:
-        batch = encoder.make_row([sample])
+        batch = encoder.batch([sample])
         inputs = {key: value.to(DEVICE) for key, value in batch.model_inputs().items()}
         labels = batch.labels[0].to(DEVICE)
         learned = labels != IGNORE_INDEX
