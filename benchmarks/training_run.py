@@ -137,7 +137,8 @@ def measure(model_dir: Path, shards: Path, gpus: int, arguments: argparse.Namesp
     """One launch; the means over its steps past the warm-up."""
     environment = {
         "MODEL_DIR": model_dir, "DATASET_DIR": shards, "OUTPUT_DIR": folder, "EXPERIMENT_NAME": f"gpus{gpus}",
-        "NUM_PROC_PER_NODE": gpus, "PACK_TOKENS": arguments.pack_tokens, "GBS": arguments.rows * gpus,
+        "NUM_PROC_PER_NODE": gpus, "PACK_TOKENS": arguments.pack_tokens,
+        "PACK_VISION_TOKENS": arguments.pack_vision_tokens or "", "GBS": arguments.rows * gpus,
         "MAX_STEPS": arguments.steps, "VAL_INTERVAL": 10000, "SAVE_INTERVAL": 0, "LR": "1e-6", "MIN_LR": "1e-7",
         "NUM_WORKERS": arguments.num_workers, "SEQ_LENGTH": 4096, "ENGINE": "megatron", "PYTHON": sys.executable,
     }  # fmt: skip
@@ -171,7 +172,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=400, help="of the data set, which is repeated")
     parser.add_argument("--steps", type=int, default=25, help=f"optimizer steps; the first {WARM_UP} do not count")
     parser.add_argument("--rows", type=int, default=4, help="rows of a step for each GPU")
-    parser.add_argument("--pack-tokens", type=int, default=20480, help="of a row")
+    parser.add_argument("--pack-tokens", type=int, default=16384, help="of a row")
+    parser.add_argument("--pack-vision-tokens", type=int, help="of a row (default: twice --pack-tokens)")
     parser.add_argument("--num-workers", type=int, default=8, help="loader processes for each GPU")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
     parser.add_argument("--trace", type=Path, help="write a trace of a step that does not count here (.json.gz)")
