@@ -17,7 +17,7 @@ AT_A_QUARTER = [name for name in ARMS if name.startswith(("quarter", "raw28", "p
 
 @pytest.fixture(scope="module")
 def source() -> Source:
-    return Source(Reading(), "cpu")
+    return Source(Reading(size=SIZE[0], cells=7), "cpu")
 
 
 @pytest.fixture(scope="module")

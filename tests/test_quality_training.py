@@ -143,7 +143,7 @@ def test_a_warm_start_runs_from_the_name_of_a_run(tmp_path):
 
 
 def test_a_suite_runs_from_the_command_line_and_goes_on(tmp_path, capsys):
-    command = ["--suite", "first", "--tiny", "--steps", "2", "--batch", "2", "--device", "cpu", "--part", "1/9"]
+    command = ["--suite", "first", "--tiny", "--steps", "2", "--batch", "2", "--device", "cpu", "--part", "1/12"]
     command += ["--output", str(tmp_path)]
     assert run_experiments.main(command) == 0
     said = capsys.readouterr().out

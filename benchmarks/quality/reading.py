@@ -68,8 +68,8 @@ class Reading(PrintTask):
 
     name: ClassVar[str] = "reading"
     chance: ClassVar[float] = 1 / len(DIGITS)
-    size: int = 224
-    cells: int = 7
+    size: int = 112
+    cells: int = 5
     heights: tuple[int, ...] = (4, 5, 6, 7, 8, 10, 12, 14, 16)
     blank: float = 0.3
     noise: float = 6.0
@@ -90,8 +90,8 @@ class Numbers(PrintTask):
     chance: ClassVar[float] = 1 / len(DIGITS)
     answers: ClassVar[int] = 3
     length: ClassVar[int] = 3
-    size: int = 224
-    cells: int = 5
+    size: int = 112
+    cells: int = 3
     heights: tuple[int, ...] = (4, 5, 6, 7, 8, 9, 10, 11, 12)
     noise: float = 6.0
 
@@ -110,8 +110,8 @@ class ShortWords(PrintTask):
     chance: ClassVar[float] = 1 / len(SHORT_WORDS)
     characters: ClassVar[str] = LETTERS
     length: ClassVar[int] = 3
-    size: int = 224
-    cells: int = 5
+    size: int = 112
+    cells: int = 3
     heights: tuple[int, ...] = (5, 6, 7, 8, 9, 10, 12)
     noise: float = 6.0
 
@@ -128,7 +128,7 @@ class OddOne(PrintTask):
     """Which digit of a row differs from the others? Named by its place, from 0. cells: digits of a row, and rows."""
 
     name: ClassVar[str] = "odd-one"
-    size: int = 224
+    size: int = 112
     cells: int = 7
     heights: tuple[int, ...] = (4, 5, 6, 7, 8, 9, 10, 11, 12)
     noise: float = 6.0

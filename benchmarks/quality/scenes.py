@@ -78,7 +78,7 @@ class Texture(SceneTask):
 
     name: ClassVar[str] = "texture"
     chance: ClassVar[float] = 1 / 2
-    size: int = 224
+    size: int = 112
     cells: int = 7
     periods: tuple[int, ...] = (3, 4, 5, 6, 8)
     noise: float = 6.0
@@ -116,9 +116,9 @@ class Chart(SceneTask):
     chance: ClassVar[float] = (1 / 5 + 1 / 10) / 2
     answers: ClassVar[int] = 2
     foot: ClassVar[int] = 10  # pixels below the bars
-    size: int = 224
+    size: int = 112
     cells: int = 7
-    units: tuple[int, ...] = (2, 3, 4)
+    units: tuple[int, ...] = (2,)
     noise: float = 6.0
 
     def __post_init__(self) -> None:
