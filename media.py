@@ -455,8 +455,8 @@ def as_array(
 
 def media_shape(kind: str, content: Any, sampling: VideoSampling) -> tuple[int, int, int]:
     """Height, width and number (1 of a picture) of the frames that `as_array` reads of the same part, before they are
-    resized; from headers, and of a clip one frame. Raises MediaError. Damaged clips may hold fewer frames than they
-    say."""
+    resized; from headers and packets. Of a clip that is shown turned, height and width are those before. Raises
+    MediaError. Damaged clips may hold fewer frames than they say."""
     if isinstance(content, (bytes, bytearray)):
         return _picture_shape(content) if kind == "image" else _clip_shape(content, sampling)
     if kind == "image" and getattr(content, "ndim", 0) == 3:
@@ -482,9 +482,7 @@ def _clip_shape(data: bytes, sampling: VideoSampling) -> tuple[int, int, int]:
         stamps = _usable_stamps(container, packets)
         seconds = np.array(stamps, np.float64) * float(stream.time_base or 0)
         count = len(sampling.indices_at(seconds, rate)) if stamps else sampling.count(_shown(packets), rate)
-        for frame in (frame for packet in [*packets, None] for frame in stream.codec_context.decode(packet)):
-            return *_displayed_size(frame, exchanges_axes(orientation(frame))), count
-    raise MediaError(f"not a readable clip: it has no frames ({len(packets)} packets)")
+        return stream.codec_context.height, stream.codec_context.width, count
 
 
 def _resize_frames(frames: np.ndarray, fit: Fit | None) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import io
 import struct
+from contextlib import suppress
 from types import SimpleNamespace
 
 import av
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from media import MediaError, VideoSampling, as_array, decode_image, decode_video
+from media import MediaError, VideoSampling, as_array, decode_image, decode_video, media_shape
 
 COLOURS = {"r": (255, 0, 0), "g": (0, 255, 0), "b": (0, 0, 255), "w": (255, 255, 255), "k": (0, 0, 0)}
 
@@ -249,6 +250,8 @@ def test_damaged_pictures_decode_or_raise_media_error(image_file, file_format, d
         file[data.draw(st.integers(0, min(len(file), 400) - 1))] = data.draw(st.integers(0, 255))
     file = bytes(file[: data.draw(st.integers(0, len(file)))])
     fit = data.draw(st.sampled_from([None, size_of(14, 10)]))
+    with suppress(MediaError):
+        media_shape("image", file, VideoSampling())
     try:
         pixels = decode_image(file, fit)
     except MediaError:
@@ -393,3 +396,5 @@ def test_parts_at_the_size_that_is_wanted(image_file, clip_file, natural_frames)
 def test_parts_of_another_type_raise_media_error(kind, content):
     with pytest.raises(MediaError, match=f"cannot read a {kind} part of type"):
         as_array(kind, content, VideoSampling())
+    with pytest.raises(MediaError, match=f"cannot read a {kind} part of type"):
+        media_shape(kind, content, VideoSampling())

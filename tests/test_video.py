@@ -16,7 +16,7 @@ from qwen_vl_utils import vision_process
 from scipy.ndimage import maximum_filter, minimum_filter
 
 import media
-from media import MediaError, VideoSampling, YUVFrames, decode_video
+from media import MediaError, VideoSampling, YUVFrames, decode_video, media_shape
 
 # Of ITU-R BT.601-7, BT.709-6 and BT.2020-2: the luma weights of red and blue.
 WEIGHTS = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}
@@ -674,6 +674,14 @@ def test_packets_that_show_nothing(moving, monkeypatch):
     np.testing.assert_array_equal(decode_video(moving("mpeg4"), VideoSampling()), expected)
 
 
+@pytest.mark.parametrize("kind", ["h264", "h264, transport stream", "mpeg4", "mpeg4, avi", "vp9"])
+@pytest.mark.parametrize("fps", [0.7, 2.0, 30.0])
+def test_what_is_read_is_known_before_it_is_decoded(moving, kind, fps):
+    asked, sampling = [], VideoSampling(fps=fps)
+    decode_video(moving(kind), sampling, lambda *shape: asked.append(shape) or (28, 56))
+    assert asked == [media_shape("video", moving(kind), sampling)]
+
+
 # Broken files
 
 
@@ -687,6 +695,8 @@ def test_damaged_clips_decode_or_raise_media_error(moving, kind, data):
         file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
     file = bytes(file[: data.draw(st.integers(0, len(file)))])
     planes = data.draw(st.booleans())
+    with suppress(MediaError):
+        media_shape("video", file, VideoSampling())
     try:
         read = decode_video(file, VideoSampling(), lambda *_: (28, 56), planes, threads=1)
     except MediaError as error:
