@@ -195,11 +195,16 @@ def counts_here() -> bool:
 
 
 class RowTrainingLog(TrainingLog):
-    """`TrainingLog` for rows: Lightning's batch is a whole step here."""
+    """`TrainingLog` for rows: Lightning's batch is a whole step here.
 
-    def __init__(self, *arguments, hf_config, **options) -> None:
+    budget: most tokens and vision tokens of a packed row; a row is as full as the fuller of the two. (0, 0): rows have
+    a number of samples instead.
+    """
+
+    def __init__(self, *arguments, hf_config, budget: tuple[int, int], **options) -> None:
         super().__init__(*arguments, **options)
         self.hf_config = hf_config
+        self.budget = budget
 
     def on_train_batch_end(self, trainer, pl_module: QwenMegatronModel, outputs, batch, batch_index: int) -> None:
         rows = pl_module.take_rows()
@@ -221,7 +226,12 @@ class RowTrainingLog(TrainingLog):
             "learned_tokens": len(row.learned),
             "padding": 0,
             "positions": tokens,
+            **({"rows": 1, "row_fill": self._fill(row)} if any(self.budget) else {}),
         }
+
+    def _fill(self, row: PackedBatch) -> float:
+        sizes = (len(row.input_ids), len(row.visual) * self.merge_size**2)
+        return max(size / most for size, most in zip(sizes, self.budget))
 
 
 class WholeCheckpointIO(MegatronCheckpointIO):
@@ -344,7 +354,12 @@ def run(arguments, data: EnergonDataModule, merge_size: int, extra_callbacks: li
         output_log=False,
     )
     log = RowTrainingLog(
-        arguments.run_dir, arguments.max_steps, arguments.log_interval, merge_size, hf_config=module.hf_config
+        arguments.run_dir,
+        arguments.max_steps,
+        arguments.log_interval,
+        merge_size,
+        hf_config=module.hf_config,
+        budget=(arguments.pack_tokens, arguments.pack_vision_tokens),
     )
     callbacks = [
         log,

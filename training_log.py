@@ -26,6 +26,8 @@ SUMMED = (
     "learned_tokens",
     "padding",
     "positions",
+    "rows",
+    "row_fill",
 )
 
 
@@ -147,6 +149,8 @@ class TrainingLog(pl.Callback):
             "data_wait_share": min(1.0, sums["wait"] / trainer.world_size / seconds),
             "tflops": sums["flops"] / seconds / 1e12,
         }
+        if sums["rows"]:
+            line["row_fill"] = sums["row_fill"] / sums["rows"]
         if self.peak_flops:
             line["mfu"] = sums["flops"] / seconds / (self.peak_flops * trainer.world_size)
         if torch.cuda.is_available():
@@ -177,7 +181,7 @@ class TrainingLog(pl.Callback):
             f"grad norm {line['gradient_norm']:.2f}",
             f"{line['samples'] / seconds:.1f} samples/s",
             f"{line['visual_tokens'] / seconds:.0f} visual + {line['text_tokens'] / seconds:.0f} text tokens/s",
-            f"padding {line['padding_share']:.0%}",
+            f"rows {line['row_fill']:.0%} full" if "row_fill" in line else f"padding {line['padding_share']:.0%}",
             f"data wait {line['data_wait_share']:.0%}",
             *([f"MFU {line['mfu']:.1%}"] if "mfu" in line else []),
             *([f"{line['peak_memory_gib']:.1f} GiB"] if "peak_memory_gib" in line else []),

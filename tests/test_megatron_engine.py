@@ -82,13 +82,22 @@ def test_rows_are_counted_as_they_are(converted, tmp_path):
     from megatron_engine import RowTrainingLog
 
     config = AutoConfig.from_pretrained(converted("x4"))
-    log = RowTrainingLog(tmp_path, 10, 1, 2, hf_config=config)
+    log = RowTrainingLog(tmp_path, 10, 1, 2, hf_config=config, budget=(0, 0))
     one = row(5)
     counts = log._count(one)
     assert counts.pop("flops") == training_flops(config, one.grid_thw, torch.tensor([15, 25]), 5)
     assert counts == {
         "samples": 2, "visual_tokens": 8, "text_tokens": 32, "learned_tokens": 5, "padding": 0, "positions": 40
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("budget", "fill"), [((50, 128), 0.8), ((80, 40), 0.8), ((40, 32), 1.0)])
+def test_a_row_is_as_full_as_the_fuller_of_its_two_budgets(budget, fill, converted, tmp_path):
+    from megatron_engine import RowTrainingLog
+
+    config = AutoConfig.from_pretrained(converted("x4"))
+    counts = RowTrainingLog(tmp_path, 10, 1, 2, hf_config=config, budget=budget)._count(row(5))
+    assert (counts["rows"], counts["row_fill"]) == (1, fill)
 
 
 def test_rows_for_later_stages_leave_the_vision_tokens_behind():

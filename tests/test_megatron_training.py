@@ -211,6 +211,7 @@ def test_it_learns_and_writes_a_model_that_transformers_loads(whole, model_dir):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
     assert all(line["padding_share"] == 0 and line["gradient_norm"] > 0 for line in lines)
+    assert all(0 < line["row_fill"] <= 1 for line in lines) and lines[0]["row_fill"] > 0.5
     assert {"data_wait_share", *(("mfu", "peak_memory_gib") if GPUS else ())} <= lines[-1].keys()
     assert list(validation_of(whole)) == [STEPS // 2, STEPS]
     before, after = load_file(model_dir / "model.safetensors"), exported(whole)
