@@ -388,8 +388,8 @@ def describe_full_memory(rows: list[PackedBatch], arguments) -> str:
         f"at a row of {len(row.keys)} samples, {len(row.input_ids)} tokens, {len(row.token_positions)} vision tokens "
         f"({', '.join(row.keys[:5])}{', ...' if len(row.keys) > 5 else ''})"
     )  # fmt: skip
-    rows = f"--pack-tokens {arguments.pack_tokens}, --pack-vision-tokens {arguments.pack_vision_tokens}"
-    lower = rows if arguments.pack_tokens else "--micro-batch-size"
+    budget = f"--pack-tokens {arguments.pack_tokens}, --pack-vision-tokens {arguments.pack_vision_tokens}"
+    lower = budget if arguments.pack_tokens else "--micro-batch-size"
     return (
         f"the device's memory is full {what}: lower {lower}, --seq-length {arguments.seq_length} or --max-pixels, or "
         f"add --recompute"

@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pack-vision-tokens", type=int, help="of a row (default: twice --pack-tokens)")
     parser.add_argument("--num-workers", type=int, default=8, help="loader processes for each GPU")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
-    parser.add_argument("--trace", type=Path, help="write a trace of a step that does not count here (.json.gz)")
+    parser.add_argument("--trace", type=Path, help="write a trace here (.json.gz), of a step that does not count")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args(argv)
     import torch

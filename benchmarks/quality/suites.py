@@ -55,8 +55,7 @@ class Plan:
         settings = Settings(task=task, steps=self.steps)
         if self.tiny:
             settings = replace(settings, **TINY)
-        knobs = {**settings.knobs, **changes.pop("knobs", {})}
-        return replace(settings, batch=self.batch or settings.batch, knobs=knobs, **changes)
+        return replace(settings, batch=self.batch or settings.batch, **changes)
 
 
 def _runs(base: Settings, arms: tuple[str, ...], seeds: tuple[int, ...] = SEEDS) -> tuple[Settings, ...]:
