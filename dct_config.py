@@ -160,9 +160,10 @@ def _column_energy(weight: torch.Tensor, block: tuple[int, int, int]) -> np.ndar
     """Squared norm of the folded patch embedding's column for every coefficient, unscaled: float64 [3, bt, bh, bw]."""
     energy = np.zeros((3, *block))
     seen = np.zeros((3, *block), dtype=bool)
-    seen[:, : PIXEL_PATCH[0], : PIXEL_PATCH[1], : PIXEL_PATCH[2]] = True
+    frames, rows, columns = patch = tuple(weight.shape[2:])
+    seen[:, :frames, :rows, :columns] = True
     config = DCTConfig(block, "444", tuple(np.flatnonzero(seen).tolist()), (1.0,) * int(seen.sum()))
-    folded = fold_patch_embedding(torch.as_tensor(weight).to(torch.float64), config)
+    folded = fold_patch_embedding(torch.as_tensor(weight).to(torch.float64), config, patch)
     energy[seen] = folded.square().sum(dim=(0, 2, 3, 4)).cpu().numpy()
     if not np.isfinite(energy).all():
         raise ValueError("DCTConfig.select: the weight has values that are not finite")
@@ -335,20 +336,21 @@ class DCTConfig:
         return cls.preset(str(dct))
 
 
-def synthesis_matrix(config: DCTConfig) -> np.ndarray:
+def synthesis_matrix(config: DCTConfig, patch: tuple[int, int, int] = PIXEL_PATCH) -> np.ndarray:
     """S, float64 [K, 3*2*14*14]: from a token to the normalised RGB patch (channel, frame, row, column) that Qwen2-VL's
     Conv3d expects.
 
     The patch is the block, downscaled in the DCT domain: its lowest (2, 14, 14) coefficients, times
     sqrt(2*14*14 / (bt*bh*bw)) so that a constant picture keeps its value, transformed back. Rows of other coefficients
-    are zero. For a block of (2, 14, 14) this is the inverse transform.
+    are zero. For a block of (2, 14, 14) this is the inverse transform. patch: what stands for (2, 14, 14) in models
+    with patches of another size.
     """
     plane, ft, fy, fx = np.unravel_index(np.array(config.kept), (3, *config.block))
-    inside = (ft < PIXEL_PATCH[0]) & (fy < PIXEL_PATCH[1]) & (fx < PIXEL_PATCH[2])
-    frames, rows, columns = (dct_matrix(side) for side in PIXEL_PATCH)
+    inside = (ft < patch[0]) & (fy < patch[1]) & (fx < patch[2])
+    frames, rows, columns = (dct_matrix(side) for side in patch)
     colour = np.linalg.inv(RGB_TO_YCBCR) / np.array(OPENAI_CLIP_STD)[:, None]  # [rgb, plane]
-    gain = np.array(config.scale) * math.sqrt(math.prod(PIXEL_PATCH) / math.prod(config.block))
-    synthesis = np.zeros((config.num_coefficients, 3, *PIXEL_PATCH))
+    gain = np.array(config.scale) * math.sqrt(math.prod(patch) / math.prod(config.block))
+    synthesis = np.zeros((config.num_coefficients, 3, *patch))
     synthesis[inside] = np.einsum(
         "k,ck,kt,ky,kx->kctyx",
         gain[inside],
@@ -361,14 +363,17 @@ def synthesis_matrix(config: DCTConfig) -> np.ndarray:
     return synthesis.reshape(config.num_coefficients, -1)
 
 
-def fold_patch_embedding(weight: torch.Tensor, config: DCTConfig) -> torch.Tensor:
+def fold_patch_embedding(
+    weight: torch.Tensor, config: DCTConfig, patch: tuple[int, int, int] = PIXEL_PATCH
+) -> torch.Tensor:
     """W' = W S: a Conv3d weight for pixels [E, 3, 2, 14, 14] -> one for tokens [E, K, 1, 1, 1], of the same dtype.
 
     Columns of coefficients that the pixel model never saw start at zero: at step 0 the folded model computes what the
-    pixel model computes on the picture downscaled in the DCT domain. Raises ValueError for any other shape.
+    pixel model computes on the picture downscaled in the DCT domain. patch: see `synthesis_matrix`. Raises ValueError
+    for a weight of any other shape.
     """
-    if weight.ndim != 5 or tuple(weight.shape[1:]) != (3, *PIXEL_PATCH):
-        raise ValueError(f"fold_patch_embedding expects a weight [E, 3, 2, 14, 14], got {list(weight.shape)}")
-    synthesis = torch.from_numpy(synthesis_matrix(config)).to(weight.device)
+    if weight.ndim != 5 or tuple(weight.shape[1:]) != (3, *patch):
+        raise ValueError(f"fold_patch_embedding expects a weight [E, 3, {str(patch)[1:-1]}], got {list(weight.shape)}")
+    synthesis = torch.from_numpy(synthesis_matrix(config, patch)).to(weight.device)
     folded = weight.reshape(weight.shape[0], -1).to(torch.float64) @ synthesis.T
     return folded.to(weight.dtype).reshape(weight.shape[0], -1, 1, 1, 1)

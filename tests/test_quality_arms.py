@@ -12,7 +12,7 @@ from benchmarks.quality.tasks import Source
 from dct_tokenizer import DCTTokenizer
 
 SIZE = (224, 224)
-AT_A_QUARTER = [name for name in ARMS if name.startswith(("quarter", "raw28", "pca28", "x4"))]
+AT_A_QUARTER = [name for name in ARMS if name.startswith(("quarter", "x4-raw", "x4-pca", "x4"))]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_arms_at_a_sixteenth_have_a_sixteenth_of_the_tokens(name):
     assert Encoder(make_arm(name), SIZE, 1).tokens * 16 == 256
 
 
-@pytest.mark.parametrize("name", ["pixels-unit", "raw28"])
+@pytest.mark.parametrize("name", ["pixels-unit", "x4-raw"])
 def test_unit_variance_is_that_of_the_pictures_it_was_measured_on(source, name):
     encoder = Encoder(make_arm(name), SIZE, 1)
     frames = [source.batch("fit", 0, number, 8).frames for number in range(2)]

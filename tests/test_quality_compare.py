@@ -60,10 +60,10 @@ def results(tmp_path):
     rows = [result("quarter", seed, [4, 5, 4, 5], [1, 1, 1, 1]) for seed in range(3)]
     rows += [result("x4", seed, [4 + g, 5 + g, 5 + g, 5 + g], [3, 3, 2, 3]) for seed, g in enumerate((3, 2, 4))]
     rows += [result("pixels", 0, [9, 9, 8, 9], [4, 3, 3, 4]), result("x4", 0, [5, 5], [1, 1], learning_rate=3e-3)]
-    rows += [result("raw28", 0, [0, 0], [0, 0], finished=False)]
+    rows += [result("x4-raw", 0, [0, 0], [0, 0], finished=False)]
     for number, row in enumerate(rows):
         (tmp_path / f"{number}.json").write_text(json.dumps(row))
-    (tmp_path / "first.plan.json").write_text('{"steps": 10}')
+    (tmp_path / "notes.json").write_text('{"steps": 10}')  # no result of a run
     return tmp_path
 
 
@@ -85,14 +85,105 @@ def test_the_verdict_needs_three_seeds(results):
 
 def test_tables_show_mean_and_spread_and_levels(results):
     arms = next(iter(compare.experiments(compare.load(results)).values()))
-    assert "| x4 | 16 | 10 of 20 | 77.5 ± 10.0 | 68.8 ± 0.0 | 50.0 ± 0.0 | 2.0 + 3.0 |  | 3 |" in compare.table(arms)
+    times = compare.step_times(compare.load(results))
+    lines = compare.table(arms, times)
+    assert "| x4 | 16 | 10 of 20 | 77.5 ± 10.0 | 68.8 ± 0.0 | 50.0 ± 0.0 | 2.0 + 3.0 |  | 3 |" in lines
     assert "| x4 | 68.8 | 83.3 |" in compare.level_table(arms)
+
+
+def written(folder, *rows: dict) -> list[dict]:
+    """Results as `load` gives them: files named run00.json, run01.json, ..."""
+    for number, row in enumerate(rows):
+        (folder / f"run{number:02}.json").write_text(json.dumps(row))
+    return compare.load(folder)
+
+
+def test_times_are_of_runs_alone_on_the_device_whatever_their_steps(tmp_path):
+    right = [5, 5], [1, 1]
+    rows = [result("x4", 0, *right), result("quarter", 0, *right), result("pixels", 0, *right)]
+    for row in rows:
+        row.update(alone=False, milliseconds={"draw": 1.0, "encode": 90.0, "train": 90.0})
+    short = [result("x4", seed, *right, steps=steps, test=2) for seed, steps in ((0, 3), (1, 5), (2, 3))]
+    for row, train in zip(short, (7.0, 20.0, 8.0)):
+        row.update(alone=True, milliseconds={"draw": 1.0, "encode": 2.0, "train": train})
+    others = [result("quarter", 0, *right, steps=3, batch=4), result("quarter", 0, *right, steps=3, knobs={"noise": 1})]
+    others += [result("quarter", 0, *right, steps=3, patch=7), result("quarter", 1, *right, finished=False)]
+    others += [{**result("quarter", 2, *right), "alone": False}]
+    results = written(tmp_path, *rows, *short, *others, result("pixels", 0, *right, learning_rate=3e-3))
+    arms, times = next(iter(compare.experiments(results).values())), compare.step_times(results)
+    cells = {line.split(" | ")[0]: line.split(" | ")[6] for line in compare.table(arms, times)}
+    assert cells == {
+        "| arm": "ms a step: encode + train",
+        "| ---": "---",
+        "| pixels": "2.0 + 3.0",  # of a result that does not say
+        "| quarter": "",
+        "| x4": "2.0 + 8.0",  # the median
+    }
+    assert compare.untimed(arms, times) == ["no times of quarter: no such run had the device to itself"]
+    assert [len(runs) for runs in arms.values()] == [1, 2, 1]  # the short runs are not averaged in
+
+
+def test_arms_without_times_are_not_drawn_over_time(results, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    arms = next(iter(compare.experiments(compare.load(results)).values()))
+    times = compare.step_times(compare.load(results))
+    times[compare.cost_key(arms["x4"][0])] = {"encode": 200.0, "train": 300.0}
+    del times[compare.cost_key(arms["quarter"][0])]
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    compare.draw_figure(arms, times, "heading", tmp_path / "figure.png")
+    over_time = {line.get_label(): list(line.get_xdata()) for line in drawn[0].axes[3].lines}
+    assert over_time == {"pixels": [0.025, 0.05], "x4": [2.5, 5.0]}
+    assert len(drawn[0].axes[2].lines) == 3
+
+
+def test_the_same_run_saved_and_not_saved_is_one_seed(tmp_path):
+    rows = [result("pixels", 0, [5, 5], [1, 1], save=save) for save in (False, True)]
+    (arms,) = compare.experiments(written(tmp_path, *rows)).values()
+    assert [run["name"] for run in arms["pixels"]] == ["run00"]
+
+
+def test_warm_starts_are_compared_among_those_of_the_same_start(tmp_path):
+    right = [5, 5], [1, 1]
+    starts = [result(arm, seed, *right, steps=80, save=True) for arm in ("pixels", "exact") for seed in (0, 1)]
+    warm = [
+        result(arm, number % 2, *right, start_from=f"run{number:02}") | {"curve": [{**CURVE[0], "step": 0}, *CURVE]}
+        for number in range(4)
+        for arm in ("quarter", "x4")
+    ]
+    warm[0]["curve"] = CURVE  # one that was not tested at step 0
+    elsewhere = result("x4", 0, *right, start_from="reading_exact_seed0_0123abcd")
+    results = written(tmp_path, *starts, *warm, result("x4", 0, *right), elsewhere)
+    titled = {compare.title(name).partition("rate 0.001")[2]: (name, arms) for name, arms in results_by_title(results)}
+    sizes = {ending: {arm: len(runs) for arm, runs in arms.items()} for ending, (_, arms) in titled.items()}
+    both = {"quarter": 2, "x4": 2}
+    assert sizes[", from pixels of 80 steps"] == sizes[", from exact of 80 steps"] == both
+    assert sizes[", from reading_exact"] == {"x4": 1}
+    arms = titled[", from pixels of 80 steps"][1]
+    header, _, quarter, x4 = (line.split(" | ") for line in compare.table(arms, {}))
+    assert (header[3], quarter[3], x4[3]) == ("at step 0, %", "10.0", "10.0 ± 0.0")
+    assert [list(compare.learning_curve(arms[arm])[0]) for arm in ("quarter", "x4")] == [[5, 10], [0, 5, 10]]
+    assert "at step 0" not in compare.table(titled[", from reading_exact"][1], {})[0]
+
+
+def results_by_title(results: list[dict]) -> list[tuple[str, dict]]:
+    """Experiments of 10 steps."""
+    return [(name, arms) for name, arms in compare.experiments(results).items() if json.loads(name)["steps"] == 10]
+
+
+def test_a_title_names_both_widths_and_reads_older_results(tmp_path):
+    size = {"vision_width": 160, "vision_layers": 2, "language_width": 64, "language_layers": 3}
+    rows = [result("x4", 0, [5, 5], [1, 1]), result("x4", 0, [5, 5], [1, 1], size=size, patch=7)]
+    older, newer = map(compare.title, compare.experiments(written(tmp_path, *rows)))
+    assert older == "reading, patches of 14 px, 10 steps of 2, layers 1 x 64 + 1 x 64, learning rate 0.001"
+    assert newer == "reading, patches of 7 px, 10 steps of 2, layers 2 x 160 + 3 x 64, learning rate 0.001"
 
 
 def test_the_command_prints_and_draws(results, capsys):
     assert compare.main(["--results", str(results), "--figures", str(results / "figures")]) == 0
     said = capsys.readouterr().out
-    assert "unfinished: reading raw28 seed 0, 10 of 10 steps" in said and "4 test samples, chance 10 %" in said
+    assert "unfinished: reading x4-raw seed 0, 10 of 10 steps" in said and "4 test samples, chance 10 %" in said
     assert sorted(path.name for path in (results / "figures").iterdir()) == ["reading_0.png", "reading_1.png"]
 
 

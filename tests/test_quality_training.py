@@ -14,7 +14,7 @@ from benchmarks.quality.runs import run
 from benchmarks.quality.settings import ModelSize, Settings
 from benchmarks.quality.trainer import PATCH_EMBEDDING, Trainer, pixel_embedding
 
-SMALL = ModelSize(64, 1, 1)
+SMALL = ModelSize(80, 1, 64, 1)
 # Large digits, nearly fixed in their cells, on a CPU in seconds.
 TRIVIAL = Settings(
     steps=4,
@@ -40,7 +40,7 @@ def stock_logits(model, layout: Layout, tokens, question, answer) -> torch.Tenso
 @pytest.mark.parametrize(("grid", "video"), [((1, 4, 4), False), ((3, 4, 4), True), ((1, 4, 8), False)])
 def test_the_fast_way_computes_what_the_stock_model_computes(grid, video):
     generator = torch.Generator().manual_seed(0)
-    model = build_model(ModelSize(128, 2, 2), 12, seed=1)
+    model = build_model(ModelSize(160, 2, 128, 2), 12, seed=1)
     assert type(model) is Qwen2VLForConditionalGeneration
     layout = Layout.build(model, grid, video, 2, 6)
     tokens = torch.randn(3, grid[0] * grid[1] * grid[2], 12, generator=generator)
@@ -72,7 +72,7 @@ def test_arms_start_from_the_same_weights_and_the_same_size_of_values():
 
 def test_a_trivial_task_is_learned(tmp_path):
     one_digit = {"size": 112, "cells": 1, "heights": [100], "noise": 0.0, "blank": 0.0}
-    settings = replace(TRIVIAL, arm="sixteenth", knobs=one_digit, size=ModelSize(128, 1, 1), learning_rate=1e-3)
+    settings = replace(TRIVIAL, arm="sixteenth", knobs=one_digit, size=ModelSize(160, 1, 128, 1), learning_rate=1e-3)
     result = run(replace(settings, steps=100, batch=32, test=64, generated=8), tmp_path)
     assert result["finished"] and result["accuracy"] > 5 * result["chance"]
     assert result["curve"][-1]["loss"] < 0.2 * result["curve"][0]["loss"]
@@ -129,14 +129,14 @@ def test_dct_arms_start_as_the_pixel_model_on_the_downscaled_picture(tmp_path):
     torch.testing.assert_close(logits("x4"), logits("x4-corner"), rtol=1e-3, atol=1e-3)
     assert (logits("x4") - logits("quarter")).abs().max() > 1e-3  # bicubic is another low-pass than the DCT's
     with pytest.raises(ValueError, match="cannot start from a pixel model"):
-        logits("raw28")
-    assert Encoder(make_arm("x4-weighted", pixel_embedding(start)), (112, 112), 1).tokens == 16
+        logits("x4-raw")
+    assert Encoder(make_arm("x4-weighted", 7, pixel_embedding(start, 7)), (112, 112), 1).tokens == 64
 
 
 def test_a_warm_start_runs_from_the_name_of_a_run(tmp_path):
     pixels = replace(TRIVIAL, arm="pixels", save=True)
     warm = replace(TRIVIAL, start_from=pixels.name)
-    with pytest.raises(FileNotFoundError, match="run the arm pixels there with --save first"):
+    with pytest.raises(FileNotFoundError, match="run the arm pixels or exact there with --save first"):
         run(warm, tmp_path)
     run(pixels, tmp_path)
     assert run(warm, tmp_path)["settings"]["start_from"] == pixels.name
@@ -147,7 +147,7 @@ def test_a_suite_runs_from_the_command_line_and_goes_on(tmp_path, capsys):
     command += ["--output", str(tmp_path)]
     assert run_experiments.main(command) == 0
     said = capsys.readouterr().out
-    assert "reading quarter seed 0 | step 2/2" in said and "| quarter | 4 | 1176 of 1176 |" in said
+    assert "reading_quarter_seed0_" in said and "| step 2/2 |" in said and "| quarter | " in said
     results = sorted(tmp_path.glob("*.json"))
     assert results and all(json.loads(path.read_text())["finished"] for path in results)
     assert run_experiments.main(command) == 0

@@ -23,11 +23,7 @@ from dct_config import PIXEL_PATCH, RGB_TO_YCBCR, DCTConfig, dct_matrix
 
 MERGE = 2  # tokens along a side that become one of the language model
 FRAMES = PIXEL_PATCH[0]
-# What a fitted basis keeps: the floats of `x4` that are not zero in a still.
-PCA_FLOATS = 1176
 LEAST_STD = 1e-3  # of normalised values; what varies less is constant
-
-X4_BLOCK = (2, 28, 28)
 NOISE_FLOOR = 16 / 255  # of x4-floor: 16 levels of 0..255
 
 
@@ -37,14 +33,16 @@ class Arm:
 
     side: of a token's block, in pixels of the picture as it is cut. shrink: by which the picture's sides are divided
     before. scaling, of pixel arms: "clip", Qwen2-VL's normalisation; "unit", every float to mean 0, variance 1; "pca",
-    whitened principal components. config: the token format of DCT arms, for which the other fields are not asked.
+    whitened principal components, of which `most` are kept. config: the token format of DCT arms, for which the other
+    fields are not asked.
     """
 
     name: str
-    side: int = PIXEL_PATCH[1]
+    side: int
     shrink: int = 1
     scaling: str = "clip"
     config: DCTConfig | None = None
+    most: int | None = None
 
     @property
     def pixels_of_token(self) -> int:
@@ -53,65 +51,89 @@ class Arm:
 
 
 def _dct(name: str, config: DCTConfig) -> Arm:
-    return Arm(name, side=config.block[1], config=config)
+    return Arm(name, config.block[1], config=config)
 
 
-def _x4_like(name: str, count: int | None, order: str = "variance", chroma: str = "420", **options) -> Arm:
-    return _dct(name, DCTConfig.select(X4_BLOCK, chroma, count, order=order, name=name, **options))
+def preset(name: str, patch: int) -> DCTConfig:
+    """`DCTConfig.preset` for a model whose patches have a side of `patch` px, 14 in Qwen2-VL: all sides go with it."""
+    times = {"exact": 1, "x4": 2, "x16": 4}[name]
+    block = (FRAMES, times * patch, times * patch)
+    first = np.zeros((3, *block), dtype=bool)
+    if name == "exact":
+        return DCTConfig.select(block, "444", name=name)
+    if name == "x4":
+        first[:, 0] = True
+    first[:, :, :patch, :patch] = True
+    return DCTConfig.select(block, "420", {"x4": 9, "x16": 12}[name] * patch**2, first=first, name=name)
 
 
-def _flat(name: str) -> Arm:
+def _x4_like(
+    name: str, patch: int, count: float | None, order: str = "variance", chroma: str = "420", **options
+) -> Arm:
+    """count: floats, in those of a plane of a patch; None for all that there are."""
+    kept = None if count is None else int(count * patch**2)
+    block = (FRAMES, 2 * patch, 2 * patch)
+    return _dct(name, DCTConfig.select(block, chroma, kept, order=order, name=name, **options))
+
+
+def _flat(name: str, patch: int) -> Arm:
     """x4 with one scale for all coefficients: the DCT without its conditioning."""
-    config = DCTConfig.preset("x4")
+    config = preset("x4", patch)
     scale = math.sqrt(float(np.mean(np.square(config.scale))))
     return _dct(name, replace(config, scale=(scale,) * config.num_coefficients, name=name))
 
 
-def _floor(name: str) -> Arm:
+def _floor(name: str, patch: int) -> Arm:
     """x4 with a floor under its scales, so that what natural pictures hardly have is not made as loud as the rest."""
-    config = DCTConfig.preset("x4")
+    config = preset("x4", patch)
     scale = tuple(math.hypot(value, NOISE_FLOOR) for value in config.scale)
     return _dct(name, replace(config, scale=scale, name=name))
 
 
-# name: (what it is, how it is made). The order is that of tables.
+def _block_pca(name: str, patch: int) -> Arm:
+    """As many floats as `x4` has that are not zero in a still."""
+    return Arm(name, 2 * patch, scaling="pca", most=6 * patch**2)
+
+
+# name: (what it is, how it is made from its name and the side of a pixel model's patch). The order is that of tables.
 ARMS = {
-    "pixels": ("pixels, all tokens", lambda name: Arm(name)),
-    "pixels-unit": ("pixels of unit variance, all tokens", lambda name: Arm(name, scaling="unit")),
-    "pixels-pca": ("whitened pixels, all tokens", lambda name: Arm(name, scaling="pca")),
-    "exact": ("preset exact", lambda name: _dct(name, DCTConfig.preset("exact"))),
-    "quarter": ("lower max_pixels, 1/4", lambda name: Arm(name, shrink=2)),
-    "quarter-unit": ("lower max_pixels, 1/4, unit variance", lambda name: Arm(name, shrink=2, scaling="unit")),
-    "quarter-pca": ("lower max_pixels, 1/4, whitened", lambda name: Arm(name, shrink=2, scaling="pca")),
-    "raw28": ("raw 28 x 28 px, unit variance", lambda name: Arm(name, side=28, scaling="unit")),
-    "pca28": ("whitened 28 x 28 px", lambda name: Arm(name, side=28, scaling="pca")),
-    "x4": ("preset x4", lambda name: _dct(name, DCTConfig.preset("x4"))),
+    "pixels": ("pixels, all tokens", Arm),
+    "pixels-unit": ("pixels of unit variance, all tokens", lambda name, patch: Arm(name, patch, scaling="unit")),
+    "pixels-pca": ("whitened pixels, all tokens", lambda name, patch: Arm(name, patch, scaling="pca")),
+    "exact": ("preset exact", lambda name, patch: _dct(name, preset("exact", patch))),
+    "quarter": ("lower max_pixels, 1/4", lambda name, patch: Arm(name, patch, 2)),
+    "quarter-unit": ("lower max_pixels, 1/4, unit variance", lambda name, patch: Arm(name, patch, 2, "unit")),
+    "quarter-pca": ("lower max_pixels, 1/4, whitened", lambda name, patch: Arm(name, patch, 2, "pca")),
+    "x4-raw": ("raw pixels of x4's blocks, unit variance", lambda name, patch: Arm(name, 2 * patch, scaling="unit")),
+    "x4-pca": ("whitened pixels of x4's blocks", _block_pca),
+    "x4": ("preset x4", lambda name, patch: _dct(name, preset("x4", patch))),
     "x4-flat": ("x4, one scale for all", _flat),
     "x4-floor": ("x4, scales with a noise floor", _floor),
-    "x4-corner": ("14 x 14 corner: DCT downscaling", lambda name: _x4_like(name, 1176, "box")),
-    "x4-half": ("half the floats of x4, variance order", lambda name: _x4_like(name, 882)),
-    "x4-variance": ("1176 floats, variance order", lambda name: _x4_like(name, 1176)),
-    "x4-zigzag": ("1176 floats, zigzag order", lambda name: _x4_like(name, 1176, "zigzag")),
-    "x4-all": ("all floats, 4:2:0", lambda name: _x4_like(name, None)),
-    "x4-444": ("all floats, 4:4:4", lambda name: _x4_like(name, None, chroma="444")),
-    "sixteenth": ("lower max_pixels, 1/16", lambda name: Arm(name, shrink=4)),
-    "sixteenth-pca": ("lower max_pixels, 1/16, whitened", lambda name: Arm(name, shrink=4, scaling="pca")),
-    "x16": ("preset x16", lambda name: _dct(name, DCTConfig.preset("x16"))),
+    "x4-corner": ("the corner of x4: DCT downscaling", lambda name, patch: _x4_like(name, patch, 6, "box")),
+    "x4-half": ("half the floats of x4, variance order", lambda name, patch: _x4_like(name, patch, 4.5)),
+    "x4-variance": ("two thirds, variance order", lambda name, patch: _x4_like(name, patch, 6)),
+    "x4-zigzag": ("two thirds, zigzag order", lambda name, patch: _x4_like(name, patch, 6, "zigzag")),
+    "x4-all": ("all floats, 4:2:0", lambda name, patch: _x4_like(name, patch, None)),
+    "x4-444": ("all floats, 4:4:4", lambda name, patch: _x4_like(name, patch, None, chroma="444")),
+    "sixteenth": ("lower max_pixels, 1/16", lambda name, patch: Arm(name, patch, 4)),
+    "sixteenth-pca": ("lower max_pixels, 1/16, whitened", lambda name, patch: Arm(name, patch, 4, "pca")),
+    "x16": ("preset x16", lambda name, patch: _dct(name, preset("x16", patch))),
 }
 WEIGHTED = "x4-weighted"  # needs the patch embedding of a trained pixel model
 
 
-def make_arm(name: str, weight: torch.Tensor | None = None) -> Arm:
-    """An arm by name. weight: the pixel model's patch embedding [E, 3, 2, 14, 14], which x4-weighted orders by.
+def make_arm(name: str, patch: int = PIXEL_PATCH[1], weight: torch.Tensor | None = None) -> Arm:
+    """An arm by name. patch: side of the pixel model's patch. weight: its patch embedding [E, 3, 2, patch, patch],
+    which x4-weighted orders by.
 
     Raises ValueError for an unknown name, or if x4-weighted has no weight.
     """
     if name == WEIGHTED and weight is not None:
-        return _x4_like(name, 1176, "weighted", weight=weight)
+        return _x4_like(name, patch, 6, "weighted", weight=weight)
     if name not in ARMS:
         needs = ", which needs a trained pixel model (--start-from)" if name == WEIGHTED else ""
         raise ValueError(f"unknown arm {name!r}{needs}: choose from {', '.join(ARMS)}")
-    return ARMS[name][1](name)
+    return ARMS[name][1](name, patch)
 
 
 def analysis_matrix(config: DCTConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -125,6 +147,21 @@ def analysis_matrix(config: DCTConfig) -> tuple[np.ndarray, np.ndarray]:
     matrix /= np.array(config.scale)[:, None, None]
     offset = matrix.sum(axis=2) @ (255 * np.array(OPENAI_CLIP_MEAN))
     return matrix.reshape(config.num_coefficients, -1), offset
+
+
+def unfold_patch_embedding(weight: torch.Tensor, config: DCTConfig) -> torch.Tensor:
+    """The inverse of `dct_config.fold_patch_embedding` for a format that has every coefficient of a pixel patch, as
+    `exact` has: weights [E, K, ...] over coefficients -> float32 [E, 3, *block] over normalised pixels.
+
+    Raises ValueError for any other format.
+    """
+    values = math.prod(config.block)
+    if config.num_coefficients != 3 * values:
+        raise ValueError(f"format {config.name!r} has not all coefficients of its block: nothing to unfold to")
+    matrix, _ = analysis_matrix(config)
+    normalised = matrix * np.repeat(255 * np.array(OPENAI_CLIP_STD), values)
+    pixels = weight.detach().double().cpu().flatten(1) @ torch.from_numpy(normalised)
+    return pixels.float().view(-1, 3, *config.block)
 
 
 def cut(frames: torch.Tensor, side: int) -> torch.Tensor:
@@ -182,6 +219,16 @@ class Encoder:
             shift = matrix.sum(axis=1) * 128 - offset
             self.shift = torch.from_numpy(shift).to(self.device, torch.float32)
 
+    def in_patch(self, patch: int, floats: int) -> torch.Tensor:
+        """Which of the `floats` of a token the pixel model's patch would show of its block, downscaled: bool [K]. Of
+        DCT arms the corner; of principal components as many of the largest; of others all."""
+        if self.arm.config is not None:
+            frequencies = np.unravel_index(np.array(self.arm.config.kept), (3, *self.arm.config.block))[1:]
+            sides = (FRAMES, patch, patch)
+            return torch.from_numpy(np.all([f < side for f, side in zip(frequencies, sides)], axis=0))
+        shown = 3 * patch**2 if self.arm.scaling == "pca" else floats
+        return torch.arange(floats) >= floats - shown  # eigh sorts by rising variance
+
     @property
     def tokens(self) -> int:
         """N, tokens of the vision tower."""
@@ -213,7 +260,7 @@ class Encoder:
             return
         covariance = (centred.T @ centred / len(centred)).double()
         variance, basis = torch.linalg.eigh(covariance)
-        kept = min(PCA_FLOATS, int((variance > LEAST_STD**2).sum()))
+        kept = min(self.arm.most or len(variance), int((variance > LEAST_STD**2).sum()))
         whitening = basis[:, -kept:] / variance[-kept:].sqrt()
         self.matrix = whitening.float()
 

@@ -2,8 +2,11 @@
 
     python benchmarks/quality/compare.py --results results --figures figures
 
-Runs are compared within an experiment: same task and knobs, model, batch, steps and learning rate; only arm and seed
-differ. Two tests, both paired and two-sided, and both of a mean difference with its 95 % interval:
+Runs are compared within an experiment: same task and knobs, model, batch, steps, tests and learning rate, and for warm
+starts the same arm and training of the model they start from; only arm and seed differ. Times are those of steps of
+runs that had the device to themselves, of whatever number of steps.
+
+Two tests, both paired and two-sided, and both of a mean difference with its 95 % interval:
 
     over pictures   of one seed: t test on the accuracy of each test picture under both arms. It says whether these two
                     trained models differ, and nothing about other seeds.
@@ -29,8 +32,8 @@ PAIRS = (
     ("x4", "x4-corner"),
     ("x4", "x4-floor"),
     ("x4-floor", "quarter-pca"),
-    ("x4", "raw28"),
-    ("x4", "pca28"),
+    ("x4", "x4-raw"),
+    ("x4", "x4-pca"),
     ("x4-corner", "quarter"),
     ("quarter-pca", "quarter"),
     ("exact", "pixels"),
@@ -40,6 +43,12 @@ LEVEL = 0.05
 LEAST_P = 1e-9  # below it a t test's p says no more than that
 LEAST_SEEDS = 3
 NOT_COMPARED = ("arm", "seed", "save", "start_from")
+COSTS = ("task", "knobs", "arm", "batch", "patch", "size")  # the settings that decide what a step costs on a device
+OLD_PATCH = 14  # px, of results that do not say
+
+Result = dict[str, Any]  # of a run: what its JSON file holds, and `name`, that of the file
+Arms = dict[str, list[Result]]  # {arm: its runs by seed}
+Times = dict[str, dict[str, float]]  # {cost_key: milliseconds of each part of a step}
 
 
 @dataclass(frozen=True)
@@ -68,39 +77,84 @@ def paired_difference(ours: Iterable[float], theirs: Iterable[float]) -> Differe
     return Difference(mean, float(low), float(high), float(test.pvalue), ours.size)
 
 
-def load(folder: Path) -> list[dict[str, Any]]:
+def load(folder: Path) -> list[Result]:
     """All results of runs in a folder, finished or not, in the order of their names."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [result for result in results if "settings" in result]
+    results = [{"name": path.stem, **json.loads(path.read_text())} for path in sorted(folder.glob("*.json"))]
+    results = [result for result in results if "settings" in result]
+    for result in results:
+        result["settings"].setdefault("patch", OLD_PATCH)
+    return results
 
 
-def experiment(result: dict[str, Any]) -> str:
-    """What must be equal for two runs to be compared, as text."""
-    settings = {key: value for key, value in result["settings"].items() if key not in NOT_COMPARED}
-    return json.dumps({**settings, "warm": bool(result["settings"]["start_from"])}, sort_keys=True)
+def compared(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in NOT_COMPARED}
 
 
-def experiments(results: list[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """{experiment: {arm: its finished runs by seed}}, arms in the order of arms.ARMS."""
+def experiment(result: Result, runs: dict[str, Result]) -> str:
+    """What must be equal for two runs to be compared, as text. runs: by name, for those that others start from."""
+    settings, start = result["settings"], result["settings"]["start_from"]
+    if start in runs:
+        begun = runs[start]["settings"]
+        start = {**compared(begun), "arm": begun["arm"]}
+    elif start is not None:  # its result is elsewhere, but its name says TASK_ARM_seedN_DIGEST
+        start = {"arm": start.partition("_seed")[0]}
+    return json.dumps({**compared(settings), "start": start}, sort_keys=True)
+
+
+def experiments(results: list[Result]) -> dict[str, Arms]:
+    """{experiment: {arm: its finished runs by seed}}, arms in the order of arms.ARMS.
+
+    Of runs that differ in nothing but `save` the first counts: more would look like more seeds.
+    """
     from benchmarks.quality.arms import ARMS
 
     order = {name: number for number, name in enumerate(ARMS)}
-    grouped: dict[str, dict[str, list]] = {}
+    runs = {result["name"]: result for result in results}
+    grouped: dict[str, dict[str, dict[int, Result]]] = {}
     finished = [result for result in results if result["finished"]]
     for result in sorted(finished, key=lambda r: (order.get(r["settings"]["arm"], len(order)), r["settings"]["seed"])):
-        grouped.setdefault(experiment(result), {}).setdefault(result["settings"]["arm"], []).append(result)
-    return grouped
+        arm, seed = result["settings"]["arm"], result["settings"]["seed"]
+        grouped.setdefault(experiment(result, runs), {}).setdefault(arm, {}).setdefault(seed, result)
+    return {name: {arm: list(seeds.values()) for arm, seeds in arms.items()} for name, arms in grouped.items()}
 
 
 def title(name: str) -> str:
     settings = json.loads(name)
     knobs = ", ".join(f"{key} {value}" for key, value in settings["knobs"].items())
-    width = settings["size"]
+    size, start = settings["size"], settings["start"]
+    vision, language = (size.get(f"{part}_width") or size["width"] for part in ("vision", "language"))
+    warm = f", from {start['arm']}" if start else ""
+    if start and "steps" in start:
+        warm += f" of {start['steps']} steps"
     return (
-        f"{settings['task']}{f' ({knobs})' if knobs else ''}, {settings['steps']} steps of {settings['batch']}, width "
-        f"{width['width']}, {width['vision_layers']} + {width['language_layers']} layers, learning rate "
-        f"{settings['learning_rate']:g}{', warm start' if settings['warm'] else ''}"
+        f"{settings['task']}{f' ({knobs})' if knobs else ''}, patches of {settings['patch']} px, {settings['steps']} "
+        f"steps of {settings['batch']}, layers {size['vision_layers']} x {vision} + {size['language_layers']} x "
+        f"{language}, learning rate {settings['learning_rate']:g}{warm}"
     )
+
+
+def cost_key(result: Result) -> str:
+    """What decides the times of a step, as text. Learning rate, seed and number of steps do not."""
+    device = result.get("environment", {}).get("device")
+    return json.dumps([device, *(result["settings"][key] for key in COSTS)], sort_keys=True)
+
+
+def step_times(results: list[Result]) -> Times:
+    """Medians over the finished runs that had the device to themselves, which older results do not say but had."""
+    measured: dict[str, list[dict[str, float]]] = {}
+    for result in results:
+        if result["finished"] and result.get("alone", True):
+            measured.setdefault(cost_key(result), []).append(result["milliseconds"])
+    return {
+        key: {part: float(np.median([run[part] for run in runs])) for part in ("encode", "train")}
+        for key, runs in measured.items()
+    }
+
+
+def untimed(arms: Arms, times: Times) -> list[str]:
+    """A line on the arms whose times are not known, if there are any."""
+    missing = [arm for arm, runs in arms.items() if cost_key(runs[0]) not in times]
+    return [f"no times of {', '.join(missing)}: no such run had the device to itself"] if missing else []
 
 
 def spread(values: list[float]) -> str:
@@ -109,28 +163,43 @@ def spread(values: list[float]) -> str:
     return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {100 * float(np.std(values, ddof=1)):.1f}"
 
 
-def table(arms: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Markdown lines: one row per arm. Floats: those that are not constant, of all in a token."""
+def table(arms: Arms, times: Times) -> list[str]:
+    """Markdown lines: one row per arm. Floats: those that are not constant, of all in a token. Cells of what was not
+    measured are empty; a column for step 0 is there if any run was tested then."""
     hard = next(iter(arms.values()))[0]["hard_levels"]
-    lines = [
-        f"| arm | LLM tokens | floats of a token | right, % | levels {hard[0]}-{hard[-1]}, % | generated, % | "
-        "ms a step: encode + train | GB | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    header = ["arm", "LLM tokens", "floats of a token", "right, %", f"levels {hard[0]}-{hard[-1]}, %", "generated, %"]
+    header += ["ms a step: encode + train", "GB", "seeds"]
+    rows = [row(arm, runs, times.get(cost_key(runs[0]))) for arm, runs in arms.items()]
+    begun = [before_training(runs) for runs in arms.values()]
+    if any(begun):
+        for cells, cell in zip([header, *rows], ["at step 0, %", *begun]):
+            cells.insert(3, cell)
+    return [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
+
+
+def row(arm: str, runs: list[Result], time: dict[str, float] | None) -> list[str]:
+    """Cells of an arm in `table`."""
+    run, generated = runs[0], [r["generation"]["accuracy"] for r in runs if r["generation"]]
+    return [
+        arm,
+        str(run["visual_tokens"]),
+        f"{run['live_floats_per_token']} of {run['floats_per_token']}",
+        spread([r["accuracy"] for r in runs]),
+        spread([r["hard_accuracy"] for r in runs]),
+        spread(generated) if generated else "",
+        f"{time['encode']:.1f} + {time['train']:.1f}" if time else "",
+        f"{run['peak_memory_bytes'] / 1e9:.1f}" if "peak_memory_bytes" in run else "",
+        str(len(runs)),
     ]
-    for arm, runs in arms.items():
-        run, time = runs[0], runs[0]["milliseconds"]
-        generated = [r["generation"]["accuracy"] for r in runs if r["generation"]]
-        memory = f"{run['peak_memory_bytes'] / 1e9:.1f}" if "peak_memory_bytes" in run else ""
-        lines.append(
-            f"| {arm} | {run['visual_tokens']} | {run['live_floats_per_token']} of {run['floats_per_token']} | "
-            f"{spread([r['accuracy'] for r in runs])} | {spread([r['hard_accuracy'] for r in runs])} | "
-            f"{spread(generated) if generated else ''} | {time['encode']:.1f} + {time['train']:.1f} | {memory} | "
-            f"{len(runs)} |"
-        )
-    return lines
 
 
-def level_table(arms: dict[str, list[dict[str, Any]]]) -> list[str]:
+def before_training(runs: list[Result]) -> str:
+    """Accuracy of warm starts at step 0, on the test pictures used during training; empty if not tested."""
+    values = [point["accuracy"] for run in runs for point in run["curve"] if point["step"] == 0]
+    return spread(values) if values else ""
+
+
+def level_table(arms: Arms) -> list[str]:
     """Markdown lines: accuracy in percent, mean over seeds, by level of difficulty."""
     levels = sorted({int(level) for runs in arms.values() for run in runs for level in run["by_level"]})
     if len(levels) < 2:
@@ -141,19 +210,19 @@ def level_table(arms: dict[str, list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
-def level_accuracy(runs: list[dict[str, Any]], level: int) -> float:
+def level_accuracy(runs: list[Result], level: int) -> float:
     """Mean over seeds; NaN where the level did not occur."""
     shares = [run["by_level"].get(str(level), (0, 0)) for run in runs]
     return float(np.mean([right / count if count else math.nan for right, count in shares]))
 
 
-def picture_accuracy(run: dict[str, Any], hard: bool) -> np.ndarray:
+def picture_accuracy(run: Result, hard: bool) -> np.ndarray:
     """Share of answers that are right, for each test picture: float64 [pictures]; NaN where none counts."""
     right, count = (np.array(run["by_picture"][f"{'hard_' * hard}{key}"], dtype=float) for key in ("right", "all"))
     return np.divide(right, count, out=np.full(len(count), np.nan), where=count > 0)
 
 
-def tests(arms: dict[str, list[dict[str, Any]]]) -> list[str]:
+def tests(arms: Arms) -> list[str]:
     """Lines on the pairs that are there."""
     lines = []
     for ours, theirs in PAIRS:
@@ -166,7 +235,7 @@ def tests(arms: dict[str, list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
-def verdict(paired: list[tuple[dict[str, Any], dict[str, Any]]], hard: bool) -> str:
+def verdict(paired: list[tuple[Result, Result]], hard: bool) -> str:
     """Both tests on runs of the same seeds, in words."""
     ours, theirs = (picture_accuracy(run, hard) for run in paired[0])
     both = ~(np.isnan(ours) | np.isnan(theirs))
@@ -186,7 +255,7 @@ def describe(difference: Difference) -> str:
     return f"{points[0]:+.1f} points ({points[1]:+.1f} to {points[2]:+.1f}), p {p}"
 
 
-def unfinished(results: list[dict[str, Any]]) -> list[str]:
+def unfinished(results: list[Result]) -> list[str]:
     return [
         f"unfinished: {r['settings']['task']} {r['settings']['arm']} seed {r['settings']['seed']}, "
         f"{r['curve'][-1]['step'] if r['curve'] else 0} of {r['settings']['steps']} steps"
@@ -195,8 +264,16 @@ def unfinished(results: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def draw_figure(arms: dict[str, list[dict[str, Any]]], heading: str, path: Path) -> None:
-    """Accuracy against visual tokens, floats of a token, steps, seconds (encoding and training) and difficulty."""
+def learning_curve(runs: list[Result]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps at which all runs of an arm were tested, and their mean accuracy in percent then: [points] each."""
+    tested = [{point["step"]: point["accuracy"] for point in run["curve"]} for run in runs]
+    steps = sorted(set(tested[0]).intersection(*tested[1:]))
+    return np.array(steps), 100 * np.array([np.mean([run[step] for run in tested]) for step in steps])
+
+
+def draw_figure(arms: Arms, times: Times, heading: str, path: Path) -> None:
+    """Accuracy against visual tokens, floats of a token, steps, seconds (of encoding and training, without drawing;
+    arms whose times are not known are left out) and difficulty."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -211,11 +288,10 @@ def draw_figure(arms: dict[str, list[dict[str, Any]]], heading: str, path: Path)
         points = {"marker": "o", "capsize": 3, "linestyle": "", **style}
         axes[0].errorbar(runs[0]["visual_tokens"], np.mean(accuracy), error, **points)
         axes[1].errorbar(runs[0]["live_floats_per_token"], np.mean(accuracy), error, **points)
-        steps = [point["step"] for point in runs[0]["curve"]]
-        curve = 100 * np.mean([[point["accuracy"] for point in run["curve"]] for run in runs], axis=0)
+        steps, curve = learning_curve(runs)
         axes[2].plot(steps, curve, **style)
-        time = np.mean([run["milliseconds"]["encode"] + run["milliseconds"]["train"] for run in runs]) / 1000
-        axes[3].plot(np.array(steps) * time, curve, **style)
+        if time := times.get(cost_key(runs[0])):
+            axes[3].plot(steps * (time["encode"] + time["train"]) / 1000, curve, **style)
         levels = sorted(map(int, runs[0]["by_level"]))
         axes[4].plot(levels, [100 * level_accuracy(runs, level) for level in levels], marker="o", **style)
     names = ("visual tokens of the language model", "floats of a token that vary", "steps", "seconds", "level")
@@ -239,14 +315,15 @@ def main(argv: list[str] | None = None) -> int:
     if not results:
         print(f"compare.py: no results in {arguments.results}: run run_experiments.py --output there", file=sys.stderr)
         return 1
+    times = step_times(results)
     for number, (name, arms) in enumerate(experiments(results).items()):
         tested = [len(runs[0]["by_picture"]["right"]) for runs in arms.values()]
         chance = 100 * next(iter(arms.values()))[0]["chance"]
         print(f"\n{title(name)}; {tested[0]} test samples, chance {chance:.0f} %")
-        print("\n".join(["", *table(arms), "", *level_table(arms), "", *tests(arms)]))
+        print("\n".join(["", *table(arms, times), "", *level_table(arms), "", *untimed(arms, times), *tests(arms)]))
         if arguments.figures:
             arguments.figures.mkdir(parents=True, exist_ok=True)
-            draw_figure(arms, title(name), arguments.figures / f"{json.loads(name)['task']}_{number}.png")
+            draw_figure(arms, times, title(name), arguments.figures / f"{json.loads(name)['task']}_{number}.png")
     print("\n".join(unfinished(results)))
     return 0
 

@@ -1,43 +1,48 @@
 """Runs a suite of experiments on one device, one JSON file per run, and prints the comparison.
 
-    python benchmarks/quality/run_experiments.py --suite first --output results --minutes 8
+    python benchmarks/quality/run_experiments.py --suite first --output results --minutes 30 --jobs 4
 
-Without --minutes every run of the suite is done, with the suite's steps. With it, the steps are chosen, the same for
-all arms, so that the core runs fit in, and more runs follow while time is left. What is finished in the output folder
-is not done again, so the same command goes on where it was stopped. --part 1/4 ... 4/4 spread a suite over devices.
+What is finished in the output folder is not done again, so the same command goes on where it was stopped. A run that
+fails is named on stderr and the others go on. --part 1/4 ... 4/4 spread a suite over devices.
+
+A model this small leaves most of a GPU idle. --jobs N does N runs at once, each in a process of its own. Processes take
+turns on a GPU; only under NVIDIA MPS (`nvidia-cuda-mps-control -d`, before this command) do they share it truly side by
+side. Times of such runs say nothing about an arm: they are marked, and compare.py takes times from runs that had the
+device to themselves, as with --jobs 1.
 """
 
 import argparse
-import json
+import multiprocessing
 import os
 import sys
+import threading
 import time
-import traceback
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
 
-from benchmarks.quality.settings import add_run_flags
-from benchmarks.quality.suites import STEPS, SUITES, Plan, Suite
+from benchmarks.quality.settings import Settings, add_run_flags
+from benchmarks.quality.suites import STEPS, SUITES, Plan
 
-if TYPE_CHECKING:
-    import torch
-
-START = time.monotonic()
-RUN_OVERHEAD = 20.0  # seconds of a run beside its steps: tests, bases, generation
-CORE_SHARE = 0.65  # of the time, for the core runs
-LEAST_STEPS = 20
+FAILURES = (ValueError, OSError, RuntimeError, FloatingPointError)  # of a run, after which others may go on
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    summary, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add_run_flags(parser)
     add("--suite", choices=tuple(SUITES), required=True)
-    add("--minutes", type=float, help="for everything, from the start of this command (default: as long as it takes)")
-    add("--steps", type=int, help="of each run (default: the suite's, fewer if --minutes asks for it)")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1; on a GPU more need MPS, see below)")
+    add("--minutes", type=float, help="after which no run begins and those under way stop (default: no limit)")
+    add("--steps", type=int, help="of each run (default: the suite's)")
     add("--part", default="1/1", metavar="I/N", help="do every N-th run, from the I-th on; not for `warm`")
     add("--batch", type=int, help="samples of a step (default: the suite's)")
     add("--tiny", action="store_true", help="small pictures, models and tests, to try everything on a CPU")
@@ -48,89 +53,133 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         part = parts = 0
     if not 1 <= part <= parts:
         parser.error(f"argument --part: expected I/N with I from 1 to N, got {arguments.part!r}")
+    if arguments.jobs < 1:
+        parser.error(f"argument --jobs: expected at least 1, got {arguments.jobs}")
     arguments.part = (part, parts)
     return arguments
 
 
-def choose_steps(suite: Suite, most: int, device: "torch.device", graphs: bool, seconds: float) -> int:
-    """Steps with which the core runs take their share of `seconds`, by what a step of each takes on this device."""
-    from benchmarks.quality.runs import seconds_per_step
+@dataclass(frozen=True)
+class Work:
+    """What a process needs beside a run's settings. deadline: of time.monotonic(), which processes share."""
 
-    cost = 0.0  # seconds for a step of each
-    for settings in suite.runs[: suite.core]:
-        step = seconds_per_step(replace(settings, start_from=None), device, graphs)
-        print(f"{settings.task} {settings.arm}: {1000 * step:.1f} ms a step", flush=True)
-        cost += step * settings.steps / most
-    left = seconds * CORE_SHARE - (time.monotonic() - START) - suite.core * RUN_OVERHEAD
-    return min(most, max(LEAST_STEPS, int(left / cost) // LEAST_STEPS * LEAST_STEPS))
+    output: Path
+    device: str
+    commit: str
+    graphs: bool
+    deadline: float | None
+    alone: bool
 
-
-def planned_steps(arguments: argparse.Namespace, device: "torch.device") -> int:
-    """Of --steps; of an earlier start of this command, so that it goes on; chosen now; or the suite's."""
-    path, most = arguments.output / f"{arguments.suite}.plan.json", STEPS[arguments.suite]
-    if arguments.steps or arguments.minutes is None:
-        return arguments.steps or most
-    if path.is_file():
-        return json.loads(path.read_text())["steps"]
-    suite = SUITES[arguments.suite](Plan(most, arguments.tiny, arguments.batch))
-    steps = choose_steps(suite, most, device, arguments.graphs == "on", 60 * arguments.minutes)
-    path.write_text(json.dumps({"steps": steps, "minutes": arguments.minutes}) + "\n")
-    return steps
+    def late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
 
 
-def restart_without_graphs(arguments: argparse.Namespace) -> None:
-    """Goes on in a fresh process, as a failed capture leaves CUDA in a state that cannot be trusted."""
-    argv = [value for value in sys.argv if value not in ("--graphs", "on")]
-    if arguments.minutes is not None:
-        place = next(number for number, value in enumerate(argv) if value.startswith("--minutes"))
-        left = arguments.minutes - (time.monotonic() - START) / 60
-        argv[place : place + (1 if "=" in argv[place] else 2)] = [f"--minutes={left:.2f}"]
-        (arguments.output / f"{arguments.suite}.plan.json").unlink(missing_ok=True)
-    print("going on without CUDA graphs", file=sys.stderr, flush=True)
-    os.execv(sys.executable, [sys.executable, *argv, "--graphs=off"])
+def attempt(settings: Settings, work: Work) -> str | None:
+    """Does a run; returns why it failed, in one line."""
+    from benchmarks.quality.runs import run
+
+    try:
+        run(settings, work.output, work.device, work.commit, work.graphs, work.deadline, work.alone)
+    except FAILURES as error:
+        return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return None
 
 
-def do_runs(arguments: argparse.Namespace, device: "torch.device") -> None:
-    """All runs of the part, or as many as there is time for."""
-    from benchmarks.quality.runs import run, seconds_per_step
+class Here(Executor):
+    """Does at once, in this process, what it is given."""
 
-    build, graphs = SUITES[arguments.suite], arguments.graphs == "on"
-    print(" ".join(build.__doc__.split()), flush=True)
-    suite = build(Plan(planned_steps(arguments, device), arguments.tiny, arguments.batch))
-    part, parts = arguments.part
-    mine = suite.runs[part - 1 :: parts]
-    deadline = None if arguments.minutes is None else START + 60 * arguments.minutes
-    for number, settings in enumerate(mine):
-        if deadline is not None and number >= suite.core:
-            left = deadline - time.monotonic()
-            if left < RUN_OVERHEAD:
-                print(f"no time left for {len(mine) - number} more runs")
-                return
-            step = seconds_per_step(replace(settings, start_from=None), device, graphs)
-            if step * settings.steps + RUN_OVERHEAD > left:
-                print(f"{settings.name}: left out, needs {step * settings.steps:.0f} s, {left:.0f} are left")
-                continue
-        run(settings, arguments.output, device, arguments.commit, graphs, deadline)
+    def submit(self, function: Callable, /, *arguments: Any) -> Future:
+        future: Future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+def new_process(device: str) -> Executor:
+    """One that starts with the first run and is kept for more, so that it imports torch once."""
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=begin_process, initargs=(device,))
+
+
+def begin_process(device: str) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if device == "cuda":
+        import torch
+
+        torch.set_num_threads(1)  # the cores are for the other processes
+
+
+def end_with_parent() -> None:
+    """So that no run goes on unseen, and writes files, after the command was killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def do_runs(runs: Sequence[Settings], work: Work, workers: list[Executor], renew: Callable[[], Executor]) -> set[str]:
+    """All runs, as many at once as there are workers, each after the one it starts from; returns the names of those
+    that failed or were left out. After a failure, which may have spoilt CUDA in its process, a worker is renewed."""
+    queue, failed = {settings.name: settings for settings in runs}, set()
+    idle, busy = list(workers), {}
+    while queue or busy:
+        if work.late() and queue:
+            print(f"no time left for {len(queue)} more runs", flush=True)
+            queue.clear()
+        leave_out(queue, failed)
+        under_way = {settings.name for settings, _ in busy.values()}
+        ready = [s for s in queue.values() if s.start_from not in queue and s.start_from not in under_way]
+        for settings in ready[: len(idle)]:
+            worker = idle.pop()
+            busy[worker.submit(attempt, queue.pop(settings.name), work)] = settings, worker
+        for future in wait(busy, return_when=FIRST_COMPLETED).done:
+            settings, worker = busy.pop(future)
+            if (why := outcome(future)) is not None:
+                report(settings, why)
+                failed.add(settings.name)
+                worker.shutdown(wait=False)
+                worker = renew()
+            idle.append(worker)
+    for worker in idle:
+        worker.shutdown()
+    return failed
+
+
+def outcome(future: Future) -> str | None:
+    """Why a run failed, if it did. Raises what it raised, if that is a bug."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return "its process ended abruptly: out of memory? Try fewer --jobs"
+
+
+def leave_out(queue: dict[str, Settings], failed: set[str]) -> None:
+    """Moves runs from the queue to the failed ones that start from a failed one."""
+    while lost := [settings for settings in queue.values() if settings.start_from in failed]:
+        for settings in lost:
+            report(settings, f"left out, as {settings.start_from} failed")
+            failed.add(queue.pop(settings.name).name)
+
+
+def report(settings: Settings, why: str) -> None:
+    print(f"run_experiments.py: {settings.name}: {why}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
+    started = time.monotonic()
     arguments = parse_arguments(argv)
     from benchmarks.quality import compare
-    from benchmarks.quality.runs import chosen_device
+    from benchmarks.quality.runs import chosen_device, finished
 
-    device = chosen_device(arguments.device)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    try:
-        do_runs(arguments, device)
-    except RuntimeError:
-        if device.type != "cuda" or arguments.graphs == "off":
-            raise
-        traceback.print_exc()
-        restart_without_graphs(arguments)
-    except (ValueError, OSError) as error:
-        print(f"run_experiments.py: {error}", file=sys.stderr)
-        return 1
-    return compare.main(["--results", str(arguments.output)])
+    suite, device, output = SUITES[arguments.suite], chosen_device(arguments.device).type, arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    deadline = None if arguments.minutes is None else started + 60 * arguments.minutes
+    work = Work(output, device, arguments.commit, arguments.graphs == "on", deadline, arguments.jobs == 1)
+    part, parts = arguments.part
+    runs = suite(Plan(arguments.steps or STEPS[arguments.suite], arguments.tiny, arguments.batch))[part - 1 :: parts]
+    runs = [settings for settings in runs if finished(output / f"{settings.name}.json") is None]
+    print(f"{' '.join(suite.__doc__.split())} {len(runs)} runs to do.", flush=True)
+    renew = Here if arguments.jobs == 1 else (lambda: new_process(device))
+    failed = do_runs(runs, work, [renew() for _ in range(arguments.jobs)], renew)
+    status = compare.main(["--results", str(output)])
+    return 1 if failed else status
 
 
 if __name__ == "__main__":

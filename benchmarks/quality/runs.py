@@ -5,7 +5,7 @@ import json
 import math
 import platform
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +27,33 @@ def run(
     commit: str = "",
     graphs: bool = True,
     deadline: float | None = None,
+    alone: bool = True,
 ) -> dict[str, Any]:
     """Trains and tests; writes output/NAME.json after each evaluation and returns what it holds. A finished run is
     read.
 
-    deadline: of time.monotonic(), after which the run stops where it is; it then stays unfinished.
+    deadline: of time.monotonic(), after which the run stops at its next evaluation; it then stays unfinished.
+    alone: nothing else uses the device meanwhile, so that its times mean something; noted in the result.
+    Raises RuntimeError if the step cannot be captured, FloatingPointError if the loss is no number.
     """
     path = output / f"{settings.name}.json"
-    if path.is_file() and (done := json.loads(path.read_text()))["finished"]:
+    if (done := finished(path)) is not None:
         return done
     device = torch.device(device)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     if device.type == "cuda":
         gc.collect()  # an earlier run's model would count
+        torch.cuda.empty_cache()  # and other processes may need its memory
         torch.cuda.reset_peak_memory_stats()
     trainer = Trainer(settings, device, start_weights(settings, output))
+    if settings.save:
+        trainer.pixel_state()  # an arm that cannot be saved is refused before it is trained
     if device.type == "cuda" and graphs:
-        trainer.capture()
-    result = describe(trainer, commit)
+        capture(trainer)
+    result = describe(trainer, commit, alone)
+    if settings.start_from is not None:
+        result["curve"].append(curve_point(trainer, 0, 0.0, None))
     report = _Report(path, result)
     report.write()
     clock, losses, seconds, started = StepClock(device), [], 0.0, time.perf_counter()
@@ -60,17 +68,38 @@ def run(
         result["curve"].append(curve_point(trainer, number + 1, seconds, train_loss))
         result["milliseconds"] = clock.medians()
         report.write()
-        print(progress_line(settings, result["curve"][-1]), flush=True)
+        print(f"{progress_line(settings, result['curve'][-1])}\n", end="", flush=True)  # at once: runs share the output
         if not math.isfinite(train_loss):
             raise FloatingPointError(f"{settings.name}: the loss is {train_loss} after {number + 1} steps")
         if deadline is not None and time.monotonic() > deadline:
             return result
         losses, started = [], time.perf_counter()
     finish(trainer, result)
-    report.write()
     if settings.save:
-        torch.save({name: value.cpu() for name, value in trainer.model.state_dict().items()}, path.with_suffix(".pt"))
+        save(trainer, path.with_suffix(".pt"))
+    report.write()
     return result
+
+
+def finished(path: Path) -> dict[str, Any] | None:
+    """The result of a run, if it is there and finished."""
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text())
+    return result if result["finished"] else None
+
+
+def capture(trainer: Trainer) -> None:
+    try:
+        trainer.capture()
+    except RuntimeError as error:
+        raise RuntimeError(f"no CUDA graph of the step, try --graphs off: {error}") from error
+
+
+def save(trainer: Trainer, path: Path) -> None:
+    temporary = path.with_suffix(".pt.part")
+    torch.save(trainer.pixel_state(), temporary)
+    temporary.replace(path)
 
 
 def start_weights(settings: Settings, output: Path) -> dict[str, torch.Tensor] | None:
@@ -79,11 +108,11 @@ def start_weights(settings: Settings, output: Path) -> dict[str, torch.Tensor] |
         return None
     path = output / f"{settings.start_from}.pt"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run the arm pixels there with --save first")
+        raise FileNotFoundError(f"{path} is missing: run the arm pixels or exact there with --save first")
     return torch.load(path, weights_only=True)
 
 
-def describe(trainer: Trainer, commit: str) -> dict[str, Any]:
+def describe(trainer: Trainer, commit: str, alone: bool) -> dict[str, Any]:
     """The head of a result."""
     settings, encoder = trainer.settings, trainer.encoder
     return {
@@ -92,6 +121,7 @@ def describe(trainer: Trainer, commit: str) -> dict[str, Any]:
         "environment": environment(trainer.device, commit),
         "backgrounds": trainer.source.tools[-1].names,
         "graph": trainer.graph is not None,
+        "alone": alone,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "patches": encoder.tokens,
         "visual_tokens": trainer.layout.visual_tokens,
@@ -103,8 +133,8 @@ def describe(trainer: Trainer, commit: str) -> dict[str, Any]:
     }
 
 
-def curve_point(trainer: Trainer, step: int, seconds: float, loss: float) -> dict[str, Any]:
-    """An evaluation during training. seconds: of training alone, drawing of pictures included."""
+def curve_point(trainer: Trainer, step: int, seconds: float, loss: float | None) -> dict[str, Any]:
+    """An evaluation during training. seconds: of training, drawing of pictures included. loss: None before training."""
     measured = accuracies(*trainer.test(trainer.settings.probe), trainer.task.hard)
     return {"step": step, "seconds": round(seconds, 3), "loss": loss, **measured}
 
@@ -136,9 +166,8 @@ def environment(device: torch.device, commit: str) -> dict[str, str]:
 
 def progress_line(settings: Settings, point: dict[str, Any]) -> str:
     return (
-        f"{settings.task} {settings.arm} seed {settings.seed} | step {point['step']}/{settings.steps} | "
-        f"{point['seconds']:.1f} s | loss {point['loss']:.4f} | right {point['accuracy']:.1%}, "
-        f"hard {point['hard_accuracy']:.1%}"
+        f"{settings.name} | step {point['step']}/{settings.steps} | {point['seconds']:.1f} s | "
+        f"loss {point['loss']:.4f} | right {point['accuracy']:.1%}, hard {point['hard_accuracy']:.1%}"
     )
 
 
@@ -152,21 +181,6 @@ class _Report:
         temporary = self.path.with_suffix(".json.part")
         temporary.write_text(json.dumps(self.result) + "\n")
         temporary.replace(self.path)
-
-
-def seconds_per_step(settings: Settings, device: torch.device | str, graphs: bool = True, steps: int = 20) -> float:
-    """Measured on the device, after a few steps, of which nothing is kept."""
-    device = torch.device(device)
-    trainer = Trainer(replace(settings, fit=64), device)
-    if device.type == "cuda" and graphs:
-        trainer.capture()
-    for number in range(3):
-        trainer.step(number).item()
-    started = time.perf_counter()
-    for number in range(steps):
-        loss = trainer.step(number)
-    loss.item()
-    return (time.perf_counter() - started) / steps
 
 
 def chosen_device(name: str | None) -> torch.device:

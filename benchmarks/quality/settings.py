@@ -8,30 +8,37 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-HEAD = 64  # width of an attention head
+VISION_HEAD = 80  # width of an attention head in the vision tower, as in Qwen2-VL
+LANGUAGE_HEAD = 64  # and in the language model
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """vision and language: layers; width: of both, a multiple of HEAD."""
+    """Widths are multiples of the heads'. Qwen2-VL's vision width is 1280, for patches of 14 px."""
 
-    width: int = 256
+    vision_width: int = 320
     vision_layers: int = 4
+    language_width: int = 256
     language_layers: int = 3
 
     def __post_init__(self) -> None:
-        if self.width % HEAD:
-            raise ValueError(f"ModelSize.width must be a multiple of {HEAD}, got {self.width}")
+        for name, head in (("vision_width", VISION_HEAD), ("language_width", LANGUAGE_HEAD)):
+            if getattr(self, name) % head:
+                raise ValueError(f"ModelSize.{name} must be a multiple of {head}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class Settings:
     """All that decides a run's result, beside the device.
 
-    knobs: fields of the task that differ from its defaults. batch: samples of a step. probe, test, fit: pictures tested
-    during training, after it, and on which arms measure scales and bases. generated: of `test`, also answered by real
-    generation. start_from: name of a run of arm `pixels` in the same folder that saved its model (`save`), whose patch
-    embedding is folded or kept.
+    knobs: fields of the task that differ from its defaults. batch: samples of a step. patch: side of the pixel model's
+    patches; the blocks of all arms go with it, and the vision width should: 320 is to the 294 floats that `x4` then has
+    of a still what Qwen2-VL's 1280 is to 1176, so that no patch embedding must lose any. probe, test, fit: pictures
+    tested during training, after it, and on which arms measure scales and bases. generated: of `test`, also answered by
+    real generation. start_from: name of a run of arm `pixels` or `exact` in the same folder that saved its model
+    (`save`): a model of pixels either way, whose patch embedding is folded or kept. unseen: how, without a start,
+    weights of floats begin that a pixel model's patch would not show of the block: "zero", as folding leaves them, or
+    "random", as the others.
     """
 
     task: str = "reading"
@@ -40,8 +47,9 @@ class Settings:
     steps: int = 2000
     batch: int = 256
     knobs: dict[str, Any] = field(default_factory=dict)
+    patch: int = 7
     size: ModelSize = field(default_factory=ModelSize)
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     weight_decay: float = 0.05
     clip: float = 1.0
     probe: int = 256
@@ -49,6 +57,7 @@ class Settings:
     fit: int = 512
     generated: int = 64
     start_from: str | None = None
+    unseen: str = "zero"
     save: bool = False
 
     @property

@@ -27,11 +27,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=default.batch, help="samples of a step (default: %(default)s)")
     add("--learning-rate", type=float, default=default.learning_rate, help="highest (default: %(default)s)")
     add("--knobs", type=json.loads, default={}, metavar="JSON", help="""of the task, as in '{"heights": [9, 12]}'""")
-    add(
-        "--size", type=int, nargs=3, metavar=("WIDTH", "VISION", "LANGUAGE"), help="of the model: width, layers, layers"
-    )
+    add("--patch", type=int, default=default.patch, help="side of a pixel model's patch (default: %(default)s)")
+    for part in ("vision", "language"):
+        width, layers = (getattr(default.size, f"{part}_{what}") for what in ("width", "layers"))
+        text = f"width and layers of the {part} part (default: {width} {layers})"
+        add(f"--{part}", type=int, nargs=2, default=(width, layers), metavar=("WIDTH", "LAYERS"), help=text)
     add("--test", type=int, default=default.test, help="samples tested at the end (default: %(default)s)")
-    add("--start-from", metavar="RUN", help="name of a run of arm pixels in --output, done with --save")
+    add("--unseen", choices=("zero", "random"), default=default.unseen, help="see Settings (default: %(default)s)")
+    add("--start-from", metavar="RUN", help="name of a run of arm pixels or exact in --output, done with --save")
     add("--save", action="store_true", help="keep the trained model beside the result")
     return parser.parse_args(argv)
 
@@ -48,9 +51,11 @@ def main(argv: list[str] | None = None) -> int:
         batch=arguments.batch,
         learning_rate=arguments.learning_rate,
         knobs=arguments.knobs,
-        size=ModelSize(*arguments.size) if arguments.size else ModelSize(),
+        patch=arguments.patch,
+        size=ModelSize(*arguments.vision, *arguments.language),
         test=arguments.test,
         start_from=arguments.start_from,
+        unseen=arguments.unseen,
         save=arguments.save,
     )
     try:

@@ -15,15 +15,18 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # repeatable sums; 
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.quality.arms import Arm, Encoder, make_arm
+from benchmarks.quality.arms import FRAMES, Arm, Encoder, make_arm, unfold_patch_embedding
 from benchmarks.quality.cells import NOT_SCORED
 from benchmarks.quality.model import (
+    PLAIN,
     Layout,
     answer_logits,
     build_model,
+    compiled_layers,
     generate,
     scale_patch_embedding,
     set_patch_embedding,
+    zero_columns,
 )
 from benchmarks.quality.scoring import share
 from benchmarks.quality.settings import Settings
@@ -33,11 +36,12 @@ from dct_config import fold_patch_embedding
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 TEST_BATCH = 64  # samples
 GENERATE_AT_ONCE = 16  # samples; the stock vision tower compares all patches of a batch with each other
+BASE_INPUTS = 256  # of the matrices that learn at the learning rate; those of more inputs learn more slowly
 GRAPH_TOLERANCE = 0.02  # relative difference of the first loss with and without a CUDA graph
 
 
 class Trainer:
-    """Model, optimizer and data of a run, on a device. start: the weights of a trained pixel model."""
+    """Model, optimizer and data of a run, on a device. start: the weights of a pixel model, as `pixel_state` gives."""
 
     def __init__(
         self, settings: Settings, device: torch.device | str = "cpu", start: dict[str, torch.Tensor] | None = None
@@ -45,8 +49,8 @@ class Trainer:
         self.settings, self.device = settings, torch.device(device)
         self.task = make_task(settings.task, settings.knobs)
         self.source = Source(self.task, self.device)
-        weight = None if start is None else pixel_embedding(start)
-        arm = make_arm(settings.arm, weight)
+        weight = None if start is None else pixel_embedding(start, settings.patch)
+        arm = make_arm(settings.arm, settings.patch, weight)
         self.encoder = Encoder(arm, (self.task.size, self.task.size), self.task.frames, self.device)
         self.encoder.fit(self._fit_frames())
         example = self.encoder.encode(next(self._fit_frames()))
@@ -57,6 +61,7 @@ class Trainer:
             self.model, self.encoder.grid, self.task.frames > 1, self.task.question_length, self.task.answer_length
         )
         self.optimizer = self._build_optimizer()
+        self.layers = PLAIN
         self.scored = torch.tensor(self.task.scored, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[torch.Tensor, ...] | None = None  # what the graph reads
@@ -69,6 +74,8 @@ class Trainer:
     def _build_model(self, start: dict | None, weight: torch.Tensor | None, example: torch.Tensor):
         model = build_model(self.settings.size, self.num_floats, self.settings.seed).to(self.device)
         if start is None:
+            if self.settings.unseen == "zero":
+                zero_columns(model, ~self.encoder.in_patch(self.settings.patch, self.num_floats))
             scale_patch_embedding(model, example)
         else:
             embedding = start_embedding(self.encoder.arm, weight).to(self.device)
@@ -78,12 +85,31 @@ class Trainer:
         model.generation_config.pad_token_id = model.config.pad_token_id
         return model
 
+    def pixel_state(self) -> dict[str, torch.Tensor]:
+        """The weights, on the CPU, of what is a model of pixels in arms `pixels` and `exact`: in `exact` with its patch
+        embedding over normalised pixels again. Raises ValueError for other arms."""
+        arm, state = self.encoder.arm, {name: value.cpu() for name, value in self.model.state_dict().items()}
+        if arm.config is not None:
+            embedding = unfold_patch_embedding(state[PATCH_EMBEDDING], arm.config)
+        elif arm.name == "pixels":
+            embedding = state[PATCH_EMBEDDING]
+        else:
+            raise ValueError(f"a model of arm {arm.name} cannot be saved to start from: choose pixels or exact")
+        return {**state, PATCH_EMBEDDING: embedding.reshape(len(embedding), -1, 1, 1, 1)}
+
     def _build_optimizer(self) -> torch.optim.AdamW:
-        """Matrices decay, gains, biases and embeddings of ids do not."""
-        decays = [p for p in self.model.parameters() if p.ndim > 1 and p is not self.model.model.embed_tokens.weight]
-        decaying = {id(p) for p in decays}
-        rest = [p for p in self.model.parameters() if id(p) not in decaying]
-        groups = [{"params": decays, "weight_decay": self.settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        """Matrices decay; gains, biases and embeddings of ids do not. The rate of a matrix goes with 1 / its inputs
+        (muP, Yang et al. 2022, arXiv:2203.03466), which for the patch embedding are the floats of a token."""
+        ids = self.model.model.embed_tokens.weight
+        matrices: dict[int, list[torch.nn.Parameter]] = {}
+        for parameter in self.model.parameters():
+            if parameter.ndim > 1 and parameter is not ids:
+                matrices.setdefault(parameter[0].numel(), []).append(parameter)
+        rest = [parameter for parameter in self.model.parameters() if parameter.ndim == 1 or parameter is ids]
+        groups = [{"params": rest, "weight_decay": 0.0, "share": 1.0}]
+        for inputs, parameters in matrices.items():
+            share = min(1.0, BASE_INPUTS / inputs)
+            groups.append({"params": parameters, "weight_decay": self.settings.weight_decay, "share": share})
         if self.device.type != "cuda":
             return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
         for group in groups:
@@ -98,12 +124,15 @@ class Trainer:
         """int64 [B, A + 1]: the answer and the end after it."""
         return torch.cat([answer, self.layout.end.expand(len(answer), -1)], dim=1)
 
+    def _loss(self, tokens: torch.Tensor, question: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        with self.autocast():
+            logits = answer_logits(self.model, self.layout, tokens, question, answer, self.layers)
+        return cross_entropy(logits.float().flatten(0, 1), self._targets(answer).flatten())
+
     def _optimize(self, tokens: torch.Tensor, question: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
         """One step; returns the loss. Asks the device for nothing."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
-            logits = answer_logits(self.model, self.layout, tokens, question, answer)
-        loss = cross_entropy(logits.float().flatten(0, 1), self._targets(answer).flatten())
+        loss = self._loss(tokens, question, answer)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimizer.step()
@@ -112,22 +141,27 @@ class Trainer:
     def _set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(rate)
+                group["lr"].fill_(rate * group["share"])
             else:
-                group["lr"] = rate
+                group["lr"] = rate * group["share"]
 
     def capture(self) -> None:
-        """Captures a step in a CUDA graph and puts weights and optimizer back to where they were.
+        """Compiles the layers, captures a step in a CUDA graph, and puts weights and optimizer back to where they were.
 
         Raises RuntimeError if the captured step does not compute what the plain step computes.
         """
         batch = self.source.batch("train", self.settings.seed, 0, self.settings.batch)
         self.inputs = (self.encoder.encode(batch.frames), batch.question.clone(), batch.answer.clone())
+        with torch.no_grad():
+            plain = self._loss(*self.inputs).item()
+        shape = (self.settings.batch, self.settings.size, self.layout.grid, self.layout.positions.shape)
+        self.layers = compiled_layers(shape)
         before = [parameter.detach().clone() for parameter in self.model.parameters()]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            plain = [self._optimize(*self.inputs).clone() for _ in range(3)]
+            for _ in range(3):
+                self._optimize(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.optimizer.zero_grad(set_to_none=True)
         self.graph = torch.cuda.CUDAGraph()
@@ -137,8 +171,8 @@ class Trainer:
         self.graph.replay()
         captured = self.loss.item()
         self._restore(before)
-        if not math.isclose(captured, plain[0].item(), rel_tol=GRAPH_TOLERANCE):
-            raise RuntimeError(f"the CUDA graph gives a loss of {captured}, the plain step {plain[0].item()}")
+        if not math.isclose(captured, plain, rel_tol=GRAPH_TOLERANCE):
+            raise RuntimeError(f"the CUDA graph gives a loss of {captured}, the plain step {plain}")
 
     @torch.no_grad()
     def _restore(self, parameters: list[torch.Tensor]) -> None:
@@ -234,16 +268,16 @@ class StepClock:
         return {part: sorted(values)[len(values) // 2] for part, values in times.items()}
 
 
-def pixel_embedding(state: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The patch embedding [E, 3, 2, 14, 14] of a saved pixel model."""
-    return state[PATCH_EMBEDDING].reshape(-1, 3, 2, 14, 14).cpu()
+def pixel_embedding(state: dict[str, torch.Tensor], patch: int) -> torch.Tensor:
+    """The patch embedding [E, 3, 2, patch, patch] of a saved pixel model."""
+    return state[PATCH_EMBEDDING].reshape(-1, 3, FRAMES, patch, patch).cpu()
 
 
 def start_embedding(arm: Arm, weight: torch.Tensor) -> torch.Tensor:
     """The pixel model's patch embedding as an arm reads its tokens: [E, K, 1, 1, 1]. Raises ValueError for an arm that
     it cannot be carried over to."""
     if arm.config is not None:
-        return fold_patch_embedding(weight, arm.config)
+        return fold_patch_embedding(weight, arm.config, tuple(weight.shape[2:]))
     if arm.scaling != "clip":
         raise ValueError(f"arm {arm.name} cannot start from a pixel model: choose pixels, quarter or a DCT arm")
     return weight.reshape(len(weight), -1, 1, 1, 1)
