@@ -61,7 +61,7 @@ class TokenLoss(MegatronLossReduction):
 
     def forward(self, batch: PackedBatch, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         total = losses.float().sum()
-        count = torch.tensor(len(batch.learned), dtype=torch.int, device=total.device)
+        count = torch.full((), len(batch.learned), dtype=torch.int, device=total.device)  # without a wait of the host
         return total, count, {"loss": torch.stack([total.detach(), count.float()])}
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, torch.Tensor]]):

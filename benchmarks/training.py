@@ -227,7 +227,7 @@ def stock_forward(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 def row_forward(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
     batch = batch.to("cuda")
     losses = model(batch)
-    return losses.float().sum(), torch.tensor(len(batch.learned), dtype=torch.int, device="cuda")
+    return losses.float().sum(), torch.full((), len(batch.learned), dtype=torch.int, device="cuda")
 
 
 def size_of(sample) -> tuple[int, int]:

@@ -73,6 +73,20 @@ def test_only_runs_of_one_experiment_are_compared(results):
     assert [run["settings"]["seed"] for run in next(iter(grouped.values()))["x4"]] == [0, 1, 2]
 
 
+def test_differences_by_level_are_over_seeds(results):
+    arms = next(iter(compare.experiments(compare.load(results)).values()))
+    row = compare.level_table(arms)[-1]
+    share = [11 / 16, 11 / 16, 11 / 16], [4 / 16] * 3  # of level 4; of 9 the rest
+    rest = [(right - 11) / 24 for right in (31, 27, 35)], [(18 - 4) / 24] * 3
+    assert compare.paired_difference(*share).mean == pytest.approx(0.4375)
+    test = stats.ttest_rel(*rest).confidence_interval(0.95)
+    reach = 50 * (test.high - test.low)
+    mean = 100 * np.mean(np.subtract(*rest))
+    assert row == f"| x4 - quarter | +43.8 ± 0.0 | {mean:+.1f} ± {reach:.1f} |"
+    few = {arm: runs[:2] for arm, runs in arms.items()}
+    assert not any(line.startswith("| x4 - ") for line in compare.level_table(few))
+
+
 def test_the_verdict_needs_three_seeds(results):
     arms = next(iter(compare.experiments(compare.load(results)).values()))
     lines = {line.split(":")[0]: line for line in compare.tests(arms)}
@@ -157,11 +171,11 @@ def test_warm_starts_are_compared_among_those_of_the_same_start(tmp_path):
     results = written(tmp_path, *starts, *warm, result("x4", 0, *right), elsewhere)
     titled = {compare.title(name).partition("rate 0.001")[2]: (name, arms) for name, arms in results_by_title(results)}
     sizes = {ending: {arm: len(runs) for arm, runs in arms.items()} for ending, (_, arms) in titled.items()}
-    both = {"quarter": 2, "x4": 2}
-    assert sizes[", from pixels of 80 steps"] == sizes[", from exact of 80 steps"] == both
+    for arm in ("pixels", "exact"):
+        assert sizes[f", from {arm} of 80 steps"] == {f"{arm}, start": 2, "quarter": 2, "x4": 2}
     assert sizes[", from reading_exact"] == {"x4": 1}
     arms = titled[", from pixels of 80 steps"][1]
-    header, _, quarter, x4 = (line.split(" | ") for line in compare.table(arms, {}))
+    header, _, _, quarter, x4 = (line.split(" | ") for line in compare.table(arms, {}))
     assert (header[3], quarter[3], x4[3]) == ("at step 0, %", "10.0", "10.0 ± 0.0")
     assert [list(compare.learning_curve(arms[arm])[0]) for arm in ("quarter", "x4")] == [[5, 10], [0, 5, 10]]
     assert "at step 0" not in compare.table(titled[", from reading_exact"][1], {})[0]
@@ -184,7 +198,9 @@ def test_the_command_prints_and_draws(results, capsys):
     assert compare.main(["--results", str(results), "--figures", str(results / "figures")]) == 0
     said = capsys.readouterr().out
     assert "unfinished: reading x4-raw seed 0, 10 of 10 steps" in said and "4 test samples, chance 10 %" in said
-    assert sorted(path.name for path in (results / "figures").iterdir()) == ["reading_0.png", "reading_1.png"]
+    assert sorted(path.name for path in (results / "figures").iterdir()) == [
+        f"reading_{number}{kind}.png" for number in (0, 1) for kind in ("", "_levels")
+    ]
 
 
 def test_an_empty_folder_is_one_line(tmp_path, one_line_error):

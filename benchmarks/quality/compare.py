@@ -29,7 +29,9 @@ PAIRS = (
     ("x4", "quarter"),
     ("x4", "quarter-pca"),
     ("x4", "pixels"),
+    ("x4", "exact"),
     ("x4", "x4-corner"),
+    ("x4", "x4-half"),
     ("x4", "x4-floor"),
     ("x4-floor", "quarter-pca"),
     ("x4", "x4-raw"),
@@ -39,6 +41,8 @@ PAIRS = (
     ("exact", "pixels"),
     ("x16", "sixteenth"),
 )
+STARTED = ", start"  # after the arm's name: a model that warm starts began from
+LEVEL_PAIRS = (("x4", "quarter"), ("x4", "x4-corner"), ("x16", "sixteenth"))  # level by level, too
 LEVEL = 0.05
 LEAST_P = 1e-9  # below it a t test's p says no more than that
 LEAST_SEEDS = 3
@@ -102,7 +106,8 @@ def experiment(result: Result, runs: dict[str, Result]) -> str:
 
 
 def experiments(results: list[Result]) -> dict[str, Arms]:
-    """{experiment: {arm: its finished runs by seed}}, arms in the order of arms.ARMS.
+    """{experiment: {arm: its finished runs by seed}}, arms in the order of arms.ARMS; before warm starts the models
+    that they began from, as "ARM, start".
 
     Of runs that differ in nothing but `save` the first counts: more would look like more seeds.
     """
@@ -114,8 +119,15 @@ def experiments(results: list[Result]) -> dict[str, Arms]:
     finished = [result for result in results if result["finished"]]
     for result in sorted(finished, key=lambda r: (order.get(r["settings"]["arm"], len(order)), r["settings"]["seed"])):
         arm, seed = result["settings"]["arm"], result["settings"]["seed"]
-        grouped.setdefault(experiment(result, runs), {}).setdefault(arm, {}).setdefault(seed, result)
-    return {name: {arm: list(seeds.values()) for arm, seeds in arms.items()} for name, arms in grouped.items()}
+        arms = grouped.setdefault(experiment(result, runs), {})
+        start = runs.get(result["settings"]["start_from"])
+        if start is not None and start["finished"]:
+            arms.setdefault(start["settings"]["arm"] + STARTED, {}).setdefault(seed, start)
+        arms.setdefault(arm, {}).setdefault(seed, result)
+    return {
+        name: {arm: [seeds[seed] for seed in sorted(seeds)] for arm, seeds in arms.items()}
+        for name, arms in grouped.items()
+    }
 
 
 def title(name: str) -> str:
@@ -207,7 +219,19 @@ def level_table(arms: Arms) -> list[str]:
     lines = ["| arm \\ level | " + " | ".join(map(str, levels)) + " |", "| --- " * (len(levels) + 1) + "|"]
     for arm, runs in arms.items():
         lines.append(f"| {arm} | " + " | ".join(f"{100 * level_accuracy(runs, level):.1f}" for level in levels) + " |")
+    for ours, theirs in LEVEL_PAIRS:
+        paired = pairs_of(arms, ours, theirs)
+        if len(paired) >= LEAST_SEEDS:
+            cells = [level_difference(paired, level) for level in levels]
+            lines.append(f"| {ours} - {theirs} | " + " | ".join(cells) + " |")
     return lines
+
+
+def level_difference(paired: list[tuple[Result, Result]], level: int) -> str:
+    """Over seeds, in points: mean and half the 95 % interval."""
+    ours, theirs = ([level_accuracy([run], level) for run in runs] for runs in zip(*paired))
+    difference = paired_difference(ours, theirs)
+    return f"{100 * difference.mean:+.1f} ± {50 * (difference.high - difference.low):.1f}"
 
 
 def level_accuracy(runs: list[Result], level: int) -> float:
@@ -222,14 +246,18 @@ def picture_accuracy(run: Result, hard: bool) -> np.ndarray:
     return np.divide(right, count, out=np.full(len(count), np.nan), where=count > 0)
 
 
+def pairs_of(arms: Arms, ours: str, theirs: str) -> list[tuple[Result, Result]]:
+    """Runs of two arms with the same seeds."""
+    seeds = {run["settings"]["seed"]: run for run in arms.get(ours, [])}
+    others = [run for run in arms.get(theirs, []) if run["settings"]["seed"] in seeds]
+    return [(seeds[run["settings"]["seed"]], run) for run in others]
+
+
 def tests(arms: Arms) -> list[str]:
     """Lines on the pairs that are there."""
     lines = []
     for ours, theirs in PAIRS:
-        if ours not in arms or theirs not in arms:
-            continue
-        seeds = {run["settings"]["seed"]: run for run in arms[ours]}
-        paired = [(seeds[run["settings"]["seed"]], run) for run in arms[theirs] if run["settings"]["seed"] in seeds]
+        paired = pairs_of(arms, ours, theirs)
         for hard in (False, True) if paired else ():
             lines.append(f"{ours} - {theirs}, {'hard levels' if hard else 'all'}: {verdict(paired, hard)}")
     return lines
@@ -288,9 +316,9 @@ def draw_figure(arms: Arms, times: Times, heading: str, path: Path) -> None:
         points = {"marker": "o", "capsize": 3, "linestyle": "", **style}
         axes[0].errorbar(runs[0]["visual_tokens"], np.mean(accuracy), error, **points)
         axes[1].errorbar(runs[0]["live_floats_per_token"], np.mean(accuracy), error, **points)
-        steps, curve = learning_curve(runs)
+        steps, curve = ([], []) if arm.endswith(STARTED) else learning_curve(runs)
         axes[2].plot(steps, curve, **style)
-        if time := times.get(cost_key(runs[0])):
+        if (time := times.get(cost_key(runs[0]))) and len(steps):
             axes[3].plot(steps * (time["encode"] + time["train"]) / 1000, curve, **style)
         levels = sorted(map(int, runs[0]["by_level"]))
         axes[4].plot(levels, [100 * level_accuracy(runs, level) for level in levels], marker="o", **style)
@@ -305,10 +333,36 @@ def draw_figure(arms: Arms, times: Times, heading: str, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_answer(arms: Arms, heading: str, path: Path) -> None:
+    """Accuracy by level, with the spread over seeds, and on the way."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure.suptitle(heading, fontsize="small")
+    for number, (arm, runs) in enumerate(arms.items()):
+        style = {"color": plt.cm.tab10(number % 10), "label": f"{arm}: {runs[0]['visual_tokens']} visual tokens"}
+        levels = sorted(map(int, runs[0]["by_level"]))
+        accuracy = 100 * np.array([[level_accuracy([run], level) for level in levels] for run in runs])
+        error = accuracy.std(axis=0, ddof=1) if len(runs) > 1 else None
+        left.errorbar(levels, accuracy.mean(axis=0), error, marker="o", capsize=3, **style)
+        if not arm.endswith(STARTED):
+            right.plot(*learning_curve(runs), **style)
+    left.set(xlabel="level", ylabel="right, % (mean and spread over seeds)")
+    right.set(xlabel="steps", ylabel="right, %, of the pictures tested on the way")
+    left.legend(fontsize="small")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--results", type=Path, required=True, metavar="DIR", help="JSON files of runs")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw one figure for each experiment there")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw two figures for each experiment there")
     arguments = parser.parse_args(argv)
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
     results = load(arguments.results)
@@ -323,7 +377,9 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(["", *table(arms, times), "", *level_table(arms), "", *untimed(arms, times), *tests(arms)]))
         if arguments.figures:
             arguments.figures.mkdir(parents=True, exist_ok=True)
-            draw_figure(arms, times, title(name), arguments.figures / f"{json.loads(name)['task']}_{number}.png")
+            stem = f"{json.loads(name)['task']}_{number}"
+            draw_figure(arms, times, title(name), arguments.figures / f"{stem}.png")
+            draw_answer(arms, title(name), arguments.figures / f"{stem}_levels.png")
     print("\n".join(unfinished(results)))
     return 0
 

@@ -13,10 +13,8 @@ CONDITIONING = (
     *("quarter", "quarter-unit", "quarter-pca", "x4-raw", "x4-pca", "x4-corner", "x4", "x4-flat", "x4-floor"),
     *("exact", "pixels", "pixels-unit", "pixels-pca"),
 )
-INFORMATION = (*CORE, "quarter-pca", "x4-floor", "x4-corner", "x4-half", "x4-pca")
-FORMATS = ("x4", "x4-corner", "x4-half", "x4-variance", "x4-zigzag", "x4-all", "x4-444")
-BUDGETS = ("sixteenth", "sixteenth-pca", "x16", "quarter", "quarter-pca", "x4", "pixels", "exact")
-WARM = ("quarter", "x4", "x4-corner", "x4-half", "exact", "pixels", "x4-floor", "x4-weighted", "sixteenth", "x16")
+FORMATS = ("x4", "x4-corner", "x4-half", "x4-variance", "x4-zigzag", "x4-weighted", "x4-floor", "x4-all", "x4-444")
+BUDGETS = ("quarter", "x4", "exact", "sixteenth", "x16", "pixels")
 STILLS = ("reading", "numbers", "words", "odd-one", "counting", "texture", "chart")
 CLIPS = ("motion", "order", "flashes", "ticker")
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
@@ -45,51 +43,59 @@ def _runs(base: Settings, arms: tuple[str, ...], seeds: tuple[int, ...] = SEEDS)
     return tuple(replace(base, arm=arm, seed=seed, save=arm == "exact") for seed in seeds for arm in arms)
 
 
+def _warm(
+    base: Settings, arms: tuple[str, ...], seeds: tuple[int, ...] = SEEDS, **changes: Any
+) -> tuple[Settings, ...]:
+    """Models of pixels, trained from scratch as arm `exact`; then each arm, started from them and trained with
+    `changes`, the seeds of an arm one after the other."""
+    starts = _runs(base, ("exact",), seeds)
+    tuned = (replace(s, arm=arm, start_from=s.name, save=False, **changes) for arm in arms for s in starts)
+    return (*starts, *tuned)
+
+
 def first(plan: Plan) -> tuple[Settings, ...]:
-    """Does x4 read better than a picture of half the sides, at equal tokens and steps? With controls; seed by seed."""
+    """From scratch: does x4 read better than a picture of half the sides, at equal tokens and steps? With controls."""
     return _runs(plan.base(), (*CORE, *CONTROLS))
 
 
 def warm(plan: Plan) -> tuple[Settings, ...]:
     """What users of pretrained weights do: a pixel model is trained, folded to each arm, and fine-tuned."""
-    starts = _runs(plan.base(), ("exact",))
-    return (*starts, *(replace(s, arm=arm, start_from=s.name, save=False) for arm in WARM for s in starts))
+    return _warm(plan.base(), (*CORE, "x4-corner"))
 
 
 def fidelity(plan: Plan) -> tuple[Settings, ...]:
-    """What is lost for good? Each arm with the steps and with twice as many: where doubling adds less than half a
-    point, training has stopped improving."""
-    return (*_runs(plan.base(), INFORMATION), *_runs(replace(plan, steps=2 * plan.steps).base(), INFORMATION))
+    """What is lost for good? Fine-tuned for twice as many steps: what doubling adds is what training still lacked."""
+    return _warm(plan.base(), CORE, steps=2 * plan.steps)
 
 
 def speed(plan: Plan) -> tuple[Settings, ...]:
-    """How fast is it learned? Digits that are whole at half the sides, too: what differs is conditioning."""
+    """How fast is it learned from scratch? Digits that are whole at half the sides, too: conditioning differs."""
     return _runs(plan.base(knobs={"heights": list(LARGE)}), CONDITIONING)
 
 
 def formats(plan: Plan) -> tuple[Settings, ...]:
-    """Which coefficients, how many, with how much colour?"""
-    return _runs(plan.base(), FORMATS)
+    """Which coefficients, how many, with how much colour, how loud? Fine-tuned."""
+    return _warm(plan.base(), FORMATS)
 
 
 def tokens(plan: Plan) -> tuple[Settings, ...]:
-    """Accuracy against the number of visual tokens."""
-    return _runs(plan.base(), BUDGETS)
+    """Accuracy against the number of visual tokens, fine-tuned."""
+    return _warm(plan.base(), BUDGETS)
 
 
 def rates(plan: Plan) -> tuple[Settings, ...]:
-    """Is the learning rate fair to all? Each of the core arms at four rates."""
-    return tuple(run for rate in RATES for run in _runs(plan.base(learning_rate=rate), CORE, SEEDS[:1]))
+    """Is the learning rate of fine-tuning fair to all? Each of the core arms at four rates, one seed."""
+    return tuple(run for rate in RATES for run in _warm(plan.base(), CORE, SEEDS[:1], learning_rate=rate))
 
 
 def stills(plan: Plan) -> tuple[Settings, ...]:
-    """All tasks of pictures."""
-    return tuple(run for task in STILLS for run in _runs(plan.base(task), CORE))
+    """All tasks of pictures, fine-tuned."""
+    return tuple(run for task in STILLS for run in _warm(plan.base(task), CORE))
 
 
 def clips(plan: Plan) -> tuple[Settings, ...]:
-    """All tasks of clips."""
-    return tuple(run for task in CLIPS for run in _runs(plan.base(task), CORE))
+    """All tasks of clips, fine-tuned."""
+    return tuple(run for task in CLIPS for run in _warm(plan.base(task), CORE))
 
 
 def cost(plan: Plan) -> tuple[Settings, ...]:
@@ -102,4 +108,4 @@ def cost(plan: Plan) -> tuple[Settings, ...]:
 SUITES: dict[str, Callable[[Plan], tuple[Settings, ...]]] = {
     suite.__name__: suite for suite in (first, warm, fidelity, speed, formats, tokens, rates, stills, clips, cost)
 }
-STEPS = dict.fromkeys(SUITES, 3000)
+STEPS = {**dict.fromkeys(SUITES, 3000), "stills": 2000, "clips": 2000}
