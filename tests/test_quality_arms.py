@@ -6,10 +6,11 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessor
 
-from benchmarks.quality.arms import ARMS, Encoder, downscale, make_arm
+from benchmarks.quality.arms import ARMS, Encoder, downscale, make_arm, preset, unfold_patch_embedding
 from benchmarks.quality.reading import Reading
 from benchmarks.quality.tasks import Source
-from dct_tokenizer import DCTTokenizer
+from dct_config import PRESETS, fold_patch_embedding
+from dct_tokenizer import DCTConfig, DCTTokenizer
 
 SIZE = (224, 224)
 AT_A_QUARTER = [name for name in ARMS if name.startswith(("quarter", "x4-raw", "x4-pca", "x4"))]
@@ -37,10 +38,54 @@ def test_a_dct_arm_is_the_tokenizer(name, kind, request):
     arm = make_arm(name)
     encoder = Encoder(arm, SIZE, frames.shape[1])
     tokens = encoder.encode(frames)
+    assert_is_the_tokenizer(arm, encoder, frames, tokens)
+
+
+def test_so_is_one_for_smaller_patches(stills):
+    arm = make_arm("x4", 7)
+    assert arm.config.block == (2, 14, 14) and arm.config.num_coefficients == 441
+    encoder = Encoder(arm, SIZE, 1)
+    assert_is_the_tokenizer(arm, encoder, stills, encoder.encode(stills))
+
+
+def assert_is_the_tokenizer(arm, encoder, frames, tokens):
     for sample, one in zip(frames, tokens):
         expected, grid = DCTTokenizer(arm.config, torch.float64).encode(sample)
         assert grid == encoder.grid
         torch.testing.assert_close(one.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_for_the_real_patches_are_the_real_presets(name):
+    assert preset(name, 14).to_dict() == DCTConfig.preset(name).to_dict()
+
+
+@pytest.mark.parametrize("patch", [7, 14])
+def test_an_unfolded_patch_embedding_is_what_was_folded(patch):
+    weight = torch.randn(5, 3, 2, patch, patch, generator=torch.Generator().manual_seed(0))
+    folded = fold_patch_embedding(weight, preset("exact", patch), (2, patch, patch))
+    torch.testing.assert_close(unfold_patch_embedding(folded, preset("exact", patch)), weight)
+    with pytest.raises(ValueError, match="format 'x4' has not all coefficients"):
+        unfold_patch_embedding(folded, preset("x4", patch))
+
+
+@pytest.mark.parametrize("patch", [7, 14])
+@pytest.mark.parametrize("name", [name for name in ARMS if make_arm(name).config])
+def test_what_a_patch_shows_is_what_folding_gives_weight_to(name, patch):
+    encoder = Encoder(make_arm(name, patch), SIZE, 1)
+    weight = torch.randn(5, 3, 2, patch, patch, generator=torch.Generator().manual_seed(0))
+    folded = fold_patch_embedding(weight, encoder.arm.config, (2, patch, patch)).flatten(1)
+    assert torch.equal(encoder.in_patch(patch, folded.shape[1]), folded.abs().amax(dim=0) > 0)
+
+
+def test_of_principal_components_a_patch_shows_the_largest(source):
+    encoder = Encoder(make_arm("x4-pca", 7), SIZE, 1)
+    frames = [source.batch("fit", 0, number, 8).frames for number in range(2)]
+    encoder.fit(frames)
+    shown = encoder.in_patch(7, encoder.matrix.shape[1])
+    size = 1 / encoder.matrix.norm(dim=0)  # whitening divides by the standard deviation
+    assert shown.sum() == 3 * 7**2 < len(shown) and size[shown].min() >= size[~shown].max()
+    assert Encoder(make_arm("x4-raw", 7), SIZE, 1).in_patch(7, 588).all()
 
 
 @pytest.mark.parametrize("kind", ["stills", "clips"])

@@ -5,11 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import Qwen2VLForConditionalGeneration
 
 from benchmarks.quality import run_experiments
 from benchmarks.quality.arms import Encoder, make_arm
-from benchmarks.quality.model import Layout, answer_logits, build_model, generate, scale_patch_embedding
+from benchmarks.quality.model import (
+    Layers,
+    Layout,
+    answer_logits,
+    build_model,
+    generate,
+    language_layer,
+    scale_patch_embedding,
+    vision_layer,
+)
 from benchmarks.quality.runs import run
 from benchmarks.quality.settings import ModelSize, Settings
 from benchmarks.quality.trainer import PATCH_EMBEDDING, Trainer, pixel_embedding
@@ -70,6 +80,43 @@ def test_arms_start_from_the_same_weights_and_the_same_size_of_values():
         assert outputs.square().mean().item() == pytest.approx(1, rel=1e-4)
 
 
+def test_layers_are_compiled_once_for_all_models_of_a_shape():
+    counter = CompileCounter()
+    layers = Layers(
+        *(torch.compile(f, fullgraph=True, dynamic=False, backend=counter) for f in (vision_layer, language_layer))
+    )
+    for arm in ("x4", "x4-floor"):
+        trainer = Trainer(replace(TRIVIAL, arm=arm, size=ModelSize(80, 2, 64, 3)))
+        batch = trainer.source.batch("train", 0, 0, 2)
+        tokens = trainer.encoder.encode(batch.frames)
+        given = trainer.model, trainer.layout, tokens, batch.question, batch.answer
+        torch.testing.assert_close(answer_logits(*given, layers), answer_logits(*given), rtol=1e-4, atol=1e-4)
+        assert counter.frame_count == 2
+
+
+def test_what_the_half_size_picture_does_not_show_starts_at_zero():
+    zero, drawn = (Trainer(replace(TRIVIAL, arm="x4", unseen=unseen)) for unseen in ("zero", "random"))
+    weights = [trainer.model.visual.patch_embed.proj.weight.flatten(1) for trainer in (zero, drawn)]
+    shown = zero.encoder.in_patch(zero.settings.patch, zero.num_floats)
+    assert shown.sum() == 3 * 2 * 7**2 and not weights[0][:, ~shown].any() and weights[1].abs().amax(dim=0).all()
+    tokens = zero.encoder.encode(next(zero._fit_frames()))
+    assert (tokens @ weights[0].T).square().mean().item() == pytest.approx(1, rel=1e-3)
+    zero.step(0)
+    assert zero.model.visual.patch_embed.proj.weight.flatten(1)[:, ~shown].any()  # and is learned
+
+
+def test_the_rate_of_a_matrix_goes_with_one_over_its_inputs():
+    trainer = Trainer(replace(TRIVIAL, arm="x4", size=ModelSize(640, 1, 64, 1)))
+    trainer._set_rate(1e-3)
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    parameters = dict(trainer.model.named_parameters())
+    assert len(rates) == len(parameters)
+    assert rates[id(parameters[PATCH_EMBEDDING])] == pytest.approx(1e-3 * 256 / 441)
+    assert rates[id(parameters["visual.blocks.0.attn.qkv.weight"])] == pytest.approx(1e-3 * 256 / 640)
+    assert rates[id(parameters["model.layers.0.self_attn.q_proj.weight"])] == 1e-3  # never more
+    assert rates[id(parameters["visual.blocks.0.norm1.weight"])] == 1e-3
+
+
 def test_a_trivial_task_is_learned(tmp_path):
     one_digit = {"size": 112, "cells": 1, "heights": [100], "noise": 0.0, "blank": 0.0}
     settings = replace(TRIVIAL, arm="sixteenth", knobs=one_digit, size=ModelSize(160, 1, 128, 1), learning_rate=1e-3)
@@ -125,6 +172,10 @@ def test_dct_arms_start_as_the_pixel_model_on_the_downscaled_picture(tmp_path):
         tokens = trainer.encoder.encode(batch.frames)
         return answer_logits(trainer.model, trainer.layout, tokens, batch.question, batch.answer)
 
+    torch.testing.assert_close(logits("exact"), logits("pixels"), rtol=1e-3, atol=1e-3)
+    learned = Trainer(replace(TRIVIAL, arm="exact"), start=start)
+    learned.step(0)
+    start = learned.pixel_state()
     torch.testing.assert_close(logits("exact"), logits("pixels"), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(logits("x4"), logits("x4-corner"), rtol=1e-3, atol=1e-3)
     assert (logits("x4") - logits("quarter")).abs().max() > 1e-3  # bicubic is another low-pass than the DCT's
