@@ -35,7 +35,7 @@ CLEAR = {
     "numbers": {"heights": [10, 12], "noise": 0.0},
     "words": {"size": 224, "cells": 5, "heights": [10, 12], "noise": 0.0},
     "odd-one": {"heights": [9, 12], "noise": 0.0},
-    "counting": {"diameters": [5], "noise": 0.0},
+    "counting": {"size": 224, "cells": 5, "diameters": [5], "noise": 0.0},
     "texture": {"noise": 0.0},
     "chart": {"size": 224, "units": [2, 3, 4], "noise": 0.0},
     "motion": {"speeds": [1.0, 2.0, 3.0], "noise": 0.0},

@@ -73,7 +73,7 @@ class CellTask:
 
     name: of the task; frames: T; answers: words for each cell; chance: accuracy without eyes.
     size: side of the picture in pixels; cells: along a side, or for tasks of rows their number. The defaults are such
-        that a cell is no multiple of any token's block, so that what is drawn lies across borders of tokens.
+        that what is drawn lies across borders of tokens.
     """
 
     name: ClassVar[str]

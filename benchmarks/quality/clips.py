@@ -22,8 +22,8 @@ class Motion(SceneTask):
     name: ClassVar[str] = "motion"
     frames: ClassVar[int] = 8
     answers: ClassVar[int] = 2
-    size: int = 112
-    cells: int = 3
+    size: int = 84
+    cells: int = 2
     speeds: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)
     noise: float = 6.0
 
@@ -66,8 +66,8 @@ class Order(SceneTask):
     frames: ClassVar[int] = 8
     answers: ClassVar[int] = 3
     chance: ClassVar[float] = 1 / 3
-    size: int = 112
-    cells: int = 5
+    size: int = 84
+    cells: int = 4
     gaps: tuple[int, ...] = (1, 2, 3)
     noise: float = 6.0
 
@@ -103,8 +103,8 @@ class Flashes(SceneTask):
     name: ClassVar[str] = "flashes"
     frames: ClassVar[int] = 16
     chance: ClassVar[float] = 1 / 8
-    size: int = 112
-    cells: int = 5
+    size: int = 56
+    cells: int = 3
     diameters: tuple[int, ...] = (2, 3, 4, 6)
     noise: float = 6.0
 
@@ -143,8 +143,8 @@ class Ticker(SceneTask):
     frames: ClassVar[int] = 8
     answers: ClassVar[int] = 6
     chance: ClassVar[float] = 1 / len(DIGITS)
-    size: int = 112
-    cells: int = 5
+    size: int = 84
+    cells: int = 4
     heights: tuple[int, ...] = (5, 6, 7, 8, 9, 10)
     speed: float = 4.0
     noise: float = 6.0

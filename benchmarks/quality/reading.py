@@ -15,10 +15,15 @@ Tools = tuple[Any, ...]
 
 
 class PrintTask(CellTask):
-    """Something printed in every cell, at a random place, of random height."""
+    """Something printed in most cells, at a random place, of random height. Blanks are seen early, and with them a
+    model learns where to look.
+
+    heights: of digits in pixels. noise: see `compose`. blank: share of empty cells.
+    """
 
     heights: tuple[int, ...]
     noise: float
+    blank: float
     characters: ClassVar[str] = DIGITS
     length: ClassVar[int] = 1  # characters in a cell
 
@@ -33,6 +38,15 @@ class PrintTask(CellTask):
     def prepare(self, device: torch.device | str) -> Tools:
         """What `draw` needs, made once; backgrounds last."""
         return GlyphAtlas(self.characters, self.heights, device), Backgrounds((self.size, self.size), device)
+
+    def filled(self, random: Random, count: int) -> torch.Tensor:
+        """Which cells are not left empty: bool [B, C]."""
+        return random.uniform(0, 1, count, self.count) >= self.blank
+
+    def answers_of(self, frames: torch.Tensor, said: torch.Tensor, pixels: torch.Tensor, filled: torch.Tensor) -> Batch:
+        """said: ids int64 [B, C, A] of what is printed, in empty cells replaced by blanks, which do not count."""
+        said = torch.where(filled[..., None], said, TOKEN["blank"])
+        return self.batch(frames, said, torch.where(filled, pixels, NOT_SCORED))
 
     def print_cells(
         self, tools: Tools, random: Random, glyphs: torch.Tensor, shown: torch.Tensor | None = None
@@ -61,10 +75,7 @@ class PrintTask(CellTask):
 
 @dataclass(frozen=True)
 class Reading(PrintTask):
-    """Reads one digit in most cells. Blanks are seen early, and with them a model learns where to look.
-
-    heights: of digits in pixels. blank: share of empty cells. noise: see `compose`.
-    """
+    """Reads one digit in most cells."""
 
     name: ClassVar[str] = "reading"
     chance: ClassVar[float] = 1 / len(DIGITS)
@@ -76,10 +87,9 @@ class Reading(PrintTask):
 
     def draw(self, tools: Tools, random: Random, count: int) -> Batch:
         digit = random.integers(len(DIGITS), count, self.count, 1)
-        filled = random.uniform(0, 1, count, self.count) >= self.blank
+        filled = self.filled(random, count)
         frames, pixels = self.print_cells(tools, random, digit, filled)
-        said = torch.where(filled[..., None], words(DIGITS, random.device)[digit], TOKEN["blank"])
-        return self.batch(frames, said, torch.where(filled, pixels, NOT_SCORED))
+        return self.answers_of(frames, words(DIGITS, random.device)[digit], pixels, filled)
 
 
 @dataclass(frozen=True)
@@ -93,12 +103,14 @@ class Numbers(PrintTask):
     size: int = 112
     cells: int = 3
     heights: tuple[int, ...] = (4, 5, 6, 7, 8, 9, 10, 11, 12)
+    blank: float = 0.3
     noise: float = 6.0
 
     def draw(self, tools: Tools, random: Random, count: int) -> Batch:
         digits = random.integers(len(DIGITS), count, self.count, self.length)
-        frames, pixels = self.print_cells(tools, random, digits)
-        return self.batch(frames, words(DIGITS, random.device)[digits], pixels)
+        filled = self.filled(random, count)
+        frames, pixels = self.print_cells(tools, random, digits, filled)
+        return self.answers_of(frames, words(DIGITS, random.device)[digits], pixels, filled)
 
 
 @dataclass(frozen=True)
@@ -113,14 +125,16 @@ class ShortWords(PrintTask):
     size: int = 112
     cells: int = 3
     heights: tuple[int, ...] = (5, 6, 7, 8, 9, 10, 12)
+    blank: float = 0.3
     noise: float = 6.0
 
     def draw(self, tools: Tools, random: Random, count: int) -> Batch:
         device = random.device
         word = random.integers(len(SHORT_WORDS), count, self.count)
         spelling = constant(tuple(LETTERS.index(letter) for letter in "".join(SHORT_WORDS)), device).view(-1, 3)
-        frames, pixels = self.print_cells(tools, random, spelling[word])
-        return self.batch(frames, words(SHORT_WORDS, device)[word][..., None], pixels)
+        filled = self.filled(random, count)
+        frames, pixels = self.print_cells(tools, random, spelling[word], filled)
+        return self.answers_of(frames, words(SHORT_WORDS, device)[word][..., None], pixels, filled)
 
 
 @dataclass(frozen=True)

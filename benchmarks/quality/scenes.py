@@ -39,9 +39,9 @@ class Counting(SceneTask):
     name: ClassVar[str] = "counting"
     chance: ClassVar[float] = 1 / 9
     places: ClassVar[int] = 5
-    size: int = 224
-    cells: int = 5
-    diameters: tuple[int, ...] = (2, 3, 4, 5)
+    size: int = 112
+    cells: int = 3
+    diameters: tuple[int, ...] = (2, 3, 4)
     noise: float = 6.0
 
     def __post_init__(self) -> None:
