@@ -17,8 +17,9 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.quality import run_experiments, runs
-from benchmarks.quality.run_experiments import Here, Work, do_runs
+from benchmarks.quality.run_experiments import Here, Work, do_runs, part_of
 from benchmarks.quality.settings import ModelSize, Settings
+from benchmarks.quality.suites import Plan, first, warm
 
 TINY = Settings(
     steps=4,
@@ -176,6 +177,15 @@ def is_running(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_parts_keep_together_what_starts_from_a_model():
+    suite = warm(Plan(3))
+    parts = [part_of(suite, number, 2) for number in (1, 2)]
+    assert sorted(s.name for part in parts for s in part) == sorted(s.name for s in suite)
+    assert [{s.seed for s in part} for part in parts] == [{0, 2}, {1}]
+    alone = first(Plan(3))
+    assert part_of(alone, 2, 4) == list(alone[1::4])
 
 
 def test_a_number_of_jobs_that_cannot_be_is_refused(capsys):

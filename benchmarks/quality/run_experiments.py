@@ -1,14 +1,14 @@
 """Runs a suite of experiments on one device, one JSON file per run, and prints the comparison.
 
-    python benchmarks/quality/run_experiments.py --suite first --output results --minutes 30 --jobs 4
+    python benchmarks/quality/run_experiments.py --suite warm --output results --minutes 30 --jobs 2
 
 What is finished in the output folder is not done again, so the same command goes on where it was stopped. A run that
-fails is named on stderr and the others go on. --part 1/4 ... 4/4 spread a suite over devices.
+fails is named on stderr and the others go on. --part 1/4 ... 4/4 spread a suite over devices; runs that start from the
+same model stay together.
 
-A model this small leaves most of a GPU idle. --jobs N does N runs at once, each in a process of its own. Processes take
-turns on a GPU; only under NVIDIA MPS (`nvidia-cuda-mps-control -d`, before this command) do they share it truly side by
-side. Times of such runs say nothing about an arm: they are marked, and compare.py takes times from runs that had the
-device to themselves, as with --jobs 1.
+--jobs N does N runs at once, each in a process of its own. On a GPU two hide each other's start and tests; more brought
+little, also under NVIDIA MPS (LOG.md). Times of such runs say nothing about an arm: they are marked, and compare.py
+takes times from runs that had the device to themselves, as with --jobs 1.
 """
 
 import argparse
@@ -40,10 +40,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add_run_flags(parser)
     add("--suite", choices=tuple(SUITES), required=True)
-    add("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1; on a GPU more need MPS, see below)")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
     add("--minutes", type=float, help="after which no run begins and those under way stop (default: no limit)")
     add("--steps", type=int, help="of each run (default: the suite's)")
-    add("--part", default="1/1", metavar="I/N", help="do every N-th run, from the I-th on; not for `warm`")
+    add("--part", default="1/1", metavar="I/N", help="do the I-th of N parts of the suite")
     add("--batch", type=int, help="samples of a step (default: the suite's)")
     add("--tiny", action="store_true", help="small pictures, models and tests, to try everything on a CPU")
     arguments = parser.parse_args(argv)
@@ -158,6 +158,14 @@ def leave_out(queue: dict[str, Settings], failed: set[str]) -> None:
             failed.add(queue.pop(settings.name).name)
 
 
+def part_of(runs: Sequence[Settings], part: int, parts: int) -> list[Settings]:
+    """Every `parts`-th run from `part` on, counted from 1, where a model and what starts from it count as one run."""
+    chains: dict[str, list[Settings]] = {}
+    for settings in runs:
+        chains.setdefault(settings.start_from or settings.name, []).append(settings)
+    return [settings for chain in list(chains.values())[part - 1 :: parts] for settings in chain]
+
+
 def report(settings: Settings, why: str) -> None:
     print(f"run_experiments.py: {settings.name}: {why}", file=sys.stderr, flush=True)
 
@@ -172,8 +180,8 @@ def main(argv: list[str] | None = None) -> int:
     output.mkdir(parents=True, exist_ok=True)
     deadline = None if arguments.minutes is None else started + 60 * arguments.minutes
     work = Work(output, device, arguments.commit, arguments.graphs == "on", deadline, arguments.jobs == 1)
-    part, parts = arguments.part
-    runs = suite(Plan(arguments.steps or STEPS[arguments.suite], arguments.tiny, arguments.batch))[part - 1 :: parts]
+    runs = suite(Plan(arguments.steps or STEPS[arguments.suite], arguments.tiny, arguments.batch))
+    runs = part_of(runs, *arguments.part)
     runs = [settings for settings in runs if finished(output / f"{settings.name}.json") is None]
     print(f"{' '.join(suite.__doc__.split())} {len(runs)} runs to do.", flush=True)
     renew = Here if arguments.jobs == 1 else (lambda: new_process(device))
