@@ -156,12 +156,11 @@ def _check_format(block: tuple[int, int, int], chroma: str) -> None:
         raise ValueError(f"DCTConfig.chroma 420 needs an even block height and width, got block {block}")
 
 
-def _column_energy(weight: torch.Tensor, block: tuple[int, int, int]) -> np.ndarray:
+def _column_energy(weight: torch.Tensor, block: tuple[int, int, int], patch: tuple[int, int, int]) -> np.ndarray:
     """Squared norm of the folded patch embedding's column for every coefficient, unscaled: float64 [3, bt, bh, bw]."""
     energy = np.zeros((3, *block))
     seen = np.zeros((3, *block), dtype=bool)
-    frames, rows, columns = patch = tuple(weight.shape[2:])
-    seen[:, :frames, :rows, :columns] = True
+    seen[:, : patch[0], : patch[1], : patch[2]] = True
     config = DCTConfig(block, "444", tuple(np.flatnonzero(seen).tolist()), (1.0,) * int(seen.sum()))
     folded = fold_patch_embedding(torch.as_tensor(weight).to(torch.float64), config, patch)
     energy[seen] = folded.square().sum(dim=(0, 2, 3, 4)).cpu().numpy()
@@ -171,7 +170,11 @@ def _column_energy(weight: torch.Tensor, block: tuple[int, int, int]) -> np.ndar
 
 
 def _order_keys(
-    order: str, block: tuple[int, int, int], variance: np.ndarray, weight: torch.Tensor | None
+    order: str,
+    block: tuple[int, int, int],
+    variance: np.ndarray,
+    weight: torch.Tensor | None,
+    patch: tuple[int, int, int],
 ) -> list[np.ndarray]:
     """Sort keys [3, bt, bh, bw] of an order of `DCTConfig.select`, the most significant first, low values first."""
     if order not in ORDERS:
@@ -182,14 +185,14 @@ def _order_keys(
     if order == "variance":
         return [-variance]
     if order == "weighted":
-        energy = _column_energy(weight, block)
+        energy = _column_energy(weight, block, patch)
         return [energy == 0, -variance * energy, -variance]
     ft, fy, fx = np.indices(variance.shape)[1:]
     bt, bh, bw = block
     if order == "zigzag":  # in whole numbers, in which equal distances are equal
         return [(ft * bh * bw) ** 2 + (fy * bt * bw) ** 2 + (fx * bt * bh) ** 2]
     # The box's side, in patches of the pixel model times 14; the first two frames are in it from the start.
-    frames, side = PIXEL_PATCH[:2]
+    frames, side = patch[:2]
     return [np.maximum.reduce([np.where(ft < frames, 0, (ft // frames + 1) * side), fy + 1, fx + 1])]
 
 
@@ -270,6 +273,7 @@ class DCTConfig:
         order: str = "variance",
         weight: torch.Tensor | None = None,
         table: CoefficientTable | None = None,
+        patch: tuple[int, int, int] = PIXEL_PATCH,
     ) -> "DCTConfig":
         """Keeps `num_coefficients` (all of them if None): those marked in `first`, bool [3, bt, bh, bw], then the rest
         in the given order, ties in index order. The token holds them in index order.
@@ -280,6 +284,7 @@ class DCTConfig:
             "zigzag", by rising distance from frequency 0, each axis in units of the block's side;
             "box", the low corner of every plane, growing: of 2 frames up to 14 x 14, where it holds what DCT-domain
                 downscaling to the pixel model's patch holds, then of 4 up to 28 x 28 and so on.
+        patch: see `synthesis_matrix`.
         """
         _check_format(block, chroma)
         if first is not None and (first.dtype != bool or first.shape != (3, *block)):
@@ -287,7 +292,7 @@ class DCTConfig:
         variance = coefficient_variance(block, table)
         available = _available(block, chroma).ravel()
         marked = np.zeros(variance.size, dtype=bool) if first is None else first.ravel() & available
-        keys = [key.ravel() for key in _order_keys(order, block, variance, weight)]
+        keys = [key.ravel() for key in _order_keys(order, block, variance, weight, patch)]
         ranked = np.lexsort((np.arange(variance.size), *reversed(keys), ~marked))
         ranked = ranked[available[ranked]]
         count = ranked.size if num_coefficients is None else num_coefficients

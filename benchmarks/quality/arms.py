@@ -73,6 +73,7 @@ def _x4_like(
     """count: floats, in those of a plane of a patch; None for all that there are."""
     kept = None if count is None else int(count * patch**2)
     block = (FRAMES, 2 * patch, 2 * patch)
+    options["patch"] = (FRAMES, patch, patch)
     return _dct(name, DCTConfig.select(block, chroma, kept, order=order, name=name, **options))
 
 
