@@ -118,7 +118,7 @@ class Chart(SceneTask):
     foot: ClassVar[int] = 10  # pixels below the bars
     size: int = 112
     cells: int = 7
-    units: tuple[int, ...] = (2,)
+    units: tuple[int, ...] = (1, 2)
     noise: float = 6.0
 
     def __post_init__(self) -> None:
@@ -131,7 +131,7 @@ class Chart(SceneTask):
 
     @property
     def hard(self) -> tuple[int, ...]:
-        return tuple(unit for unit in self.units if unit <= 2) or self.units
+        return tuple(unit for unit in self.units if unit <= 1) or self.units
 
     def draw(self, tools: Tools, random: Random, count: int) -> Batch:
         device = random.device
