@@ -25,6 +25,7 @@ MERGE = 2  # tokens along a side that become one of the language model
 FRAMES = PIXEL_PATCH[0]
 LEAST_STD = 1e-3  # of normalised values; what varies less is constant
 NOISE_FLOOR = 16 / 255  # of x4-floor: 16 levels of 0..255
+LOUD = 3  # of x4-loud: what its further coefficients are multiplied by
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,21 @@ def _floor(name: str, patch: int) -> Arm:
     return _dct(name, replace(config, scale=scale, name=name))
 
 
+def _loud(name: str, patch: int) -> Arm:
+    """x4 with larger values of what the half-size picture does not show. Their weights start at zero, so for Adam this
+    is a higher learning rate."""
+    config = preset("x4", patch)
+    shown = in_corner(config, patch)
+    scale = tuple(value if low else value / LOUD for value, low in zip(config.scale, shown))
+    return _dct(name, replace(config, scale=scale, name=name))
+
+
+def in_corner(config: DCTConfig, patch: int) -> np.ndarray:
+    """Which kept coefficients a pixel model's patch shows of the block, downscaled: bool [K]."""
+    frequencies = np.unravel_index(np.array(config.kept), (3, *config.block))[1:]
+    return np.all([f < side for f, side in zip(frequencies, (FRAMES, patch, patch))], axis=0)
+
+
 def _block_pca(name: str, patch: int) -> Arm:
     """As many floats as `x4` has that are not zero in a still."""
     return Arm(name, 2 * patch, scaling="pca", most=6 * patch**2)
@@ -110,6 +126,7 @@ ARMS = {
     "x4": ("preset x4", lambda name, patch: _dct(name, preset("x4", patch))),
     "x4-flat": ("x4, one scale for all", _flat),
     "x4-floor": ("x4, scales with a noise floor", _floor),
+    "x4-loud": ("x4, further coefficients louder", _loud),
     "x4-corner": ("the corner of x4: DCT downscaling", lambda name, patch: _x4_like(name, patch, 6, "box")),
     "x4-half": ("half the floats of x4, variance order", lambda name, patch: _x4_like(name, patch, 4.5)),
     "x4-variance": ("two thirds, variance order", lambda name, patch: _x4_like(name, patch, 6)),
@@ -224,9 +241,7 @@ class Encoder:
         """Which of the `floats` of a token the pixel model's patch would show of its block, downscaled: bool [K]. Of
         DCT arms the corner; of principal components as many of the largest; of others all."""
         if self.arm.config is not None:
-            frequencies = np.unravel_index(np.array(self.arm.config.kept), (3, *self.arm.config.block))[1:]
-            sides = (FRAMES, patch, patch)
-            return torch.from_numpy(np.all([f < side for f, side in zip(frequencies, sides)], axis=0))
+            return torch.from_numpy(in_corner(self.arm.config, patch))
         shown = 3 * patch**2 if self.arm.scaling == "pca" else floats
         return torch.arange(floats) >= floats - shown  # eigh sorts by rising variance
 

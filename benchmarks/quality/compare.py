@@ -33,6 +33,7 @@ PAIRS = (
     ("x4", "x4-corner"),
     ("x4", "x4-half"),
     ("x4", "x4-floor"),
+    ("x4", "x4-loud"),
     ("x4-floor", "quarter-pca"),
     ("x4", "x4-raw"),
     ("x4", "x4-pca"),

@@ -13,7 +13,10 @@ CONDITIONING = (
     *("quarter", "quarter-unit", "quarter-pca", "x4-raw", "x4-pca", "x4-corner", "x4", "x4-flat", "x4-floor"),
     *("exact", "pixels", "pixels-unit", "pixels-pca"),
 )
-FORMATS = ("x4", "x4-corner", "x4-half", "x4-variance", "x4-zigzag", "x4-weighted", "x4-floor", "x4-all", "x4-444")
+FORMATS = (
+    *("x4", "x4-corner", "x4-half", "x4-variance", "x4-zigzag", "x4-weighted"),
+    *("x4-loud", "x4-floor", "x4-all", "x4-444"),
+)
 BUDGETS = ("quarter", "x4", "exact", "sixteenth", "x16", "pixels")
 STILLS = ("reading", "numbers", "words", "odd-one", "counting", "texture", "chart")
 CLIPS = ("motion", "order", "flashes", "ticker")
