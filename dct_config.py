@@ -244,21 +244,24 @@ class DCTConfig:
         return self.block[1] * self.merge, self.block[2] * self.merge
 
     @classmethod
-    def preset(cls, name: str) -> "DCTConfig":
-        """A named configuration: "exact", "x4" (a quarter of the tokens) or "x16" (a sixteenth)."""
+    def preset(cls, name: str, patch: tuple[int, int, int] = PIXEL_PATCH) -> "DCTConfig":
+        """A named configuration: "exact", "x4" (a quarter of the tokens) or "x16" (a sixteenth). patch: see
+        `synthesis_matrix`; blocks and floats go with it."""
+        frames, rows, columns = patch
+        floats = math.prod(patch)  # 392, of a plane
         if name == "exact":
-            return cls.select((2, 14, 14), "444", name=name)
+            return cls.select(patch, "444", name=name)
         if name == "x4":
-            block = (2, 28, 28)
+            block = (frames, 2 * rows, 2 * columns)
             first = np.zeros((3, *block), dtype=bool)
             first[:, 0] = True  # the mean of the two frames, whole: a still loses no luma
-            first[:, 1, :14, :14] = True  # of their difference what the half-size picture shows
-            return cls.select(block, "420", 1764, first=first, name=name)
+            first[:, 1, :rows, :columns] = True  # of their difference what the half-size picture shows
+            return cls.select(block, "420", floats * 9 // 2, first=first, name=name)
         if name == "x16":
-            block = (2, 56, 56)
+            block = (frames, 4 * rows, 4 * columns)
             first = np.zeros((3, *block), dtype=bool)
-            first[:, :, :14, :14] = True
-            return cls.select(block, "420", 2352, first=first, name=name)
+            first[:, :, :rows, :columns] = True
+            return cls.select(block, "420", floats * 6, first=first, name=name)
         raise ValueError(f"unknown DCT preset {name!r}: choose one of {', '.join(PRESETS)}, or give a JSON file")
 
     @classmethod

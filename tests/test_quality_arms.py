@@ -56,8 +56,11 @@ def assert_is_the_tokenizer(arm, encoder, frames, tokens):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_for_the_real_patches_are_the_real_presets(name):
-    assert preset(name, 14).to_dict() == DCTConfig.preset(name).to_dict()
+def test_presets_for_smaller_patches_are_the_real_ones_in_proportion(name):
+    real, small = DCTConfig.preset(name), preset(name, 7)
+    assert preset(name, 14).to_dict() == real.to_dict()
+    assert small.block == (2, real.block[1] // 2, real.block[2] // 2) and small.chroma == real.chroma
+    assert 4 * small.num_coefficients == real.num_coefficients
 
 
 @pytest.mark.parametrize("patch", [7, 14])

@@ -56,16 +56,8 @@ def _dct(name: str, config: DCTConfig) -> Arm:
 
 
 def preset(name: str, patch: int) -> DCTConfig:
-    """`DCTConfig.preset` for a model whose patches have a side of `patch` px, 14 in Qwen2-VL: all sides go with it."""
-    times = {"exact": 1, "x4": 2, "x16": 4}[name]
-    block = (FRAMES, times * patch, times * patch)
-    first = np.zeros((3, *block), dtype=bool)
-    if name == "exact":
-        return DCTConfig.select(block, "444", name=name)
-    if name == "x4":
-        first[:, 0] = True
-    first[:, :, :patch, :patch] = True
-    return DCTConfig.select(block, "420", {"x4": 9, "x16": 12}[name] * patch**2, first=first, name=name)
+    """`DCTConfig.preset` for patches with a side of `patch` px."""
+    return DCTConfig.preset(name, (FRAMES, patch, patch))
 
 
 def _x4_like(
