@@ -344,6 +344,13 @@ class DCTConfig:
         return cls.preset(str(dct))
 
 
+def shown_in_patch(config: DCTConfig, patch: tuple[int, int, int] = PIXEL_PATCH) -> np.ndarray:
+    """Which kept coefficients the block holds, downscaled to a pixel model's patch: bool [K]. Folding gives weight to
+    these alone."""
+    frequencies = np.unravel_index(np.array(config.kept), (3, *config.block))[1:]
+    return np.all([frequency < side for frequency, side in zip(frequencies, patch)], axis=0)
+
+
 def synthesis_matrix(config: DCTConfig, patch: tuple[int, int, int] = PIXEL_PATCH) -> np.ndarray:
     """S, float64 [K, 3*2*14*14]: from a token to the normalised RGB patch (channel, frame, row, column) that Qwen2-VL's
     Conv3d expects.
@@ -354,7 +361,7 @@ def synthesis_matrix(config: DCTConfig, patch: tuple[int, int, int] = PIXEL_PATC
     with patches of another size.
     """
     plane, ft, fy, fx = np.unravel_index(np.array(config.kept), (3, *config.block))
-    inside = (ft < patch[0]) & (fy < patch[1]) & (fx < patch[2])
+    inside = shown_in_patch(config, patch)
     frames, rows, columns = (dct_matrix(side) for side in patch)
     colour = np.linalg.inv(RGB_TO_YCBCR) / np.array(OPENAI_CLIP_STD)[:, None]  # [rgb, plane]
     gain = np.array(config.scale) * math.sqrt(math.prod(patch) / math.prod(config.block))

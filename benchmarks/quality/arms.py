@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from dct_config import PIXEL_PATCH, RGB_TO_YCBCR, DCTConfig, dct_matrix
+from dct_config import PIXEL_PATCH, RGB_TO_YCBCR, DCTConfig, dct_matrix, shown_in_patch
 
 MERGE = 2  # tokens along a side that become one of the language model
 FRAMES = PIXEL_PATCH[0]
@@ -66,8 +66,8 @@ def _x4_like(
     """count: floats, in those of a plane of a patch; None for all that there are."""
     kept = None if count is None else int(count * patch**2)
     block = (FRAMES, 2 * patch, 2 * patch)
-    options["patch"] = (FRAMES, patch, patch)
-    return _dct(name, DCTConfig.select(block, chroma, kept, order=order, name=name, **options))
+    patch = (FRAMES, patch, patch)
+    return _dct(name, DCTConfig.select(block, chroma, kept, order=order, name=name, patch=patch, **options))
 
 
 def _flat(name: str, patch: int) -> Arm:
@@ -88,15 +88,9 @@ def _loud(name: str, patch: int) -> Arm:
     """x4 with larger values of what the half-size picture does not show. Their weights start at zero, so for Adam this
     is a higher learning rate."""
     config = preset("x4", patch)
-    shown = in_corner(config, patch)
+    shown = shown_in_patch(config, (FRAMES, patch, patch))
     scale = tuple(value if low else value / LOUD for value, low in zip(config.scale, shown))
     return _dct(name, replace(config, scale=scale, name=name))
-
-
-def in_corner(config: DCTConfig, patch: int) -> np.ndarray:
-    """Which kept coefficients a pixel model's patch shows of the block, downscaled: bool [K]."""
-    frequencies = np.unravel_index(np.array(config.kept), (3, *config.block))[1:]
-    return np.all([f < side for f, side in zip(frequencies, (FRAMES, patch, patch))], axis=0)
 
 
 def _block_pca(name: str, patch: int) -> Arm:
@@ -233,7 +227,7 @@ class Encoder:
         """Which of the `floats` of a token the pixel model's patch would show of its block, downscaled: bool [K]. Of
         DCT arms the corner; of principal components as many of the largest; of others all."""
         if self.arm.config is not None:
-            return torch.from_numpy(in_corner(self.arm.config, patch))
+            return torch.from_numpy(shown_in_patch(self.arm.config, (FRAMES, patch, patch)))
         shown = 3 * patch**2 if self.arm.scaling == "pca" else floats
         return torch.arange(floats) >= floats - shown  # eigh sorts by rising variance
 
