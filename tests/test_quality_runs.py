@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.quality import run_experiments, runs
-from benchmarks.quality.run_experiments import Here, Work, do_runs, part_of
+from benchmarks.quality.run_experiments import Here, Work, chosen, do_runs, part_of
 from benchmarks.quality.settings import ModelSize, Settings
 from benchmarks.quality.suites import Plan, first, warm
 
@@ -186,6 +186,23 @@ def test_parts_keep_together_what_starts_from_a_model():
     assert [{s.seed for s in part} for part in parts] == [{0, 2}, {1}]
     alone = first(Plan(3))
     assert part_of(alone, 2, 4) == list(alone[1::4])
+
+
+def test_a_choice_keeps_what_its_runs_start_from():
+    kept = chosen(warm(Plan(3)), {"task": None, "arm": ["x4"], "seed": [0, 2]})
+    assert [(s.arm, s.seed, s.start_from is None) for s in kept] == [
+        ("exact", 0, True),
+        ("exact", 2, True),
+        ("x4", 0, False),
+        ("x4", 2, False),
+    ]
+    assert {s.start_from for s in kept[2:]} == {s.name for s in kept[:2]}
+
+
+def test_a_choice_that_no_run_has_is_refused(tmp_path, capsys):
+    assert run_experiments.main(["--suite", "warm", "--output", str(tmp_path), "--arms", "x4", "x9"]) == 1
+    said = capsys.readouterr().err
+    assert said == "run_experiments.py: the suite has no arm x9: choose from exact, quarter, x4, x4-corner\n"
 
 
 def test_a_number_of_jobs_that_cannot_be_is_refused(capsys):

@@ -4,7 +4,7 @@
 
 What is finished in the output folder is not done again, so the same command goes on where it was stopped. A run that
 fails is named on stderr and the others go on. --part 1/4 ... 4/4 spread a suite over devices; runs that start from the
-same model stay together.
+same model stay together. --tasks, --arms and --seeds leave out others, but not what those that are left start from.
 
 --jobs N does N runs at once, each in a process of its own. On a GPU two hide each other's start and tests; more brought
 little, also under NVIDIA MPS (LOG.md). Times of such runs say nothing about an arm: they are marked, and compare.py
@@ -44,6 +44,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--minutes", type=float, help="after which no run begins and those under way stop (default: no limit)")
     add("--steps", type=int, help="of each run (default: the suite's)")
     add("--part", default="1/1", metavar="I/N", help="do the I-th of N parts of the suite")
+    add("--tasks", nargs="+", metavar="TASK", help="only these (default: all of the suite)")
+    add("--arms", nargs="+", metavar="ARM", help="only these (default: all of the suite)")
+    add("--seeds", nargs="+", type=int, metavar="SEED", help="only these (default: all of the suite)")
     add("--batch", type=int, help="samples of a step (default: the suite's)")
     add("--tiny", action="store_true", help="small pictures, models and tests, to try everything on a CPU")
     arguments = parser.parse_args(argv)
@@ -166,6 +169,18 @@ def part_of(runs: Sequence[Settings], part: int, parts: int) -> list[Settings]:
     return [settings for chain in list(chains.values())[part - 1 :: parts] for settings in chain]
 
 
+def chosen(runs: Sequence[Settings], choice: dict[str, Sequence[Any] | None]) -> list[Settings]:
+    """Those whose fields have one of the values chosen for them, None for any, and those that they start from. Raises
+    ValueError for a value that no run has."""
+    for field, values in choice.items():
+        known = list(dict.fromkeys(getattr(settings, field) for settings in runs))
+        if unknown := set(values or ()).difference(known):
+            raise ValueError(f"the suite has no {field} {min(unknown)}: choose from {', '.join(map(str, known))}")
+    kept = [s for s in runs if all(values is None or getattr(s, field) in values for field, values in choice.items())]
+    wanted = {settings.name for settings in kept} | {settings.start_from for settings in kept}
+    return [settings for settings in runs if settings.name in wanted]
+
+
 def report(settings: Settings, why: str) -> None:
     print(f"run_experiments.py: {settings.name}: {why}", file=sys.stderr, flush=True)
 
@@ -181,6 +196,11 @@ def main(argv: list[str] | None = None) -> int:
     deadline = None if arguments.minutes is None else started + 60 * arguments.minutes
     work = Work(output, device, arguments.commit, arguments.graphs == "on", deadline, arguments.jobs == 1)
     runs = suite(Plan(arguments.steps or STEPS[arguments.suite], arguments.tiny, arguments.batch))
+    try:
+        runs = chosen(runs, {"task": arguments.tasks, "arm": arguments.arms, "seed": arguments.seeds})
+    except ValueError as error:
+        print(f"run_experiments.py: {error}", file=sys.stderr)
+        return 1
     runs = part_of(runs, *arguments.part)
     runs = [settings for settings in runs if finished(output / f"{settings.name}.json") is None]
     print(f"{' '.join(suite.__doc__.split())} {len(runs)} runs to do.", flush=True)
