@@ -20,6 +20,7 @@ FORMATS = (
 BUDGETS = ("quarter", "x4", "exact", "sixteenth", "x16", "pixels")
 STILLS = ("reading", "numbers", "words", "odd-one", "counting", "texture", "chart")
 CLIPS = ("motion", "order", "flashes", "ticker")
+TUNING_RATE = 4e-3  # of fine-tuning; LOG.md has what `rates` said
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 LARGE = (9, 10, 11, 12)  # digits of this height are whole at half the sides, too
 COST = {"test": 64, "probe": 64, "generated": 0}
@@ -50,8 +51,9 @@ def _runs(base: Settings, arms: tuple[str, ...], seeds: tuple[int, ...] = SEEDS)
 def _warm(
     base: Settings, arms: tuple[str, ...], seeds: tuple[int, ...] = SEEDS, **changes: Any
 ) -> tuple[Settings, ...]:
-    """Models of pixels, trained from scratch as arm `exact`; then each arm, started from them and trained with
-    `changes`, the seeds of an arm one after the other."""
+    """Models of pixels, trained from scratch as arm `exact`; then each arm, started from them and trained at
+    TUNING_RATE, and with `changes`, the seeds of an arm one after the other."""
+    changes = {"learning_rate": TUNING_RATE, **changes}
     starts = _runs(base, ("exact",), seeds)
     tuned = (replace(s, arm=arm, start_from=s.name, save=False, **changes) for arm in arms for s in starts)
     return (*starts, *tuned)
