@@ -19,7 +19,7 @@ import pytest
 from benchmarks.quality import run_experiments, runs
 from benchmarks.quality.run_experiments import Here, Work, chosen, do_runs, part_of
 from benchmarks.quality.settings import ModelSize, Settings
-from benchmarks.quality.suites import Plan, first, warm
+from benchmarks.quality.suites import CORE, SEEDS, Plan, first, stills, warm
 
 TINY = Settings(
     steps=4,
@@ -197,6 +197,23 @@ def test_a_choice_keeps_what_its_runs_start_from():
         ("x4", 2, False),
     ]
     assert {s.start_from for s in kept[2:]} == {s.name for s in kept[:2]}
+
+
+def test_the_tasks_beside_reading_are_tuned_three_times_from_one_model():
+    texture = [settings for settings in stills(Plan(3)) if settings.task == "texture"]
+    assert [(s.arm, s.seed) for s in texture if s.start_from is None] == [("exact", 0)]
+    tuned = [s for s in texture if s.start_from is not None]
+    assert {s.start_from for s in tuned} == {texture[0].name} and not any(s.save for s in tuned)
+    assert [(s.arm, s.seed) for s in tuned] == [(arm, seed) for arm in CORE for seed in SEEDS]
+    assert len({s.name for s in texture}) == len(texture)
+
+
+def test_a_tuning_rate_leaves_the_models_to_start_from_alone(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(run_experiments, "do_runs", lambda runs, *rest: done.extend(runs) or set())
+    command = ["--suite", "warm", "--device", "cpu", "--output", str(tmp_path), "--tuning-rate", "0.5"]
+    assert run_experiments.main(command) == 1  # no results
+    assert {(s.start_from is None, s.learning_rate) for s in done} == {(True, Settings().learning_rate), (False, 0.5)}
 
 
 def test_a_choice_that_no_run_has_is_refused(tmp_path, capsys):

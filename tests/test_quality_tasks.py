@@ -34,7 +34,7 @@ CLEAR = {
     "reading": {"heights": [6, 9, 12], "noise": 3.0},
     "numbers": {"heights": [10, 12], "noise": 0.0},
     "words": {"size": 224, "cells": 5, "heights": [10, 12], "noise": 0.0},
-    "odd-one": {"heights": [9, 12], "noise": 0.0},
+    "odd-one": {"heights": [9, 12], "blank": 0.0, "noise": 0.0},
     "counting": {"size": 224, "cells": 5, "diameters": [5], "noise": 0.0},
     "texture": {"noise": 0.0},
     "chart": {"size": 224, "units": [2, 3, 4], "noise": 0.0},
@@ -253,6 +253,18 @@ def test_blank_cells_hold_nothing(reading):
     cells = torch.stack([cells_of(reading.task, picture) for picture in luma(batch.frames[:, 0])])
     contrast = cells.flatten(2).median(dim=2).values - cells.flatten(2).amin(dim=2)
     assert contrast[batch.level == NOT_SCORED].median() < 30 < 60 < contrast[batch.level != NOT_SCORED].median()
+
+
+def test_rows_whose_odd_place_is_empty_do_not_count():
+    source = Source(make_task("odd-one", {"heights": [12], "blank": 0.5, "noise": 0.0}), "cpu")
+    batch = source.batch("test", 0, 0, 8)
+    place = (batch.answer[:, 1::2] - TOKEN["0"]).flatten()
+    cells = torch.stack([cells_of(source.task, picture) for picture in luma(batch.frames[:, 0])])
+    contrast = cells.flatten(2).median(dim=2).values - cells.flatten(2).amin(dim=2)  # [B, C]
+    odd = contrast.view(-1, source.task.cells)[torch.arange(len(place)), place]
+    counts = (batch.level != NOT_SCORED).flatten()
+    assert 0.3 < counts.float().mean() < 0.7
+    assert odd[~counts].median() < 30 < 60 < odd[counts].median()
 
 
 def test_shapes_levels_and_words_of_a_batch(source):

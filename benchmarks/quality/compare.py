@@ -123,7 +123,8 @@ def experiments(results: list[Result]) -> dict[str, Arms]:
         arms = grouped.setdefault(experiment(result, runs), {})
         start = runs.get(result["settings"]["start_from"])
         if start is not None and start["finished"]:
-            arms.setdefault(start["settings"]["arm"] + STARTED, {}).setdefault(seed, start)
+            begun = start["settings"]
+            arms.setdefault(begun["arm"] + STARTED, {}).setdefault(begun["seed"], start)
         arms.setdefault(arm, {}).setdefault(seed, result)
     return {
         name: {arm: [seeds[seed] for seed in sorted(seeds)] for arm, seeds in arms.items()}

@@ -139,12 +139,14 @@ class ShortWords(PrintTask):
 
 @dataclass(frozen=True)
 class OddOne(PrintTask):
-    """Which digit of a row differs from the others? Named by its place, from 0. cells: digits of a row, and rows."""
+    """Which digit of a row differs from the others? Named by its place, from 0. cells: digits of a row, and rows. In
+    `blank` of the rows that place is empty, which does not count."""
 
     name: ClassVar[str] = "odd-one"
     size: int = 112
     cells: int = 7
     heights: tuple[int, ...] = (4, 5, 6, 7, 8, 9, 10, 11, 12)
+    blank: float = 0.3
     noise: float = 6.0
 
     @property
@@ -160,9 +162,12 @@ class OddOne(PrintTask):
         same = random.integers(len(DIGITS), count, self.cells, 1)
         other = (same + 1 + random.integers(len(DIGITS) - 1, count, self.cells, 1)) % len(DIGITS)
         place = random.integers(self.cells, count, self.cells, 1)
-        digits = torch.where(torch.arange(self.cells, device=device) == place, other, same)
-        frames, pixels = self.print_cells(tools, random, digits.flatten(1)[..., None])
+        odd = torch.arange(self.cells, device=device) == place
+        whole = random.uniform(0, 1, count, self.cells, 1) >= self.blank
+        digits, shown = torch.where(odd, other, same), ~odd | whole
+        frames, pixels = self.print_cells(tools, random, digits.flatten(1)[..., None], shown.flatten(1))
         batch = self.batch(frames, pixels[..., None], pixels)
-        level = pixels.view(count, self.cells, self.cells).gather(2, place)[..., 0]  # of the odd one
+        level = pixels.view(count, self.cells, self.cells).gather(2, place)  # of the odd one
+        level = torch.where(whole, level, NOT_SCORED)[..., 0]
         answer = torch.stack([batch.answer[:, : 2 * self.cells : 2], words(DIGITS, device)[place[..., 0]]], dim=2)
         return Batch(frames, batch.question, answer.flatten(1), level)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--arms", nargs="+", metavar="ARM", help="only these (default: all of the suite)")
     add("--seeds", nargs="+", type=int, metavar="SEED", help="only these (default: all of the suite)")
     add("--batch", type=int, help="samples of a step (default: the suite's)")
+    add("--tuning-rate", type=float, help="learning rate of fine-tuning (default: the suite's)")
     add("--tiny", action="store_true", help="small pictures, models and tests, to try everything on a CPU")
     arguments = parser.parse_args(argv)
     try:
@@ -196,6 +197,8 @@ def main(argv: list[str] | None = None) -> int:
     deadline = None if arguments.minutes is None else started + 60 * arguments.minutes
     work = Work(output, device, arguments.commit, arguments.graphs == "on", deadline, arguments.jobs == 1)
     runs = suite(Plan(arguments.steps or STEPS[arguments.suite], arguments.tiny, arguments.batch))
+    if (rate := arguments.tuning_rate) is not None:
+        runs = [replace(settings, learning_rate=rate) if settings.start_from else settings for settings in runs]
     try:
         runs = chosen(runs, {"task": arguments.tasks, "arm": arguments.arms, "seed": arguments.seeds})
     except ValueError as error:
