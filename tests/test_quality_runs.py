@@ -49,7 +49,7 @@ def kept(folder: Path, settings: Settings) -> dict:
     result = json.loads((folder / f"{settings.name}.json").read_text())
     for point in result["curve"]:
         del point["seconds"]
-    del result["milliseconds"], result["alone"]
+    del result["milliseconds"], result["seconds"], result["alone"]
     return result
 
 

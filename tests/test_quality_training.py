@@ -11,14 +11,12 @@ from transformers import Qwen2VLForConditionalGeneration
 from benchmarks.quality import run_experiments
 from benchmarks.quality.arms import Encoder, make_arm
 from benchmarks.quality.model import (
-    Layers,
     Layout,
     answer_logits,
     build_model,
+    compiled_layers,
     generate,
-    language_layer,
     scale_patch_embedding,
-    vision_layer,
 )
 from benchmarks.quality.runs import run
 from benchmarks.quality.settings import ModelSize, Settings
@@ -80,18 +78,18 @@ def test_arms_start_from_the_same_weights_and_the_same_size_of_values():
         assert outputs.square().mean().item() == pytest.approx(1, rel=1e-4)
 
 
-def test_layers_are_compiled_once_for_all_models_of_a_shape():
-    counter = CompileCounter()
-    layers = Layers(
-        *(torch.compile(f, fullgraph=True, dynamic=False, backend=counter) for f in (vision_layer, language_layer))
-    )
-    for arm in ("x4", "x4-floor"):
+def test_layers_are_compiled_once_for_all_models_of_a_shape(monkeypatch):
+    counter, compiled = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda layer, **options: compiled(layer, backend=counter, **options))
+    torch.compiler.reset()
+    layers = compiled_layers.__wrapped__()  # past its cache
+    for arm, graphs in (("x4", 2), ("x4-floor", 2), ("exact", 4), ("x4-corner", 4), ("sixteenth", 6), ("x4", 6)):
         trainer = Trainer(replace(TRIVIAL, arm=arm, size=ModelSize(80, 2, 64, 3)))
         batch = trainer.source.batch("train", 0, 0, 2)
         tokens = trainer.encoder.encode(batch.frames)
         given = trainer.model, trainer.layout, tokens, batch.question, batch.answer
         torch.testing.assert_close(answer_logits(*given, layers), answer_logits(*given), rtol=1e-4, atol=1e-4)
-        assert counter.frame_count == 2
+        assert counter.frame_count == graphs
 
 
 def test_what_the_half_size_picture_does_not_show_starts_at_zero():
@@ -133,7 +131,8 @@ def test_the_same_settings_give_the_same_result(tmp_path):
     for result in (one, two):
         for point in result["curve"]:
             del point["seconds"]
-        del result["milliseconds"]
+        assert set(result["seconds"]) == {"prepare", "train", "test", "generation"}
+        del result["milliseconds"], result["seconds"]
     assert one == two
     other = run(replace(TRIVIAL, seed=1), tmp_path / "one")
     assert other["curve"][0]["loss"] != one["curve"][0]["loss"]

@@ -101,8 +101,13 @@ class CellTask:
     question_length: ClassVar[int] = 1
 
     @property
+    def asked(self) -> int:
+        """Of how many cells, or rows of them, the answer tells."""
+        return self.count
+
+    @property
     def answer_length(self) -> int:
-        return self.count * (1 + self.answers)
+        return self.asked * (1 + self.answers)
 
     @property
     def scored(self) -> tuple[int, ...]:
@@ -125,7 +130,7 @@ class CellTask:
     def batch(self, frames: torch.Tensor, said: torch.Tensor, level: torch.Tensor) -> Batch:
         """frames uint8 [B, T, H, W, 3]; said, ids of the answers, int64 [B, C, A]; level int64 [B, C] or [B, C, A]."""
         count, device = len(frames), frames.device
-        names = words(CELL_NAMES[: self.count], device).expand(count, -1)[..., None]
+        names = words(CELL_NAMES[: self.asked], device).expand(count, -1)[..., None]
         level = level[..., None].expand(said.shape) if level.ndim == 2 else level
         question = words((f"question-{self.name}",), device).expand(count, -1)
         return Batch(frames, question, torch.cat([names, said], dim=2).flatten(1), level.flatten(1))

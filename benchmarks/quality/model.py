@@ -24,6 +24,7 @@ from benchmarks.quality.settings import LANGUAGE_HEAD, VISION_HEAD, ModelSize
 # Qwen2-VL's base of 1,000,000 turns the width part of the position by 1/1000 rad a token and less at this size of head,
 # and small models then do not find the place that is asked for; with 10 it is 1/10 to 1/4 rad.
 ROPE_BASE = 10.0
+MOST_SHAPES = 64  # that layers are compiled for in one process; a suite has a few
 MROPE_SECTION = (8, 12, 12)  # time, height, width: the shares of Qwen2-VL's (16, 24, 24), for this head
 
 
@@ -203,9 +204,9 @@ PLAIN = Layers()
 
 
 @lru_cache(maxsize=1)
-def compiled_layers(shape: tuple) -> Layers:
-    """shape: whatever runs must have in common to share what is compiled."""
-    torch.compiler.reset()  # forgets other shapes, of which it keeps only a few
+def compiled_layers() -> Layers:
+    """Compiled once for each shape that they meet; what runs of one shape compile, they share."""
+    torch._dynamo.config.recompile_limit = MOST_SHAPES
     options = {"fullgraph": True, "dynamic": False}
     return Layers(torch.compile(vision_layer, **options), torch.compile(language_layer, **options))
 

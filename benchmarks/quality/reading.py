@@ -139,12 +139,16 @@ class ShortWords(PrintTask):
 
 @dataclass(frozen=True)
 class OddOne(PrintTask):
-    """Which digit of a row differs from the others? Named by its place, from 0. cells: digits of a row, and rows. In
-    `blank` of the rows that place is empty, which does not count."""
+    """Which digit of a row differs from the others? The answer says what the others are, the odd one, and its place,
+    from 0; only the place counts. In `blank` of the rows that place is empty, which does not count.
+
+    cells: digits of a row, and rows.
+    """
 
     name: ClassVar[str] = "odd-one"
+    answers: ClassVar[int] = 3
     size: int = 112
-    cells: int = 7
+    cells: int = 5
     heights: tuple[int, ...] = (4, 5, 6, 7, 8, 9, 10, 11, 12)
     blank: float = 0.3
     noise: float = 6.0
@@ -154,8 +158,8 @@ class OddOne(PrintTask):
         return 1 / self.cells
 
     @property
-    def answer_length(self) -> int:
-        return 2 * self.cells
+    def asked(self) -> int:
+        return self.cells
 
     def draw(self, tools: Tools, random: Random, count: int) -> Batch:
         device = random.device
@@ -166,8 +170,9 @@ class OddOne(PrintTask):
         whole = random.uniform(0, 1, count, self.cells, 1) >= self.blank
         digits, shown = torch.where(odd, other, same), ~odd | whole
         frames, pixels = self.print_cells(tools, random, digits.flatten(1)[..., None], shown.flatten(1))
-        batch = self.batch(frames, pixels[..., None], pixels)
-        level = pixels.view(count, self.cells, self.cells).gather(2, place)  # of the odd one
-        level = torch.where(whole, level, NOT_SCORED)[..., 0]
-        answer = torch.stack([batch.answer[:, : 2 * self.cells : 2], words(DIGITS, device)[place[..., 0]]], dim=2)
-        return Batch(frames, batch.question, answer.flatten(1), level)
+        height = pixels.view(count, self.cells, self.cells).gather(2, place)  # of the odd one
+        said = words(DIGITS, device)[torch.cat([same, other, place], dim=2)]
+        said[:, :, 1:2] = torch.where(whole, said[:, :, 1:2], TOKEN["blank"])
+        level = torch.full_like(said, NOT_SCORED)
+        level[:, :, 2:] = torch.where(whole, height, NOT_SCORED)
+        return self.batch(frames, said, level)

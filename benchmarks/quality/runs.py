@@ -5,6 +5,8 @@ import json
 import math
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,43 @@ def run(
     path = output / f"{settings.name}.json"
     if (done := finished(path)) is not None:
         return done
-    device = torch.device(device)
+    device, spent = torch.device(device), Spent()
+    with spent.on("prepare"):
+        trainer = prepare(settings, output, device, graphs)
+    result = {**describe(trainer, commit, alone), "seconds": spent.seconds}
+    if settings.start_from is not None:
+        with spent.on("test"):
+            result["curve"].append(curve_point(trainer, 0, 0.0, None))
+    report = _Report(path, result)
+    report.write()
+    clock, losses, started = StepClock(device), [], time.perf_counter()
+    every = max(1, settings.steps // CURVE_POINTS)
+    for number in range(settings.steps):
+        loss = trainer.step(number, clock if number % TIMED_EVERY == min(5, settings.steps - 1) else None)
+        losses.append(loss.clone())
+        if (number + 1) % every and number + 1 < settings.steps:
+            continue
+        train_loss = torch.stack(losses).mean().item()  # waits for the device
+        trained = spent.add("train", time.perf_counter() - started)
+        with spent.on("test"):
+            result["curve"].append(curve_point(trainer, number + 1, trained, train_loss))
+        result["milliseconds"] = clock.medians()
+        report.write()
+        print(f"{progress_line(settings, result['curve'][-1])}\n", end="", flush=True)  # at once: runs share the output
+        if not math.isfinite(train_loss):
+            raise FloatingPointError(f"{settings.name}: the loss is {train_loss} after {number + 1} steps")
+        if deadline is not None and time.monotonic() > deadline:
+            return result
+        losses, started = [], time.perf_counter()
+    finish(trainer, result, spent)
+    if settings.save:
+        save(trainer, path.with_suffix(".pt"))
+    report.write()
+    return result
+
+
+def prepare(settings: Settings, output: Path, device: torch.device, graphs: bool) -> Trainer:
+    """Model, data and, on CUDA, the captured step of a run."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     if device.type == "cuda":
@@ -51,34 +89,7 @@ def run(
         trainer.pixel_state()  # an arm that cannot be saved is refused before it is trained
     if device.type == "cuda" and graphs:
         capture(trainer)
-    result = describe(trainer, commit, alone)
-    if settings.start_from is not None:
-        result["curve"].append(curve_point(trainer, 0, 0.0, None))
-    report = _Report(path, result)
-    report.write()
-    clock, losses, seconds, started = StepClock(device), [], 0.0, time.perf_counter()
-    every = max(1, settings.steps // CURVE_POINTS)
-    for number in range(settings.steps):
-        loss = trainer.step(number, clock if number % TIMED_EVERY == min(5, settings.steps - 1) else None)
-        losses.append(loss.clone())
-        if (number + 1) % every and number + 1 < settings.steps:
-            continue
-        train_loss = torch.stack(losses).mean().item()  # waits for the device
-        seconds += time.perf_counter() - started
-        result["curve"].append(curve_point(trainer, number + 1, seconds, train_loss))
-        result["milliseconds"] = clock.medians()
-        report.write()
-        print(f"{progress_line(settings, result['curve'][-1])}\n", end="", flush=True)  # at once: runs share the output
-        if not math.isfinite(train_loss):
-            raise FloatingPointError(f"{settings.name}: the loss is {train_loss} after {number + 1} steps")
-        if deadline is not None and time.monotonic() > deadline:
-            return result
-        losses, started = [], time.perf_counter()
-    finish(trainer, result)
-    if settings.save:
-        save(trainer, path.with_suffix(".pt"))
-    report.write()
-    return result
+    return trainer
 
 
 def finished(path: Path) -> dict[str, Any] | None:
@@ -136,16 +147,18 @@ def describe(trainer: Trainer, commit: str, alone: bool) -> dict[str, Any]:
 def curve_point(trainer: Trainer, step: int, seconds: float, loss: float | None) -> dict[str, Any]:
     """An evaluation during training. seconds: of training, drawing of pictures included. loss: None before training."""
     measured = accuracies(*trainer.test(trainer.settings.probe), trainer.task.hard)
-    return {"step": step, "seconds": round(seconds, 3), "loss": loss, **measured}
+    return {"step": step, "seconds": seconds, "loss": loss, **measured}
 
 
-def finish(trainer: Trainer, result: dict[str, Any]) -> None:
+def finish(trainer: Trainer, result: dict[str, Any], spent: "Spent") -> None:
     """Adds the final test."""
-    right, level = trainer.test(trainer.settings.test)
+    with spent.on("test"):
+        right, level = trainer.test(trainer.settings.test)
     result.update(accuracies(right, level, trainer.task.hard))
     result["by_level"] = by_level(right, level)
     result["by_picture"] = by_picture(right, level, trainer.task.hard)
-    result["generation"] = trainer.test_generation(trainer.settings.generated)
+    with spent.on("generation"):
+        result["generation"] = trainer.test_generation(trainer.settings.generated)
     if trainer.device.type == "cuda":
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     result["finished"] = True
@@ -169,6 +182,24 @@ def progress_line(settings: Settings, point: dict[str, Any]) -> str:
         f"{settings.name} | step {point['step']}/{settings.steps} | {point['seconds']:.1f} s | "
         f"loss {point['loss']:.4f} | right {point['accuracy']:.1%}, hard {point['hard_accuracy']:.1%}"
     )
+
+
+class Spent:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def add(self, what: str, seconds: float) -> float:
+        """Returns the sum so far."""
+        self.seconds[what] = round(self.seconds.get(what, 0.0) + seconds, 3)
+        return self.seconds[what]
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.add(what, time.perf_counter() - started)
 
 
 @dataclass

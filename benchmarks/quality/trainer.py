@@ -34,7 +34,8 @@ from benchmarks.quality.tasks import Source, make_task
 from dct_config import fold_patch_embedding
 
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
-TEST_BATCH = 64  # samples
+DRAWN_AT_ONCE = 64  # test samples; which they are depends on it
+TESTED_AT_ONCE = 256
 GENERATE_AT_ONCE = 16  # samples; the stock vision tower compares all patches of a batch with each other
 BASE_INPUTS = 256  # of the matrices that learn at the learning rate; those of more inputs learn more slowly
 GRAPH_TOLERANCE = 0.02  # relative difference of the first loss with and without a CUDA graph
@@ -154,8 +155,7 @@ class Trainer:
         self.inputs = (self.encoder.encode(batch.frames), batch.question.clone(), batch.answer.clone())
         with torch.no_grad():
             plain = self._loss(*self.inputs).item()
-        shape = (self.settings.batch, self.settings.size, self.layout.grid, self.layout.positions.shape)
-        self.layers = compiled_layers(shape)
+        self.layers = compiled_layers()
         before = [parameter.detach().clone() for parameter in self.model.parameters()]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -200,20 +200,29 @@ class Trainer:
         marks.mark("train")
         return self.loss
 
+    def _test_samples(self, count: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Tokens, question, answer and level of the first `count` test samples, TESTED_AT_ONCE at once."""
+        sizes, together = pieces(count, DRAWN_AT_ONCE), TESTED_AT_ONCE // DRAWN_AT_ONCE
+        for start in range(0, len(sizes), together):
+            drawn = []
+            for number, size in enumerate(sizes[start : start + together], start):
+                batch = self.source.batch("test", 0, number, DRAWN_AT_ONCE)
+                tokens = self.encoder.encode(batch.frames[:size])
+                drawn.append((tokens, *(part[:size] for part in (batch.question, batch.answer, batch.level))))
+            yield tuple(torch.cat(parts) for parts in zip(*drawn))
+
     @torch.no_grad()
     def test(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Teacher-forced on the first `count` test samples: right bool [count, S], level int64 [count, S], NOT_SCORED
         where an answer does not count."""
-        right, level = [], []
-        for number, size in enumerate(pieces(count, 64)):
-            batch = self.source.batch("test", 0, number, 64)
-            tokens = self.encoder.encode(batch.frames[:size])
+        right, levels = [], []
+        for tokens, question, answer, level in self._test_samples(count):
             with self.autocast():
-                logits = answer_logits(self.model, self.layout, tokens, batch.question[:size], batch.answer[:size])
+                logits = answer_logits(self.model, self.layout, tokens, question, answer)
             said = logits[:, :-1].argmax(dim=-1)
-            right.append((said == batch.answer[:size])[:, self.scored])
-            level.append(batch.level[:size])
-        return torch.cat(right).cpu(), torch.cat(level).cpu()
+            right.append((said == answer)[:, self.scored])
+            levels.append(level)
+        return torch.cat(right).cpu(), torch.cat(levels).cpu()
 
     @torch.no_grad()
     def test_generation(self, count: int) -> dict[str, float] | None:
@@ -223,15 +232,11 @@ class Trainer:
             return None
         self.model.eval()
         right = []
-        for number, size in enumerate(pieces(count, 64)):
-            batch = self.source.batch("test", 0, number, 64)
-            tokens = self.encoder.encode(batch.frames[:size])
-            for some, question, answer in zip(
-                *(part[:size].split(GENERATE_AT_ONCE) for part in (tokens, batch.question, batch.answer))
-            ):
+        for tokens, question, answer, _ in self._test_samples(count):
+            for some in zip(*(part.split(GENERATE_AT_ONCE) for part in (tokens, question, answer))):
                 with self.autocast():
-                    said = generate(self.model, self.layout, some, question, answer.shape[1])
-                right.append((said == answer)[:, self.scored])
+                    said = generate(self.model, self.layout, *some[:2], answer.shape[1])
+                right.append((said == some[2])[:, self.scored])
         right = torch.cat(right).cpu()
         self.model.train()
         forced, level = self.test(count)
