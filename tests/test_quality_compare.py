@@ -203,6 +203,17 @@ def test_the_command_prints_and_draws(results, capsys):
     ]
 
 
+def test_times_may_come_from_another_folder(tmp_path, capsys):
+    runs, times = tmp_path / "runs", tmp_path / "times"
+    for folder, steps, alone in ((runs, 10, False), (times, 3, True)):
+        folder.mkdir()
+        written(folder, {**result("x4", 0, [5, 5], [1, 1], steps=steps), "alone": alone})
+    assert compare.main(["--results", str(runs)]) == 0 and "2.0 + 3.0" not in capsys.readouterr().out
+    assert compare.main(["--results", str(runs), "--times", str(times)]) == 0
+    said = capsys.readouterr().out
+    assert "| 2.0 + 3.0 |" in said and "10 steps of 2" in said and "3 steps of 2" not in said
+
+
 def test_an_empty_folder_is_one_line(tmp_path, one_line_error):
     assert compare.main(["--results", str(tmp_path)]) == 1
     assert "no results in" in one_line_error()

@@ -82,9 +82,10 @@ def paired_difference(ours: Iterable[float], theirs: Iterable[float]) -> Differe
     return Difference(mean, float(low), float(high), float(test.pvalue), ours.size)
 
 
-def load(folder: Path) -> list[Result]:
-    """All results of runs in a folder, finished or not, in the order of their names."""
-    results = [{"name": path.stem, **json.loads(path.read_text())} for path in sorted(folder.glob("*.json"))]
+def load(*folders: Path) -> list[Result]:
+    """All results of runs in some folders, finished or not, in the order of their names."""
+    paths = {path.stem: path for folder in folders for path in sorted(folder.glob("*.json"))}
+    results = [{"name": name, **json.loads(path.read_text())} for name, path in sorted(paths.items())]
     results = [result for result in results if "settings" in result]
     for result in results:
         result["settings"].setdefault("patch", OLD_PATCH)
@@ -364,6 +365,7 @@ def draw_answer(arms: Arms, heading: str, path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--results", type=Path, required=True, metavar="DIR", help="JSON files of runs")
+    parser.add_argument("--times", type=Path, nargs="+", default=[], metavar="DIR", help="more, for times alone")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw two figures for each experiment there")
     arguments = parser.parse_args(argv)
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
@@ -371,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
     if not results:
         print(f"compare.py: no results in {arguments.results}: run run_experiments.py --output there", file=sys.stderr)
         return 1
-    times = step_times(results)
+    times = step_times(results + load(*arguments.times))
     for number, (name, arms) in enumerate(experiments(results).items()):
         tested = [len(runs[0]["by_picture"]["right"]) for runs in arms.values()]
         chance = 100 * next(iter(arms.values()))[0]["chance"]

@@ -124,7 +124,7 @@ class ShortWords(PrintTask):
     length: ClassVar[int] = 3
     size: int = 112
     cells: int = 3
-    heights: tuple[int, ...] = (5, 6, 7, 8, 9, 10, 12)
+    heights: tuple[int, ...] = (4, 5, 6, 7, 8, 10, 12)
     blank: float = 0.3
     noise: float = 6.0
 

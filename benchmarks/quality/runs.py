@@ -42,6 +42,7 @@ def run(
     if (done := finished(path)) is not None:
         return done
     device, spent = torch.device(device), Spent()
+    memory = Memory(device)
     with spent.on("prepare"):
         trainer = prepare(settings, output, device, graphs)
     result = {**describe(trainer, commit, alone), "seconds": spent.seconds}
@@ -69,6 +70,8 @@ def run(
         if deadline is not None and time.monotonic() > deadline:
             return result
         losses, started = [], time.perf_counter()
+    if (peak := memory.peak()) is not None:  # of training: generation needs less or more
+        result["peak_memory_bytes"] = peak
     finish(trainer, result, spent)
     if settings.save:
         save(trainer, path.with_suffix(".pt"))
@@ -80,10 +83,6 @@ def prepare(settings: Settings, output: Path, device: torch.device, graphs: bool
     """Model, data and, on CUDA, the captured step of a run."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    if device.type == "cuda":
-        gc.collect()  # an earlier run's model would count
-        torch.cuda.empty_cache()  # and other processes may need its memory
-        torch.cuda.reset_peak_memory_stats()
     trainer = Trainer(settings, device, start_weights(settings, output))
     if settings.save:
         trainer.pixel_state()  # an arm that cannot be saved is refused before it is trained
@@ -159,8 +158,6 @@ def finish(trainer: Trainer, result: dict[str, Any], spent: "Spent") -> None:
     result["by_picture"] = by_picture(right, level, trainer.task.hard)
     with spent.on("generation"):
         result["generation"] = trainer.test_generation(trainer.settings.generated)
-    if trainer.device.type == "cuda":
-        result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     result["finished"] = True
 
 
@@ -182,6 +179,23 @@ def progress_line(settings: Settings, point: dict[str, Any]) -> str:
         f"{settings.name} | step {point['step']}/{settings.steps} | {point['seconds']:.1f} s | "
         f"loss {point['loss']:.4f} | right {point['accuracy']:.1%}, hard {point['hard_accuracy']:.1%}"
     )
+
+
+class Memory:
+    """What a run needs of a CUDA device's memory. What earlier runs of the process left there, such as cuBLAS's
+    workspaces of their streams, does not count."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            gc.collect()  # an earlier run's model
+            torch.cuda.empty_cache()  # other processes may need it
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+
+    def peak(self) -> int | None:
+        """Bytes allocated at once, so far; None where that is not known."""
+        return torch.cuda.max_memory_allocated() - self.before if self.cuda else None
 
 
 class Spent:

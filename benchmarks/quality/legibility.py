@@ -1,0 +1,214 @@
+"""What is lost for good? A convolutional classifier reads digits from pictures put together again from an arm's tokens.
+
+    python benchmarks/quality/legibility.py --arms pixels x4 x4-corner quarter --output legibility
+
+It is trained on single cells of the reading task, one digit in each, and has nothing else to learn: no tokens, no
+language, no looking for a place. So what it cannot read is lost with the arm, whatever reads the tokens, and what a
+language model does not read although it can is left to training. One JSON file per arm and seed; finished ones are
+skipped. The table is accuracy by height of print, mean over seeds.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
+
+import torch
+from torch import nn
+
+from benchmarks.quality.arms import MERGE, Encoder, downscale, make_arm
+from benchmarks.quality.cells import DIGITS, TOKEN
+from benchmarks.quality.runs import chosen_device, environment, finished
+from benchmarks.quality.scoring import by_level
+from benchmarks.quality.tasks import Source, make_task
+
+KNOBS = {"cells": 4, "blank": 0.0}
+HEIGHTS = "4 5 6 7 8 10 12 14 16"
+TEST_PICTURES = 1024
+DRAWN_AT_ONCE = 64
+RATE = 2e-3
+DECAY = 0.05
+
+
+class Rebuild:
+    """Pictures from an arm's tokens: uint8 frames [B, 1, H, W, 3] -> float32 [B, H, W, 3] in levels of 0..255.
+
+    DCT arms: by the pseudo-inverse of their analysis. Pixel arms: the downscaled picture, each pixel as often as it was
+    shrunk. Raises ValueError for arms that are measured on data, which show what others show.
+    """
+
+    def __init__(self, arm: str, patch: int, size: int, device: torch.device) -> None:
+        self.encoder = Encoder(make_arm(arm, patch), (size, size), 1, device)
+        self.arm = self.encoder.arm
+        if self.arm.config is None and self.arm.scaling != "clip":
+            raise ValueError(f"arm {arm} is measured on data: choose pixels, quarter, sixteenth or a DCT arm")
+        if self.arm.config is not None:
+            self.inverse = torch.linalg.pinv(self.encoder.matrix.double().cpu()).float().to(device)
+
+    @torch.no_grad()
+    def __call__(self, frames: torch.Tensor) -> torch.Tensor:
+        if self.arm.config is None:
+            small = downscale(frames.to(self.encoder.device, torch.float32), self.arm.shrink)[:, 0]
+            return small.repeat_interleave(self.arm.shrink, 1).repeat_interleave(self.arm.shrink, 2)
+        blocks = (self.encoder.encode(frames) - self.encoder.shift) @ self.inverse + 128
+        return join(blocks, self.encoder.grid, self.arm.side)
+
+
+def join(blocks: torch.Tensor, grid: tuple[int, int, int], side: int) -> torch.Tensor:
+    """The inverse of `arms.cut` for one frame: [B, N, 3*b*b] -> [B, H, W, 3]."""
+    _, h, w = grid
+    parts = blocks.unflatten(2, (3, side, side)).unflatten(1, (h // MERGE, w // MERGE, MERGE, MERGE))
+    # from B, h, w, m, m, channel, row, column
+    return parts.permute(0, 1, 3, 6, 2, 4, 7, 5).reshape(len(blocks), h * side, w * side, 3)
+
+
+def make_classifier(width: int) -> nn.Module:
+    """Levels [B, 3, 28, 28] -> scores [B, 10]. The digit may be anywhere, so the last pooling is over all places."""
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.GELU()]
+
+    layers = [*block(3, width), *block(width, width), nn.MaxPool2d(2)]
+    layers += [*block(width, 2 * width), *block(2 * width, 2 * width), nn.MaxPool2d(2)]
+    layers += [*block(2 * width, 4 * width), *block(4 * width, 4 * width), nn.AdaptiveMaxPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(4 * width, len(DIGITS)))
+
+
+class Reader:
+    """Trains and tests a classifier on the cells that an arm leaves."""
+
+    def __init__(self, settings: dict[str, Any], device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        self.task = make_task("reading", {**KNOBS, "heights": settings["heights"]})
+        self.source = Source(self.task, device)
+        self.rebuild = Rebuild(settings["arm"], settings["patch"], self.task.size, device)
+        torch.manual_seed(settings["seed"])
+        self.model = make_classifier(settings["width"]).to(device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=DECAY)
+
+    def samples(self, split: str, step: int, pictures: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cells [B*C, 3, 28, 28], about 0; digits [B*C]; levels [B*C]."""
+        batch = self.source.batch(split, self.settings["seed"] if split == "train" else 0, step, pictures)
+        side, cells = self.task.cell, self.task.cells
+        levels = (self.rebuild(batch.frames) - 128) / 64
+        parts = levels.unflatten(2, (cells, side)).unflatten(1, (cells, side))  # B, cells, row, cells, column, channel
+        parts = parts.permute(0, 1, 3, 5, 2, 4).flatten(0, 2).contiguous(memory_format=torch.channels_last)
+        return parts, (batch.answer[:, 1::2] - TOKEN[DIGITS[0]]).flatten(), batch.level.flatten()
+
+    def scores(self, cells: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return self.model(cells).float()
+
+    def train(self) -> float:
+        """Returns the mean loss of the last tenth of the steps."""
+        steps, losses = self.settings["steps"], []
+        schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, RATE, steps, pct_start=0.1)
+        self.model.train()
+        for step in range(steps):
+            cells, digits, _ = self.samples("train", step, self.settings["pictures"])
+            loss = nn.functional.cross_entropy(self.scores(cells), digits)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+        return torch.stack(losses[-max(1, steps // 10) :]).mean().item()
+
+    @torch.no_grad()
+    def test(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """right bool [pictures, C], level int64 [pictures, C]"""
+        self.model.eval()
+        right, levels = [], []
+        for step in range(math.ceil(self.settings["test"] / DRAWN_AT_ONCE)):
+            cells, digits, level = self.samples("test", step, DRAWN_AT_ONCE)
+            right.append((self.scores(cells).argmax(dim=1) == digits).view(DRAWN_AT_ONCE, -1))
+            levels.append(level.view(DRAWN_AT_ONCE, -1))
+        return torch.cat(right).cpu(), torch.cat(levels).cpu()
+
+
+def run(settings: dict[str, Any], path: Path, device: torch.device, commit: str) -> dict[str, Any]:
+    """Trains and tests; writes and returns the result."""
+    started = time.perf_counter()
+    reader = Reader(settings, device)
+    loss = reader.train()
+    right, level = reader.test()
+    result = {
+        "finished": True,
+        "classifier": settings,
+        "environment": environment(device, commit),
+        "loss": loss,
+        "accuracy": right.float().mean().item(),
+        "by_level": by_level(right, level),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".json.part")
+    temporary.write_text(json.dumps(result) + "\n")
+    temporary.replace(path)
+    return result
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    """Markdown lines: percent right by height, mean over seeds."""
+    levels = sorted({int(level) for result in results for level in result["by_level"]})
+    lines = [f"| what is read | {' | '.join(f'{level} px' for level in levels)} | all | seeds |"]
+    lines.append("| --- " * (len(levels) + 3) + "|")
+    for arm in dict.fromkeys(result["classifier"]["arm"] for result in results):
+        runs = [result for result in results if result["classifier"]["arm"] == arm]
+        cells = []
+        for level in levels:
+            shares = [right / count for right, count in (run["by_level"][str(level)] for run in runs)]
+            cells.append(f"{100 * sum(shares) / len(shares):.1f}")
+        overall = 100 * sum(run["accuracy"] for run in runs) / len(runs)
+        lines.append(f"| {arm} | {' | '.join(cells)} | {overall:.1f} | {len(runs)} |")
+    return lines
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    summary, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--arms", nargs="+", default=["pixels", "x4", "x4-corner", "quarter"], help="(default: %(default)s)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and samples (default: %(default)s)")
+    add("--output", type=Path, required=True, metavar="DIR", help="where results are written")
+    add("--steps", type=int, default=3000, help="(default: %(default)s)")
+    add("--pictures", type=int, default=64, help="of 16 cells, in a step (default: %(default)s)")
+    add("--width", type=int, default=48, help="channels of the first layers (default: %(default)s)")
+    add("--heights", nargs="+", type=int, default=[int(h) for h in HEIGHTS.split()], help=f"(default: {HEIGHTS})")
+    add("--patch", type=int, default=7, help="side of a pixel model's patch (default: %(default)s)")
+    add("--test", type=int, default=TEST_PICTURES, help="pictures tested (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
+    add("--commit", default="", help="noted in the results")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    device, results = chosen_device(arguments.device), []
+    shared = {name: getattr(arguments, name) for name in ("steps", "pictures", "width", "heights", "patch", "test")}
+    for arm in arguments.arms:
+        for seed in arguments.seeds:
+            settings = {"arm": arm, "seed": seed, **shared}
+            path = arguments.output / f"legibility_{arm}_seed{seed}.json"
+            result = finished(path)
+            if result is None or result["classifier"] != settings:
+                try:
+                    result = run(settings, path, device, arguments.commit)
+                except (ValueError, OSError) as error:
+                    print(f"legibility.py: {error}", file=sys.stderr)
+                    return 1
+            print(f"{arm} seed {seed}: right {result['accuracy']:.1%} after {result['seconds']} s", flush=True)
+            results.append(result)
+    print("\n".join(["", *table(results)]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
