@@ -1,0 +1,79 @@
+"""What the classifier is shown is what an arm's tokens hold, and it learns to read."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.quality import legibility
+from benchmarks.quality.arms import cut, downscale
+from benchmarks.quality.legibility import KNOBS, Rebuild, join, table
+from benchmarks.quality.tasks import Source, make_task
+
+CPU = torch.device("cpu")
+LUMA = torch.tensor([0.299, 0.587, 0.114])
+EASY = ["--heights", "22", "--width", "8", "--pictures", "8", "--test", "64", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def frames() -> torch.Tensor:
+    return Source(make_task("reading", KNOBS), "cpu").batch("test", 0, 0, 2).frames
+
+
+def test_join_undoes_cut():
+    frames = torch.randn(2, 1, 1, 56, 84, 3)
+    assert torch.equal(join(cut(frames, 7), (1, 8, 12), 7), frames[:, 0, 0])
+
+
+@pytest.mark.parametrize("arm", ["pixels", "exact", "x4-444"])
+def test_arms_that_keep_everything_show_the_picture(frames, arm):
+    torch.testing.assert_close(Rebuild(arm, 7, 112, CPU)(frames), frames[:, 0].float(), atol=1e-3, rtol=0)
+
+
+def test_x4_shows_the_luma_of_the_picture_and_half_its_chroma(frames):
+    error = Rebuild("x4", 7, 112, CPU)(frames) - frames[:, 0]
+    assert (error @ LUMA).abs().max() < 1e-3 < 1 < error.abs().max()
+
+
+def test_a_lower_max_pixels_shows_each_pixel_of_the_small_picture_four_times(frames):
+    shown = Rebuild("quarter", 7, 112, CPU)(frames)
+    assert torch.equal(shown[:, ::2, ::2], downscale(frames.float(), 2)[:, 0])
+    assert torch.equal(shown[:, ::2, ::2], shown[:, 1::2, 1::2])
+
+
+def test_the_corner_of_x4_shows_less_than_x4(frames):
+    errors = [
+        ((Rebuild(arm, 7, 112, CPU)(frames) - frames[:, 0]) @ LUMA).std() for arm in ("x4", "x4-half", "x4-corner")
+    ]
+    assert errors[0] < 0.01 * errors[1] and errors[1] < errors[2]
+
+
+def test_large_digits_are_learned_and_a_finished_run_is_kept(tmp_path, capsys):
+    command = ["--arms", "x4", "--seeds", "0", "--steps", "60", *EASY, "--output", str(tmp_path)]
+    assert legibility.main(command) == 0
+    path = tmp_path / "legibility_x4_seed0.json"
+    result = json.loads(path.read_text())
+    assert result["accuracy"] > 0.5 and list(result["by_level"]) == ["22"] and result["by_level"]["22"][1] == 64 * 16
+    assert f"| x4 | {100 * result['accuracy']:.1f} |" in capsys.readouterr().out
+    path.write_text(json.dumps({**result, "note": "kept"}))
+    assert legibility.main(command) == 0 and "note" in json.loads(path.read_text())
+    assert legibility.main([*command, "--steps", "1"]) == 0 and "note" not in json.loads(path.read_text())
+
+
+def test_an_arm_that_cannot_be_rebuilt_is_one_line(tmp_path, capsys):
+    assert legibility.main(["--arms", "x4-pca", *EASY, "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == (
+        "legibility.py: arm x4-pca is measured on data: choose pixels, quarter, sixteenth or a DCT arm\n"
+    )
+
+
+def test_the_table_has_means_over_seeds():
+    runs = [
+        {"classifier": {"arm": "x4"}, "accuracy": share, "by_level": {"4": [right, 10], "12": [9, 10]}}
+        for share, right in ((0.6, 3), (0.8, 7))
+    ]
+    assert table(runs) == [
+        "| what is read | 4 px | 12 px | all | seeds |",
+        "| --- | --- | --- | --- | --- |",
+        "| x4 | 50.0 | 90.0 | 70.0 | 2 |",
+    ]
