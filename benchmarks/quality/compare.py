@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -302,64 +303,84 @@ def learning_curve(runs: list[Result]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps), 100 * np.array([np.mean([run[step] for run in tested]) for step in steps])
 
 
+def draw_over(field: str, axis: Any, runs: list[Result], style: dict[str, Any]) -> None:
+    """Mean accuracy, with the spread over seeds, at what a token or a picture is made of."""
+    accuracy = [100 * run["accuracy"] for run in runs]
+    error = np.std(accuracy, ddof=1) if len(runs) > 1 else 0
+    axis.errorbar(runs[0][field], np.mean(accuracy), error, marker="o", capsize=3, linestyle="", **style)
+
+
+def draw_levels(axis: Any, runs: list[Result], style: dict[str, Any]) -> None:
+    """Mean accuracy by level, with the spread over seeds."""
+    levels = sorted(map(int, runs[0]["by_level"]))
+    accuracy = 100 * np.array([[level_accuracy([run], level) for level in levels] for run in runs])
+    error = accuracy.std(axis=0, ddof=1) if len(runs) > 1 else None
+    axis.errorbar(levels, accuracy.mean(axis=0), error, marker="o", capsize=3, **style)
+
+
+def draw_steps(axis: Any, runs: list[Result], style: dict[str, Any], milliseconds: float | None = None) -> None:
+    """Mean accuracy on the way, over steps, or over seconds if a step takes so many milliseconds."""
+    steps, accuracy = learning_curve(runs)
+    axis.plot(steps if milliseconds is None else steps * milliseconds / 1000, accuracy, **style)
+
+
 def draw_figure(arms: Arms, times: Times, heading: str, path: Path) -> None:
     """Accuracy against visual tokens, floats of a token, steps, seconds (of encoding and training, without drawing;
     arms whose times are not known are left out) and difficulty."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 5, figsize=(25, 5), layout="constrained", sharey=True)
-    figure.suptitle(heading)
-    for number, (arm, runs) in enumerate(arms.items()):
-        style = {"color": plt.cm.tab20(number % 20), "label": arm}
-        accuracy = [100 * run["accuracy"] for run in runs]
-        error = np.std(accuracy, ddof=1) if len(runs) > 1 else 0
-        points = {"marker": "o", "capsize": 3, "linestyle": "", **style}
-        axes[0].errorbar(runs[0]["visual_tokens"], np.mean(accuracy), error, **points)
-        axes[1].errorbar(runs[0]["live_floats_per_token"], np.mean(accuracy), error, **points)
-        steps, curve = ([], []) if arm.endswith(STARTED) else learning_curve(runs)
-        axes[2].plot(steps, curve, **style)
-        if (time := times.get(cost_key(runs[0]))) and len(steps):
-            axes[3].plot(steps * (time["encode"] + time["train"]) / 1000, curve, **style)
-        levels = sorted(map(int, runs[0]["by_level"]))
-        axes[4].plot(levels, [100 * level_accuracy(runs, level) for level in levels], marker="o", **style)
+    plt = pyplot()
     names = ("visual tokens of the language model", "floats of a token that vary", "steps", "seconds", "level")
+    figure, axes = plt.subplots(1, len(names), figsize=(25, 5), layout="constrained", sharey=True)
+    colours = plt.cm.tab10.colors if len(arms) <= 10 else plt.cm.tab20.colors
+    for (arm, runs), colour in zip(arms.items(), cycle(colours)):
+        style = {"color": colour, "label": arm}
+        draw_over("visual_tokens", axes[0], runs, style)
+        draw_over("live_floats_per_token", axes[1], runs, style)
+        if not arm.endswith(STARTED):
+            draw_steps(axes[2], runs, style)
+            if time := times.get(cost_key(runs[0])):
+                draw_steps(axes[3], runs, style, time["encode"] + time["train"])
+        draw_levels(axes[4], runs, style)
     for axis, name in zip(axes, names):
         axis.set_xlabel(name)
-        axis.grid(alpha=0.3)
     axes[0].set_xscale("log", base=2)
+    tokens = sorted({runs[0]["visual_tokens"] for runs in arms.values()})
+    axes[0].set_xticks(tokens, [str(number) for number in tokens])
     axes[0].set_ylabel("right, %")
     axes[4].legend(fontsize="small")
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    finish_figure(figure, heading, path)
 
 
 def draw_answer(arms: Arms, heading: str, path: Path) -> None:
     """Accuracy by level, with the spread over seeds, and on the way."""
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for number, (arm, runs) in enumerate(arms.items()):
+        style = {"color": plt.cm.tab10(number % 10), "label": f"{arm}: {runs[0]['visual_tokens']} visual tokens"}
+        draw_levels(left, runs, style)
+        if not arm.endswith(STARTED):
+            draw_steps(right, runs, style)
+    left.set(xlabel="level", ylabel="right, % (mean and spread over seeds)")
+    right.set(xlabel="steps", ylabel="right, %, of the pictures tested on the way")
+    left.legend(fontsize="small")
+    finish_figure(figure, heading, path)
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot without a display; imported late, as tables need none."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    return plt
+
+
+def finish_figure(figure: Any, heading: str, path: Path) -> None:
     figure.suptitle(heading, fontsize="small")
-    for number, (arm, runs) in enumerate(arms.items()):
-        style = {"color": plt.cm.tab10(number % 10), "label": f"{arm}: {runs[0]['visual_tokens']} visual tokens"}
-        levels = sorted(map(int, runs[0]["by_level"]))
-        accuracy = 100 * np.array([[level_accuracy([run], level) for level in levels] for run in runs])
-        error = accuracy.std(axis=0, ddof=1) if len(runs) > 1 else None
-        left.errorbar(levels, accuracy.mean(axis=0), error, marker="o", capsize=3, **style)
-        if not arm.endswith(STARTED):
-            right.plot(*learning_curve(runs), **style)
-    left.set(xlabel="level", ylabel="right, % (mean and spread over seeds)")
-    right.set(xlabel="steps", ylabel="right, %, of the pictures tested on the way")
-    left.legend(fontsize="small")
-    for axis in (left, right):
+    for axis in figure.axes:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=80)
-    plt.close(figure)
+    pyplot().close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:
