@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from pipeline import run
 
+from benchmarks.quality import compare_answers
 from evaluate_qwen2vl import Answerer, Question
 from media import VideoSampling, decode_video
 from task_encoder import PixelFit
@@ -89,18 +90,33 @@ def expected_answers(model_dir: Path, docs: list[dict]) -> list[str]:
     return [text.strip() for text in said]
 
 
+@pytest.fixture(scope="module")
+def logged(task, prepared, tmp_path_factory) -> dict[str, Path]:
+    """Folders of what lmms-eval wrote about each model."""
+    folder, folders = task[0], {}
+    for form, model_dir in (("pixels", prepared.pixel_model), ("x4", prepared.model)):
+        folders[form] = tmp_path_factory.mktemp(form) / "results"
+        model = ["--model", "qwen2_vl_dct", "--model_args", f"pretrained={model_dir},max_pixels={MAX_PIXELS}"]
+        tasks = ["--include_path", str(folder), "--tasks", "shapes", "--batch_size", "1"]
+        output = ["--log_samples", "--output_path", str(folders[form])]
+        offline = {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folders[form].parent / "cache")}
+        done = run([PYTHON, "benchmarks/quality/lmms_eval_model.py", *model, *tasks, *output], check=False, **offline)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folders
+
+
 @pytest.mark.parametrize("form", ["pixels", "x4"])
-def test_lmms_eval_is_given_the_same_answers(form, task, prepared, tmp_path):
-    folder, docs = task
-    model_dir = prepared.model if form == "x4" else prepared.pixel_model
-    model = ["--model", "qwen2_vl_dct", "--model_args", f"pretrained={model_dir},max_pixels={MAX_PIXELS}"]
-    tasks = ["--include_path", str(folder), "--tasks", "shapes", "--batch_size", "1"]
-    output = ["--log_samples", "--output_path", str(tmp_path / "results")]
-    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    done = run([PYTHON, "benchmarks/quality/lmms_eval_model.py", *model, *tasks, *output], check=False, **offline)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (log,) = (tmp_path / "results").rglob("*samples*.jsonl")
-    logged = sorted((json.loads(line) for line in log.read_text().splitlines()), key=lambda line: line["doc_id"])
-    found = [line["filtered_resps"] for line in logged]
-    assert found == expected_answers(model_dir, docs)
+def test_lmms_eval_is_given_the_same_answers(form, task, prepared, logged):
+    (log,) = logged[form].rglob("*samples*.jsonl")
+    lines = sorted((json.loads(line) for line in log.read_text().splitlines()), key=lambda line: line["doc_id"])
+    found = [line["filtered_resps"] for line in lines]
+    assert found == expected_answers(prepared.model if form == "x4" else prepared.pixel_model, task[1])
     assert len(set(found)) > 1
+
+
+def test_what_lmms_eval_logged_is_compared(logged, capsys):
+    given = [f"{form}={folder}" for form, folder in logged.items()]
+    assert compare_answers.main(["--answers", *given]) == 0
+    said = capsys.readouterr().out
+    assert "| task | questions | pixels | x4 |" in said and "| shapes | 4 |" in said
+    assert "shapes, x4 - pixels, over 4 questions:" in said
