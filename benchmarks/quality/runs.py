@@ -16,7 +16,7 @@ import transformers
 
 from benchmarks.quality.scoring import accuracies, by_level, by_picture
 from benchmarks.quality.settings import Settings
-from benchmarks.quality.trainer import StepClock, Trainer
+from benchmarks.quality.trainer import STARTS, StepClock, Trainer
 
 CURVE_POINTS = 20  # evaluations during training
 TIMED_EVERY = 10  # steps
@@ -83,9 +83,9 @@ def prepare(settings: Settings, output: Path, device: torch.device, graphs: bool
     """Model, data and, on CUDA, the captured step of a run."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
+    if settings.save and settings.arm not in STARTS:
+        raise ValueError(f"a model of arm {settings.arm} cannot be saved to start from: choose {' or '.join(STARTS)}")
     trainer = Trainer(settings, device, start_weights(settings, output))
-    if settings.save:
-        trainer.pixel_state()  # an arm that cannot be saved is refused before it is trained
     if device.type == "cuda" and graphs:
         capture(trainer)
     return trainer

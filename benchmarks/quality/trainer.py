@@ -34,6 +34,7 @@ from benchmarks.quality.tasks import Source, make_task
 from dct_config import fold_patch_embedding
 
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
+STARTS = ("pixels", "exact")  # arms whose models others can start from
 DRAWN_AT_ONCE = 64  # test samples; which they are depends on it
 TESTED_AT_ONCE = 256
 GENERATE_AT_ONCE = 16  # samples; the stock vision tower compares all patches of a batch with each other
@@ -87,15 +88,12 @@ class Trainer:
         return model
 
     def pixel_state(self) -> dict[str, torch.Tensor]:
-        """The weights, on the CPU, of what is a model of pixels in arms `pixels` and `exact`: in `exact` with its patch
-        embedding over normalised pixels again. Raises ValueError for other arms."""
-        arm, state = self.encoder.arm, {name: value.cpu() for name, value in self.model.state_dict().items()}
-        if arm.config is not None:
-            embedding = unfold_patch_embedding(state[PATCH_EMBEDDING], arm.config)
-        elif arm.name == "pixels":
-            embedding = state[PATCH_EMBEDDING]
-        else:
-            raise ValueError(f"a model of arm {arm.name} cannot be saved to start from: choose pixels or exact")
+        """The weights, on the CPU, of what is a model of pixels in the arms STARTS: in `exact` with its patch embedding
+        over normalised pixels again."""
+        config, state = self.encoder.arm.config, {name: value.cpu() for name, value in self.model.state_dict().items()}
+        embedding = state[PATCH_EMBEDDING]
+        if config is not None:
+            embedding = unfold_patch_embedding(embedding, config)
         return {**state, PATCH_EMBEDDING: embedding.reshape(len(embedding), -1, 1, 1, 1)}
 
     def _build_optimizer(self) -> torch.optim.AdamW:
