@@ -25,7 +25,7 @@ MERGE = 2  # tokens along a side that become one of the language model
 FRAMES = PIXEL_PATCH[0]
 LEAST_STD = 1e-3  # of normalised values; what varies less is constant
 NOISE_FLOOR = 16 / 255  # of x4-floor: 16 levels of 0..255
-LOUD = 3  # of x4-loud: what its further coefficients are multiplied by
+LOUD = {"x4-loud": 3, "x4-louder": 10}  # what their further coefficients are multiplied by
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _loud(name: str, patch: int) -> Arm:
     is a higher learning rate."""
     config = preset("x4", patch)
     shown = shown_in_patch(config, (FRAMES, patch, patch))
-    scale = tuple(value if low else value / LOUD for value, low in zip(config.scale, shown))
+    scale = tuple(value if low else value / LOUD[name] for value, low in zip(config.scale, shown))
     return _dct(name, replace(config, scale=scale, name=name))
 
 
@@ -112,7 +112,8 @@ ARMS = {
     "x4": ("preset x4", lambda name, patch: _dct(name, preset("x4", patch))),
     "x4-flat": ("x4, one scale for all", _flat),
     "x4-floor": ("x4, scales with a noise floor", _floor),
-    "x4-loud": ("x4, further coefficients louder", _loud),
+    "x4-loud": ("x4, further coefficients three times as loud", _loud),
+    "x4-louder": ("x4, further coefficients ten times as loud", _loud),
     "x4-corner": ("the corner of x4: DCT downscaling", lambda name, patch: _x4_like(name, patch, 6, "box")),
     "x4-half": ("half the floats of x4, variance order", lambda name, patch: _x4_like(name, patch, 4.5)),
     "x4-variance": ("two thirds, variance order", lambda name, patch: _x4_like(name, patch, 6)),

@@ -25,6 +25,8 @@ CLIPS = {"motion": 1500, "order": 2000, "flashes": 2000, "ticker": 4000}
 TUNING_RATE = 2e-3  # of fine-tuning; LOG.md has what `rates` said
 HIGHEST_RATE = 4e-3  # at which reading still gains; other tasks break
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+LOW_RATES = (1e-4, 5e-4)
+GAINS = ("quarter", "x4", "x4-loud", "x4-louder")
 LARGE = (9, 10, 11, 12)  # digits of this height are whole at half the sides, too
 COST = {"test": 64, "probe": 64, "generated": 0}
 COST_STEPS = 60
@@ -121,6 +123,11 @@ def _by_task(plan: Plan, tasks: dict[str, int]) -> tuple[Settings, ...]:
     return tuple(runs)
 
 
+def gains(plan: Plan) -> tuple[Settings, ...]:
+    """Pretrained weights are fine-tuned at low rates: are louder new coefficients learned sooner there? One seed."""
+    return tuple(run for rate in LOW_RATES for run in _warm(plan.base(), GAINS, SEEDS[:1], learning_rate=rate))
+
+
 def stills(plan: Plan) -> tuple[Settings, ...]:
     """All tasks of pictures but reading, each fine-tuned three times from one pixel model."""
     return _by_task(plan, STILLS)
@@ -140,6 +147,7 @@ def cost(plan: Plan) -> tuple[Settings, ...]:
 
 
 SUITES: dict[str, Callable[[Plan], tuple[Settings, ...]]] = {
-    suite.__name__: suite for suite in (warm, real, first, fidelity, speed, formats, tokens, rates, stills, clips, cost)
+    suite.__name__: suite
+    for suite in (warm, real, first, fidelity, speed, formats, tokens, rates, gains, stills, clips, cost)
 }
 STEPS = {**dict.fromkeys(SUITES, 3000), "speed": 1500, "stills": 2000, "clips": 2000}
