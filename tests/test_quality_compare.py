@@ -214,6 +214,25 @@ def test_times_may_come_from_another_folder(tmp_path, capsys):
     assert "| 2.0 + 3.0 |" in said and "10 steps of 2" in said and "3 steps of 2" not in said
 
 
+def test_limits_are_means_over_seeds_and_drawn(results, tmp_path, monkeypatch, capsys):
+    from matplotlib.axes import Axes
+
+    for seed, right in enumerate((4, 8)):
+        run = {"classifier": {"arm": "x4", "seed": seed}, "by_level": {"4": [right, 10], "9": [9, 10]}}
+        (tmp_path / f"legibility_x4_seed{seed}.json").write_text(json.dumps(run))
+    (tmp_path / "other.json").write_text(json.dumps(result("x4", 0, [5, 5], [1, 1])))
+    assert compare.load_limits(tmp_path) == {"x4": {4: pytest.approx(60), 9: pytest.approx(90)}}
+    assert compare.load_limits(None) == {}
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda axis, *data, **style: drawn.append((data, style)) or plot(axis, *data, **style)
+    )
+    figures = ["--figures", str(tmp_path / "figures")]
+    assert compare.main(["--results", str(results), "--limits", str(tmp_path), *figures]) == 0
+    dotted = [data for data, style in drawn if style.get("linestyle") == ":"]
+    assert dotted and all(data == ((4, 9), pytest.approx((60, 90))) for data in dotted)
+
+
 def test_an_empty_folder_is_one_line(tmp_path, one_line_error):
     assert compare.main(["--results", str(tmp_path)]) == 1
     assert "no results in" in one_line_error()

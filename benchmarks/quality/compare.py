@@ -43,6 +43,7 @@ PAIRS = (
     ("exact", "pixels"),
     ("x16", "sixteenth"),
 )
+LIMITED = "reading"  # the task that legibility.py reads
 STARTED = ", start"  # after the arm's name: a model that warm starts began from
 LEVEL_PAIRS = (("x4", "quarter"), ("x4", "x4-corner"), ("x16", "sixteenth"))  # level by level, too
 LEVEL = 0.05
@@ -54,6 +55,7 @@ OLD_PATCH = 14  # px, of results that do not say
 
 Result = dict[str, Any]  # of a run: what its JSON file holds, and `name`, that of the file
 Arms = dict[str, list[Result]]  # {arm: its runs by seed}
+Limits = dict[str, dict[int, float]]  # {arm: {level: percent that legibility.py reads}}
 Times = dict[str, dict[str, float]]  # {cost_key: milliseconds of each part of a step}
 
 
@@ -91,6 +93,18 @@ def load(*folders: Path) -> list[Result]:
     for result in results:
         result["settings"].setdefault("patch", OLD_PATCH)
     return results
+
+
+def load_limits(folder: Path | None) -> Limits:
+    """Means over seeds of what legibility.py wrote in a folder."""
+    shares: dict[str, dict[int, list[float]]] = {}
+    for path in sorted(folder.glob("*.json")) if folder else ():
+        result = json.loads(path.read_text())
+        if "classifier" in result:
+            levels = shares.setdefault(result["classifier"]["arm"], {})
+            for level, (right, count) in result["by_level"].items():
+                levels.setdefault(int(level), []).append(100 * right / count)
+    return {arm: {level: float(np.mean(of)) for level, of in levels.items()} for arm, levels in shares.items()}
 
 
 def compared(settings: dict[str, Any]) -> dict[str, Any]:
@@ -350,8 +364,8 @@ def draw_figure(arms: Arms, times: Times, heading: str, path: Path) -> None:
     finish_figure(figure, heading, path)
 
 
-def draw_answer(arms: Arms, heading: str, path: Path) -> None:
-    """Accuracy by level, with the spread over seeds, and on the way."""
+def draw_answer(arms: Arms, limits: Limits, heading: str, path: Path) -> None:
+    """Accuracy by level, with the spread over seeds and, dotted, what legibility.py reads; and on the way."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for number, (arm, runs) in enumerate(arms.items()):
@@ -359,6 +373,9 @@ def draw_answer(arms: Arms, heading: str, path: Path) -> None:
         draw_levels(left, runs, style)
         if not arm.endswith(STARTED):
             draw_steps(right, runs, style)
+        if limit := limits.get(arm):
+            label = f"{arm}: a classifier of single cells"
+            left.plot(*zip(*sorted(limit.items())), linestyle=":", marker="x", color=style["color"], label=label)
     left.set(xlabel="level", ylabel="right, % (mean and spread over seeds)")
     right.set(xlabel="steps", ylabel="right, %, of the pictures tested on the way")
     left.legend(fontsize="small")
@@ -387,6 +404,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--results", type=Path, required=True, metavar="DIR", help="JSON files of runs")
     parser.add_argument("--times", type=Path, nargs="+", default=[], metavar="DIR", help="more, for times alone")
+    parser.add_argument("--limits", type=Path, metavar="DIR", help="results of legibility.py, for the figures")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw two figures for each experiment there")
     arguments = parser.parse_args(argv)
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
@@ -394,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
     if not results:
         print(f"compare.py: no results in {arguments.results}: run run_experiments.py --output there", file=sys.stderr)
         return 1
-    times = step_times(results + load(*arguments.times))
+    times, limits = step_times(results + load(*arguments.times)), load_limits(arguments.limits)
     for number, (name, arms) in enumerate(experiments(results).items()):
         tested = [len(runs[0]["by_picture"]["right"]) for runs in arms.values()]
         chance = 100 * next(iter(arms.values()))[0]["chance"]
@@ -404,7 +422,12 @@ def main(argv: list[str] | None = None) -> int:
             arguments.figures.mkdir(parents=True, exist_ok=True)
             stem = f"{json.loads(name)['task']}_{number}"
             draw_figure(arms, times, title(name), arguments.figures / f"{stem}.png")
-            draw_answer(arms, title(name), arguments.figures / f"{stem}_levels.png")
+            draw_answer(
+                arms,
+                limits if json.loads(name)["task"] == LIMITED else {},
+                title(name),
+                arguments.figures / f"{stem}_levels.png",
+            )
     print("\n".join(unfinished(results)))
     return 0
 

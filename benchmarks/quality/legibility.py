@@ -1,6 +1,6 @@
 """What is lost for good? A convolutional classifier reads digits from pictures put together again from an arm's tokens.
 
-    python benchmarks/quality/legibility.py --arms pixels x4 x4-corner quarter --output legibility
+    python benchmarks/quality/legibility.py --arms exact x4 x4-corner quarter --output legibility
 
 It is trained on single cells of the reading task, one digit in each, and has nothing else to learn: no tokens, no
 language, no looking for a place. So what it cannot read is lost with the arm, whatever reads the tokens, and what a
@@ -175,7 +175,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--arms", nargs="+", default=["pixels", "x4", "x4-corner", "quarter"], help="(default: %(default)s)")
+    add("--arms", nargs="+", default=["exact", "x4", "x4-corner", "quarter"], help="(default: %(default)s)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and samples (default: %(default)s)")
     add("--output", type=Path, required=True, metavar="DIR", help="where results are written")
     add("--steps", type=int, default=3000, help="(default: %(default)s)")
