@@ -373,8 +373,8 @@ def draw_answer(arms: Arms, limits: Limits, heading: str, path: Path) -> None:
         draw_levels(left, runs, style)
         if not arm.endswith(STARTED):
             draw_steps(right, runs, style)
-        if limit := limits.get(arm):
-            label = f"{arm}: a classifier of single cells"
+        if limit := limits.get(arm.removesuffix(STARTED)):
+            label = f"{arm.removesuffix(STARTED)}: a classifier of single cells"
             left.plot(*zip(*sorted(limit.items())), linestyle=":", marker="x", color=style["color"], label=label)
     left.set(xlabel="level", ylabel="right, % (mean and spread over seeds)")
     right.set(xlabel="steps", ylabel="right, %, of the pictures tested on the way")
