@@ -9,7 +9,6 @@ skipped. The table is accuracy by height of print, mean over seeds.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -23,14 +22,15 @@ from torch import nn
 
 from benchmarks.quality.arms import MERGE, Encoder, downscale, make_arm
 from benchmarks.quality.cells import DIGITS, TOKEN
-from benchmarks.quality.runs import chosen_device, environment, finished
+from benchmarks.quality.reading import Reading
+from benchmarks.quality.runs import chosen_device, environment, finished, write_result
 from benchmarks.quality.scoring import by_level
 from benchmarks.quality.tasks import Source, make_task
+from benchmarks.quality.trainer import DRAWN_AT_ONCE
 
 KNOBS = {"cells": 4, "blank": 0.0}
-HEIGHTS = "4 5 6 7 8 10 12 14 16"
+HEIGHTS = Reading.heights
 TEST_PICTURES = 1024
-DRAWN_AT_ONCE = 64
 RATE = 2e-3
 DECAY = 0.05
 
@@ -146,10 +146,7 @@ def run(settings: dict[str, Any], path: Path, device: torch.device, commit: str)
         "by_level": by_level(right, level),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.part")
-    temporary.write_text(json.dumps(result) + "\n")
-    temporary.replace(path)
+    write_result(path, result)
     return result
 
 
@@ -181,7 +178,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=3000, help="(default: %(default)s)")
     add("--pictures", type=int, default=64, help="of 16 cells, in a step (default: %(default)s)")
     add("--width", type=int, default=48, help="channels of the first layers (default: %(default)s)")
-    add("--heights", nargs="+", type=int, default=[int(h) for h in HEIGHTS.split()], help=f"(default: {HEIGHTS})")
+    add("--heights", nargs="+", type=int, default=list(HEIGHTS), help="in pixels (default: %(default)s)")
     add("--patch", type=int, default=7, help="side of a pixel model's patch (default: %(default)s)")
     add("--test", type=int, default=TEST_PICTURES, help="pictures tested (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")

@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,7 @@ def run(
     if settings.start_from is not None:
         with spent.on("test"):
             result["curve"].append(curve_point(trainer, 0, 0.0, None))
-    report = _Report(path, result)
-    report.write()
+    write_result(path, result)
     clock, losses, started = StepClock(device), [], time.perf_counter()
     every = max(1, settings.steps // CURVE_POINTS)
     for number in range(settings.steps):
@@ -63,7 +62,7 @@ def run(
         with spent.on("test"):
             result["curve"].append(curve_point(trainer, number + 1, trained, train_loss))
         result["milliseconds"] = clock.medians()
-        report.write()
+        write_result(path, result)
         print(f"{progress_line(settings, result['curve'][-1])}\n", end="", flush=True)  # at once: runs share the output
         if not math.isfinite(train_loss):
             raise FloatingPointError(f"{settings.name}: the loss is {train_loss} after {number + 1} steps")
@@ -75,7 +74,7 @@ def run(
     finish(trainer, result, spent)
     if settings.save:
         save(trainer, path.with_suffix(".pt"))
-    report.write()
+    write_result(path, result)
     return result
 
 
@@ -216,16 +215,12 @@ class Spent:
         self.add(what, time.perf_counter() - started)
 
 
-@dataclass
-class _Report:
-    path: Path
-    result: dict[str, Any]
-
-    def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".json.part")
-        temporary.write_text(json.dumps(self.result) + "\n")
-        temporary.replace(self.path)
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """As JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".json.part")
+    temporary.write_text(json.dumps(result) + "\n")
+    temporary.replace(path)
 
 
 def chosen_device(name: str | None) -> torch.device:
