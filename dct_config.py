@@ -191,7 +191,7 @@ def _order_keys(
     bt, bh, bw = block
     if order == "zigzag":  # in whole numbers, in which equal distances are equal
         return [(ft * bh * bw) ** 2 + (fy * bt * bw) ** 2 + (fx * bt * bh) ** 2]
-    # The box's side, in patches of the pixel model times 14; the first two frames are in it from the start.
+    # The box's side in coefficients, from one patch of the pixel model on; the patch's frames are in it from the start.
     frames, side = patch[:2]
     return [np.maximum.reduce([np.where(ft < frames, 0, (ft // frames + 1) * side), fy + 1, fx + 1])]
 

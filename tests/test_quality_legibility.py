@@ -60,6 +60,16 @@ def test_large_digits_are_learned_and_a_finished_run_is_kept(tmp_path, capsys):
     assert legibility.main([*command, "--steps", "1"]) == 0 and "note" not in json.loads(path.read_text())
 
 
+def test_as_many_pictures_are_tested_as_asked_for(tmp_path):
+    assert (
+        legibility.main(
+            ["--arms", "x4", "--seeds", "0", "--steps", "1", *EASY, "--test", "70", "--output", str(tmp_path)]
+        )
+        == 0
+    )
+    assert json.loads((tmp_path / "legibility_x4_seed0.json").read_text())["by_level"]["22"][1] == 70 * 16
+
+
 def test_an_arm_that_cannot_be_rebuilt_is_one_line(tmp_path, capsys):
     assert legibility.main(["--arms", "x4-pca", *EASY, "--output", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (

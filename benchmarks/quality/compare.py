@@ -97,14 +97,12 @@ def load(*folders: Path) -> list[Result]:
 
 def load_limits(folder: Path | None) -> Limits:
     """Means over seeds of what legibility.py wrote in a folder."""
-    shares: dict[str, dict[int, list[float]]] = {}
+    read: Arms = {}
     for path in sorted(folder.glob("*.json")) if folder else ():
         result = json.loads(path.read_text())
         if "classifier" in result:
-            levels = shares.setdefault(result["classifier"]["arm"], {})
-            for level, (right, count) in result["by_level"].items():
-                levels.setdefault(int(level), []).append(100 * right / count)
-    return {arm: {level: float(np.mean(of)) for level, of in levels.items()} for arm, levels in shares.items()}
+            read.setdefault(result["classifier"]["arm"], []).append(result)
+    return {arm: {level: 100 * level_accuracy(runs, level) for level in levels_of(runs)} for arm, runs in read.items()}
 
 
 def compared(settings: dict[str, Any]) -> dict[str, Any]:
@@ -231,7 +229,7 @@ def before_training(runs: list[Result]) -> str:
 
 def level_table(arms: Arms) -> list[str]:
     """Markdown lines: accuracy in percent, mean over seeds, by level of difficulty."""
-    levels = sorted({int(level) for runs in arms.values() for run in runs for level in run["by_level"]})
+    levels = levels_of(run for runs in arms.values() for run in runs)
     if len(levels) < 2:
         return []
     lines = ["| arm \\ level | " + " | ".join(map(str, levels)) + " |", "| --- " * (len(levels) + 1) + "|"]
@@ -250,6 +248,11 @@ def level_difference(paired: list[tuple[Result, Result]], level: int) -> str:
     ours, theirs = ([level_accuracy([run], level) for run in runs] for runs in zip(*paired))
     difference = paired_difference(ours, theirs)
     return f"{100 * difference.mean:+.1f} ± {50 * (difference.high - difference.low):.1f}"
+
+
+def levels_of(runs: Iterable[Result]) -> list[int]:
+    """Those that occur, rising."""
+    return sorted({int(level) for run in runs for level in run["by_level"]})
 
 
 def level_accuracy(runs: list[Result], level: int) -> float:
@@ -290,9 +293,14 @@ def verdict(paired: list[tuple[Result, Result]], hard: bool) -> str:
     if len(paired) < LEAST_SEEDS:
         return f"{said}; no verdict below {LEAST_SEEDS} seeds"
     key = "hard_accuracy" if hard else "accuracy"
-    over = paired_difference([one[key] for one, _ in paired], [two[key] for _, two in paired])
+    return f"{said}; {over_seeds([one[key] for one, _ in paired], [two[key] for _, two in paired])}"
+
+
+def over_seeds(ours: list[float], theirs: list[float]) -> str:
+    """The verdict on two arms, from their scores of the same seeds."""
+    over = paired_difference(ours, theirs)
     word = "no difference shown" if over.p >= LEVEL else ("better" if over.mean > 0 else "worse")
-    return f"{said}; over {over.pairs} seeds: {describe(over)}: {word}"
+    return f"over {over.pairs} seeds: {describe(over)}: {word}"
 
 
 def describe(difference: Difference) -> str:
@@ -326,7 +334,7 @@ def draw_over(field: str, axis: Any, runs: list[Result], style: dict[str, Any]) 
 
 def draw_levels(axis: Any, runs: list[Result], style: dict[str, Any]) -> None:
     """Mean accuracy by level, with the spread over seeds."""
-    levels = sorted(map(int, runs[0]["by_level"]))
+    levels = levels_of(runs[:1])
     accuracy = 100 * np.array([[level_accuracy([run], level) for level in levels] for run in runs])
     error = accuracy.std(axis=0, ddof=1) if len(runs) > 1 else None
     axis.errorbar(levels, accuracy.mean(axis=0), error, marker="o", capsize=3, **style)

@@ -2,10 +2,11 @@
 
     python benchmarks/quality/compare_answers.py --answers pixels=results/pixels quarter=results/quarter x4=results/x4
 
-Prints one table: the score of each arm in each task (mean over questions, in percent), what the last arm keeps of the
-first, and its paired difference from each other arm with a 95 % interval. An arm may be given several times, one folder
-for each training seed: the table then has mean and standard deviation over seeds, and from three seeds on the verdict
-is theirs; before, it is that of the first seed's questions and says whether these two models differ, not the arms.
+Prints a table: the score of each arm in each task (mean over questions, in percent) and what the last arm keeps of the
+first; below it the last arm's paired difference from each other one, with a 95 % interval. An arm may be given several
+times, one folder for each training seed: the table then has mean and standard deviation over seeds, and from three
+seeds on the verdict is theirs; before, it is that of the first seed's questions and says whether these two models
+differ, not the arms.
 
 Tests are two-sided. Where all scores are 0 or 1: McNemar's exact test, a binomial test of the questions that only one
 of the two got right. Else, such as for ANLS: the paired t test. Questions on one video are correlated (Video-MME has
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of t
 
 import numpy as np
 
-from benchmarks.quality.compare import LEAST_SEEDS, LEVEL, Difference, describe, paired_difference, spread
+from benchmarks.quality.compare import LEAST_SEEDS, Difference, describe, over_seeds, paired_difference, spread
 
 # The score of each task, as lmms-eval 0.7.3 names it; other tasks need --metric, if they have more than one.
 METRICS = {
@@ -154,9 +155,7 @@ def verdict(ours: list[Answers], theirs: list[Answers]) -> str:
         return said
     for one, two in pairs[1:]:
         difference(one, two)  # the questions must be the same
-    over = paired_difference([one.mean for one, _ in pairs], [two.mean for _, two in pairs])
-    word = "no difference shown" if over.p >= LEVEL else ("better" if over.mean > 0 else "worse")
-    return f"{said}; over {over.pairs} seeds: {describe(over)}: {word}"
+    return f"{said}; {over_seeds([one.mean for one, _ in pairs], [two.mean for _, two in pairs])}"
 
 
 def table(tasks: dict[str, Runs]) -> list[str]:

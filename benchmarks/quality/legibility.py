@@ -22,6 +22,7 @@ from torch import nn
 
 from benchmarks.quality.arms import MERGE, Encoder, downscale, make_arm
 from benchmarks.quality.cells import DIGITS, TOKEN
+from benchmarks.quality.compare import level_accuracy, levels_of
 from benchmarks.quality.reading import Reading
 from benchmarks.quality.runs import chosen_device, environment, finished, write_result
 from benchmarks.quality.scoring import by_level
@@ -128,7 +129,8 @@ class Reader:
             cells, digits, level = self.samples("test", step, DRAWN_AT_ONCE)
             right.append((self.scores(cells).argmax(dim=1) == digits).view(DRAWN_AT_ONCE, -1))
             levels.append(level.view(DRAWN_AT_ONCE, -1))
-        return torch.cat(right).cpu(), torch.cat(levels).cpu()
+        tested = slice(self.settings["test"])  # of the last pictures drawn, some may be too many
+        return torch.cat(right)[tested].cpu(), torch.cat(levels)[tested].cpu()
 
 
 def run(settings: dict[str, Any], path: Path, device: torch.device, commit: str) -> dict[str, Any]:
@@ -152,15 +154,12 @@ def run(settings: dict[str, Any], path: Path, device: torch.device, commit: str)
 
 def table(results: list[dict[str, Any]]) -> list[str]:
     """Markdown lines: percent right by height, mean over seeds."""
-    levels = sorted({int(level) for result in results for level in result["by_level"]})
+    levels = levels_of(results)
     lines = [f"| what is read | {' | '.join(f'{level} px' for level in levels)} | all | seeds |"]
     lines.append("| --- " * (len(levels) + 3) + "|")
     for arm in dict.fromkeys(result["classifier"]["arm"] for result in results):
         runs = [result for result in results if result["classifier"]["arm"] == arm]
-        cells = []
-        for level in levels:
-            shares = [right / count for right, count in (run["by_level"][str(level)] for run in runs)]
-            cells.append(f"{100 * sum(shares) / len(shares):.1f}")
+        cells = [f"{100 * level_accuracy(runs, level):.1f}" for level in levels]
         overall = 100 * sum(run["accuracy"] for run in runs) / len(runs)
         lines.append(f"| {arm} | {' | '.join(cells)} | {overall:.1f} | {len(runs)} |")
     return lines

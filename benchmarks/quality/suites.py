@@ -109,9 +109,14 @@ def tokens(plan: Plan) -> tuple[Settings, ...]:
     return _warm(plan.base(), BUDGETS)
 
 
+def _at_rates(plan: Plan, arms: tuple[str, ...], rates: tuple[float, ...]) -> tuple[Settings, ...]:
+    """Each arm fine-tuned at each rate, one seed."""
+    return tuple(run for rate in rates for run in _warm(plan.base(), arms, SEEDS[:1], learning_rate=rate))
+
+
 def rates(plan: Plan) -> tuple[Settings, ...]:
     """Is the learning rate of fine-tuning fair to all? Each of the core arms at four rates, one seed."""
-    return tuple(run for rate in RATES for run in _warm(plan.base(), CORE, SEEDS[:1], learning_rate=rate))
+    return _at_rates(plan, CORE, RATES)
 
 
 def _by_task(plan: Plan, tasks: dict[str, int]) -> tuple[Settings, ...]:
@@ -125,7 +130,7 @@ def _by_task(plan: Plan, tasks: dict[str, int]) -> tuple[Settings, ...]:
 
 def gains(plan: Plan) -> tuple[Settings, ...]:
     """Pretrained weights are fine-tuned at low rates: are louder new coefficients learned sooner there? One seed."""
-    return tuple(run for rate in LOW_RATES for run in _warm(plan.base(), GAINS, SEEDS[:1], learning_rate=rate))
+    return _at_rates(plan, GAINS, LOW_RATES)
 
 
 def stills(plan: Plan) -> tuple[Settings, ...]:
