@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.quality import compare
+from benchmarks.quality import compare, figures, paired, run_results
 
 CURVE = [{"step": step, "seconds": step / 10, "loss": 1.0, "accuracy": 0.1, "hard_accuracy": 0.1} for step in (5, 10)]
 
@@ -40,18 +40,18 @@ def test_a_paired_difference_is_that_of_the_textbook():
     gap = np.array([0.2, 0.05, 0.05, 0.25])
     error = gap.std(ddof=1) / 2
     reach = stats.t.ppf(0.975, 3) * error
-    difference = compare.paired_difference(ours, theirs)
+    difference = paired.paired_difference(ours, theirs)
     assert difference.pairs == 4 and difference.mean == pytest.approx(0.1375)
     assert (difference.low, difference.high) == pytest.approx((0.1375 - reach, 0.1375 + reach))
     assert difference.p == pytest.approx(2 * stats.t.sf(0.1375 / error, 3))
 
 
 def test_equal_series_show_nothing_and_a_constant_gap_everything():
-    assert compare.paired_difference([1, 2, 3], [1, 2, 3]) == compare.Difference(0, 0, 0, 1.0, 3)
-    constant = compare.paired_difference([2, 3], [1, 2])
-    assert constant.p == 0.0 and compare.describe(constant) == "+100.0 points (+100.0 to +100.0), p < 1e-09"
+    assert paired.paired_difference([1, 2, 3], [1, 2, 3]) == paired.Difference(0, 0, 0, 1.0, 3)
+    constant = paired.paired_difference([2, 3], [1, 2])
+    assert constant.p == 0.0 and paired.describe(constant) == "+100.0 points (+100.0 to +100.0), p < 1e-09"
     with pytest.raises(ValueError, match="got 3 and 2"):
-        compare.paired_difference([1, 2, 3], [1, 2])
+        paired.paired_difference([1, 2, 3], [1, 2])
 
 
 @pytest.fixture
@@ -68,17 +68,17 @@ def results(tmp_path):
 
 
 def test_only_runs_of_one_experiment_are_compared(results):
-    grouped = compare.experiments(compare.load(results))
+    grouped = run_results.experiments(run_results.load(results))
     assert [list(arms) for arms in grouped.values()] == [["pixels", "quarter", "x4"], ["x4"]]
     assert [run["settings"]["seed"] for run in next(iter(grouped.values()))["x4"]] == [0, 1, 2]
 
 
 def test_differences_by_level_are_over_seeds(results):
-    arms = next(iter(compare.experiments(compare.load(results)).values()))
+    arms = next(iter(run_results.experiments(run_results.load(results)).values()))
     row = compare.level_table(arms)[-1]
     share = [11 / 16, 11 / 16, 11 / 16], [4 / 16] * 3  # of level 4; of 9 the rest
     rest = [(right - 11) / 24 for right in (31, 27, 35)], [(18 - 4) / 24] * 3
-    assert compare.paired_difference(*share).mean == pytest.approx(0.4375)
+    assert paired.paired_difference(*share).mean == pytest.approx(0.4375)
     test = stats.ttest_rel(*rest).confidence_interval(0.95)
     reach = 50 * (test.high - test.low)
     mean = 100 * np.mean(np.subtract(*rest))
@@ -88,7 +88,7 @@ def test_differences_by_level_are_over_seeds(results):
 
 
 def test_the_verdict_needs_three_seeds(results):
-    arms = next(iter(compare.experiments(compare.load(results)).values()))
+    arms = next(iter(run_results.experiments(run_results.load(results)).values()))
     lines = {line.split(":")[0]: line for line in compare.tests(arms)}
     line = lines["x4 - quarter, all"]
     expected = stats.ttest_rel([0.775, 0.675, 0.875], [0.45] * 3)
@@ -98,8 +98,8 @@ def test_the_verdict_needs_three_seeds(results):
 
 
 def test_tables_show_mean_and_spread_and_levels(results):
-    arms = next(iter(compare.experiments(compare.load(results)).values()))
-    times = compare.step_times(compare.load(results))
+    arms = next(iter(run_results.experiments(run_results.load(results)).values()))
+    times = run_results.step_times(run_results.load(results))
     lines = compare.table(arms, times)
     assert "| x4 | 16 | 10 of 20 | 77.5 ± 10.0 | 68.8 ± 0.0 | 50.0 ± 0.0 | 2.0 + 3.0 |  | 3 |" in lines
     assert "| x4 | 68.8 | 83.3 |" in compare.level_table(arms)
@@ -109,7 +109,7 @@ def written(folder, *rows: dict) -> list[dict]:
     """Results as `load` gives them: files named run00.json, run01.json, ..."""
     for number, row in enumerate(rows):
         (folder / f"run{number:02}.json").write_text(json.dumps(row))
-    return compare.load(folder)
+    return run_results.load(folder)
 
 
 def test_times_are_of_runs_alone_on_the_device_whatever_their_steps(tmp_path):
@@ -120,11 +120,11 @@ def test_times_are_of_runs_alone_on_the_device_whatever_their_steps(tmp_path):
     short = [result("x4", seed, *right, steps=steps, test=2) for seed, steps in ((0, 3), (1, 5), (2, 3))]
     for row, train in zip(short, (7.0, 20.0, 8.0)):
         row.update(alone=True, milliseconds={"draw": 1.0, "encode": 2.0, "train": train})
-    others = [result("quarter", 0, *right, steps=3, batch=4), result("quarter", 0, *right, steps=3, knobs={"noise": 1})]
+    others = [result("quarter", 0, *right, steps=3, batch=4), result("quarter", 0, *right, steps=3, knobs={"cells": 1})]
     others += [result("quarter", 0, *right, steps=3, patch=7), result("quarter", 1, *right, finished=False)]
     others += [{**result("quarter", 2, *right), "alone": False}]
     results = written(tmp_path, *rows, *short, *others, result("pixels", 0, *right, learning_rate=3e-3))
-    arms, times = next(iter(compare.experiments(results).values())), compare.step_times(results)
+    arms, times = next(iter(run_results.experiments(results).values())), run_results.step_times(results)
     cells = {line.split(" | ")[0]: line.split(" | ")[6] for line in compare.table(arms, times)}
     assert cells == {
         "| arm": "ms a step: encode + train",
@@ -137,24 +137,49 @@ def test_times_are_of_runs_alone_on_the_device_whatever_their_steps(tmp_path):
     assert [len(runs) for runs in arms.values()] == [1, 2, 1]  # the short runs are not averaged in
 
 
+def test_what_is_drawn_changes_no_time_and_what_has_another_shape_does():
+    plain = run_results.cost_key(result("x4", 0, [5], [1], patch=7))
+    assert run_results.cost_key(result("x4", 1, [5], [1], patch=7, knobs={"heights": [9, 10], "noise": 0})) == plain
+    assert run_results.cost_key(result("x4", 0, [5], [1], patch=7, knobs={"size": 224})) != plain
+
+
+def test_steps_to_a_mark_are_medians_and_need_every_seed():
+    def run(arm: str, *accuracies: float) -> dict:
+        curve = [{"step": 10 * number, "accuracy": accuracy} for number, accuracy in enumerate(accuracies)]
+        return {**result(arm, 0, [5], [1]), "curve": curve}
+
+    arms = {"exact, start": [run("exact", 1.0)], "quarter": [run("quarter", 0.2, 0.6), run("quarter", 0.1, 0.4)]}
+    arms["x4"] = [run("x4", 0.1, 0.5, 0.91, 0.9), run("x4", 0.6, 0.7, 0.8, 0.96), run("x4", 0.1, 0.2, 0.85, 0.97)]
+    assert compare.learning_table(arms) == [
+        "| steps until right, %: | 50 | 80 | 90 | 95 | 98 |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| quarter | - | - | - | - | - |",
+        "| x4 | 10 | 20 | 30 | - | - |",
+    ]
+    assert compare.learning_table({"exact, start": arms["exact, start"]}) == []
+
+
 def test_arms_without_times_are_not_drawn_over_time(results, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
-    arms = next(iter(compare.experiments(compare.load(results)).values()))
-    times = compare.step_times(compare.load(results))
-    times[compare.cost_key(arms["x4"][0])] = {"encode": 200.0, "train": 300.0}
-    del times[compare.cost_key(arms["quarter"][0])]
+    arms = next(iter(run_results.experiments(run_results.load(results)).values()))
+    times = run_results.step_times(run_results.load(results))
+    times[run_results.cost_key(arms["x4"][0])] = {"encode": 200.0, "train": 300.0}
+    del times[run_results.cost_key(arms["quarter"][0])]
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    compare.draw_figure(arms, times, "heading", tmp_path / "figure.png")
-    over_time = {line.get_label(): list(line.get_xdata()) for line in drawn[0].axes[3].lines}
-    assert over_time == {"pixels": [0.025, 0.05], "x4": [2.5, 5.0]}
-    assert len(drawn[0].axes[2].lines) == 3
+    figures.draw_learning(arms, times, "heading", tmp_path / "figure.png")
+    over_steps, over_time = ({line.get_label(): line for line in axis.lines} for axis in drawn[0].axes)
+    assert [label.partition(":")[0] for label in over_steps] == ["pixels", "quarter", "x4"]
+    drawn_at = {label.partition(":")[0]: list(line.get_xdata()) for label, line in over_time.items()}
+    assert drawn_at == {"pixels": [0.025, 0.05], "x4": [2.5, 5.0]}
+    figures.draw_learning(arms, {}, "heading", tmp_path / "figure.png")
+    assert len(drawn[1].axes) == 1
 
 
 def test_the_same_run_saved_and_not_saved_is_one_seed(tmp_path):
     rows = [result("pixels", 0, [5, 5], [1, 1], save=save) for save in (False, True)]
-    (arms,) = compare.experiments(written(tmp_path, *rows)).values()
+    (arms,) = run_results.experiments(written(tmp_path, *rows)).values()
     assert [run["name"] for run in arms["pixels"]] == ["run00"]
 
 
@@ -169,7 +194,9 @@ def test_warm_starts_are_compared_among_those_of_the_same_start(tmp_path):
     warm[0]["curve"] = CURVE  # one that was not tested at step 0
     elsewhere = result("x4", 0, *right, start_from="reading_exact_seed0_0123abcd")
     results = written(tmp_path, *starts, *warm, result("x4", 0, *right), elsewhere)
-    titled = {compare.title(name).partition("rate 0.001")[2]: (name, arms) for name, arms in results_by_title(results)}
+    titled = {
+        run_results.title(name).partition("rate 0.001")[2]: (name, arms) for name, arms in results_by_title(results)
+    }
     sizes = {ending: {arm: len(runs) for arm, runs in arms.items()} for ending, (_, arms) in titled.items()}
     for arm in ("pixels", "exact"):
         assert sizes[f", from {arm} of 80 steps"] == {f"{arm}, start": 2, "quarter": 2, "x4": 2}
@@ -177,19 +204,19 @@ def test_warm_starts_are_compared_among_those_of_the_same_start(tmp_path):
     arms = titled[", from pixels of 80 steps"][1]
     header, _, _, quarter, x4 = (line.split(" | ") for line in compare.table(arms, {}))
     assert (header[3], quarter[3], x4[3]) == ("at step 0, %", "10.0", "10.0 ± 0.0")
-    assert [list(compare.learning_curve(arms[arm])[0]) for arm in ("quarter", "x4")] == [[5, 10], [0, 5, 10]]
+    assert [list(run_results.learning_curves(arms[arm])[0]) for arm in ("quarter", "x4")] == [[5, 10], [0, 5, 10]]
     assert "at step 0" not in compare.table(titled[", from reading_exact"][1], {})[0]
 
 
 def results_by_title(results: list[dict]) -> list[tuple[str, dict]]:
     """Experiments of 10 steps."""
-    return [(name, arms) for name, arms in compare.experiments(results).items() if json.loads(name)["steps"] == 10]
+    return [(name, arms) for name, arms in run_results.experiments(results).items() if json.loads(name)["steps"] == 10]
 
 
 def test_a_title_names_both_widths_and_reads_older_results(tmp_path):
     size = {"vision_width": 160, "vision_layers": 2, "language_width": 64, "language_layers": 3}
     rows = [result("x4", 0, [5, 5], [1, 1]), result("x4", 0, [5, 5], [1, 1], size=size, patch=7)]
-    older, newer = map(compare.title, compare.experiments(written(tmp_path, *rows)))
+    older, newer = map(run_results.title, run_results.experiments(written(tmp_path, *rows)))
     assert older == "reading, patches of 14 px, 10 steps of 2, layers 1 x 64 + 1 x 64, learning rate 0.001"
     assert newer == "reading, patches of 7 px, 10 steps of 2, layers 2 x 160 + 3 x 64, learning rate 0.001"
 
@@ -199,7 +226,7 @@ def test_the_command_prints_and_draws(results, capsys):
     said = capsys.readouterr().out
     assert "unfinished: reading x4-raw seed 0, 10 of 10 steps" in said and "4 test samples, chance 10 %" in said
     assert sorted(path.name for path in (results / "figures").iterdir()) == [
-        f"reading_{number}{kind}.png" for number in (0, 1) for kind in ("", "_levels")
+        f"reading_{number}_{kind}.png" for number in (0, 1) for kind in ("budgets", "learning", "levels")
     ]
 
 
@@ -221,14 +248,14 @@ def test_limits_are_means_over_seeds_and_drawn(results, tmp_path, monkeypatch, c
         run = {"classifier": {"arm": "x4", "seed": seed}, "by_level": {"4": [right, 10], "9": [9, 10]}}
         (tmp_path / f"legibility_x4_seed{seed}.json").write_text(json.dumps(run))
     (tmp_path / "other.json").write_text(json.dumps(result("x4", 0, [5, 5], [1, 1])))
-    assert compare.load_limits(tmp_path) == {"x4": {4: pytest.approx(60), 9: pytest.approx(90)}}
-    assert compare.load_limits(None) == {}
+    assert run_results.load_limits(tmp_path) == {"x4": {4: pytest.approx(60), 9: pytest.approx(90)}}
+    assert run_results.load_limits(None) == {}
     drawn, plot = [], Axes.plot
     monkeypatch.setattr(
         Axes, "plot", lambda axis, *data, **style: drawn.append((data, style)) or plot(axis, *data, **style)
     )
-    figures = ["--figures", str(tmp_path / "figures")]
-    assert compare.main(["--results", str(results), "--limits", str(tmp_path), *figures]) == 0
+    flags = ["--limits", str(tmp_path), "--figures", str(tmp_path / "figures")]
+    assert compare.main(["--results", str(results), *flags]) == 0
     dotted = [data for data, style in drawn if style.get("linestyle") == ":"]
     assert dotted and all(data == ((4, 9), pytest.approx((60, 90))) for data in dotted)
 

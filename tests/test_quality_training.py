@@ -20,7 +20,7 @@ from benchmarks.quality.model import (
 )
 from benchmarks.quality.runs import run
 from benchmarks.quality.settings import ModelSize, Settings
-from benchmarks.quality.trainer import PATCH_EMBEDDING, StepClock, Trainer, pixel_embedding
+from benchmarks.quality.trainer import PATCH_EMBEDDING, Trainer, pixel_embedding
 
 SMALL = ModelSize(80, 1, 64, 1)
 # Large digits, nearly fixed in their cells, on a CPU in seconds.
@@ -181,18 +181,6 @@ def test_dct_arms_start_as_the_pixel_model_on_the_downscaled_picture(tmp_path):
     with pytest.raises(ValueError, match="cannot start from a pixel model"):
         logits("x4-raw")
     assert Encoder(make_arm("x4-weighted", 7, pixel_embedding(start, 7)), (112, 112), 1).tokens == 64
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: batches are drawn ahead on CUDA streams")
-def test_batches_drawn_ahead_are_those_drawn_in_their_turn():
-    settings = replace(TRIVIAL, steps=6, batch=32)
-
-    def losses(clock: StepClock | None) -> list[float]:
-        trainer = Trainer(settings, "cuda")
-        trainer.capture()
-        return [trainer.step(number, clock).item() for number in range(settings.steps)]
-
-    assert losses(None) == losses(StepClock(torch.device("cuda")))
 
 
 def test_a_warm_start_runs_from_the_name_of_a_run(tmp_path):

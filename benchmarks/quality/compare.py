@@ -15,15 +15,33 @@ Two tests, both paired and two-sided, and both of a mean difference with its 95 
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
-from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
 
 import numpy as np
+
+from benchmarks.quality.figures import draw_budgets, draw_by_level, draw_learning
+from benchmarks.quality.paired import LEAST_SEEDS, describe, over_seeds, paired_difference, spread
+from benchmarks.quality.run_results import (
+    STARTED,
+    Arms,
+    Limits,
+    Result,
+    Times,
+    cost_key,
+    experiments,
+    learning_curves,
+    level_accuracy,
+    levels_of,
+    load,
+    load_limits,
+    pairs_of,
+    picture_accuracy,
+    step_times,
+    title,
+)
 
 # What is compared with what: (arm, against).
 PAIRS = (
@@ -44,151 +62,14 @@ PAIRS = (
     ("x16", "sixteenth"),
 )
 LIMITED = "reading"  # the task that legibility.py reads
-STARTED = ", start"  # after the arm's name: a model that warm starts began from
 LEVEL_PAIRS = (("x4", "quarter"), ("x4", "x4-corner"), ("x16", "sixteenth"))  # level by level, too
-LEVEL = 0.05
-LEAST_P = 1e-9  # below it a t test's p says no more than that
-LEAST_SEEDS = 3
-NOT_COMPARED = ("arm", "seed", "save", "start_from")
-COSTS = ("task", "knobs", "arm", "batch", "patch", "size")  # the settings that decide what a step costs on a device
-OLD_PATCH = 14  # px, of results that do not say
-
-Result = dict[str, Any]  # of a run: what its JSON file holds, and `name`, that of the file
-Arms = dict[str, list[Result]]  # {arm: its runs by seed}
-Limits = dict[str, dict[int, float]]  # {arm: {level: percent that legibility.py reads}}
-Times = dict[str, dict[str, float]]  # {cost_key: milliseconds of each part of a step}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of paired values: mean, 95 % interval, p of the two-sided paired t test, number of pairs."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-    pairs: int
-
-
-def paired_difference(ours: Iterable[float], theirs: Iterable[float]) -> Difference:
-    """Paired t test of two equally long series. Raises ValueError below two pairs, or for unequal lengths."""
-    from scipy.stats import ttest_rel
-
-    ours, theirs = np.asarray(list(ours), float), np.asarray(list(theirs), float)
-    if ours.shape != theirs.shape or ours.size < 2:
-        raise ValueError(f"paired_difference needs two equal series of at least 2, got {ours.size} and {theirs.size}")
-    mean = float((ours - theirs).mean())
-    if np.ptp(ours - theirs) == 0:  # without spread the t value is undefined
-        return Difference(mean, mean, mean, 0.0 if mean else 1.0, ours.size)
-    test = ttest_rel(ours, theirs)
-    low, high = test.confidence_interval(0.95)
-    return Difference(mean, float(low), float(high), float(test.pvalue), ours.size)
-
-
-def load(*folders: Path) -> list[Result]:
-    """All results of runs in some folders, finished or not, in the order of their names."""
-    paths = {path.stem: path for folder in folders for path in sorted(folder.glob("*.json"))}
-    results = [{"name": name, **json.loads(path.read_text())} for name, path in sorted(paths.items())]
-    results = [result for result in results if "settings" in result]
-    for result in results:
-        result["settings"].setdefault("patch", OLD_PATCH)
-    return results
-
-
-def load_limits(folder: Path | None) -> Limits:
-    """Means over seeds of what legibility.py wrote in a folder."""
-    read: Arms = {}
-    for path in sorted(folder.glob("*.json")) if folder else ():
-        result = json.loads(path.read_text())
-        if "classifier" in result:
-            read.setdefault(result["classifier"]["arm"], []).append(result)
-    return {arm: {level: 100 * level_accuracy(runs, level) for level in levels_of(runs)} for arm, runs in read.items()}
-
-
-def compared(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in NOT_COMPARED}
-
-
-def experiment(result: Result, runs: dict[str, Result]) -> str:
-    """What must be equal for two runs to be compared, as text. runs: by name, for those that others start from."""
-    settings, start = result["settings"], result["settings"]["start_from"]
-    if start in runs:
-        begun = runs[start]["settings"]
-        start = {**compared(begun), "arm": begun["arm"]}
-    elif start is not None:  # its result is elsewhere, but its name says TASK_ARM_seedN_DIGEST
-        start = {"arm": start.partition("_seed")[0]}
-    return json.dumps({**compared(settings), "start": start}, sort_keys=True)
-
-
-def experiments(results: list[Result]) -> dict[str, Arms]:
-    """{experiment: {arm: its finished runs by seed}}, arms in the order of arms.ARMS; before warm starts the models
-    that they began from, as "ARM, start".
-
-    Of runs that differ in nothing but `save` the first counts: more would look like more seeds.
-    """
-    from benchmarks.quality.arms import ARMS
-
-    order = {name: number for number, name in enumerate(ARMS)}
-    runs = {result["name"]: result for result in results}
-    grouped: dict[str, dict[str, dict[int, Result]]] = {}
-    finished = [result for result in results if result["finished"]]
-    for result in sorted(finished, key=lambda r: (order.get(r["settings"]["arm"], len(order)), r["settings"]["seed"])):
-        arm, seed = result["settings"]["arm"], result["settings"]["seed"]
-        arms = grouped.setdefault(experiment(result, runs), {})
-        start = runs.get(result["settings"]["start_from"])
-        if start is not None and start["finished"]:
-            begun = start["settings"]
-            arms.setdefault(begun["arm"] + STARTED, {}).setdefault(begun["seed"], start)
-        arms.setdefault(arm, {}).setdefault(seed, result)
-    return {
-        name: {arm: [seeds[seed] for seed in sorted(seeds)] for arm, seeds in arms.items()}
-        for name, arms in grouped.items()
-    }
-
-
-def title(name: str) -> str:
-    settings = json.loads(name)
-    knobs = ", ".join(f"{key} {value}" for key, value in settings["knobs"].items())
-    size, start = settings["size"], settings["start"]
-    vision, language = (size.get(f"{part}_width") or size["width"] for part in ("vision", "language"))
-    warm = f", from {start['arm']}" if start else ""
-    if start and "steps" in start:
-        warm += f" of {start['steps']} steps"
-    return (
-        f"{settings['task']}{f' ({knobs})' if knobs else ''}, patches of {settings['patch']} px, {settings['steps']} "
-        f"steps of {settings['batch']}, layers {size['vision_layers']} x {vision} + {size['language_layers']} x "
-        f"{language}, learning rate {settings['learning_rate']:g}{warm}"
-    )
-
-
-def cost_key(result: Result) -> str:
-    """What decides the times of a step, as text. Learning rate, seed and number of steps do not."""
-    device = result.get("environment", {}).get("device")
-    return json.dumps([device, *(result["settings"][key] for key in COSTS)], sort_keys=True)
-
-
-def step_times(results: list[Result]) -> Times:
-    """Medians over the finished runs that had the device to themselves, which older results do not say but had."""
-    measured: dict[str, list[dict[str, float]]] = {}
-    for result in results:
-        if result["finished"] and result.get("alone", True):
-            measured.setdefault(cost_key(result), []).append(result["milliseconds"])
-    return {
-        key: {part: float(np.median([run[part] for run in runs])) for part in ("encode", "train")}
-        for key, runs in measured.items()
-    }
+MARKS = (50, 80, 90, 95, 98)  # percent right, of which the steps to them are told
 
 
 def untimed(arms: Arms, times: Times) -> list[str]:
     """A line on the arms whose times are not known, if there are any."""
     missing = [arm for arm, runs in arms.items() if cost_key(runs[0]) not in times]
     return [f"no times of {', '.join(missing)}: no such run had the device to itself"] if missing else []
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over seeds, in percent."""
-    mean = 100 * float(np.mean(values))
-    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {100 * float(np.std(values, ddof=1)):.1f}"
 
 
 def table(arms: Arms, times: Times) -> list[str]:
@@ -250,28 +131,21 @@ def level_difference(paired: list[tuple[Result, Result]], level: int) -> str:
     return f"{100 * difference.mean:+.1f} ± {50 * (difference.high - difference.low):.1f}"
 
 
-def levels_of(runs: Iterable[Result]) -> list[int]:
-    """Those that occur, rising."""
-    return sorted({int(level) for run in runs for level in run["by_level"]})
+def learning_table(arms: Arms) -> list[str]:
+    """Markdown lines: steps after which so much is right of the pictures tested on the way, median over seeds; "-"
+    where a seed did not get there. Only tests in which all seeds took part count."""
+    lines = [f"| steps until right, %: | {' | '.join(map(str, MARKS))} |", "| --- " * (len(MARKS) + 1) + "|"]
+    for arm, runs in arms.items():
+        if not arm.endswith(STARTED):
+            lines.append(f"| {arm} | {' | '.join(steps_to(runs, mark) for mark in MARKS)} |")
+    return lines if len(lines) > 2 else []
 
 
-def level_accuracy(runs: list[Result], level: int) -> float:
-    """Mean over seeds; NaN where the level did not occur."""
-    shares = [run["by_level"].get(str(level), (0, 0)) for run in runs]
-    return float(np.mean([right / count if count else math.nan for right, count in shares]))
-
-
-def picture_accuracy(run: Result, hard: bool) -> np.ndarray:
-    """Share of answers that are right, for each test picture: float64 [pictures]; NaN where none counts."""
-    right, count = (np.array(run["by_picture"][f"{'hard_' * hard}{key}"], dtype=float) for key in ("right", "all"))
-    return np.divide(right, count, out=np.full(len(count), np.nan), where=count > 0)
-
-
-def pairs_of(arms: Arms, ours: str, theirs: str) -> list[tuple[Result, Result]]:
-    """Runs of two arms with the same seeds."""
-    seeds = {run["settings"]["seed"]: run for run in arms.get(ours, [])}
-    others = [run for run in arms.get(theirs, []) if run["settings"]["seed"] in seeds]
-    return [(seeds[run["settings"]["seed"]], run) for run in others]
+def steps_to(runs: list[Result], mark: float) -> str:
+    steps, accuracy = learning_curves(runs)
+    if not len(steps) or not (accuracy >= mark).any(axis=1).all():
+        return "-"
+    return f"{np.median(steps[(accuracy >= mark).argmax(axis=1)]):.0f}"
 
 
 def tests(arms: Arms) -> list[str]:
@@ -296,19 +170,6 @@ def verdict(paired: list[tuple[Result, Result]], hard: bool) -> str:
     return f"{said}; {over_seeds([one[key] for one, _ in paired], [two[key] for _, two in paired])}"
 
 
-def over_seeds(ours: list[float], theirs: list[float]) -> str:
-    """The verdict on two arms, from their scores of the same seeds."""
-    over = paired_difference(ours, theirs)
-    word = "no difference shown" if over.p >= LEVEL else ("better" if over.mean > 0 else "worse")
-    return f"over {over.pairs} seeds: {describe(over)}: {word}"
-
-
-def describe(difference: Difference) -> str:
-    points = [100 * value for value in (difference.mean, difference.low, difference.high)]
-    p = f"= {difference.p:.2g}" if difference.p >= LEAST_P else f"< {LEAST_P:.0g}"
-    return f"{points[0]:+.1f} points ({points[1]:+.1f} to {points[2]:+.1f}), p {p}"
-
-
 def unfinished(results: list[Result]) -> list[str]:
     return [
         f"unfinished: {r['settings']['task']} {r['settings']['arm']} seed {r['settings']['seed']}, "
@@ -318,94 +179,13 @@ def unfinished(results: list[Result]) -> list[str]:
     ]
 
 
-def learning_curve(runs: list[Result]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps at which all runs of an arm were tested, and their mean accuracy in percent then: [points] each."""
-    tested = [{point["step"]: point["accuracy"] for point in run["curve"]} for run in runs]
-    steps = sorted(set(tested[0]).intersection(*tested[1:]))
-    return np.array(steps), 100 * np.array([np.mean([run[step] for run in tested]) for step in steps])
-
-
-def draw_over(field: str, axis: Any, runs: list[Result], style: dict[str, Any]) -> None:
-    """Mean accuracy, with the spread over seeds, at what a token or a picture is made of."""
-    accuracy = [100 * run["accuracy"] for run in runs]
-    error = np.std(accuracy, ddof=1) if len(runs) > 1 else 0
-    axis.errorbar(runs[0][field], np.mean(accuracy), error, marker="o", capsize=3, linestyle="", **style)
-
-
-def draw_levels(axis: Any, runs: list[Result], style: dict[str, Any]) -> None:
-    """Mean accuracy by level, with the spread over seeds."""
-    levels = levels_of(runs[:1])
-    accuracy = 100 * np.array([[level_accuracy([run], level) for level in levels] for run in runs])
-    error = accuracy.std(axis=0, ddof=1) if len(runs) > 1 else None
-    axis.errorbar(levels, accuracy.mean(axis=0), error, marker="o", capsize=3, **style)
-
-
-def draw_steps(axis: Any, runs: list[Result], style: dict[str, Any], milliseconds: float | None = None) -> None:
-    """Mean accuracy on the way, over steps, or over seconds if a step takes so many milliseconds."""
-    steps, accuracy = learning_curve(runs)
-    axis.plot(steps if milliseconds is None else steps * milliseconds / 1000, accuracy, **style)
-
-
-def draw_figure(arms: Arms, times: Times, heading: str, path: Path) -> None:
-    """Accuracy against visual tokens, floats of a token, steps, seconds (of encoding and training, without drawing;
-    arms whose times are not known are left out) and difficulty."""
-    plt = pyplot()
-    names = ("visual tokens of the language model", "floats of a token that vary", "steps", "seconds", "level")
-    figure, axes = plt.subplots(1, len(names), figsize=(25, 5), layout="constrained", sharey=True)
-    colours = plt.cm.tab10.colors if len(arms) <= 10 else plt.cm.tab20.colors
-    for (arm, runs), colour in zip(arms.items(), cycle(colours)):
-        style = {"color": colour, "label": arm}
-        draw_over("visual_tokens", axes[0], runs, style)
-        draw_over("live_floats_per_token", axes[1], runs, style)
-        if not arm.endswith(STARTED):
-            draw_steps(axes[2], runs, style)
-            if time := times.get(cost_key(runs[0])):
-                draw_steps(axes[3], runs, style, time["encode"] + time["train"])
-        draw_levels(axes[4], runs, style)
-    for axis, name in zip(axes, names):
-        axis.set_xlabel(name)
-    axes[0].set_xscale("log", base=2)
-    tokens = sorted({runs[0]["visual_tokens"] for runs in arms.values()})
-    axes[0].set_xticks(tokens, [str(number) for number in tokens])
-    axes[0].set_ylabel("right, %")
-    axes[4].legend(fontsize="small")
-    finish_figure(figure, heading, path)
-
-
-def draw_answer(arms: Arms, limits: Limits, heading: str, path: Path) -> None:
-    """Accuracy by level, with the spread over seeds and, dotted, what legibility.py reads; and on the way."""
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for number, (arm, runs) in enumerate(arms.items()):
-        style = {"color": plt.cm.tab10(number % 10), "label": f"{arm}: {runs[0]['visual_tokens']} visual tokens"}
-        draw_levels(left, runs, style)
-        if not arm.endswith(STARTED):
-            draw_steps(right, runs, style)
-        if limit := limits.get(arm.removesuffix(STARTED)):
-            label = f"{arm.removesuffix(STARTED)}: a classifier of single cells"
-            left.plot(*zip(*sorted(limit.items())), linestyle=":", marker="x", color=style["color"], label=label)
-    left.set(xlabel="level", ylabel="right, % (mean and spread over seeds)")
-    right.set(xlabel="steps", ylabel="right, %, of the pictures tested on the way")
-    left.legend(fontsize="small")
-    finish_figure(figure, heading, path)
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot without a display; imported late, as tables need none."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def finish_figure(figure: Any, heading: str, path: Path) -> None:
-    figure.suptitle(heading, fontsize="small")
-    for axis in figure.axes:
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=80)
-    pyplot().close(figure)
+def draw(name: str, number: int, arms: Arms, times: Times, limits: Limits, folder: Path) -> None:
+    """The figures of an experiment: TASK_NUMBER_budgets.png, _learning.png, _levels.png."""
+    task, heading = json.loads(name)["task"], title(name)
+    paths = {kind: folder / f"{task}_{number}_{kind}.png" for kind in ("budgets", "learning", "levels")}
+    draw_budgets(arms, heading, paths["budgets"])
+    draw_learning(arms, times, heading, paths["learning"])
+    draw_by_level(arms, limits if task == LIMITED else {}, task, heading, paths["levels"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -413,29 +193,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, required=True, metavar="DIR", help="JSON files of runs")
     parser.add_argument("--times", type=Path, nargs="+", default=[], metavar="DIR", help="more, for times alone")
     parser.add_argument("--limits", type=Path, metavar="DIR", help="results of legibility.py, for the figures")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw two figures for each experiment there")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw three figures for each experiment there")
     arguments = parser.parse_args(argv)
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
     results = load(arguments.results)
     if not results:
         print(f"compare.py: no results in {arguments.results}: run run_experiments.py --output there", file=sys.stderr)
         return 1
+    if arguments.figures:
+        arguments.figures.mkdir(parents=True, exist_ok=True)
     times, limits = step_times(results + load(*arguments.times)), load_limits(arguments.limits)
     for number, (name, arms) in enumerate(experiments(results).items()):
         tested = [len(runs[0]["by_picture"]["right"]) for runs in arms.values()]
         chance = 100 * next(iter(arms.values()))[0]["chance"]
         print(f"\n{title(name)}; {tested[0]} test samples, chance {chance:.0f} %")
-        print("\n".join(["", *table(arms, times), "", *level_table(arms), "", *untimed(arms, times), *tests(arms)]))
+        tables = ["", *table(arms, times), "", *level_table(arms), "", *learning_table(arms), ""]
+        print("\n".join([*tables, *untimed(arms, times), *tests(arms)]))
         if arguments.figures:
-            arguments.figures.mkdir(parents=True, exist_ok=True)
-            stem = f"{json.loads(name)['task']}_{number}"
-            draw_figure(arms, times, title(name), arguments.figures / f"{stem}.png")
-            draw_answer(
-                arms,
-                limits if json.loads(name)["task"] == LIMITED else {},
-                title(name),
-                arguments.figures / f"{stem}_levels.png",
-            )
+            draw(name, number, arms, times, limits, arguments.figures)
     print("\n".join(unfinished(results)))
     return 0
 

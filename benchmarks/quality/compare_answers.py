@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of t
 
 import numpy as np
 
-from benchmarks.quality.compare import LEAST_SEEDS, Difference, describe, over_seeds, paired_difference, spread
+from benchmarks.quality.paired import LEAST_SEEDS, Difference, describe, over_seeds, paired_difference, spread
 
 # The score of each task, as lmms-eval 0.7.3 names it; other tasks need --metric, if they have more than one.
 METRICS = {

@@ -22,8 +22,8 @@ from torch import nn
 
 from benchmarks.quality.arms import MERGE, Encoder, downscale, make_arm
 from benchmarks.quality.cells import DIGITS, TOKEN
-from benchmarks.quality.compare import level_accuracy, levels_of
 from benchmarks.quality.reading import Reading
+from benchmarks.quality.run_results import level_accuracy, levels_of
 from benchmarks.quality.runs import chosen_device, environment, finished, write_result
 from benchmarks.quality.scoring import by_level
 from benchmarks.quality.tasks import Source, make_task

@@ -26,6 +26,8 @@ TUNING_RATE = 2e-3  # of fine-tuning; LOG.md has what `rates` said
 HIGHEST_RATE = 4e-3  # at which reading still gains; other tasks break
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 LOW_RATES = (1e-4, 5e-4)
+SCRATCH_RATES = (5e-4, 2e-3, 4e-3)  # beside the 1e-3 of `speed`
+SLOW = ("quarter", "quarter-unit", "x4-raw", "x4")  # what learns slowly in `speed`, and x4
 GAINS = ("quarter", "x4", "x4-loud", "x4-louder")
 LARGE = (9, 10, 11, 12)  # digits of this height are whole at half the sides, too
 COST = {"test": 64, "probe": 64, "generated": 0}
@@ -99,6 +101,12 @@ def speed(plan: Plan) -> tuple[Settings, ...]:
     return _runs(plan.base(knobs={"heights": list(LARGE)}), CONDITIONING)
 
 
+def speed_rates(plan: Plan) -> tuple[Settings, ...]:
+    """Is the rate of `speed` fair to what learns slowly there? At three more, one seed."""
+    base = plan.base(knobs={"heights": list(LARGE)})
+    return tuple(run for rate in SCRATCH_RATES for run in _runs(replace(base, learning_rate=rate), SLOW, SEEDS[:1]))
+
+
 def formats(plan: Plan) -> tuple[Settings, ...]:
     """Which coefficients, how many, with how much colour, how loud? Fine-tuned."""
     return _warm(plan.base(), FORMATS)
@@ -153,6 +161,6 @@ def cost(plan: Plan) -> tuple[Settings, ...]:
 
 SUITES: dict[str, Callable[[Plan], tuple[Settings, ...]]] = {
     suite.__name__: suite
-    for suite in (warm, real, first, fidelity, speed, formats, tokens, rates, gains, stills, clips, cost)
+    for suite in (warm, real, first, fidelity, speed, speed_rates, formats, tokens, rates, gains, stills, clips, cost)
 }
-STEPS = {**dict.fromkeys(SUITES, 3000), "speed": 1500, "stills": 2000, "clips": 2000}
+STEPS = {**dict.fromkeys(SUITES, 3000), "speed": 1500, "speed_rates": 1500, "stills": 2000, "clips": 2000}

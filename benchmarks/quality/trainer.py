@@ -7,7 +7,7 @@ ones among them.
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # repeatable sums; read when CUDA starts
@@ -68,7 +68,6 @@ class Trainer:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[torch.Tensor, ...] | None = None  # what the graph reads
         self.loss: torch.Tensor | None = None
-        self.ahead = Ahead(self.device, self._inputs) if self.device.type == "cuda" else None
 
     def _fit_frames(self) -> Iterator[torch.Tensor]:
         for number in range(math.ceil(self.settings.fit / 64)):
@@ -150,7 +149,8 @@ class Trainer:
 
         Raises RuntimeError if the captured step does not compute what the plain step computes.
         """
-        self.inputs = tuple(part.clone() for part in self._inputs(0))
+        batch = self.source.batch("train", self.settings.seed, 0, self.settings.batch)
+        self.inputs = (self.encoder.encode(batch.frames), batch.question.clone(), batch.answer.clone())
         with torch.no_grad():
             plain = self._loss(*self.inputs).item()
         self.layers = compiled_layers()
@@ -180,44 +180,23 @@ class Trainer:
             for value in state.values():
                 value.zero_()
 
-    def _inputs(self, number: int, marks: "StepClock | None" = None) -> tuple[torch.Tensor, ...]:
-        """Tokens, question and answer of a step's batch."""
-        batch = self.source.batch("train", self.settings.seed, number, self.settings.batch)
-        if marks is not None:
-            marks.mark("draw")
-        tokens = self.encoder.encode(batch.frames)
-        if marks is not None:
-            marks.mark("encode")
-        return tokens, batch.question, batch.answer
-
     def step(self, number: int, clock: "StepClock | None" = None) -> torch.Tensor:
-        """Draws, encodes and learns one batch; returns its loss as a tensor that the next step may overwrite.
-
-        clock: times the parts one after the other. Without one, on CUDA, the next batch is drawn and encoded while
-        this one is learned.
-        """
-        if clock is None:
-            inputs = self._inputs(number) if self.ahead is None else self.ahead.take(number)
-            self._learn(number, inputs)
-            if self.ahead is not None and number + 1 < self.settings.steps:
-                self.ahead.begin(number + 1)
-            return self.loss
-        if self.ahead is not None:
-            self.ahead.settle()
-        clock.mark("begin")
-        inputs = self._inputs(number, clock)
-        self._learn(number, inputs)
-        clock.mark("train")
-        return self.loss
-
-    def _learn(self, number: int, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Draws, encodes and learns one batch; returns its loss as a tensor that the next step may overwrite."""
+        marks = clock or StepClock(self.device, active=False)
+        marks.mark("begin")
+        batch = self.source.batch("train", self.settings.seed, number, self.settings.batch)
+        marks.mark("draw")
+        tokens = self.encoder.encode(batch.frames)
+        marks.mark("encode")
         self._set_rate(self.settings.rate(number))
         if self.graph is None:
-            self.loss = self._optimize(*inputs)
-            return
-        for static, value in zip(self.inputs, inputs):
-            static.copy_(value)
-        self.graph.replay()
+            self.loss = self._optimize(tokens, batch.question, batch.answer)
+        else:
+            for static, value in zip(self.inputs, (tokens, batch.question, batch.answer)):
+                static.copy_(value)
+            self.graph.replay()
+        marks.mark("train")
+        return self.loss
 
     def _test_samples(self, count: int) -> Iterator[tuple[torch.Tensor, ...]]:
         """Tokens, question, answer and level of the first `count` test samples, TESTED_AT_ONCE at once."""
@@ -264,44 +243,16 @@ class Trainer:
         return {"samples": count, "accuracy": share(right, counts), "agrees_with_forced": agreement}
 
 
-class Ahead:
-    """Makes the inputs of one step beside the work of the step before, on a CUDA stream of its own.
-
-    make: a step's number -> its tensors.
-    """
-
-    def __init__(self, device: torch.device, make: Callable[[int], tuple[torch.Tensor, ...]]) -> None:
-        self.stream, self.make = torch.cuda.Stream(device), make
-        self.made: dict[int, tuple[torch.Tensor, ...]] = {}
-        self.stream.wait_stream(torch.cuda.current_stream())  # for what `make` reads
-
-    def begin(self, number: int) -> None:
-        with torch.cuda.stream(self.stream):
-            self.made = {number: self.make(number)}
-
-    def take(self, number: int) -> tuple[torch.Tensor, ...]:
-        """Those of a step, made now unless they were begun; on the current stream."""
-        if number not in self.made:
-            self.begin(number)
-        self.settle()
-        tensors = self.made.pop(number)
-        for tensor in tensors:
-            tensor.record_stream(torch.cuda.current_stream())
-        return tensors
-
-    def settle(self) -> None:
-        """The current stream goes on when what was begun is there."""
-        torch.cuda.current_stream().wait_stream(self.stream)
-
-
 class StepClock:
     """Milliseconds of the parts of steps; on CUDA by events, which make nothing wait."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.cuda, self.steps = device.type == "cuda", []
+    def __init__(self, device: torch.device, active: bool = True) -> None:
+        self.cuda, self.active, self.steps = device.type == "cuda", active, []
 
     def mark(self, part: str) -> None:
         """Ends a part; "begin" starts a step."""
+        if not self.active:
+            return
         if self.cuda:
             moment = torch.cuda.Event(enable_timing=True)
             moment.record()

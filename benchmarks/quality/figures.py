@@ -1,0 +1,129 @@
+"""Figures of an experiment."""
+
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality.run_results import (
+    STARTED,
+    Arms,
+    Limits,
+    Result,
+    Times,
+    cost_key,
+    learning_curves,
+    level_accuracy,
+    levels_of,
+)
+
+# What the levels of a task are.
+LEVEL_NAMES = {
+    "counting": "diameter of dots, px",
+    "texture": "period of stripes, px",
+    "chart": "px for one",
+    "motion": "px a frame",
+    "order": "frames apart",
+    "flashes": "diameter, px",
+}
+OTHER_LEVELS = "height of print, px"
+
+
+def draw_over(field: str, axis: Any, runs: list[Result], style: dict[str, Any]) -> None:
+    """Mean accuracy, with the spread over seeds, at what a token or a picture is made of."""
+    accuracy = [100 * run["accuracy"] for run in runs]
+    error = np.std(accuracy, ddof=1) if len(runs) > 1 else 0
+    axis.errorbar(runs[0][field], np.mean(accuracy), error, marker="o", capsize=3, linestyle="", **style)
+
+
+def draw_levels(axis: Any, runs: list[Result], style: dict[str, Any]) -> None:
+    """Mean accuracy by level, with the spread over seeds."""
+    levels = levels_of(runs[:1])
+    accuracy = 100 * np.array([[level_accuracy([run], level) for level in levels] for run in runs])
+    error = accuracy.std(axis=0, ddof=1) if len(runs) > 1 else None
+    axis.errorbar(levels, accuracy.mean(axis=0), error, marker="o", capsize=3, **style)
+
+
+def draw_curve(axis: Any, runs: list[Result], style: dict[str, Any], milliseconds: float | None = None) -> None:
+    """Mean accuracy on the way and, shaded, from the worst to the best seed; over steps, or over seconds if a step
+    takes so many milliseconds."""
+    steps, accuracy = learning_curves(runs)
+    places = steps if milliseconds is None else steps * milliseconds / 1000
+    axis.plot(places, accuracy.mean(axis=0), **style)
+    axis.fill_between(places, accuracy.min(axis=0), accuracy.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
+
+
+def styles(arms: Arms) -> dict[str, dict[str, Any]]:
+    """Colour and label of each arm, the same in all figures of an experiment."""
+    palette = pyplot().cm.tab10.colors if len(arms) <= 10 else pyplot().cm.tab20.colors
+    return {
+        arm: {"color": colour, "label": f"{arm}: {runs[0]['visual_tokens']} visual tokens"}
+        for (arm, runs), colour in zip(arms.items(), cycle(palette))
+    }
+
+
+def draw_budgets(arms: Arms, heading: str, path: Path) -> None:
+    """Accuracy against visual tokens and floats of a token."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for (arm, runs), style in zip(arms.items(), styles(arms).values()):
+        draw_over("visual_tokens", axes[0], runs, {**style, "label": arm})
+        draw_over("live_floats_per_token", axes[1], runs, {**style, "label": arm})
+    tokens = sorted({runs[0]["visual_tokens"] for runs in arms.values()})
+    axes[0].set_xscale("log", base=2)
+    axes[0].set_xticks(tokens, [str(number) for number in tokens])
+    axes[0].set(xlabel="visual tokens of the language model", ylabel="right, % (mean and spread over seeds)")
+    axes[1].set(xlabel="floats of a token that vary")
+    axes[1].legend(fontsize="small")
+    finish_figure(figure, heading, path)
+
+
+def draw_learning(arms: Arms, times: Times, heading: str, path: Path) -> None:
+    """Accuracy on the way, against steps and, of arms whose times are known, against seconds of encoding and training,
+    without drawing."""
+    learning = {arm: runs for arm, runs in arms.items() if not arm.endswith(STARTED)}
+    timed = any(cost_key(runs[0]) in times for runs in learning.values())
+    figure, axes = pyplot().subplots(
+        1, 1 + timed, figsize=(5.5 + 5.5 * timed, 4.2), layout="constrained", squeeze=False, sharey=True
+    )
+    for arm, runs in learning.items():
+        style = styles(arms)[arm]
+        draw_curve(axes[0, 0], runs, style)
+        if time := times.get(cost_key(runs[0])):
+            draw_curve(axes[0, 1], runs, style, time["encode"] + time["train"])
+    axes[0, 0].set(xlabel="steps", ylabel="right on the way, % (mean, worst and best seed)")
+    if timed:
+        axes[0, 1].set(xlabel="seconds of encoding and training")
+    axes[0, -1].legend(fontsize="small")
+    finish_figure(figure, heading, path)
+
+
+def draw_by_level(arms: Arms, limits: Limits, task: str, heading: str, path: Path) -> None:
+    """Accuracy by level, with the spread over seeds and, dotted, what legibility.py reads."""
+    figure, axis = pyplot().subplots(figsize=(7, 4.2), layout="constrained")
+    for (arm, runs), style in zip(arms.items(), styles(arms).values()):
+        draw_levels(axis, runs, style)
+        if limit := limits.get(arm.removesuffix(STARTED)):
+            label = f"{arm.removesuffix(STARTED)}: a classifier of single cells"
+            axis.plot(*zip(*sorted(limit.items())), linestyle=":", marker="x", color=style["color"], label=label)
+    axis.set(xlabel=LEVEL_NAMES.get(task, OTHER_LEVELS), ylabel="right, % (mean and spread over seeds)")
+    axis.legend(fontsize="small")
+    finish_figure(figure, heading, path)
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot without a display; imported late, as tables need none."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def finish_figure(figure: Any, heading: str, path: Path) -> None:
+    figure.suptitle(heading, fontsize="x-small")
+    for axis in figure.axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    pyplot().close(figure)

@@ -1,0 +1,146 @@
+"""Results of runs: read from their files, grouped into experiments, and what their numbers are."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STARTED = ", start"  # after the arm's name: a model that warm starts began from
+NOT_COMPARED = ("arm", "seed", "save", "start_from")
+COSTS = ("task", "arm", "batch", "patch", "size")  # the settings that decide, with the knobs, what a step costs
+FREE_KNOBS = ("heights", "diameters", "periods", "units", "noise", "blank")  # change what is drawn, and no shape
+OLD_PATCH = 14  # px, of results that do not say
+
+Result = dict[str, Any]  # of a run: what its JSON file holds, and `name`, that of the file
+Arms = dict[str, list[Result]]  # {arm: its runs by seed}
+Limits = dict[str, dict[int, float]]  # {arm: {level: percent that legibility.py reads}}
+Times = dict[str, dict[str, float]]  # {cost_key: milliseconds of each part of a step}
+
+
+def load(*folders: Path) -> list[Result]:
+    """All results of runs in some folders, finished or not, in the order of their names."""
+    paths = {path.stem: path for folder in folders for path in sorted(folder.glob("*.json"))}
+    results = [{"name": name, **json.loads(path.read_text())} for name, path in sorted(paths.items())]
+    results = [result for result in results if "settings" in result]
+    for result in results:
+        result["settings"].setdefault("patch", OLD_PATCH)
+    return results
+
+
+def load_limits(folder: Path | None) -> Limits:
+    """Means over seeds of what legibility.py wrote in a folder."""
+    read: Arms = {}
+    for path in sorted(folder.glob("*.json")) if folder else ():
+        result = json.loads(path.read_text())
+        if "classifier" in result:
+            read.setdefault(result["classifier"]["arm"], []).append(result)
+    return {arm: {level: 100 * level_accuracy(runs, level) for level in levels_of(runs)} for arm, runs in read.items()}
+
+
+def compared(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in NOT_COMPARED}
+
+
+def experiment(result: Result, runs: dict[str, Result]) -> str:
+    """What must be equal for two runs to be compared, as text. runs: by name, for those that others start from."""
+    settings, start = result["settings"], result["settings"]["start_from"]
+    if start in runs:
+        begun = runs[start]["settings"]
+        start = {**compared(begun), "arm": begun["arm"]}
+    elif start is not None:  # its result is elsewhere, but its name says TASK_ARM_seedN_DIGEST
+        start = {"arm": start.partition("_seed")[0]}
+    return json.dumps({**compared(settings), "start": start}, sort_keys=True)
+
+
+def experiments(results: list[Result]) -> dict[str, Arms]:
+    """{experiment: {arm: its finished runs by seed}}, arms in the order of arms.ARMS; before warm starts the models
+    that they began from, as "ARM, start".
+
+    Of runs that differ in nothing but `save` the first counts: more would look like more seeds.
+    """
+    from benchmarks.quality.arms import ARMS
+
+    order = {name: number for number, name in enumerate(ARMS)}
+    runs = {result["name"]: result for result in results}
+    grouped: dict[str, dict[str, dict[int, Result]]] = {}
+    finished = [result for result in results if result["finished"]]
+    for result in sorted(finished, key=lambda r: (order.get(r["settings"]["arm"], len(order)), r["settings"]["seed"])):
+        arm, seed = result["settings"]["arm"], result["settings"]["seed"]
+        arms = grouped.setdefault(experiment(result, runs), {})
+        start = runs.get(result["settings"]["start_from"])
+        if start is not None and start["finished"]:
+            begun = start["settings"]
+            arms.setdefault(begun["arm"] + STARTED, {}).setdefault(begun["seed"], start)
+        arms.setdefault(arm, {}).setdefault(seed, result)
+    return {
+        name: {arm: [seeds[seed] for seed in sorted(seeds)] for arm, seeds in arms.items()}
+        for name, arms in grouped.items()
+    }
+
+
+def title(name: str) -> str:
+    settings = json.loads(name)
+    knobs = ", ".join(f"{key} {value}" for key, value in settings["knobs"].items())
+    size, start = settings["size"], settings["start"]
+    vision, language = (size.get(f"{part}_width") or size["width"] for part in ("vision", "language"))
+    warm = f", from {start['arm']}" if start else ""
+    if start and "steps" in start:
+        warm += f" of {start['steps']} steps"
+    return (
+        f"{settings['task']}{f' ({knobs})' if knobs else ''}, patches of {settings['patch']} px, {settings['steps']} "
+        f"steps of {settings['batch']}, layers {size['vision_layers']} x {vision} + {size['language_layers']} x "
+        f"{language}, learning rate {settings['learning_rate']:g}{warm}"
+    )
+
+
+def cost_key(result: Result) -> str:
+    """What decides the times of a step, as text. Learning rate, seed and number of steps do not."""
+    device, settings = result.get("environment", {}).get("device"), result["settings"]
+    shapes = {knob: value for knob, value in settings["knobs"].items() if knob not in FREE_KNOBS}
+    return json.dumps([device, shapes, *(settings[key] for key in COSTS)], sort_keys=True)
+
+
+def step_times(results: list[Result]) -> Times:
+    """Medians over the finished runs that had the device to themselves, which older results do not say but had."""
+    measured: dict[str, list[dict[str, float]]] = {}
+    for result in results:
+        if result["finished"] and result.get("alone", True):
+            measured.setdefault(cost_key(result), []).append(result["milliseconds"])
+    return {
+        key: {part: float(np.median([run[part] for run in runs])) for part in ("encode", "train")}
+        for key, runs in measured.items()
+    }
+
+
+def levels_of(runs: Iterable[Result]) -> list[int]:
+    """Those that occur, rising."""
+    return sorted({int(level) for run in runs for level in run["by_level"]})
+
+
+def level_accuracy(runs: list[Result], level: int) -> float:
+    """Mean over seeds; NaN where the level did not occur."""
+    shares = [run["by_level"].get(str(level), (0, 0)) for run in runs]
+    return float(np.mean([right / count if count else math.nan for right, count in shares]))
+
+
+def picture_accuracy(run: Result, hard: bool) -> np.ndarray:
+    """Share of answers that are right, for each test picture: float64 [pictures]; NaN where none counts."""
+    right, count = (np.array(run["by_picture"][f"{'hard_' * hard}{key}"], dtype=float) for key in ("right", "all"))
+    return np.divide(right, count, out=np.full(len(count), np.nan), where=count > 0)
+
+
+def pairs_of(arms: Arms, ours: str, theirs: str) -> list[tuple[Result, Result]]:
+    """Runs of two arms with the same seeds."""
+    seeds = {run["settings"]["seed"]: run for run in arms.get(ours, [])}
+    others = [run for run in arms.get(theirs, []) if run["settings"]["seed"] in seeds]
+    return [(seeds[run["settings"]["seed"]], run) for run in others]
+
+
+def learning_curves(runs: list[Result]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps at which all runs of an arm were tested, and their accuracies in percent then: [points], [runs, points]."""
+    tested = [{point["step"]: point["accuracy"] for point in run["curve"]} for run in runs]
+    steps = sorted(set(tested[0]).intersection(*tested[1:]))
+    return np.array(steps), 100 * np.array([[run[step] for step in steps] for run in tested])
