@@ -179,13 +179,15 @@ def unfinished(results: list[Result]) -> list[str]:
     ]
 
 
-def draw(name: str, number: int, arms: Arms, times: Times, limits: Limits, folder: Path) -> None:
-    """The figures of an experiment: TASK_NUMBER_budgets.png, _learning.png, _levels.png."""
+def draw(name: str, arms: Arms, times: Times, limits: Limits, stem: Path) -> None:
+    """The figures of an experiment: STEM_budgets.png, STEM_learning.png, STEM_levels.png."""
     task, heading = json.loads(name)["task"], title(name)
-    paths = {kind: folder / f"{task}_{number}_{kind}.png" for kind in ("budgets", "learning", "levels")}
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = {kind: stem.with_name(f"{stem.name}_{kind}.png") for kind in ("budgets", "learning", "levels")}
     draw_budgets(arms, heading, paths["budgets"])
     draw_learning(arms, times, heading, paths["learning"])
     draw_by_level(arms, limits if task == LIMITED else {}, task, heading, paths["levels"])
+    print(f"\nfigures: {', '.join(map(str, paths.values()))}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -199,8 +201,6 @@ def main(argv: list[str] | None = None) -> int:
     if not results:
         print(f"compare.py: no results in {arguments.results}: run run_experiments.py --output there", file=sys.stderr)
         return 1
-    if arguments.figures:
-        arguments.figures.mkdir(parents=True, exist_ok=True)
     times, limits = step_times(results + load(*arguments.times)), load_limits(arguments.limits)
     for number, (name, arms) in enumerate(experiments(results).items()):
         tested = [len(runs[0]["by_picture"]["right"]) for runs in arms.values()]
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         tables = ["", *table(arms, times), "", *level_table(arms), "", *learning_table(arms), ""]
         print("\n".join([*tables, *untimed(arms, times), *tests(arms)]))
         if arguments.figures:
-            draw(name, number, arms, times, limits, arguments.figures)
+            draw(name, arms, times, limits, arguments.figures / f"{json.loads(name)['task']}_{number}")
     print("\n".join(unfinished(results)))
     return 0
 
