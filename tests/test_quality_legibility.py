@@ -61,12 +61,8 @@ def test_large_digits_are_learned_and_a_finished_run_is_kept(tmp_path, capsys):
 
 
 def test_as_many_pictures_are_tested_as_asked_for(tmp_path):
-    assert (
-        legibility.main(
-            ["--arms", "x4", "--seeds", "0", "--steps", "1", *EASY, "--test", "70", "--output", str(tmp_path)]
-        )
-        == 0
-    )
+    command = ["--arms", "x4", "--seeds", "0", "--steps", "1", *EASY, "--test", "70", "--output", str(tmp_path)]
+    assert legibility.main(command) == 0
     assert json.loads((tmp_path / "legibility_x4_seed0.json").read_text())["by_level"]["22"][1] == 70 * 16
 
 

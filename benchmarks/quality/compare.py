@@ -25,7 +25,6 @@ import numpy as np
 from benchmarks.quality.figures import draw_budgets, draw_by_level, draw_learning
 from benchmarks.quality.paired import LEAST_SEEDS, describe, over_seeds, paired_difference, spread
 from benchmarks.quality.run_results import (
-    STARTED,
     Arms,
     Limits,
     Result,
@@ -41,6 +40,7 @@ from benchmarks.quality.run_results import (
     picture_accuracy,
     step_times,
     title,
+    without_starts,
 )
 
 # What is compared with what: (arm, against).
@@ -135,17 +135,16 @@ def learning_table(arms: Arms) -> list[str]:
     """Markdown lines: steps after which so much is right of the pictures tested on the way, median over seeds; "-"
     where a seed did not get there. Only tests in which all seeds took part count."""
     lines = [f"| steps until right, %: | {' | '.join(map(str, MARKS))} |", "| --- " * (len(MARKS) + 1) + "|"]
-    for arm, runs in arms.items():
-        if not arm.endswith(STARTED):
-            lines.append(f"| {arm} | {' | '.join(steps_to(runs, mark) for mark in MARKS)} |")
+    for arm, runs in without_starts(arms).items():
+        steps, accuracy = learning_curves(runs)
+        lines.append(f"| {arm} | {' | '.join(steps_to(mark, steps, accuracy) for mark in MARKS)} |")
     return lines if len(lines) > 2 else []
 
 
-def steps_to(runs: list[Result], mark: float) -> str:
-    steps, accuracy = learning_curves(runs)
-    if not len(steps) or not (accuracy >= mark).any(axis=1).all():
-        return "-"
-    return f"{np.median(steps[(accuracy >= mark).argmax(axis=1)]):.0f}"
+def steps_to(mark: float, steps: np.ndarray, accuracy: np.ndarray) -> str:
+    """Median over runs of the steps until the accuracy, [runs, points], first is at the mark; "-" if one never is."""
+    reached = accuracy >= mark
+    return f"{np.median(steps[reached.argmax(axis=1)]):.0f}" if reached.any(axis=1).all() else "-"
 
 
 def tests(arms: Arms) -> list[str]:
@@ -179,11 +178,11 @@ def unfinished(results: list[Result]) -> list[str]:
     ]
 
 
-def draw(name: str, arms: Arms, times: Times, limits: Limits, stem: Path) -> None:
-    """The figures of an experiment: STEM_budgets.png, STEM_learning.png, STEM_levels.png."""
+def draw(name: str, number: int, arms: Arms, times: Times, limits: Limits, folder: Path) -> None:
+    """The figures of an experiment: TASK_NUMBER_budgets.png, _learning.png, _levels.png."""
     task, heading = json.loads(name)["task"], title(name)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = {kind: stem.with_name(f"{stem.name}_{kind}.png") for kind in ("budgets", "learning", "levels")}
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {kind: folder / f"{task}_{number}_{kind}.png" for kind in ("budgets", "learning", "levels")}
     draw_budgets(arms, heading, paths["budgets"])
     draw_learning(arms, times, heading, paths["learning"])
     draw_by_level(arms, limits if task == LIMITED else {}, task, heading, paths["levels"])
@@ -209,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         tables = ["", *table(arms, times), "", *level_table(arms), "", *learning_table(arms), ""]
         print("\n".join([*tables, *untimed(arms, times), *tests(arms)]))
         if arguments.figures:
-            draw(name, arms, times, limits, arguments.figures / f"{json.loads(name)['task']}_{number}")
+            draw(name, number, arms, times, limits, arguments.figures)
     print("\n".join(unfinished(results)))
     return 0
 

@@ -16,6 +16,7 @@ from benchmarks.quality.run_results import (
     learning_curves,
     level_accuracy,
     levels_of,
+    without_starts,
 )
 
 # What the levels of a task are.
@@ -81,16 +82,15 @@ def draw_budgets(arms: Arms, heading: str, path: Path) -> None:
 def draw_learning(arms: Arms, times: Times, heading: str, path: Path) -> None:
     """Accuracy on the way, against steps and, of arms whose times are known, against seconds of encoding and training,
     without drawing."""
-    learning = {arm: runs for arm, runs in arms.items() if not arm.endswith(STARTED)}
+    learning, style = without_starts(arms), styles(arms)
     timed = any(cost_key(runs[0]) in times for runs in learning.values())
     figure, axes = pyplot().subplots(
         1, 1 + timed, figsize=(5.5 + 5.5 * timed, 4.2), layout="constrained", squeeze=False, sharey=True
     )
     for arm, runs in learning.items():
-        style = styles(arms)[arm]
-        draw_curve(axes[0, 0], runs, style)
+        draw_curve(axes[0, 0], runs, style[arm])
         if time := times.get(cost_key(runs[0])):
-            draw_curve(axes[0, 1], runs, style, time["encode"] + time["train"])
+            draw_curve(axes[0, 1], runs, style[arm], time["encode"] + time["train"])
     axes[0, 0].set(xlabel="steps", ylabel="right on the way, % (mean, worst and best seed)")
     if timed:
         axes[0, 1].set(xlabel="seconds of encoding and training")

@@ -10,8 +10,8 @@ import numpy as np
 
 STARTED = ", start"  # after the arm's name: a model that warm starts began from
 NOT_COMPARED = ("arm", "seed", "save", "start_from")
-COSTS = ("task", "arm", "batch", "patch", "size")  # the settings that decide, with the knobs, what a step costs
-FREE_KNOBS = ("heights", "diameters", "periods", "units", "noise", "blank")  # change what is drawn, and no shape
+COSTS = ("task", "arm", "batch", "patch", "size")  # the settings that decide, with SHAPES, what a step costs
+SHAPES = ("size", "cells")  # the knobs on which the length of a sample depends; all others change only what is drawn
 OLD_PATCH = 14  # px, of results that do not say
 
 Result = dict[str, Any]  # of a run: what its JSON file holds, and `name`, that of the file
@@ -81,6 +81,11 @@ def experiments(results: list[Result]) -> dict[str, Arms]:
     }
 
 
+def without_starts(arms: Arms) -> Arms:
+    """The arms that an experiment trained, not the models that they began from."""
+    return {arm: runs for arm, runs in arms.items() if not arm.endswith(STARTED)}
+
+
 def title(name: str) -> str:
     settings = json.loads(name)
     knobs = ", ".join(f"{key} {value}" for key, value in settings["knobs"].items())
@@ -99,7 +104,7 @@ def title(name: str) -> str:
 def cost_key(result: Result) -> str:
     """What decides the times of a step, as text. Learning rate, seed and number of steps do not."""
     device, settings = result.get("environment", {}).get("device"), result["settings"]
-    shapes = {knob: value for knob, value in settings["knobs"].items() if knob not in FREE_KNOBS}
+    shapes = {knob: value for knob, value in settings["knobs"].items() if knob in SHAPES}
     return json.dumps([device, shapes, *(settings[key] for key in COSTS)], sort_keys=True)
 
 

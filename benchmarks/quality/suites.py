@@ -29,7 +29,7 @@ LOW_RATES = (1e-4, 5e-4)
 SCRATCH_RATES = (5e-4, 2e-3, 4e-3)  # beside the 1e-3 of `speed`
 SLOW = ("quarter", "quarter-unit", "x4-raw", "x4")  # what learns slowly in `speed`, and x4
 GAINS = ("quarter", "x4", "x4-loud", "x4-louder")
-LARGE = (9, 10, 11, 12)  # digits of this height are whole at half the sides, too
+LARGE = {"heights": [9, 10, 11, 12]}  # digits that are whole at half the sides, too
 COST = {"test": 64, "probe": 64, "generated": 0}
 COST_STEPS = 60
 TINY = {"size": ModelSize(160, 2, 128, 2), "batch": 32, "probe": 32, "test": 64, "fit": 128, "generated": 4}
@@ -98,12 +98,12 @@ def fidelity(plan: Plan) -> tuple[Settings, ...]:
 
 def speed(plan: Plan) -> tuple[Settings, ...]:
     """How fast is it learned from scratch? Digits that are whole at half the sides, too: conditioning differs."""
-    return _runs(plan.base(knobs={"heights": list(LARGE)}), CONDITIONING)
+    return _runs(plan.base(knobs=LARGE), CONDITIONING)
 
 
 def speed_rates(plan: Plan) -> tuple[Settings, ...]:
     """Is the rate of `speed` fair to what learns slowly there? At three more, one seed."""
-    base = plan.base(knobs={"heights": list(LARGE)})
+    base = plan.base(knobs=LARGE)
     return tuple(run for rate in SCRATCH_RATES for run in _runs(replace(base, learning_rate=rate), SLOW, SEEDS[:1]))
 
 
