@@ -160,6 +160,10 @@ def test_a_run_that_is_stopped_stays_unfinished(tmp_path):
     assert saved == result and not saved["finished"] and [point["step"] for point in saved["curve"]] == [1]
 
 
+def test_a_run_at_its_last_step_is_finished_whatever_the_time(tmp_path):
+    assert run(replace(TRIVIAL, steps=1), tmp_path, deadline=0.0)["finished"]
+
+
 def test_dct_arms_start_as_the_pixel_model_on_the_downscaled_picture(tmp_path):
     pixels = replace(TRIVIAL, arm="pixels", save=True)
     run(pixels, tmp_path)

@@ -1,5 +1,6 @@
 """Figures of an experiment."""
 
+from collections import Counter
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,15 @@ LEVEL_NAMES = {
     "flashes": "diameter, px",
 }
 OTHER_LEVELS = "height of print, px"
+MARKERS = "os^vDP*X"  # of arms whose points may cover each other
+BESIDE = 0.08  # octaves between arms of equal tokens
 
 
-def draw_over(field: str, axis: Any, runs: list[Result], style: dict[str, Any]) -> None:
-    """Mean accuracy, with the spread over seeds, at what a token or a picture is made of."""
+def draw_over(axis: Any, place: float, runs: list[Result], style: dict[str, Any]) -> None:
+    """Mean accuracy, with the spread over seeds, at a place of the horizontal axis."""
     accuracy = [100 * run["accuracy"] for run in runs]
     error = np.std(accuracy, ddof=1) if len(runs) > 1 else 0
-    axis.errorbar(runs[0][field], np.mean(accuracy), error, marker="o", capsize=3, linestyle="", **style)
+    axis.errorbar(place, np.mean(accuracy), error, capsize=3, linestyle="", markerfacecolor="none", **style)
 
 
 def draw_levels(axis: Any, runs: list[Result], style: dict[str, Any]) -> None:
@@ -65,17 +68,22 @@ def styles(arms: Arms) -> dict[str, dict[str, Any]]:
 
 
 def draw_budgets(arms: Arms, heading: str, path: Path) -> None:
-    """Accuracy against visual tokens and floats of a token."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    for (arm, runs), style in zip(arms.items(), styles(arms).values()):
-        draw_over("visual_tokens", axes[0], runs, {**style, "label": arm})
-        draw_over("live_floats_per_token", axes[1], runs, {**style, "label": arm})
-    tokens = sorted({runs[0]["visual_tokens"] for runs in arms.values()})
+    """Accuracy against visual tokens and, of the arms with the number of tokens that most have, floats of a token."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    numbers = Counter(runs[0]["visual_tokens"] for runs in arms.values())
+    commonest, drawn = numbers.most_common(1)[0][0], Counter()
+    for (arm, runs), style, marker in zip(arms.items(), styles(arms).values(), cycle(MARKERS)):
+        style, tokens = {**style, "label": arm, "marker": marker}, runs[0]["visual_tokens"]
+        beside = drawn[tokens] - (numbers[tokens] - 1) / 2  # those of equal tokens stand side by side
+        drawn[tokens] += 1
+        draw_over(axes[0], tokens * 2 ** (BESIDE * beside), runs, style)
+        if tokens == commonest:
+            draw_over(axes[1], runs[0]["live_floats_per_token"], runs, style)
     axes[0].set_xscale("log", base=2)
-    axes[0].set_xticks(tokens, [str(number) for number in tokens])
+    axes[0].set_xticks(sorted(numbers), [str(tokens) for tokens in sorted(numbers)])
     axes[0].set(xlabel="visual tokens of the language model", ylabel="right, % (mean and spread over seeds)")
-    axes[1].set(xlabel="floats of a token that vary")
-    axes[1].legend(fontsize="small")
+    axes[0].legend(fontsize="small")
+    axes[1].set(xlabel=f"floats of a token that vary; arms of {commonest} visual tokens")
     finish_figure(figure, heading, path)
 
 

@@ -34,7 +34,8 @@ def run(
     """Trains and tests; writes output/NAME.json after each evaluation and returns what it holds. A finished run is
     read.
 
-    deadline: of time.monotonic(), after which the run stops at its next evaluation; it then stays unfinished.
+    deadline: of time.monotonic(), after which the run stops at its next evaluation; it then stays unfinished, unless
+    its last step is done.
     alone: nothing else uses the device meanwhile, so that its times mean something; noted in the result.
     Raises RuntimeError if the step cannot be captured, FloatingPointError if the loss is no number.
     """
@@ -66,7 +67,7 @@ def run(
         print(f"{progress_line(settings, result['curve'][-1])}\n", end="", flush=True)  # at once: runs share the output
         if not math.isfinite(train_loss):
             raise FloatingPointError(f"{settings.name}: the loss is {train_loss} after {number + 1} steps")
-        if deadline is not None and time.monotonic() > deadline:
+        if deadline is not None and time.monotonic() > deadline and number + 1 < settings.steps:
             return result
         losses, started = [], time.perf_counter()
     if (peak := memory.peak()) is not None:  # of training: generation needs less or more
