@@ -93,7 +93,7 @@ def test_three_seeds_decide(tmp_path, capsys):
             given.append(f"{arm}={tmp_path / f'{arm}-{seed}'}")
     _, said, _ = run(capsys, "--answers", *given)
     assert "| pope | 100 | 51.0 ± 1.0 | 61.0 ± 1.0 |" in said
-    assert "over 3 seeds: +10.0 points" in said and said.rstrip().endswith(": better")
+    assert "over 3 seeds and 100 questions or videos: +10.0 points" in said and said.rstrip().endswith(": better")
 
 
 def test_a_task_evaluated_again_counts_as_it_was_last(tmp_path):

@@ -54,6 +54,62 @@ def test_equal_series_show_nothing_and_a_constant_gap_everything():
         paired.paired_difference([1, 2, 3], [1, 2])
 
 
+def test_a_crossed_difference_is_a_t_test_where_only_seeds_or_only_items_differ():
+    by_seed, by_item = np.array([0.1, 0.3, 0.2]), np.array([0.5, -0.2, 0.1, 0.4, 0.3])
+    for scores, gains in ((by_seed, np.tile(by_seed[:, None], 5)), (by_item, np.tile(by_item, (3, 1)))):
+        test = stats.ttest_1samp(scores, 0)
+        low, high = test.confidence_interval(0.95)
+        found = paired.crossed_difference(gains)
+        assert (found.mean, found.low, found.high) == pytest.approx((scores.mean(), low, high))
+        assert found.p == pytest.approx(test.pvalue) and found.pairs == 3
+    assert paired.crossed_difference(np.ones((3, 4))) == paired.Difference(1, 1, 1, 0.0, 3)
+    with pytest.raises(ValueError, match="got 1 and 5"):
+        paired.crossed_difference(np.ones((1, 5)))
+
+
+def test_a_crossed_difference_weighs_items_by_their_size():
+    sizes, generator = np.array([1.0, 2.0, 5.0, 10.0] * 50), np.random.default_rng(0)
+    share = np.array([0.3, -0.1, 0.2, 0.1] * 50)
+    found = paired.crossed_difference(np.tile(share * sizes, (3, 1)), sizes)
+    assert found.mean == pytest.approx((share * sizes).sum() / sizes.sum())
+    drawn = [generator.integers(len(sizes), size=len(sizes)) for _ in range(4000)]
+    error = np.std([(share * sizes)[one].sum() / sizes[one].sum() for one in drawn])  # by bootstrap
+    assert (found.high - found.low) / 2 == pytest.approx(1.97 * error, rel=0.05)
+
+
+def test_intervals_of_crossed_differences_hold_the_true_one_19_times_of_20_or_more():
+    generator, held = np.random.default_rng(0), 0
+    for _ in range(1000):
+        seeds, items, both = (generator.normal(size=shape) for shape in ((3, 1), (1, 40), (3, 40)))
+        found = paired.crossed_difference(0.2 + 0.1 * seeds + 0.8 * items + 0.5 * both)
+        held += found.low <= 0.2 <= found.high
+    assert held >= 940
+
+
+def test_levels_that_no_picture_has_give_no_verdict(tmp_path):
+    rows = [result(arm, seed, [5, 5], [0, 0]) for seed in range(3) for arm in ("quarter", "x4")]
+    for row in rows:
+        row["by_picture"]["hard_all"] = [0, 0]
+    arms = next(iter(run_results.experiments(written(tmp_path, *rows)).values()))
+    assert compare.tests(arms)[1] == "x4 - quarter, hard levels: nothing of it in two test pictures"
+
+
+def test_runs_on_other_test_pictures_are_not_compared(tmp_path):
+    right, other = ([5, 5], [1, 1]), result("quarter", 0, [5, 5], [1, 1])
+    other["by_picture"]["hard_all"] = [4, 3]
+    start = {**result("exact", 0, *right, steps=80), "by_picture": other["by_picture"]}
+    warm = result("x4", 0, *right, start_from="run00")
+    grouped = run_results.experiments(written(tmp_path, start, warm, result("x4", 0, *right), other))
+    assert [list(arms) for arms in grouped.values()] == [["exact"], ["quarter"], ["x4"], ["x4"]]
+
+
+def test_marks_at_chance_say_nothing(results):
+    arms = next(iter(run_results.experiments(run_results.load(results)).values()))
+    for runs in arms.values():
+        runs[0]["chance"] = 0.5
+    assert compare.learning_table(arms)[0] == "| steps until right, %: | 80 | 90 | 95 | 98 |"
+
+
 @pytest.fixture
 def results(tmp_path):
     """x4 better than quarter by 3, 2 and 4 tokens of 10; pixels in one seed alone; one run of another experiment."""
@@ -91,9 +147,10 @@ def test_the_verdict_needs_three_seeds(results):
     arms = next(iter(run_results.experiments(run_results.load(results)).values()))
     lines = {line.split(":")[0]: line for line in compare.tests(arms)}
     line = lines["x4 - quarter, all"]
-    expected = stats.ttest_rel([0.775, 0.675, 0.875], [0.45] * 3)
-    assert line.endswith(f"p = {expected.pvalue:.2g}: better") and "over 3 seeds: +32.5 points (+7.7 to +57.3)" in line
-    assert "over 4 pictures of seed 0: +32.5 points" in line
+    gains = np.array([[3, 3, 4, 3], [2, 2, 3, 2], [4, 4, 5, 4]])  # of x4 over quarter, in pictures of 10
+    expected = paired.verdict_over_seeds(gains, np.full(4, 10), "pictures")
+    assert expected.startswith("over 3 seeds and 4 pictures: +32.5 points (") and expected.endswith(": better")
+    assert line.endswith(f"; {expected}") and "over 4 pictures of seed 0: +32.5 points" in line
     assert lines["x4 - pixels, all"].endswith("no verdict below 3 seeds")
 
 

@@ -88,6 +88,16 @@ def test_a_model_is_there_when_its_run_is_finished(tmp_path, monkeypatch):
     assert runs.finished(tmp_path / f"{PIXELS.name}.json") is None
 
 
+def test_a_start_is_done_again_where_its_model_is_gone_and_needed(tmp_path):
+    for settings in (PIXELS, WARM):
+        runs.run(settings, tmp_path)
+    assert run_experiments.to_do((PIXELS, WARM, ALONE), tmp_path) == [ALONE]
+    (tmp_path / f"{PIXELS.name}.pt").unlink()  # a folder with results alone
+    assert run_experiments.to_do((PIXELS, WARM), tmp_path) == []
+    (tmp_path / f"{WARM.name}.json").unlink()
+    assert run_experiments.to_do((PIXELS, WARM), tmp_path) == [PIXELS, WARM]
+
+
 def test_a_run_waits_for_its_start_and_others_go_ahead(monkeypatch):
     went_ahead, order = Event(), []
 

@@ -154,6 +154,24 @@ def test_a_finished_run_is_not_done_again_and_an_unfinished_one_is(tmp_path):
     assert "note" not in run(TRIVIAL, tmp_path)
 
 
+def test_results_of_a_task_that_was_changed_are_refused(tmp_path):
+    result = run(TRIVIAL, tmp_path)
+    assert result["task"]["heights"] == [22] and result["task"]["cells"] == 4
+    changed = {**result, "task": {**result["task"], "noise": 9.0}}
+    (tmp_path / f"{TRIVIAL.name}.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="is of task reading as it was before a change: choose another --output"):
+        run(TRIVIAL, tmp_path)
+
+
+def test_a_model_to_save_that_is_gone_is_trained_again(tmp_path):
+    saved = replace(TRIVIAL, arm="exact", save=True, steps=1)
+    run(saved, tmp_path)
+    model = tmp_path / f"{saved.name}.pt"
+    model.unlink()
+    run(saved, tmp_path)
+    assert model.is_file()
+
+
 def test_a_run_that_is_stopped_stays_unfinished(tmp_path):
     result = run(TRIVIAL, tmp_path, deadline=0.0)
     saved = json.loads((tmp_path / f"{TRIVIAL.name}.json").read_text())

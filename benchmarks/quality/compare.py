@@ -8,9 +8,12 @@ runs that had the device to themselves, of whatever number of steps.
 
 Two tests, both paired and two-sided, and both of a mean difference with its 95 % interval:
 
-    over pictures   of one seed: t test on the accuracy of each test picture under both arms. It says whether these two
-                    trained models differ, and nothing about other seeds.
-    over seeds      t test on the test accuracy of each seed. It decides "better", and needs three seeds.
+    over pictures             of one seed: t test on the accuracy of each test picture under both arms. It says whether
+                              these two trained models differ, and nothing about other seeds.
+    over seeds and pictures   what would change with other seeds and with other test pictures, both
+                              (paired.crossed_difference). It decides "better", and needs three seeds.
+
+Differences by level are over seeds alone, on the one test set: mean and half the 95 % interval of a t test.
 """
 
 import argparse
@@ -23,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of t
 import numpy as np
 
 from benchmarks.quality.figures import draw_budgets, draw_by_level, draw_learning
-from benchmarks.quality.paired import LEAST_SEEDS, describe, over_seeds, paired_difference, spread
+from benchmarks.quality.paired import LEAST_SEEDS, describe, paired_difference, spread, verdict_over_seeds
 from benchmarks.quality.run_results import (
     Arms,
     Limits,
@@ -38,6 +41,7 @@ from benchmarks.quality.run_results import (
     load_limits,
     pairs_of,
     picture_accuracy,
+    picture_counts,
     step_times,
     title,
     without_starts,
@@ -133,11 +137,13 @@ def level_difference(paired: list[tuple[Result, Result]], level: int) -> str:
 
 def learning_table(arms: Arms) -> list[str]:
     """Markdown lines: steps after which so much is right of the pictures tested on the way, median over seeds; "-"
-    where a seed did not get there. Only tests in which all seeds took part count."""
-    lines = [f"| steps until right, %: | {' | '.join(map(str, MARKS))} |", "| --- " * (len(MARKS) + 1) + "|"]
+    where a seed did not get there. Only tests in which all seeds took part count, and only marks above chance."""
+    chance = 100 * next(iter(arms.values()))[0]["chance"]
+    marks = [mark for mark in MARKS if mark > chance]
+    lines = [f"| steps until right, %: | {' | '.join(map(str, marks))} |", "| --- " * (len(marks) + 1) + "|"]
     for arm, runs in without_starts(arms).items():
         steps, accuracy = learning_curves(runs)
-        lines.append(f"| {arm} | {' | '.join(steps_to(mark, steps, accuracy) for mark in MARKS)} |")
+        lines.append(f"| {arm} | {' | '.join(steps_to(mark, steps, accuracy) for mark in marks)} |")
     return lines if len(lines) > 2 else []
 
 
@@ -161,12 +167,15 @@ def verdict(paired: list[tuple[Result, Result]], hard: bool) -> str:
     """Both tests on runs of the same seeds, in words."""
     ours, theirs = (picture_accuracy(run, hard) for run in paired[0])
     both = ~(np.isnan(ours) | np.isnan(theirs))
+    if both.sum() < 2:
+        return "nothing of it in two test pictures"
     said = f"over {both.sum()} pictures of seed {paired[0][0]['settings']['seed']}: "
     said += describe(paired_difference(ours[both], theirs[both]))
     if len(paired) < LEAST_SEEDS:
         return f"{said}; no verdict below {LEAST_SEEDS} seeds"
-    key = "hard_accuracy" if hard else "accuracy"
-    return f"{said}; {over_seeds([one[key] for one, _ in paired], [two[key] for _, two in paired])}"
+    right, counts = picture_counts(paired, hard)
+    gains = (right[:, 0] - right[:, 1])[:, counts > 0]
+    return f"{said}; {verdict_over_seeds(gains, counts[counts > 0], 'pictures')}"
 
 
 def unfinished(results: list[Result]) -> list[str]:

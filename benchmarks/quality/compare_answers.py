@@ -5,8 +5,8 @@
 Prints a table: the score of each arm in each task (mean over questions, in percent) and what the last arm keeps of the
 first; below it the last arm's paired difference from each other one, with a 95 % interval. An arm may be given several
 times, one folder for each training seed: the table then has mean and standard deviation over seeds, and from three
-seeds on the verdict is theirs; before, it is that of the first seed's questions and says whether these two models
-differ, not the arms.
+seeds on the verdict is over seeds and questions (paired.crossed_difference); before, it is that of the first seed's
+questions and says whether these two models differ, not the arms.
 
 Tests are two-sided. Where all scores are 0 or 1: McNemar's exact test, a binomial test of the questions that only one
 of the two got right. Else, such as for ANLS: the paired t test. Questions on one video are correlated (Video-MME has
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of t
 
 import numpy as np
 
-from benchmarks.quality.paired import LEAST_SEEDS, Difference, describe, over_seeds, paired_difference, spread
+from benchmarks.quality.paired import LEAST_SEEDS, Difference, describe, paired_difference, spread, verdict_over_seeds
 
 # The score of each task, as lmms-eval 0.7.3 names it; other tasks need --metric, if they have more than one.
 METRICS = {
@@ -53,10 +53,15 @@ class Answers:
     def mean(self) -> float:
         return float(self.scores.mean())
 
+    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sum of the scores of each cluster, and number of its questions, in the order of the clusters' names."""
+        names, place = np.unique(self.clusters, return_inverse=True)
+        return np.bincount(place, self.scores, len(names)), np.bincount(place, minlength=len(names)).astype(float)
+
     def by_cluster(self) -> np.ndarray:
         """Mean score of each cluster, in the order of their names."""
-        names, place = np.unique(self.clusters, return_inverse=True)
-        return np.bincount(place, self.scores, len(names)) / np.bincount(place, minlength=len(names))
+        scores, sizes = self.sums()
+        return scores / sizes
 
 
 def read_answers(path: Path, task: str, metric: str | None = None) -> Answers:
@@ -155,7 +160,8 @@ def verdict(ours: list[Answers], theirs: list[Answers]) -> str:
         return said
     for one, two in pairs[1:]:
         difference(one, two)  # the questions must be the same
-    return f"{said}; {over_seeds([one.mean for one, _ in pairs], [two.mean for _, two in pairs])}"
+    gains, sizes = zip(*(Answers(one.ids, one.clusters, one.scores - two.scores).sums() for one, two in pairs))
+    return f"{said}; {verdict_over_seeds(np.array(gains), sizes[0], 'questions or videos')}"
 
 
 def table(tasks: dict[str, Runs]) -> list[str]:

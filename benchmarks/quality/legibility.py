@@ -1,11 +1,11 @@
-"""What is lost for good? A convolutional classifier reads digits from pictures put together again from an arm's tokens.
+"""What can be read at all? A convolutional classifier reads digits from pictures put together from an arm's tokens.
 
     python benchmarks/quality/legibility.py --arms exact x4 x4-corner quarter --output legibility
 
 It is trained on single cells of the reading task, one digit in each, and has nothing else to learn: no tokens, no
-language, no looking for a place. So what it cannot read is lost with the arm, whatever reads the tokens, and what a
-language model does not read although it can is left to training. One JSON file per arm and seed; finished ones are
-skipped. The table is accuracy by height of print, mean over seeds.
+language, no looking for a place, no blanks. What it reads can be read, and what a language model misses beyond that is
+left to training; a better reader may read more. One JSON file per arm and seed; finished ones are skipped. The table is
+accuracy by height of print, mean over seeds.
 """
 
 import argparse

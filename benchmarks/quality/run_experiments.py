@@ -27,10 +27,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
 
-from benchmarks.quality.settings import Settings, add_run_flags
+from benchmarks.quality.settings import FAILURES, Settings, add_run_flags, first_line
 from benchmarks.quality.suites import STEPS, SUITES, Plan
-
-FAILURES = (ValueError, OSError, RuntimeError, FloatingPointError)  # of a run, after which others may go on
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -86,7 +84,7 @@ def attempt(settings: Settings, work: Work) -> str | None:
     try:
         run(settings, work.output, work.device, work.commit, work.graphs, work.deadline, work.alone)
     except FAILURES as error:
-        return next(iter(str(error).splitlines()), "") or type(error).__name__
+        return first_line(error)
     return None
 
 
@@ -183,6 +181,16 @@ def chosen(runs: Sequence[Settings], choice: dict[str, Sequence[Any] | None]) ->
     return [settings for settings in runs if settings.name in wanted]
 
 
+def to_do(runs: Sequence[Settings], output: Path) -> list[Settings]:
+    """Those that are not done, and models that any of these starts from and that are not there, such as in a folder
+    with results alone. Raises ValueError for results of another version of a task."""
+    from benchmarks.quality.runs import done
+
+    open_runs = [settings for settings in runs if done(settings, output, model_needed=False) is None]
+    needed = {settings.start_from for settings in open_runs}
+    return [s for s in runs if s in open_runs or (s.name in needed and done(s, output, model_needed=True) is None)]
+
+
 def report(settings: Settings, why: str) -> None:
     print(f"run_experiments.py: {settings.name}: {why}", file=sys.stderr, flush=True)
 
@@ -191,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     arguments = parse_arguments(argv)
     from benchmarks.quality import compare
-    from benchmarks.quality.runs import chosen_device, finished
+    from benchmarks.quality.runs import chosen_device
 
     suite, device, output = SUITES[arguments.suite], chosen_device(arguments.device).type, arguments.output
     output.mkdir(parents=True, exist_ok=True)
@@ -202,11 +210,10 @@ def main(argv: list[str] | None = None) -> int:
         runs = [replace(settings, learning_rate=rate) if settings.start_from else settings for settings in runs]
     try:
         runs = chosen(runs, {"task": arguments.tasks, "arm": arguments.arms, "seed": arguments.seeds})
+        runs = to_do(part_of(runs, *arguments.part), output)
     except ValueError as error:
         print(f"run_experiments.py: {error}", file=sys.stderr)
         return 1
-    runs = part_of(runs, *arguments.part)
-    runs = [settings for settings in runs if finished(output / f"{settings.name}.json") is None]
     print(f"{' '.join(suite.__doc__.split())} {len(runs)} runs to do.", flush=True)
     renew = Here if arguments.jobs == 1 else (lambda: new_process(device))
     failed = do_runs(runs, work, [renew() for _ in range(arguments.jobs)], renew)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,21 @@ def compared(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def experiment(result: Result, runs: dict[str, Result]) -> str:
-    """What must be equal for two runs to be compared, as text. runs: by name, for those that others start from."""
+    """What must be equal for two runs to be compared, as text: settings, but for the arm and the seed, and the test
+    pictures, which a kind of device draws in its own way. runs: by name, for those that others start from."""
     settings, start = result["settings"], result["settings"]["start_from"]
     if start in runs:
         begun = runs[start]["settings"]
         start = {**compared(begun), "arm": begun["arm"]}
     elif start is not None:  # its result is elsewhere, but its name says TASK_ARM_seedN_DIGEST
         start = {"arm": start.partition("_seed")[0]}
-    return json.dumps({**compared(settings), "start": start}, sort_keys=True)
+    return json.dumps({**compared(settings), "start": start, "test": test_set(result)}, sort_keys=True)
+
+
+def test_set(result: Result) -> str:
+    """A digest of how much there is to answer in each test picture of a finished run, in all and of hard levels."""
+    asked = [result["by_picture"][key] for key in ("all", "hard_all")]
+    return blake2b(json.dumps(asked).encode(), digest_size=4).hexdigest()
 
 
 def experiments(results: list[Result]) -> dict[str, Arms]:
@@ -71,7 +79,7 @@ def experiments(results: list[Result]) -> dict[str, Arms]:
         arm, seed = result["settings"]["arm"], result["settings"]["seed"]
         arms = grouped.setdefault(experiment(result, runs), {})
         start = runs.get(result["settings"]["start_from"])
-        if start is not None and start["finished"]:
+        if start is not None and start["finished"] and test_set(start) == test_set(result):
             begun = start["settings"]
             arms.setdefault(begun["arm"] + STARTED, {}).setdefault(begun["seed"], start)
         arms.setdefault(arm, {}).setdefault(seed, result)
@@ -135,6 +143,14 @@ def picture_accuracy(run: Result, hard: bool) -> np.ndarray:
     """Share of answers that are right, for each test picture: float64 [pictures]; NaN where none counts."""
     right, count = (np.array(run["by_picture"][f"{'hard_' * hard}{key}"], dtype=float) for key in ("right", "all"))
     return np.divide(right, count, out=np.full(len(count), np.nan), where=count > 0)
+
+
+def picture_counts(paired: list[tuple[Result, Result]], hard: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Answers that are right, of S pairs of runs in each of I test pictures, and how many there are: float64 [S, 2, I],
+    [I]."""
+    right, count = (f"{'hard_' * hard}{key}" for key in ("right", "all"))
+    rights = [[run["by_picture"][right] for run in pair] for pair in paired]
+    return np.array(rights, dtype=float), np.array(paired[0][0]["by_picture"][count], dtype=float)
 
 
 def pairs_of(arms: Arms, ours: str, theirs: str) -> list[tuple[Result, Result]]:

@@ -16,6 +16,7 @@ import transformers
 
 from benchmarks.quality.scoring import accuracies, by_level, by_picture
 from benchmarks.quality.settings import Settings
+from benchmarks.quality.tasks import make_task
 from benchmarks.quality.trainer import STARTS, StepClock, Trainer
 
 CURVE_POINTS = 20  # evaluations during training
@@ -31,8 +32,8 @@ def run(
     deadline: float | None = None,
     alone: bool = True,
 ) -> dict[str, Any]:
-    """Trains and tests; writes output/NAME.json after each evaluation and returns what it holds. A finished run is
-    read.
+    """Trains and tests; writes output/NAME.json after each evaluation and returns what it holds. A finished run, whose
+    model is there if it is one to save, is read.
 
     deadline: of time.monotonic(), after which the run stops at its next evaluation; it then stays unfinished, unless
     its last step is done.
@@ -40,8 +41,8 @@ def run(
     Raises RuntimeError if the step cannot be captured, FloatingPointError if the loss is no number.
     """
     path = output / f"{settings.name}.json"
-    if (done := finished(path)) is not None:
-        return done
+    if (result := done(settings, output, settings.save)) is not None:
+        return result
     device, spent = torch.device(device), Spent()
     memory = Memory(device)
     with spent.on("prepare"):
@@ -99,6 +100,25 @@ def finished(path: Path) -> dict[str, Any] | None:
     return result if result["finished"] else None
 
 
+def done(settings: Settings, output: Path, model_needed: bool) -> dict[str, Any] | None:
+    """The result of a run that need not be done again: it is finished and, where it is needed, its model is there.
+
+    Raises ValueError for a result of a task whose pictures are drawn otherwise now.
+    """
+    path = output / f"{settings.name}.json"
+    result = finished(path)
+    if result is None or (model_needed and not path.with_suffix(".pt").is_file()):
+        return None
+    if result.get("task", now := task_fields(settings)) != now:
+        raise ValueError(f"{path} is of task {settings.task} as it was before a change: choose another --output")
+    return result
+
+
+def task_fields(settings: Settings) -> dict[str, Any]:
+    """All that decides what a task draws, as JSON gives it back."""
+    return json.loads(json.dumps(asdict(make_task(settings.task, settings.knobs))))
+
+
 def capture(trainer: Trainer) -> None:
     try:
         trainer.capture()
@@ -128,6 +148,7 @@ def describe(trainer: Trainer, commit: str, alone: bool) -> dict[str, Any]:
     return {
         "finished": False,
         "settings": asdict(settings),
+        "task": task_fields(settings),
         "environment": environment(trainer.device, commit),
         "backgrounds": trainer.source.tools[-1].names,
         "graph": trainer.graph is not None,

@@ -10,6 +10,12 @@ from typing import Any
 
 VISION_HEAD = 80  # width of an attention head in the vision tower, as in Qwen2-VL
 LANGUAGE_HEAD = 64  # and in the language model
+FAILURES = (ValueError, OSError, RuntimeError, FloatingPointError)  # of a run, after which others may go on
+
+
+def first_line(error: Exception) -> str:
+    """Of what an error says, or else its kind."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 @dataclass(frozen=True)

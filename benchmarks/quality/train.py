@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
 
-from benchmarks.quality.settings import ModelSize, Settings, add_run_flags
+from benchmarks.quality.settings import FAILURES, ModelSize, Settings, add_run_flags, first_line
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         result = run(
             settings, arguments.output, chosen_device(arguments.device), arguments.commit, arguments.graphs == "on"
         )
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except FAILURES as error:
+        print(f"train.py: {first_line(error)}", file=sys.stderr)
         return 1
     print(f"{settings.name}: right {result['accuracy']:.1%}, hard {result['hard_accuracy']:.1%}")
     return 0
