@@ -8,6 +8,7 @@ Started again with the same arguments it resumes from the newest checkpoint.
 
 import argparse
 import json
+import math
 import os
 import sys
 import traceback
@@ -30,11 +31,22 @@ FIXED_ON_RESUME = (
 
 
 POSITIVE = (
-    *("max_steps", "micro_batch_size", "global_batch_size", "devices", "num_nodes", "val_interval"),
-    *("keep", "log_interval", "seq_length", "max_bad_in_a_row"),
-    *("video_min_frames", "video_max_frames", "video_total_pixels"),
+    *("max_steps", "micro_batch_size", "global_batch_size", "devices", "num_nodes", "val_interval", "val_batches"),
+    *("keep", "log_interval", "seq_length", "max_bad_in_a_row", "shuffle_buffer", "profile"),
+    *("min_pixels", "max_pixels", "video_min_frames", "video_max_frames", "video_total_pixels"),
     *("tensor_parallel", "pipeline_parallel", "packing_buffer", "lora_alpha"),
 )
+NOT_NEGATIVE = (
+    "save_interval",
+    "num_workers",
+    "warmup_steps",
+    "min_lr",
+    "weight_decay",
+    "max_gradient_norm",
+    "adam_beta2",
+)
+OVER_ZERO = ("lr", "video_fps")
+PARTS = ("vision", "projector", "language")
 MEGATRON_ONLY = ("tensor_parallel", "pipeline_parallel", "pack_tokens", "pack_vision_tokens", "recompute")
 ROW_TOKENS, ROWS_PER_STEP = 8192, 16  # of packed rows, where the command line does not say
 
@@ -80,7 +92,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     paths.add_argument("--seq-length", type=int, default=2048, help="longer samples are skipped and counted, tokens")
     parser_optimizer(parser)
     parser_machine(parser)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.freeze = sorted(set(arguments.freeze))
+    return arguments
 
 
 def parser_optimizer(parser: argparse.ArgumentParser) -> None:
@@ -101,8 +115,9 @@ def parser_optimizer(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--freeze",
         nargs="*",
+        action="extend",
         default=[],
-        choices=("vision", "projector", "language"),
+        choices=PARTS,
         help="parts that are not trained",
     )
     group.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank (arXiv 2106.09685) in "
@@ -179,7 +194,7 @@ def check_pixel_bounds(arguments: argparse.Namespace) -> None:
     path = arguments.model_dir / "preprocessor_config.json"
     saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     low, high = ({**saved, **arguments.pixel_bounds}.get(name) for name in ("min_pixels", "max_pixels"))
-    if low and high and low > high:
+    if low is not None and high is not None and low > high:
         raise RunError(f"min_pixels {low} is over max_pixels {high}: change --min-pixels or --max-pixels")
 
 
@@ -215,15 +230,29 @@ def settle_batch(arguments: argparse.Namespace, engine: str) -> None:
         arguments.global_batch_size = rows if arguments.pack_tokens else 32
 
 
+def check_ranges(arguments: argparse.Namespace) -> None:
+    """Raises RunError for a number that is outside what it can be."""
+    for name in POSITIVE:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in NOT_NEGATIVE:
+        if not 0 <= getattr(arguments, name) < math.inf:
+            raise RunError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(arguments, name)}")
+    for name in OVER_ZERO:
+        if not 0 < getattr(arguments, name) < math.inf:
+            raise RunError(f"--{name.replace('_', '-')} must be over 0, got {getattr(arguments, name)}")
+    if not arguments.adam_beta2 < 1:
+        raise RunError(f"--adam-beta2 must be below 1, got {arguments.adam_beta2}")
+    for low, high in (("min_lr", "lr"), ("video_min_frames", "video_max_frames"), ("profile", "max_steps")):
+        low_value, high_value = getattr(arguments, low), getattr(arguments, high)
+        if low_value is not None and low_value > high_value:
+            low, high = (name.replace("_", "-") for name in (low, high))
+            raise RunError(f"--{low} {low_value} is over --{high} {high_value}: change one of them")
+
+
 def check_numbers(arguments: argparse.Namespace) -> None:
     """Raises RunError for batch sizes and counts that do not fit each other."""
-    for name in POSITIVE:
-        if getattr(arguments, name) < 1:
-            raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
-    if arguments.save_interval < 0:
-        raise RunError(f"--save-interval must be at least 0, got {arguments.save_interval}")
-    if not arguments.video_fps > 0:
-        raise RunError(f"--video-fps must be over 0, got {arguments.video_fps}")
     model_parallel = arguments.tensor_parallel * arguments.pipeline_parallel
     if arguments.world_size % model_parallel:
         raise RunError(
@@ -255,6 +284,8 @@ def check_numbers(arguments: argparse.Namespace) -> None:
 
 def check_parts(arguments: argparse.Namespace) -> None:
     """Raises RunError for parts that cannot be frozen or adapted as asked."""
+    if set(arguments.freeze) == set(PARTS):
+        raise RunError(f"--freeze {' '.join(PARTS)} leaves nothing to train: leave one of them out")
     if "language" in arguments.freeze and arguments.pipeline_parallel > 1:
         raise RunError(f"--freeze language leaves pipeline stages nothing to train, got --pipeline-parallel "
                        f"{arguments.pipeline_parallel}: use --tensor-parallel")  # fmt: skip
@@ -277,9 +308,11 @@ def check_lora(arguments: argparse.Namespace) -> None:
 
 
 def check_run_folder(arguments: argparse.Namespace) -> None:
-    """A folder of another run is not continued. Raises RunError naming what differs."""
+    """A folder of another run is not continued. Raises RunError naming what differs. A run that left no checkpoint has
+    nothing to continue."""
     path = arguments.run_dir / "run.json"
-    if not path.is_file():
+    begun = (arguments.run_dir / "finished").is_file() or any((arguments.run_dir / "checkpoints").glob("step*"))
+    if not path.is_file() or not begun:
         return
     earlier = json.loads(path.read_text(encoding="utf-8"))
     for name in FIXED_ON_RESUME:
@@ -287,9 +320,11 @@ def check_run_folder(arguments: argparse.Namespace) -> None:
             continue
         now = _plain(getattr(arguments, name))
         if earlier.get(name) != now:
+            flag = "--devices x --num-nodes" if name == "data_parallel" else f"--{name.replace('_', '-')}"
+            anew = ", --restart-data to begin the data anew" if name in DATA_SETTINGS else ""
             raise RunError(
-                f"{arguments.run_dir} was started with --{name.replace('_', '-')} {earlier.get(name)}, now it is "
-                f"{now}: use the same value to resume, or another --experiment-name"
+                f"{arguments.run_dir} was started with {flag} {earlier.get(name)}, now it is {now}: use the same value "
+                f"to resume{anew}, or another --experiment-name"
             )
 
 
@@ -398,7 +433,8 @@ def choose_engine(arguments: argparse.Namespace) -> str:
             raise RunError(f"--engine megatron trains in bf16-mixed, not {arguments.precision}: leave --precision out")
         return "megatron"
     for name in MEGATRON_ONLY:
-        if getattr(arguments, name) not in (None, 0, 1, False):
+        value = getattr(arguments, name)
+        if value is True or value not in (None, 0, 1):
             raise RunError(f"--{name.replace('_', '-')} is of the megatron engine, but {reason}")
     return "automodel"
 
@@ -413,6 +449,9 @@ def train(arguments: argparse.Namespace, info: ModelInfo) -> None:
         write_run_file(arguments, info)
         print(f"Engine {engine}, token format {info.dct_name}, {arguments.world_size} process(es), GBS "
               f"{arguments.global_batch_size}, run folder {arguments.run_dir}", flush=True)  # fmt: skip
+        if arguments.warmup_steps >= arguments.max_steps:
+            print(f"Note: --warmup-steps {arguments.warmup_steps} of --max-steps {arguments.max_steps}: the learning "
+                  "rate does not come down again from --lr, or never gets there", flush=True)  # fmt: skip
     import lightning.pytorch as pl
 
     from profile_step import ProfileStep
@@ -443,18 +482,22 @@ def explain(error: Exception) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     arguments.world_size = arguments.devices * arguments.num_nodes
-    arguments.data_parallel = max(1, arguments.world_size // (arguments.tensor_parallel * arguments.pipeline_parallel))
     arguments.rank = int(os.environ.get("RANK", 0))
     arguments.run_dir = arguments.output_dir / arguments.experiment_name
     bounds = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
     arguments.pixel_bounds = {name: value for name, value in bounds.items() if value is not None}
     try:
+        check_ranges(arguments)
+        model_parallel = arguments.tensor_parallel * arguments.pipeline_parallel
+        arguments.data_parallel = max(1, arguments.world_size // model_parallel)
         arguments.chosen_engine = choose_engine(arguments)
         settle_batch(arguments, arguments.chosen_engine)
         info = check(arguments)
         arguments.accumulate = arguments.global_batch_size // (arguments.micro_batch_size * arguments.data_parallel)
         if arguments.check:
             return 0
+        if arguments.world_size > 1 and "WORLD_SIZE" not in os.environ:
+            raise RunError(f"{arguments.world_size} processes are torchrun's to start: bash qwen_launch.sh")
         if (arguments.run_dir / "finished").is_file():
             print(f"{arguments.run_dir} is finished: its model is in {arguments.run_dir / 'hf'}")
             return 0

@@ -13,6 +13,7 @@ Letters used for shapes in this file:
 
 import json
 import math
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -287,23 +288,29 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         return self._or_skip(self.encode, sample)
 
     def _or_skip(self, function: Callable[[ConversationSample], Any], sample: ConversationSample) -> Any:
-        """function(sample), with a bad sample counted. Raises as `encode_sample`."""
+        """function(sample), with a bad sample counted, also one that trips over a mistake of this program, which is
+        shown once: Energon would leave it out, and nobody would count it. Raises as `encode_sample`."""
         try:
             result = function(sample)
         except (BadSample, MediaError) as error:
-            self._bad_in_a_row[function.__name__] += 1
-            self.skipped[getattr(error, "reason", "undecodable_media")] += 1
-            self._stop_if_too_many(self._bad_in_a_row[function.__name__], sample.__key__, error)
+            self._skip(function.__name__, getattr(error, "reason", "undecodable_media"), sample.__key__, str(error))
+            raise SkipSample from error
+        except Exception as error:
+            if not self.skipped["unexpected_error"]:
+                traceback.print_exception(error)
+            self._skip(function.__name__, "unexpected_error", sample.__key__, f"{type(error).__name__}: {error}")
             raise SkipSample from error
         self._bad_in_a_row[function.__name__] = 0
         return result
 
-    def _stop_if_too_many(self, bad_in_a_row: int, key: str, error: Exception) -> None:
-        if bad_in_a_row >= self.max_bad_in_a_row:
+    def _skip(self, action: str, reason: str, key: str, why: str) -> None:
+        self._bad_in_a_row[action] += 1
+        self.skipped[reason] += 1
+        if self._bad_in_a_row[action] >= self.max_bad_in_a_row:
             counts = ", ".join(f"{name} {count}" for name, count in sorted(self.skipped.items()))
             raise TooManyBadSamples(
-                f"{bad_in_a_row} samples in a row could not be used ({counts}); the last was {key}: {error}. "
-                f"Check the shards, or raise --max-bad-in-a-row"
+                f"{self._bad_in_a_row[action]} samples in a row could not be used ({counts}); the last was {key}: "
+                f"{why}. Check the shards, or raise --max-bad-in-a-row"
             )
 
     def encode(self, sample: ConversationSample) -> EncodedSample:

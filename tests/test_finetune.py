@@ -293,9 +293,7 @@ def test_what_the_command_line_leaves_open_of_a_batch(engine, typed, expected):
         (["--pack-vision-tokens", "4096", "--micro-batch-size", "1"], "rows as --pack-tokens 0: both must be over 0"),
         (["--pack-tokens", "4096", "--pack-vision-tokens", "0"], "--pack-vision-tokens 0 bounds the same rows"),
         (["--tensor-parallel", "3"], "--tensor-parallel 3 x --pipeline-parallel 1 = 3 does not divide 4 processes"),
-        (["--save-interval", "-1"], "--save-interval must be at least 0"),
         (["--tensor-parallel", "2", "--global-batch-size", "3"], "GBS 3 is not divisible by MBS 1 x 2 processes"),
-        (["--lora-alpha", "0"], "--lora-alpha must be at least 1, got 0"),
     ],
 )
 def test_numbers_of_the_megatron_engine_that_do_not_fit(typed, said):
@@ -325,6 +323,53 @@ def test_adapters_that_cannot_be(typed, said):
         finetune_qwen2vl.check_lora(finetune_qwen2vl.parse_arguments([*known, *typed]))
     finetune_qwen2vl.check_lora(finetune_qwen2vl.parse_arguments([*known, "--tensor-parallel", "2"]))
     finetune_qwen2vl.check_lora(finetune_qwen2vl.parse_arguments([*known[:4], "--freeze", "language"]))
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--lora-alpha", "0"], "--lora-alpha must be at least 1, got 0"),
+        (["--tensor-parallel", "0"], "--tensor-parallel must be at least 1, got 0"),
+        (["--max-pixels", "0"], "--max-pixels must be at least 1, got 0"),
+        (["--min-pixels", "-1"], "--min-pixels must be at least 1, got -1"),
+        (["--val-batches", "0"], "--val-batches must be at least 1, got 0"),
+        (["--save-interval", "-1"], "--save-interval must be at least 0, got -1"),
+        (["--max-gradient-norm", "-1"], "--max-gradient-norm must be at least 0, got -1.0"),
+        (["--num-workers", "-1"], "--num-workers must be at least 0, got -1"),
+        (["--weight-decay", "inf"], "--weight-decay must be at least 0, got inf"),
+        (["--lr", "nan"], "--lr must be over 0, got nan"),
+        (["--lr", "0"], "--lr must be over 0, got 0.0"),
+        (["--adam-beta2", "1"], "--adam-beta2 must be below 1, got 1.0"),
+        (["--min-lr", "1"], "--min-lr 1.0 is over --lr 1e-05: change one of them"),
+        (["--video-min-frames", "800"], "--video-min-frames 800 is over --video-max-frames 768"),
+        (["--profile", "2000"], "--profile 2000 is over --max-steps 1000"),
+        (["--devices", "2"], "2 processes are torchrun's to start: bash qwen_launch.sh"),
+        (["--recompute"], "--recompute is of the megatron engine, but --engine automodel was asked for"),
+        (["--freeze", "vision", "language", "--freeze", "projector"], "leaves nothing to train"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_in_one_line(typed, said, prepared, tmp_path, monkeypatch, one_line_error):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    known = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    assert finetune_qwen2vl.main([*known, "--engine", "automodel", "--global-batch-size", "8", *typed]) == 1
+    assert said in one_line_error()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_a_checkpoint_may_start_with_other_settings(prepared, tmp_path):
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "run.json").write_text('{"lr": 5.0}')
+    known = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    command = [*known, "--experiment-name", "e", "--engine", "automodel", "--check"]
+    assert finetune_qwen2vl.main(command) == 0
+    (tmp_path / "e" / "checkpoints" / "step000005").mkdir(parents=True)
+    assert finetune_qwen2vl.main(command) == 1
+
+
+def test_parts_frozen_one_by_one_are_all_frozen():
+    known = ["--model-dir", "m", "--data-dir", "d"]
+    for typed in (["--freeze", "vision", "language"], ["--freeze", "vision", "--freeze", "language"]):
+        assert finetune_qwen2vl.parse_arguments([*known, *typed]).freeze == ["language", "vision"]
 
 
 def test_stages_with_nothing_to_train_are_refused():

@@ -405,6 +405,19 @@ def test_too_many_failures_in_a_row_stop_the_run(new_encoder):
     assert "--max-bad-in-a-row" in message
 
 
+def test_a_mistake_of_the_program_is_shown_counted_and_stops_the_run_too(new_encoder, monkeypatch, capsys):
+    encoder = new_encoder(max_bad_in_a_row=3)
+    monkeypatch.setattr(encoder, "encode", lambda sample: 1 // 0)
+    encoder.encode.__name__ = "encode"
+    for _ in range(2):
+        with pytest.raises(SkipSample):
+            encoder.encode_sample(sample(llava("a", "b")))
+    assert dict(encoder.skipped) == {"unexpected_error": 2}
+    assert capsys.readouterr().err.count("ZeroDivisionError") == 1  # with its traceback, once
+    with pytest.raises(TooManyBadSamples, match=r"\(unexpected_error 3\); .*: ZeroDivisionError: integer division"):
+        encoder.encode_sample(sample(llava("a", "b")))
+
+
 def test_a_tokenizer_of_another_model_is_refused(tokenizer):
     class Other:
         unk_token_id = 0
