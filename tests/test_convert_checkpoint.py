@@ -366,6 +366,8 @@ def test_same_directory(copy_of, one_line_error):
 def test_pixel_bounds_that_contradict(qwen2vl_directory, tmp_path, one_line_error):
     assert run(qwen2vl_directory, tmp_path / "x4", "--min-pixels", "1000000") == 1
     assert "min_pixels 1000000 is over max_pixels 200704" in one_line_error()
+    assert run(qwen2vl_directory, tmp_path / "x4", "--max-pixels", "0") == 1
+    assert "max_pixels 0 must be at least 1" in one_line_error()
 
 
 def test_existing_output_is_kept_without_force(qwen2vl_directory, tmp_path, one_line_error, capsys):
