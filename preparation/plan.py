@@ -161,9 +161,9 @@ def source_of(entry: Any) -> str:
         if isinstance(name, str) and name:
             return name[:MAXIMUM_NAME]
     names = field_of(entry, "image") or field_of(entry, "video")
-    name = names[0] if isinstance(names, list) else names
-    if name is None:
+    if names is None or names == []:
         return TEXT_SOURCE
+    name = names[0] if isinstance(names, list) else names
     folder, slash, _ = name.removeprefix("./").partition("/") if isinstance(name, str) else (None, "", "")
     return folder[:MAXIMUM_NAME] if slash and folder not in ("", "..") else NO_FOLDER
 

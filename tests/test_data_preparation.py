@@ -144,6 +144,14 @@ def test_the_other_letter_case_of_the_metadata_name(tmp_path):
     assert (tmp_path / "shards" / "cambrian737k_filtered.json").is_file()
 
 
+def test_entries_with_empty_lists_of_media_are_text(tmp_path):
+    entries = [{**entry(number), "images": [], "videos": []} for number in range(20)]
+    data = make_set(tmp_path / "data", entries, {})
+    assert run(data, tmp_path / "shards") == 0
+    stats = read_stats(tmp_path / "shards")
+    assert (stats["written"], list(stats["sources"])) == (20, ["text"])
+
+
 def test_several_files_of_metadata_lists_and_lines(raw_set, tmp_path):
     data = make_small_set(tmp_path / "data")
     entries = json.loads((data / "cambrian737k.json").read_text(encoding="utf-8"))
@@ -492,6 +500,12 @@ def test_help_and_wrong_arguments(tmp_path, capsys):
         ({"image": "a.jpg"}, "no folder"),
         ({"image": "../coco/a.jpg"}, "no folder"),
         ({"image": {"path": "coco/a.jpg"}}, "no folder"),
+        ({"image": []}, "text"),
+        ({"video": []}, "text"),
+        ({"videos": []}, "text"),
+        ({"image": [], "video": []}, "text"),
+        ({"images": [], "videos": []}, "text"),
+        ({"image": None, "video": []}, "text"),
         ({}, "text"),
         ([], "unknown"),
     ],
