@@ -46,7 +46,7 @@ def read_questions(data_dir: Path, split: str, limit: int | None, sampling, fit=
 
     sampling: `media.VideoSampling`. fit: `media.Fit`, the size in which media are read (None: their own)."""
     from media import MediaError, as_array
-    from task_encoder import PLACEHOLDER, BadSample, parse_entry, parse_messages, read_samples
+    from task_encoder import BadSample, parse_entry, parse_messages, read_samples
 
     asked = 0
     for sample in read_samples(data_dir, split):
@@ -57,14 +57,14 @@ def read_questions(data_dir: Path, split: str, limit: int | None, sampling, fit=
         except (BadSample, MediaError) as error:
             print(f"evaluate_qwen2vl.py: {sample.__key__} left out: {error}", file=sys.stderr)
             continue
-        spoken = [text for role, text in messages if role != "system"]
+        spoken = [pieces for role, pieces in messages if role != "system"]
         types = entry.get("question_type", [])
-        for turn, (question, answer) in enumerate(zip(spoken[::2], spoken[1::2], strict=True)):
+        for turn, (question, (answer,)) in enumerate(zip(spoken[::2], spoken[1::2], strict=True)):
             if limit is not None and asked >= limit:
                 return
             asked += 1
             kind = types[turn] if turn < len(types) else "all"
-            yield Question(sample.__key__, turn, kind, place_media(PLACEHOLDER.split(question), media), answer, media)
+            yield Question(sample.__key__, turn, kind, place_media(question, media), answer, media)
 
 
 def place_media(pieces: list[str], media: tuple) -> tuple[str, ...]:

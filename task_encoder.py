@@ -47,7 +47,7 @@ from media import (
     as_array,
     media_shape,
 )
-from turns import DEFAULT_SYSTEM, LONE_SURROGATE, PLACEHOLDER, ROLES, text_of
+from turns import DEFAULT_SYSTEM, LONE_SURROGATE, ROLES, content_of, put_first, split_turns, text_of
 
 # Shards hold file bytes and decoding is done here, in media.py; this is what a dataset.yaml that does not say gets.
 DATASET_OPTIONS = {"auto_decode": False}
@@ -154,25 +154,34 @@ def parse_entry(entry: Any) -> Any:
         raise BadSample("bad_json", str(error)) from error
 
 
-def parse_messages(entry: Any) -> list[tuple[str, str]]:
-    """(role, text) turns of an entry, LLaVA (`from`/`value`) or OpenAI (`role`/`content`), roles "system", "user",
-    "assistant". Media stand in the text as <image> and <video>. Raises BadSample."""
+def parse_messages(entry: Any) -> list[tuple[str, list[str]]]:
+    """(role, pieces) of the turns of an entry, LLaVA (`from`/`value`) or OpenAI (`role`/`content`), roles "system",
+    "user", "assistant"; pieces as in turns.py, those of a system turn one text. Raises BadSample."""
     turns = entry.get("conversations") or entry.get("messages") if isinstance(entry, dict) else entry
     if not isinstance(turns, list) or not turns:
         raise BadSample("no_conversation", "the json part holds no list of turns")
-    messages = []
-    for turn in turns:
-        role = ROLES.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
-        text = text_of(turn.get("value", turn.get("content"))) if role else None
-        if text is None or LONE_SURROGATE.search(text):
-            raise BadSample("bad_turn", f"a turn needs a known role and text, got {str(turn)[:80]!r}")
-        messages.append((role, text))
-    expected = ["user", "assistant"] * len(messages)
-    roles = [role for role, _ in messages]
+    roles = [check_turn(turn) for turn in turns]
+    expected = ["user", "assistant"] * len(roles)
     spoken = roles[1:] if roles[0] == "system" else roles
     if not spoken or len(spoken) % 2 or spoken != expected[: len(spoken)]:
         raise BadSample("bad_roles", f"user and assistant must take turns, got {', '.join(roles)[:80]}")
-    return messages
+    contents = [content_of(turn) for turn in turns]
+    split = split_turns(contents)
+    if any(role == "assistant" and len(pieces) > 1 for role, pieces in zip(roles, split)):
+        raise BadSample("placeholder_in_answer")
+    return [
+        (role, [text_of(content)] if role == "system" else pieces)
+        for role, content, pieces in zip(roles, contents, split)
+    ]
+
+
+def check_turn(turn: Any) -> str:
+    """The role of a turn. Raises BadSample for a turn without a known role or text."""
+    role = ROLES.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
+    text = text_of(content_of(turn)) if role else None
+    if text is None or LONE_SURROGATE.search(text):
+        raise BadSample("bad_turn", f"a turn needs a known role and text, got {str(turn)[:80]!r}")
+    return role
 
 
 def mrope_positions(runs: list[int | tuple[int, int, int]]) -> np.ndarray:
@@ -342,28 +351,18 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         steps = -(-frames // processor.temporal_patch_size)
         return steps, height // processor.patch_size, width // processor.patch_size
 
-    def _messages(self, sample: ConversationSample) -> list[tuple[str, str]]:
+    def _messages(self, sample: ConversationSample) -> list[tuple[str, list[str]]]:
         return self._place_media(parse_messages(parse_entry(sample.entry)), [kind for kind, _ in sample.media])
 
     @staticmethod
-    def _place_media(messages: list[tuple[str, str]], kinds: list[str]) -> list[tuple[str, str]]:
+    def _place_media(messages: list[tuple[str, list[str]]], kinds: list[str]) -> list[tuple[str, list[str]]]:
         """Checks that placeholders and media agree; media that no turn mentions go before the first question."""
-        placed = [
-            (role, match.group(1))
-            for role, text in messages
-            for match in PLACEHOLDER.finditer(text)
-            if role != "system"
-        ]
-        if any(role == "assistant" for role, _ in placed):
-            raise BadSample("placeholder_in_answer")
+        placed = [kind for _, pieces in messages for kind in pieces[1::2]]
         if not placed and kinds:
             first = next(i for i, (role, _) in enumerate(messages) if role == "user")
-            text = "".join(f"<{kind}>" for kind in kinds) + messages[first][1]
-            return [*messages[:first], ("user", text), *messages[first + 1 :]]
-        if [kind for _, kind in placed] != kinds:
-            raise BadSample(
-                "placeholder_mismatch", f"placeholders {[kind for _, kind in placed]}, media {kinds}: they must agree"
-            )
+            return [*messages[:first], ("user", put_first(kinds, messages[first][1])), *messages[first + 1 :]]
+        if placed != kinds:
+            raise BadSample("placeholder_mismatch", f"placeholders {placed}, media {kinds}: they must agree")
         return messages
 
     def _encode_media(self, kind: str, content: Any) -> tuple[str, torch.Tensor, tuple[int, int, int]]:
@@ -382,7 +381,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         return kind, output["pixel_values_videos"], tuple(output["video_grid_thw"][0].tolist())
 
     def _segments(
-        self, messages: list[tuple[str, str]], media: list[tuple[str, tuple[int, int, int]]]
+        self, messages: list[tuple[str, list[str]]], media: list[tuple[str, tuple[int, int, int]]]
     ) -> tuple[list[int], list[bool], list[int | tuple[int, int, int]]]:
         """-> ids, whether each is learned, runs for `mrope_positions`.
 
@@ -400,14 +399,13 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
 
         remaining = iter(media)
         if messages[0][0] != "system":
-            messages = [("system", DEFAULT_SYSTEM), *messages]
-        for role, text in messages:
+            messages = [("system", [DEFAULT_SYSTEM]), *messages]
+        for role, pieces in messages:
             add([self._im_start])
             if role == "assistant":
                 add(self._ids("assistant\n"))
-                add([*self._ids(text), self._im_end], learn=True)
+                add([*self._ids(pieces[0]), self._im_end], learn=True)
             else:
-                pieces = PLACEHOLDER.split(text) if role == "user" else [text]
                 add(self._ids(f"{role}\n{pieces[0]}"))
                 for piece in pieces[2::2]:
                     kind, (t, h, w) = next(remaining)

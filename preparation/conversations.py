@@ -2,7 +2,8 @@
 
 Turns are LLaVA's (`from`, `value`) or OpenAI's (`role`, `content`) and lie under `conversations` or `messages`; the
 names of the media under `image` and `video`, or `images` and `videos`, one name or a list of them. `<image>` and
-`<video>` in a question say where they go. What is wrong with an entry is repaired where there is one right way to do
+`<video>` in a question say where they go, or, where turns are lists, parts of these types; line breaks around them are
+no text in a string and are text between parts (turns.py). What is wrong with an entry is repaired where there is one right way to do
 so, and is a reason to skip it otherwise:
 
     finding                                                       what is done                  counted as
@@ -40,7 +41,7 @@ import posixpath
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from turns import LONE_SURROGATE, PLACEHOLDER, ROLES, text_of
+from turns import LONE_SURROGATE, ROLES, content_of, has_parts, kind_of, split_turns, text_of
 
 # GIF is left out: it may be a clip itself.
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -84,11 +85,13 @@ class CheckedEntry:
 
 
 class Turn(NamedTuple):
-    """role: "system", "user" or "assistant"; text: with placeholders; source: the entry's own object."""
+    """role: "system", "user" or "assistant"; text: with placeholders; source: the entry's own object, or the one to
+    write in its place; pieces: as in turns.py."""
 
     role: str
     text: str
     source: dict[str, Any]
+    pieces: list[str]
 
 
 class Medium(NamedTuple):
@@ -114,7 +117,7 @@ def check_entry(entry: Any) -> CheckedEntry:
     turns, media = place_media(turns, media, repairs)
     if turns is not given:
         name = "conversations" if entry.get("conversations") else "messages"
-        entry = {**entry, name: [write_turn(turn) for turn in turns]}
+        entry = {**entry, name: [turn.source for turn in turns]}
     return CheckedEntry(entry, flatten(media), tuple(repairs))
 
 
@@ -214,25 +217,28 @@ def read_turns(entry: dict) -> list[Turn]:
     turns = entry.get("conversations") or entry.get("messages")
     if not isinstance(turns, list) or not turns:
         raise UnusableSample("no_conversations", "conversations is missing, empty or no list")
-    return [read_turn(number, turn) for number, turn in enumerate(turns)]
+    read = [check_turn(number, turn) for number, turn in enumerate(turns)]
+    split = split_turns([content_of(turn) for turn in turns])
+    return [Turn(*both, turn, pieces) for both, turn, pieces in zip(read, turns, split)]
 
 
-def read_turn(number: int, turn: Any) -> Turn:
+def check_turn(number: int, turn: Any) -> tuple[str, str]:
+    """Role and text of a turn. Raises UnusableSample."""
     speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
-    text = text_of(turn.get("value", turn.get("content"))) if isinstance(speaker, str) else None
+    text = text_of(content_of(turn)) if isinstance(speaker, str) else None
     if text is None:
         raise UnusableSample("malformed_turn", f"turn {number} has neither from and value nor role and content")
     if speaker not in ROLES:
         raise UnusableSample("unknown_role", f"turn {number} is by {speaker!r:.100}; known are {', '.join(ROLES)}")
     if not text.isascii() and LONE_SURROGATE.search(text):
         raise UnusableSample("broken_text", f"turn {number} has half a surrogate pair in it")
-    return Turn(ROLES[speaker], text, turn)
+    return ROLES[speaker], text
 
 
-def write_turn(turn: Turn) -> dict[str, Any]:
-    """The entry's object with the turn's text."""
+def rewrite(turn: Turn, content: Any) -> Turn:
+    """The turn with other content to be written."""
     name = "value" if "value" in turn.source else "content"
-    return turn.source if text_of(turn.source[name]) == turn.text else {**turn.source, name: turn.text}
+    return turn._replace(source={**turn.source, name: content})
 
 
 def leave_out_turns(turns: list[Turn], repairs: list[str]) -> list[Turn]:
@@ -241,7 +247,7 @@ def leave_out_turns(turns: list[Turn], repairs: list[str]) -> list[Turn]:
         turns = turns[1:]
         repairs.append("empty_system_turn")
     if len(turns) > 2 and [turn.role for turn in turns[-2:]] == ["assistant", "user"]:
-        if PLACEHOLDER.search(turns[-1].text):
+        if len(turns[-1].pieces) > 1:
             raise UnusableSample("roles_out_of_order", "the last question has media and no answer")
         turns = turns[:-1]
         repairs.append("unanswered_question")
@@ -291,7 +297,7 @@ def place_media(turns: list[Turn], media: list[Medium], repairs: list[str]) -> t
         return put_before_first_question(turns, kinds), media
     if placed == ["image"] * len(media) and kinds == ["video"] * len(media):
         repairs.append("image_for_video")
-        return [turn._replace(text=turn.text.replace("<image>", "<video>")) for turn in turns], media
+        return [put_videos(turn) if len(turn.pieces) > 1 else turn for turn in turns], media
     if sorted(placed) != sorted(kinds):
         raise UnusableSample("placeholder_mismatch", f"{count_kinds(placed)} in the turns for {count_kinds(kinds)}")
     of_kind = {kind: iter([medium for medium in media if medium.kind == kind]) for kind in ("image", "video")}
@@ -302,7 +308,7 @@ def list_placeholders(turns: list[Turn]) -> list[str]:
     """The kinds that the questions ask for, in order. Raises UnusableSample for placeholders elsewhere."""
     placed = []
     for number, turn in enumerate(turns):
-        found = PLACEHOLDER.findall(turn.text) if "<" in turn.text else None
+        found = turn.pieces[1::2]
         if found:
             if turn.role != "user":
                 where = "answer" if turn.role == "assistant" else "system"
@@ -314,7 +320,15 @@ def list_placeholders(turns: list[Turn]) -> list[str]:
 def put_before_first_question(turns: list[Turn], kinds: list[str]) -> list[Turn]:
     first = next(number for number, turn in enumerate(turns) if turn.role == "user")
     text = "".join(f"<{kind}>\n" for kind in kinds) + turns[first].text
-    return [*turns[:first], turns[first]._replace(text=text), *turns[first + 1 :]]
+    return [*turns[:first], rewrite(turns[first], text), *turns[first + 1 :]]
+
+
+def put_videos(turn: Turn) -> Turn:
+    """The turn with a clip for every picture in it."""
+    content = content_of(turn.source)
+    if not has_parts(content):
+        return rewrite(turn, turn.text.replace("<image>", "<video>"))
+    return rewrite(turn, [{**part, "type": "video"} if kind_of(part) else part for part in content])
 
 
 def count_kinds(kinds: list[str]) -> str:

@@ -15,7 +15,7 @@ from media import VideoSampling
 from preparation.conversations import Turn
 from preparation.raw_metadata import PreparationError
 from preparation.report_statistics import Statistics
-from turns import DEFAULT_SYSTEM, PLACEHOLDER
+from turns import DEFAULT_SYSTEM
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -124,14 +124,14 @@ def nearest_sizes(sides: np.ndarray, factor: int, min_pixels: int, max_pixels: n
 def text_segments(turns: list[Turn]) -> tuple[list[str], int]:
     """-> texts that are tokenized apart, number of special tokens between them: the sequence of
     `task_encoder.QwenTaskEncoder` but for its visual tokens."""
-    turns = turns if turns[0].role == "system" else [Turn("system", DEFAULT_SYSTEM, {}), *turns]
+    turns = turns if turns[0].role == "system" else [Turn("system", DEFAULT_SYSTEM, {}, [DEFAULT_SYSTEM]), *turns]
     segments, special = [], 0
-    for role, text, _ in turns:
+    for role, text, _, pieces in turns:
         if role == "assistant":
             segments += ["assistant\n", text, "\n"]
             special += TURN_BOUNDS
         else:
-            first, *others = PLACEHOLDER.split(text)[::2] if role == "user" else [text]
+            first, *others = pieces[::2] if role == "user" else [text]
             segments += [f"{role}\n{first}", *others, "\n"]
             special += TURN_BOUNDS + MEDIUM_BOUNDS * len(others)
     return segments, special

@@ -16,7 +16,7 @@ from preparation.output_folder import RUN_NAME, STATS_NAME, TOOL, is_finished, r
 from preparation.plan import Plan
 from preparation.raw_metadata import MetadataReader
 
-SET_VERSION = 2  # raised when other bytes would be written from the same data and settings
+SET_VERSION = 3  # raised when other bytes would be written from the same data and settings
 
 
 def list_settings(arguments: argparse.Namespace) -> dict[str, Any]:

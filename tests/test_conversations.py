@@ -126,6 +126,29 @@ def test_a_turn_of_parts_is_repaired_as_text():
     assert checked.entry["messages"] == [{"role": "user", "content": "<image>\nWhat?", "n": 1}, turns[1]]
 
 
+def test_pictures_as_parts_become_clips_and_nothing_else_of_them_changes():
+    parts = [{"type": "text", "text": "Who? <image>\n"}, {"type": "image", "n": 1}, {"type": "text", "text": "\nWhy?"}]
+    turns = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "text", "text": "<image>"}]},
+    ]
+    checked = check_entry({"messages": turns, "video": "a.mp4"})
+    assert checked.repairs == ("image_for_video",)
+    assert checked.entry["messages"] == [
+        {"role": "user", "content": [parts[0], {"type": "video", "n": 1}, parts[2]]},
+        turns[1],
+    ]
+
+
+def test_tags_in_lists_are_placeholders_only_where_no_media_stand_as_parts():
+    text = {"type": "text", "text": "<image>\nWhat is <video>?"}
+    turns = [{"role": "user", "content": [{"type": "image"}, text]}, {"role": "assistant", "content": "A."}]
+    assert check_entry({"messages": turns, "image": "a.jpg"}).repairs == ()
+    turns[0]["content"] = [text]
+    assert check_entry({"messages": turns, "image": "a.jpg", "video": "b.mp4"}).repairs == ()
+    assert reason_of({"messages": turns, "image": "a.jpg"}) == "placeholder_mismatch"
+
+
 def test_image_placeholders_of_clips_become_video_placeholders():
     checked = check_entry(
         entry(
@@ -316,7 +339,7 @@ def place_media():
     """What training does with an entry and the kinds of its media parts; raises for what it would skip."""
     from task_encoder import QwenTaskEncoder, parse_entry, parse_messages
 
-    def place(data: bytes, kinds: list[str]) -> list[tuple[str, str]]:
+    def place(data: bytes, kinds: list[str]) -> list[tuple[str, list[str]]]:
         return QwenTaskEncoder._place_media(parse_messages(parse_entry(data)), kinds)
 
     return place
@@ -333,7 +356,7 @@ def test_training_takes_what_passes(place_media, generated):
     finally:
         assert generated == before
     messages = place_media(json.dumps(checked.entry).encode(), checked.part_kinds)
-    assert messages[-1][0] == "assistant" and all(text.strip() for _, text in messages)
+    assert messages[-1][0] == "assistant" and all("".join(pieces).strip() for _, pieces in messages)
     again = check_entry(checked.entry)
     assert again == CheckedEntry(checked.entry, checked.media, ())
 

@@ -224,6 +224,44 @@ def test_sequence_is_that_of_the_chat_template(encoder, tokenizer, turns, system
     assert learned_text(encoder, encoded) == "".join(f"{answer}<|im_end|>" for answer in turns[1::2])
 
 
+def as_parts(*parts: str) -> list[dict]:
+    return [
+        {"type": part[1:-1]} if part in ("<image>", "<video>") else {"type": "text", "text": part} for part in parts
+    ]
+
+
+@pytest.mark.parametrize(
+    "questions",
+    [
+        [as_parts("Compare:\n", "<image>", "\nwith:\n", "<image>", "\nWhich is larger?")],
+        [as_parts("\r\n", "<video>", "\r\n\r\n"), as_parts("\nAnd ", "\n", "<image>", "\n", "<image>")],
+        [as_parts("<image>", "<image> is a tag:\n<video>\n"), as_parts("Is <video>\none?"), "And now?\n"],
+    ],
+)
+def test_parts_keep_their_line_breaks_as_in_the_chat_template(encoder, questions, png, mp4):
+    from transformers import Qwen2VLProcessor
+
+    tokenizer = encoder.tokenizer
+    processor = Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, chat_template=tokenizer.chat_template)
+    messages = [turn for question in questions for turn in openai("", ANSWER)["messages"]]
+    for turn, question in zip(messages[::2], questions, strict=True):
+        turn["content"] = question
+    kinds = [part["type"] for question in questions for part in question if isinstance(part, dict)]
+    media = [(kind, png if kind == "image" else mp4) for kind in kinds if kind != "text"]
+    text = processor.apply_chat_template(messages, tokenize=False)
+    text = text.replace(IMAGE_PAD, IMAGE_PAD * 2).replace(VIDEO_PAD, VIDEO_PAD * 4)
+    expected = tokenizer(text)["input_ids"]
+    assert encoder.encode(sample({"messages": messages}, *media)).input_ids.tolist() == expected
+
+
+def test_line_breaks_around_a_placeholder_in_a_string_are_no_text(encoder, png):
+    expected = encoder.encode(sample(llava("one<image>two<image>three", ANSWER), ("image", png), ("image", png)))
+    for end in ("\n", "\r\n"):
+        entry = llava(f"one{end}<image>{end}two{end}<image>{end}three", ANSWER)
+        encoded = encoder.encode(sample(entry, ("image", png), ("image", png)))
+        assert torch.equal(encoded.input_ids, expected.input_ids)
+
+
 # Formats
 
 
