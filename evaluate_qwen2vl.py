@@ -52,7 +52,7 @@ def read_questions(data_dir: Path, split: str, limit: int | None, sampling, fit=
     for sample in read_samples(data_dir, split):
         try:
             entry = parse_entry(sample.entry)
-            messages = parse_messages(entry)
+            messages = parse_messages(entry, bool(sample.media))
             media = tuple((kind, as_array(kind, content, sampling, fit)) for kind, content in sample.media)
         except (BadSample, MediaError) as error:
             print(f"evaluate_qwen2vl.py: {sample.__key__} left out: {error}", file=sys.stderr)

@@ -47,7 +47,7 @@ from media import (
     as_array,
     media_shape,
 )
-from turns import DEFAULT_SYSTEM, LONE_SURROGATE, ROLES, content_of, put_first, split_turns, text_of
+from turns import DEFAULT_SYSTEM, LONE_SURROGATE, ROLES, content_of, names_media, put_first, split_turns, text_of
 
 # Shards hold file bytes and decoding is done here, in media.py; this is what a dataset.yaml that does not say gets.
 DATASET_OPTIONS = {"auto_decode": False}
@@ -154,9 +154,10 @@ def parse_entry(entry: Any) -> Any:
         raise BadSample("bad_json", str(error)) from error
 
 
-def parse_messages(entry: Any) -> list[tuple[str, list[str]]]:
+def parse_messages(entry: Any, has_media: bool) -> list[tuple[str, list[str]]]:
     """(role, pieces) of the turns of an entry, LLaVA (`from`/`value`) or OpenAI (`role`/`content`), roles "system",
-    "user", "assistant"; pieces as in turns.py, those of a system turn one text. Raises BadSample."""
+    "user", "assistant"; pieces as in turns.py, those of a system turn one text. has_media: whether the sample has
+    any. Raises BadSample."""
     turns = entry.get("conversations") or entry.get("messages") if isinstance(entry, dict) else entry
     if not isinstance(turns, list) or not turns:
         raise BadSample("no_conversation", "the json part holds no list of turns")
@@ -166,7 +167,7 @@ def parse_messages(entry: Any) -> list[tuple[str, list[str]]]:
     if not spoken or len(spoken) % 2 or spoken != expected[: len(spoken)]:
         raise BadSample("bad_roles", f"user and assistant must take turns, got {', '.join(roles)[:80]}")
     contents = [content_of(turn) for turn in turns]
-    split = split_turns(contents)
+    split = split_turns(list(zip(roles, contents)), has_media or names_media(entry))
     if any(role == "assistant" and len(pieces) > 1 for role, pieces in zip(roles, split)):
         raise BadSample("placeholder_in_answer")
     return [
@@ -352,7 +353,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         return steps, height // processor.patch_size, width // processor.patch_size
 
     def _messages(self, sample: ConversationSample) -> list[tuple[str, list[str]]]:
-        return self._place_media(parse_messages(parse_entry(sample.entry)), [kind for kind, _ in sample.media])
+        messages = parse_messages(parse_entry(sample.entry), bool(sample.media))
+        return self._place_media(messages, [kind for kind, _ in sample.media])
 
     @staticmethod
     def _place_media(messages: list[tuple[str, list[str]]], kinds: list[str]) -> list[tuple[str, list[str]]]:

@@ -10,6 +10,10 @@ from typing import Any
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 DEFAULT_SYSTEM = "You are a helpful assistant."  # what the chat template inserts when there is no system turn
 PLACEHOLDER = re.compile(r"(?:\r?\n)?<(image|video)>(?:\r?\n)?")  # line breaks around one in a string are no text
+TAGS = r"(?:<(?:image|video)>[ \t]*)+"
+LOST_IN_QUESTION = re.compile(rf"\A\s*{TAGS}|^[ \t]*{TAGS}\r?$", re.MULTILINE)  # first, or alone on a line
+LOST_ELSEWHERE = re.compile(r"\A\s*(?:<(?:image|video)>\s*)+\Z")  # nothing else is there
+MEDIA_FIELDS = ("image", "images", "video", "videos")  # of an entry
 PART_KINDS = {"image": "image", "image_url": "image", "video": "video"}  # OpenAI's and Qwen's parts of a turn
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may spell one out, tokenizers take none
 
@@ -42,17 +46,36 @@ def has_parts(content: Any) -> bool:
     return isinstance(content, list) and any(kind_of(part) for part in content)
 
 
-def split_turns(contents: list[Any]) -> list[list[str]]:
-    """The pieces of each turn of a conversation; `contents` are such that `text_of` takes them.
+def names_media(entry: Any) -> bool:
+    """Whether an entry names any media beside its turns."""
+    return isinstance(entry, dict) and any(entry.get(name) for name in MEDIA_FIELDS)
+
+
+def split_turns(turns: list[tuple[str, Any]], has_media: bool) -> list[list[str]]:
+    """The pieces of each turn of a conversation, given as role and content; contents are such that `text_of` takes
+    them. has_media: whether there are media to place.
 
     A conversation with media as parts has its lists split at these alone, as Qwen2-VL's chat template does: a tag and
-    a line break in their text are text. Everything else is split at the placeholders in its text.
+    a line break in their text are text. Everything else is split at the placeholders in its text. Without media a tag
+    is text, unless it says that there were some: a question begins with it or has it alone on a line, another turn
+    has nothing else in it.
     """
-    in_parts = any(has_parts(content) for content in contents)
-    return [
-        split_parts(content) if in_parts and isinstance(content, list) else PLACEHOLDER.split(text_of(content))
-        for content in contents
-    ]
+    in_parts = any(has_parts(content) for _, content in turns)
+    pieces = []
+    for role, content in turns:
+        text = text_of(content)
+        if in_parts and isinstance(content, list):
+            pieces.append(split_parts(content))
+        elif has_media or in_parts or has_lost_media(role, text):
+            pieces.append(PLACEHOLDER.split(text))
+        else:
+            pieces.append([text])
+    return pieces
+
+
+def has_lost_media(role: str, text: str) -> bool:
+    """Whether a text has placeholders of media that an entry without any must have lost."""
+    return bool((LOST_IN_QUESTION if role == "user" else LOST_ELSEWHERE).search(text)) if "<" in text else False
 
 
 def split_parts(parts: list[dict[str, Any]]) -> list[str]:

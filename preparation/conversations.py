@@ -3,8 +3,10 @@
 Turns are LLaVA's (`from`, `value`) or OpenAI's (`role`, `content`) and lie under `conversations` or `messages`; the
 names of the media under `image` and `video`, or `images` and `videos`, one name or a list of them. `<image>` and
 `<video>` in a question say where they go, or, where turns are lists, parts of these types; line breaks around them are
-no text in a string and are text between parts (turns.py). What is wrong with an entry is repaired where there is one right way to do
-so, and is a reason to skip it otherwise:
+no text in a string and are text between parts. Without media they are text like any other, but where one begins a
+question or stands alone on a line of it, or makes all of another turn: that entry has lost its media (turns.py).
+
+What is wrong with an entry is repaired where there is one right way to do so, and is a reason to skip it otherwise:
 
     finding                                                       what is done                  counted as
     no JSON object; nested deeper than 64 levels; a media name    skipped                       malformed_entry
@@ -21,8 +23,13 @@ so, and is a reason to skip it otherwise:
     other than [system] user assistant user assistant ...         skipped                       roles_out_of_order
     a question or an answer without text                          skipped                       empty_turn
     more than 262,144 characters in all turns                     skipped                       text_too_long
-    a placeholder in an answer                                    skipped                       placeholder_in_answer
-    a placeholder in the system turn                              skipped                       placeholder_in_system
+    a placeholder in an answer, with media in the entry or        skipped                       placeholder_in_answer
+      nothing else in the answer
+    a placeholder in the system turn, likewise                    skipped                       placeholder_in_system
+    no media, and <image> or <video> within a line of text, or    kept: it is text
+      in an answer or system turn with other text
+    no media, and a question that begins with a placeholder or    skipped                       placeholder_mismatch
+      has one alone on a line
     media and no placeholder at all                               put before the first          missing_placeholder
                                                                   question, as many as media
     clips and as many <image> as clips (LLaVA-Video writes so)    <video> put in their place    image_for_video
@@ -41,7 +48,7 @@ import posixpath
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from turns import LONE_SURROGATE, ROLES, content_of, has_parts, kind_of, split_turns, text_of
+from turns import LONE_SURROGATE, ROLES, content_of, has_parts, kind_of, names_media, split_turns, text_of
 
 # GIF is left out: it may be a clip itself.
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -218,7 +225,8 @@ def read_turns(entry: dict) -> list[Turn]:
     if not isinstance(turns, list) or not turns:
         raise UnusableSample("no_conversations", "conversations is missing, empty or no list")
     read = [check_turn(number, turn) for number, turn in enumerate(turns)]
-    split = split_turns([content_of(turn) for turn in turns])
+    contents = [(role, content_of(turn)) for (role, _), turn in zip(read, turns)]
+    split = split_turns(contents, names_media(entry))
     return [Turn(*both, turn, pieces) for both, turn, pieces in zip(read, turns, split)]
 
 

@@ -20,7 +20,9 @@ class StoredSample:
 
     @property
     def entry(self) -> dict:
-        return {"id": "a", "conversations": [{"from": role, "value": text} for role, text in self.turns]}
+        names = {"images": [name for name in self.parts if not name.endswith("mp4")]}
+        names["videos"] = [name for name in self.parts if name.endswith("mp4")]
+        return {"id": "a", **names, "conversations": [{"from": role, "value": text} for role, text in self.turns]}
 
 
 def write_set(

@@ -181,6 +181,32 @@ def test_long_integers_stay():
     assert check_entry(entry(score=10**300)).repairs == ()
 
 
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("What does <video> do in HTML?", "noise"),
+        ("What is this tag? <image>", "In SVG, <image> shows a picture."),
+        ([{"type": "text", "text": "What does <video> do?"}], [{"type": "text", "text": "<video>\n</video> plays."}]),
+        ("Write a page.", "<svg><image></image></svg>"),
+        ("Write a page.", "<video>\n<source>\n</video>"),
+        ("- <image>\n- <video>", "noise"),
+    ],
+)
+def test_tags_in_the_text_of_an_entry_without_media_are_text(place_media, question, answer):
+    good = entry(("system", "Explain <image>."), ("human", question), ("gpt", answer), image=[])
+    assert check_entry(good) == CheckedEntry(good, (), ())
+    texts_only = [
+        ["Explain <image>."],
+        *([content if isinstance(content, str) else content[0]["text"]] for content in (question, answer)),
+    ]
+    assert [pieces for _, pieces in place_media(json.dumps(good).encode(), [])] == texts_only
+
+
+def test_a_last_question_about_a_tag_is_left_out():
+    checked = check_entry(entry(("human", "What?"), ("gpt", "1"), ("human", "And what is <image>?")))
+    assert (texts(checked), checked.repairs) == (["What?", "1"], ("unanswered_question",))
+
+
 # What cannot be used
 
 
@@ -229,9 +255,22 @@ def test_long_integers_stay():
         (ask("", image="a.jpg"), "empty_turn"),
         (ask("What?", "x" * MAXIMUM_CHARACTERS), "text_too_long"),
         (ask("What?", "see <image>", image="a.jpg"), "placeholder_in_answer"),
-        (ask("What?", "see <video>"), "placeholder_in_answer"),
+        (ask("What?", "see <video>", video="a.mp4"), "placeholder_in_answer"),
+        (ask("What?", "<image>\n"), "placeholder_in_answer"),
         (entry(("system", "<image>"), ("human", "What?"), ("gpt", "1"), image="a.jpg"), "placeholder_in_system"),
+        (entry(("system", "<image>"), ("human", "What?"), ("gpt", "1")), "placeholder_in_system"),
         (ask("<image>What?"), "placeholder_mismatch"),
+        (ask("<image>\nWhat?"), "placeholder_mismatch"),
+        (ask("<video>\r\nWhat?"), "placeholder_mismatch"),
+        (ask("What?\n<image>"), "placeholder_mismatch"),
+        (ask("What?\r\n<image> <video>\r\nAnd now?"), "placeholder_mismatch"),
+        (
+            entry(("human", "One?"), ("gpt", "1"), ("human", "\n <image><image>Two?"), ("gpt", "2")),
+            "placeholder_mismatch",
+        ),
+        (ask([{"type": "text", "text": "<image>\nWhat?"}]), "placeholder_mismatch"),
+        (ask([{"type": "image"}, {"type": "text", "text": "What?"}]), "placeholder_mismatch"),
+        (ask("What is <image>?", image=[], images=["a.jpg", "b.jpg"]), "placeholder_mismatch"),
         (ask("<image><image>What?", image="a.jpg"), "placeholder_mismatch"),
         (ask("<image>What?", image=["a.jpg", "b.jpg"]), "placeholder_mismatch"),
         (ask("<video>What?", image="a.jpg"), "placeholder_mismatch"),
@@ -340,7 +379,7 @@ def place_media():
     from task_encoder import QwenTaskEncoder, parse_entry, parse_messages
 
     def place(data: bytes, kinds: list[str]) -> list[tuple[str, list[str]]]:
-        return QwenTaskEncoder._place_media(parse_messages(parse_entry(data)), kinds)
+        return QwenTaskEncoder._place_media(parse_messages(parse_entry(data), bool(kinds)), kinds)
 
     return place
 

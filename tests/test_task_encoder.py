@@ -262,6 +262,15 @@ def test_line_breaks_around_a_placeholder_in_a_string_are_no_text(encoder, png):
         assert torch.equal(encoded.input_ids, expected.input_ids)
 
 
+def test_tags_in_the_text_of_a_sample_without_media_are_text(encoder, tokenizer):
+    question, answer = "What does <video> do in HTML,\nand <image>?", "<svg><image></image></svg>"
+    encoded = encoder.encode(sample(llava(question, answer)))
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert encoded.input_ids.tolist() == tokenizer(text)["input_ids"]
+    assert learned_text(encoder, encoded) == f"{answer}<|im_end|>"
+
+
 # Formats
 
 
@@ -351,12 +360,17 @@ BAD = [
     ("bad_roles", {"conversations": [{"from": "system", "value": "x"}]}, []),
     ("bad_roles", {"conversations": [*llava("a", "b")["conversations"], {"from": "system", "value": "x"}]}, []),
     ("placeholder_mismatch", llava("<image>", "a"), []),
+    ("placeholder_mismatch", llava("<image>What?", "a"), []),
+    ("placeholder_mismatch", llava("What?\n<video>\nAnd?", "a"), []),
+    ("placeholder_mismatch", llava("Is <image> red?", "a", image="lost.jpg"), []),
+    ("placeholder_mismatch", [{"from": "human", "value": [{"type": "image"}]}, {"from": "gpt", "value": "a"}], []),
     ("placeholder_mismatch", llava("<image><image>", "a"), ["image"]),
     ("placeholder_mismatch", llava("<image>", "a"), ["image", "image"]),
     ("placeholder_mismatch", llava("<video>", "a"), ["image"]),
     ("placeholder_mismatch", llava("<video><image>", "a"), ["image", "video"]),
     ("placeholder_in_answer", llava("<image>", "see <image>"), ["image", "image"]),
     ("placeholder_in_answer", llava("draw", "<image>"), ["image"]),
+    ("placeholder_in_answer", llava("draw", "<image>"), []),
     ("undecodable_media", llava("<image>", "a"), [("image", b"no picture")]),
     ("undecodable_media", llava("<video>", "a"), [("video", b"no clip")]),
     ("undecodable_media", llava("<image>", "a"), [("image", None)]),
