@@ -4,6 +4,7 @@ A turn is split into pieces: text, kind, text, ..., kind, text, each kind the "i
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 # Speakers of LLaVA (`from`) and OpenAI (`role`) -> roles of Qwen2-VL's chat template
@@ -25,6 +26,33 @@ def content_of(turn: dict[str, Any]) -> Any:
 def kind_of(part: dict[str, Any]) -> str | None:
     """The kind of the medium that a part stands for, None for a part that stands for none."""
     return PART_KINDS.get(str(part.get("type")))
+
+
+def list_parts(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The parts of all turns that stand for media, in order; turns that are none hold none."""
+    turns = entry.get("conversations") or entry.get("messages")
+    for turn in turns if isinstance(turns, list) else ():
+        content = content_of(turn) if isinstance(turn, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and kind_of(part):
+                yield part
+
+
+def name_in(part: dict[str, Any]) -> Any:
+    """What a part says of its medium's file: a name, or a list of them for a clip's frames; None where it says none.
+
+    {"type": "image", "image": name}, {"type": "image_url", "image_url": {"url": name}}, {"type": "video", "video":
+    name}. `file://` before a name is left out. A `data:` URL is no name: it is the picture itself.
+    """
+    value = part.get(part["type"])
+    value = value.get("url") if isinstance(value, dict) else value
+    if isinstance(value, list):
+        return [strip_scheme(name) for name in value] or None
+    return None if not value or (isinstance(value, str) and value.startswith("data:")) else strip_scheme(value)
+
+
+def strip_scheme(name: Any) -> Any:
+    return name.removeprefix("file://") if isinstance(name, str) else name
 
 
 def text_of(content: Any) -> str | None:

@@ -60,7 +60,7 @@ REASONS = {
 ENTRY_REASONS = {
     "malformed_entry", "unsafe_path", "too_many_media", "no_conversations", "malformed_turn", "unknown_role",
     "broken_text", "roles_out_of_order", "empty_turn", "text_too_long", "placeholder_in_answer",
-    "placeholder_in_system", "placeholder_mismatch",
+    "placeholder_in_system", "placeholder_mismatch", "media_names_disagree",
 }  # fmt: skip
 INTERESTING = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 MEMORY_LIMIT = 4 << 30  # bytes of address space of a worker: what asks for more gets none
@@ -206,6 +206,8 @@ def json_files() -> list[bytes]:
     parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
     turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": 'It \\ is "so".'}]
     entries += [{"id": 6, "image": "a.jpg", "messages": turns}]
+    named = [{"type": "image_url", "image_url": {"url": "a.jpg"}}, {"type": "video", "video": ["1.jpg", "2.jpg"]}]
+    entries += [{"id": 8, "messages": [{"role": "user", "content": [*named, *parts[1:]]}, turns[1]]}]
     system = {"from": "system", "value": ""}
     entries += [{**entry(7), "conversations": [system, *entry(7)["conversations"], {"from": "human", "value": "?"}]}]
     lines = b"".join(json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in entries)

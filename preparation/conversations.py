@@ -1,10 +1,14 @@
 """One entry of the metadata, checked and repaired: what passes here is what task_encoder.py can learn from.
 
 Turns are LLaVA's (`from`, `value`) or OpenAI's (`role`, `content`) and lie under `conversations` or `messages`; the
-names of the media under `image` and `video`, or `images` and `videos`, one name or a list of them. `<image>` and
-`<video>` in a question say where they go, or, where turns are lists, parts of these types; line breaks around them are
-no text in a string and are text between parts. Without media they are text like any other, but where one begins a
-question or stands alone on a line of it, or makes all of another turn: that entry has lost its media (turns.py).
+names of the media under `image` and `video`, or `images` and `videos`, one name or a list of them. Where none is there,
+the names are those in the parts of turns that are lists, in reading order: `{"type": "image", "image": name}`,
+`{"type": "image_url", "image_url": {"url": name}}` and `{"type": "video", "video": name}`.
+
+Such a part says where its medium goes, and so does `<image>` or `<video>` in a question. Line breaks around these are
+no text in a string and are text between parts. Where media stand as parts, `<image>` and `<video>` in the text of a
+list are text. Without media they are text as well, unless one begins a question, stands alone on a line of it, or is
+all there is of another turn: that entry has lost its media (turns.py).
 
 What is wrong with an entry is repaired where there is one right way to do so, and is a reason to skip it otherwise:
 
@@ -34,6 +38,8 @@ What is wrong with an entry is repaired where there is one right way to do so, a
                                                                   question, as many as media
     clips and as many <image> as clips (LLaVA-Video writes so)    <video> put in their place    image_for_video
     any other disagreement of placeholders and media              skipped                       placeholder_mismatch
+    a part that names another file than the list of media has     skipped                       media_names_disagree
+      in its place
     NaN and infinite numbers, among them such as 1e999 and those  null put in their place       not_a_number
       of more than 4,300 digits, which no JSON reader takes
 
@@ -48,7 +54,18 @@ import posixpath
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from turns import LONE_SURROGATE, ROLES, content_of, has_parts, kind_of, names_media, split_turns, text_of
+from turns import (
+    LONE_SURROGATE,
+    ROLES,
+    content_of,
+    has_parts,
+    kind_of,
+    list_parts,
+    name_in,
+    names_media,
+    split_turns,
+    text_of,
+)
 
 # GIF is left out: it may be a clip itself.
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -121,10 +138,11 @@ def check_entry(entry: Any) -> CheckedEntry:
     given = read_turns(entry)
     turns = check_roles(leave_out_turns(given, repairs))
     check_texts(turns)
-    turns, media = place_media(turns, media, repairs)
-    if turns is not given:
+    placed, media = place_media(turns, media, repairs)
+    compare_names(turns, media)
+    if placed is not given:
         name = "conversations" if entry.get("conversations") else "messages"
-        entry = {**entry, name: [turn.source for turn in turns]}
+        entry = {**entry, name: [turn.source for turn in placed]}
     return CheckedEntry(entry, flatten(media), tuple(repairs))
 
 
@@ -171,18 +189,39 @@ def replace_numbers(value: Any, depth: int = 0) -> Any:
 
 
 def list_media(entry: dict) -> list[Medium]:
-    """Images first, then clips, each in the entry's order. Raises UnusableSample."""
+    """Images first, then clips, each in the entry's order; where it lists none, those of its parts in reading order.
+    Raises UnusableSample."""
     media = [Medium("image", (name,)) for name in names_of(field_of(entry, "image"))]
     given = field_of(entry, "video")
     clips = names_of(given)
-    if isinstance(given, list) and clips and all(name.lower().endswith(FRAME_ENDINGS) for name in clips):
+    if isinstance(given, list) and clips and are_frames(clips):
         media.append(Medium("video", tuple(clips), is_frames=True))
     else:
         media += [Medium("video", (name,)) for name in clips]
-    if len(media) > MAXIMUM_MEDIA or len(clips) > MAXIMUM_MEDIA:
-        number = max(len(media), len(clips))
+    if not media:
+        media = [medium for medium in map(read_part, list_parts(entry)) if medium]
+        if sum(medium.is_frames for medium in media) > 1:
+            raise UnusableSample("malformed_entry", "the frames of more than one clip are listed")
+    number = max(len(media), *(len(medium.names) for medium in media), 0)
+    if number > MAXIMUM_MEDIA:
         raise UnusableSample("too_many_media", f"{number} media in one entry, the limit is {MAXIMUM_MEDIA}")
     return media
+
+
+def are_frames(names: list[str]) -> bool:
+    return all(name.lower().endswith(FRAME_ENDINGS) for name in names)
+
+
+def read_part(part: dict[str, Any]) -> Medium | None:
+    """The medium that a part names, None for a part without a name. Raises UnusableSample."""
+    kind, given = kind_of(part), name_in(part)
+    if given is None:
+        return None
+    names = names_of(given)
+    is_frames = kind == "video" and isinstance(given, list) and are_frames(names)
+    if len(names) > 1 and not is_frames:
+        raise UnusableSample("malformed_entry", f"one part names {len(names)} media")
+    return Medium(kind, tuple(names), is_frames)
 
 
 def field_of(entry: dict, kind: str) -> Any:
@@ -312,6 +351,25 @@ def place_media(turns: list[Turn], media: list[Medium], repairs: list[str]) -> t
     return turns, [next(of_kind[kind]) for kind in placed]
 
 
+def compare_names(turns: list[Turn], media: list[Medium]) -> None:
+    """Raises UnusableSample where a part names another file than the entry's list has for it. media: in the order of
+    the placeholders, if there are any."""
+    for medium, own in zip(media, [own for turn in turns for own in name_placeholders(turn)]):
+        if own and own.names != medium.names:
+            names = [", ".join(of.names) for of in (own, medium)]
+            raise UnusableSample(
+                "media_names_disagree", f"a part is {names[0]:.300}, {names[1]:.300} in the list of media"
+            )
+
+
+def name_placeholders(turn: Turn) -> list[Medium | None]:
+    """What each placeholder of a turn names itself: a part may, one in a string does not."""
+    content = content_of(turn.source)
+    if has_parts(content):
+        return [read_part(part) for part in content if kind_of(part)]
+    return [None] * (len(turn.pieces) // 2)
+
+
 def list_placeholders(turns: list[Turn]) -> list[str]:
     """The kinds that the questions ask for, in order. Raises UnusableSample for placeholders elsewhere."""
     placed = []
@@ -336,7 +394,14 @@ def put_videos(turn: Turn) -> Turn:
     content = content_of(turn.source)
     if not has_parts(content):
         return rewrite(turn, turn.text.replace("<image>", "<video>"))
-    return rewrite(turn, [{**part, "type": "video"} if kind_of(part) else part for part in content])
+    return rewrite(turn, [as_video(part) if kind_of(part) else part for part in content])
+
+
+def as_video(part: dict[str, Any]) -> dict[str, Any]:
+    """The part as one of a clip, with what it says of its file."""
+    own = part["type"]
+    others = {key: value for key, value in part.items() if key not in (own, "video")}
+    return others | {"type": "video"} | ({"video": part[own]} if own in part else {})
 
 
 def count_kinds(kinds: list[str]) -> str:

@@ -30,6 +30,7 @@ from preparation.media_index import (
 )
 from preparation.raw_metadata import EntryRanges, MetadataReader, PreparationError, parse_entries, read_entry
 from preparation.worker_pool import WorkerPool
+from turns import list_parts, name_in
 
 MOST_SOURCES = 256  # more names are no names of datasets; the others are counted together
 OTHER_SOURCES, NO_SOURCE, TEXT_SOURCE, NO_FOLDER = "other", "unknown", "text", "no folder"
@@ -161,6 +162,7 @@ def source_of(entry: Any) -> str:
         if isinstance(name, str) and name:
             return name[:MAXIMUM_NAME]
     names = field_of(entry, "image") or field_of(entry, "video")
+    names = names or next(filter(None, map(name_in, list_parts(entry))), None)
     if names is None or names == []:
         return TEXT_SOURCE
     name = names[0] if isinstance(names, list) else names

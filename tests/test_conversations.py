@@ -95,6 +95,59 @@ def test_openai_style_turns():
         assert (checked.media, checked.repairs) == ((("image", "a.jpg"),), ())
 
 
+def asked(*contents: object, **fields) -> dict:
+    """An entry with OpenAI's turns; the answers are all the same."""
+    turns = [[{"role": "user", "content": content}, {"role": "assistant", "content": "A."}] for content in contents]
+    return {"messages": [turn for pair in turns for turn in pair], **fields}
+
+
+WHY = {"type": "text", "text": "Why?"}
+FIRST = {"type": "image_url", "image_url": {"url": "coco/1.jpg"}}
+SECOND = {"type": "image", "image": "./coco//2.jpg"}
+CLIP = {"type": "video", "video": "file://a.mp4"}
+FRAMES = {"type": "video", "video": ["b/1.jpg", "b/2.jpg"]}
+NAMELESS = [{"type": "image"}, {"type": "image", "image": None}, {"type": "image_url", "image_url": {}}]
+NAMELESS += [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]
+
+
+@pytest.mark.parametrize(
+    ("good", "media"),
+    [
+        (asked([FIRST, WHY]), [("image", "coco/1.jpg")]),
+        (asked([{**FIRST, "image_url": "coco/1.jpg"}, WHY], image=[]), [("image", "coco/1.jpg")]),
+        (
+            asked([CLIP, WHY, SECOND], "And?", [WHY, FIRST], videos=None),
+            [("video", "a.mp4"), ("image", "coco/2.jpg"), ("image", "coco/1.jpg")],
+        ),
+        (asked([FRAMES, FIRST]), [("frame", "b/1.jpg"), ("frame", "b/2.jpg"), ("image", "coco/1.jpg")]),
+        (
+            asked([FIRST, SECOND], image=["coco/1.jpg", "coco/2.jpg"]),
+            [("image", "coco/1.jpg"), ("image", "coco/2.jpg")],
+        ),
+        (asked([CLIP, FIRST], image="coco/1.jpg", video="a.mp4"), [("video", "a.mp4"), ("image", "coco/1.jpg")]),
+        (asked([FRAMES], video=["b/1.jpg", "b/2.jpg"]), [("frame", "b/1.jpg"), ("frame", "b/2.jpg")]),
+        (asked("<image>", [SECOND], image=["a.jpg", "coco/2.jpg"]), [("image", "a.jpg"), ("image", "coco/2.jpg")]),
+        *(
+            (asked([part, SECOND], image=["a", "coco/2.jpg"]), [("image", "a"), ("image", "coco/2.jpg")])
+            for part in NAMELESS
+        ),
+    ],
+)
+def test_names_in_parts(place_media, good, media):
+    before = copy.deepcopy(good)
+    checked = check_entry(good)
+    assert checked == CheckedEntry(before, tuple(media), ())
+    place_media(json.dumps(checked.entry).encode(), checked.part_kinds)
+
+
+def test_a_clip_named_as_a_picture_keeps_its_name():
+    part = {"type": "image_url", "image_url": {"url": "a.mp4"}, "video": None}
+    checked = check_entry(asked([part, WHY], video="a.mp4"))
+    assert checked.repairs == ("image_for_video",)
+    assert checked.entry["messages"][0]["content"] == [{"type": "video", "video": {"url": "a.mp4"}}, WHY]
+    assert check_entry(checked.entry) == CheckedEntry(checked.entry, (("video", "a.mp4"),), ())
+
+
 def test_kinds_of_the_parts_of_a_sample():
     media = ("frame", "image", "frame", "frame", "video", "frame")
     assert CheckedEntry({}, tuple((kind, "a") for kind in media), ()).part_kinds == [
@@ -271,6 +324,22 @@ def test_a_last_question_about_a_tag_is_left_out():
         (ask([{"type": "text", "text": "<image>\nWhat?"}]), "placeholder_mismatch"),
         (ask([{"type": "image"}, {"type": "text", "text": "What?"}]), "placeholder_mismatch"),
         (ask("What is <image>?", image=[], images=["a.jpg", "b.jpg"]), "placeholder_mismatch"),
+        (asked([FIRST, SECOND], image=["coco/2.jpg", "coco/1.jpg"]), "media_names_disagree"),
+        (asked([FIRST], [WHY, SECOND], images=["coco/1.jpg", "coco/3.jpg"]), "media_names_disagree"),
+        (asked("<image>", [SECOND], image=["coco/2.jpg", "a.jpg"]), "media_names_disagree"),
+        (asked([FRAMES], video=["b/2.jpg", "b/1.jpg"]), "media_names_disagree"),
+        (asked([{"type": "image", "image": "b.mp4"}], video="a.mp4"), "media_names_disagree"),
+        (asked([FIRST, SECOND], image="coco/1.jpg"), "placeholder_mismatch"),
+        *((asked([part, SECOND]), "placeholder_mismatch") for part in NAMELESS),
+        (asked("<image>", [SECOND]), "placeholder_mismatch"),
+        (asked([{"type": "image", "image": "file:///etc/hostname"}]), "unsafe_path"),
+        (asked([{"type": "image", "image": "../a.jpg"}]), "unsafe_path"),
+        (asked([{"type": "image", "image": 3}]), "malformed_entry"),
+        (asked([{"type": "video", "video": ["a.mp4", "b.mp4"]}]), "malformed_entry"),
+        (asked([{"type": "video", "video": ["a.jpg", None]}]), "malformed_entry"),
+        (asked([FRAMES, FRAMES]), "malformed_entry"),
+        (asked([FIRST] * (MAXIMUM_MEDIA + 1)), "too_many_media"),
+        (asked([{"type": "video", "video": ["a.jpg"] * (MAXIMUM_MEDIA + 1)}]), "too_many_media"),
         (ask("<image><image>What?", image="a.jpg"), "placeholder_mismatch"),
         (ask("<image>What?", image=["a.jpg", "b.jpg"]), "placeholder_mismatch"),
         (ask("<video>What?", image="a.jpg"), "placeholder_mismatch"),
@@ -404,7 +473,7 @@ def test_the_entries_of_the_last_test_pass_often_enough():
     """Otherwise it would say little."""
     outcomes: dict[str, int] = {}
 
-    @settings(max_examples=300, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=600, deadline=None, database=None, derandomize=True)
     @given(entries())
     def count(generated):
         try:
@@ -437,6 +506,14 @@ def test_clips_frames_and_mixed_media_reach_training(tmp_path, place_media):
         "frames": ask("<image>\nWhat?", video=[f"{number}.jpg" for number in range(4)]),
         "mixed": ask("<image> <video> <image>?", **mixed),
         "unplaced": ask("What?", **mixed),
+        "parts": asked(
+            [
+                WHY,
+                {"type": "image", "image": "2.jpg"},
+                {"type": "video", "video": "a.mkv"},
+                {"type": "image_url", "image_url": {"url": "1.jpg"}},
+            ]
+        ),
         "two": entry(
             ("human", "<image>1?"), ("gpt", "1"), ("human", "<image>2?"), ("gpt", "2"), image=["3.jpg", "0.jpg"]
         ),
@@ -469,5 +546,6 @@ def test_clips_frames_and_mixed_media_reach_training(tmp_path, place_media):
     assert shown["frames"] == [("video", 120)]
     assert shown["mixed"] == [("image", 0), clip, ("image", 240)]
     assert shown["unplaced"] == [("image", 0), ("image", 240), clip]
+    assert shown["parts"] == [("image", 160), clip, ("image", 80)]
     assert shown["two"] == [("image", 240), ("image", 0)]
     assert samples["frames"].media[0][1][4:8] == b"ftyp"
