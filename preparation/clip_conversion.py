@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from media import CLIP_FORMATS, exchanges_axes, orientation
+from media import CLIP_FORMATS, VideoSampling, exchanges_axes, media_shape, orientation
 from preparation.conversations import UnusableSample
 
 MAXIMUM_FRAME_PIXELS = 8192 * 4320  # 8K
@@ -17,6 +17,7 @@ MAXIMUM_ASPECT_RATIO = 200  # of Qwen2-VL's smart_resize
 MAXIMUM_PACKETS = 1_000_000  # nine hours at 30 frames a second
 PART_PACKETS = 48  # decoded of the first, the middle and the last part of a clip, at most
 FRAMES_PER_SECOND = 2  # of a clip given as pictures: what training samples by default, so that it reads all of them
+TIME_TOLERANCE = 0.02  # of a clip's seconds; stamps of a millisecond are off by less
 PICTURE_MAGIC = (b"GIF8", b"\xff\xd8\xff", b"\x89PNG")
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # with which an mp4 or mov may begin
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # the two top-level elements of Matroska (RFC 9559)
@@ -186,22 +187,47 @@ def duration(stream: Any, packets: list[Any], frames: int) -> float:
 
 def remux(data: bytes) -> bytes:
     """The video packets of a clip, from the first key frame on, in an mp4; in an mkv or else an avi where mp4 takes no
-    such codec. Raises UnusableSample and FFmpeg's errors."""
+    such codec. Raises UnusableSample and FFmpeg's errors.
+
+    An avi keeps no time stamps, only a rate, so there packets are numbered at the average rate of the clip.
+    """
     for container_format in ("mp4", "matroska", "avi"):
         with open_clip(data) as (container, stream), new_clip(container_format) as (output, target):
             try:
                 copy = target.add_stream_from_template(stream, opaque=True)
             except ValueError:  # no such codec in this format
                 continue
-            started = False
+            interval = frame_interval(stream) if container_format == "avi" else None
+            copy.time_base = interval or copy.time_base
+            number = 0
             for packet in container.demux(stream):
-                started = started or packet.is_keyframe
-                if started and packet.size:
+                if packet.size and (number or packet.is_keyframe):
+                    if interval:
+                        packet.pts = packet.dts = number
+                        packet.time_base, packet.duration = interval, 1
                     packet.stream = copy
+                    number += 1
                     target.mux(packet)
             target.close()
             return output.getvalue()
     raise UnusableSample("unsupported_clip", "neither mp4 nor mkv nor avi takes its codec")
+
+
+def frame_interval(stream: Any) -> Fraction:
+    """Seconds from one frame to the next, on average. Raises UnusableSample where the clip does not say."""
+    if not stream.average_rate:
+        raise UnusableSample("unsupported_clip", "only avi takes its codec, and it has no frame rate")
+    return 1 / stream.average_rate
+
+
+def refuse_other_times(before: tuple[bytes, Probe], after: tuple[bytes, Probe]) -> None:
+    """Raises UnusableSample where training would read another number of frames of a clip in its new container, or would
+    take it for shorter or longer. Each side: the file and what it holds."""
+    counts = [media_shape("video", data, VideoSampling())[2] for data, _ in (before, after)]
+    seconds = [probe.seconds for _, probe in (before, after)]
+    if counts[0] != counts[1] or abs(seconds[1] - seconds[0]) > TIME_TOLERANCE * seconds[0]:
+        old, new = [f"{count} frames sampled of {length:.2f} s" for count, length in zip(counts, seconds)]
+        raise UnusableSample("unsupported_clip", f"only avi takes its codec, which has one rate: {old} became {new}")
 
 
 def mux_jpegs(files: list[bytes], height: int, width: int) -> bytes:

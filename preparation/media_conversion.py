@@ -20,7 +20,8 @@ What training could not read raises `UnusableSample`, with one of these reasons 
     clip_too_large, clip_too_long        frames of over 8192 x 4320 pixels; over a million frames
     extreme_aspect_ratio                 one side over 200 times the other: Qwen2-VL takes none
     unsupported_image                    pixels of no known range
-    unsupported_clip                     a format or codec that FFmpeg lacks; frames of several sizes
+    unsupported_clip                     a format or codec that FFmpeg lacks; frames of several sizes; an uneven rate
+                                         where only avi, which has one rate, takes the codec
 """
 
 import io
@@ -33,7 +34,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from media import EXIF_ORIENTATION, decode_image, to_rgb
-from preparation.clip_conversion import MAXIMUM_ASPECT_RATIO, Probe, mux_jpegs, probe_clip, remux
+from preparation.clip_conversion import MAXIMUM_ASPECT_RATIO, Probe, mux_jpegs, probe_clip, refuse_other_times, remux
 from preparation.conversations import UnusableSample
 from preparation.picture_structure import read_layout
 
@@ -253,8 +254,10 @@ def convert_clip(data: bytes, options: ConversionOptions) -> StoredMedia:
     """Any clip -> the same bytes, or the same packets in another container."""
     probe, treatment = probe_clip(data, options.check_pictures), "clips_copied"
     if probe.part is None:
-        data, treatment = remux(data), "clips_remuxed"
+        source, data, treatment = (data, probe), remux(data), "clips_remuxed"
         probe = probe_clip(data, options.check_pictures)
+        if probe.part == "avi":
+            refuse_other_times(source, (data, probe))
     return store_clip(data, probe, treatment)
 
 

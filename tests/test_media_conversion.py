@@ -427,6 +427,28 @@ def test_other_containers_give_their_packets_to_one_that_training_reads(containe
     assert convert_media("video", "name", data).data == stored.data
 
 
+@pytest.mark.parametrize(("container", "codec"), [("flv", "flv1"), ("asf", "wmv1"), ("asf", "wmv2")])
+def test_a_clip_in_an_avi_keeps_its_rate(container, codec):
+    data = clip_file(container, codec, frames=80)
+    stored = convert_media("video", "name", data)
+    assert (stored.part, stored.frames, stored.seconds) == ("avi", 80, pytest.approx(10.0))
+    with av.open(io.BytesIO(stored.data)) as clip:
+        assert clip.streams.video[0].average_rate == 8
+    assert len(decode_video(stored.data, VideoSampling())) == len(decode_video(data, VideoSampling())) == 20
+
+
+def test_a_clip_of_uneven_rate_is_not_put_into_an_avi():
+    data, stretched_clip = clip_file("flv", "flv1", frames=80), io.BytesIO()
+    stamps = [125 * (number + 3 * min(30, max(0, number - 40))) for number in range(80)]
+    with av.open(io.BytesIO(data)) as source, av.open(stretched_clip, "w", format="flv") as target:
+        copy = target.add_stream_from_template(source.streams.video[0])
+        for packet, pts in zip(source.demux(video=0), stamps, strict=False):
+            packet.pts = packet.dts = pts
+            packet.stream = copy
+            target.mux(packet)
+    assert reason_of("video", stretched_clip.getvalue()) == "unsupported_clip"
+
+
 def test_a_clip_that_begins_between_key_frames():
     data = clip_file("mpegts", "mpeg2video", frames=40, g=16, bf=0)
     stored = convert_media("video", "name", data[len(data) // 2 // 188 * 188 :])
