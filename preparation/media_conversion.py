@@ -228,7 +228,9 @@ def downsize(image: Image.Image, data: bytes, orientation: int | None, options: 
 
     def fit(height: int, width: int, _frames: int = 1) -> tuple[int, int]:
         shrink = math.sqrt(options.max_pixels / (height * width))
-        return max(1, math.floor(height * shrink)), max(1, math.floor(width * shrink))
+        sides = max(1, math.floor(height * shrink)), max(1, math.floor(width * shrink))
+        longest = MAXIMUM_ASPECT_RATIO * min(sides)  # which a short side that was rounded down may make too short
+        return min(sides[0], longest), min(sides[1], longest)
 
     if image.format == "JPEG" and orientation is not None:
         picture = Image.fromarray(decode_image(data, fit))

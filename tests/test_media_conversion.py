@@ -318,6 +318,17 @@ def test_pictures_above_max_pixels_are_made_smaller(file_format, max_pixels):
     assert_quadrants(picture, "rgbw")
 
 
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+@pytest.mark.parametrize(("height", "width"), [(10, 1990), (1990, 10)])
+def test_a_long_picture_made_smaller_keeps_an_aspect_ratio_that_training_takes(file_format, height, width):
+    options = ConversionOptions(max_pixels=9000)
+    stored = convert_media("image", "name", encode(Image.new("RGB", (width, height)), file_format), options)
+    assert stored.treatment == "images_downsized"
+    sides = pixels(stored.data).shape[:2]
+    assert max(sides) == 200 * min(sides) == 1200
+    assert (sides[0] > sides[1]) == (height > width)
+
+
 def test_pictures_within_max_pixels_stay_as_they_are():
     assert_copied(encode(noise(40, 50), "JPEG"), "jpg", ConversionOptions(max_pixels=2000))
     assert_copied(encode(noise(40, 50), "PNG"), "png", ConversionOptions(max_pixels=2000))
