@@ -60,6 +60,9 @@ from preparation.set_summary import filtered_name, summarise
 from preparation.shard_writing import make_task, write_shard
 from preparation.worker_pool import WorkerPool
 
+MOST_SEED = 2**63 - 1
+MOST_WORKERS_A_CORE = 8  # more only wait for each other and take memory
+
 
 def prepare(arguments: argparse.Namespace) -> int:
     """All of the work; returns the exit status. Raises PreparationError or OSError."""
@@ -315,6 +318,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more, not {value}")
+    if abs(arguments.seed) > MOST_SEED:
+        parser.error(f"--seed must be from -{MOST_SEED} to {MOST_SEED}; take a shorter number")
+    most = MOST_WORKERS_A_CORE * (os.cpu_count() or 1)
+    if arguments.num_workers > most:
+        parser.error(f"--num-workers must be {most} or less here ({MOST_WORKERS_A_CORE} for each core)")
     if not 1 <= arguments.jpeg_quality <= 100:
         parser.error(f"--jpeg-quality must be from 1 to 100, not {arguments.jpeg_quality}")
     if arguments.part and arguments.force:
