@@ -47,11 +47,14 @@ from preparation.output_folder import (
     check_output,
     claim,
     is_finished,
+    list_leftovers,
     locked,
     read_json,
+    remove,
     remove_conclusions,
     remove_leftovers,
     remove_work,
+    stats_path,
 )
 from preparation.plan import Collector, Plan, check_all, make_plan
 from preparation.raw_metadata import METADATA_NAME, MetadataReader, PreparationError, find_metadata
@@ -170,6 +173,23 @@ def planning_lock(arguments: argparse.Namespace) -> Iterator[Path | None]:
         yield work
 
 
+@contextlib.contextmanager
+def finish_lock(arguments: argparse.Namespace, is_due: bool) -> Iterator[None]:
+    """Where there is something to write or to clear, keep other runs from this folder and clear what killed ones left.
+    A part, which may meet others here, does without."""
+    output_dir = arguments.output_dir
+    if arguments.part or not (is_due or list_leftovers(output_dir)):
+        yield
+        return
+    with run_lock(arguments):
+        for path in list_leftovers(output_dir):
+            remove(path)  # not .work, where the lock lies
+        try:
+            yield
+        finally:
+            remove_work(output_dir)
+
+
 def own_shards(layout: Layout, part: tuple[int, int] | None) -> list[int]:
     number, parts = part or (1, 1)
     return list(range(number - 1, len(layout.split_of), parts))
@@ -205,16 +225,20 @@ def write_missing(
 
 def finish(arguments: argparse.Namespace, stats: dict[str, Any]) -> int:
     """What may follow a complete set: the report, and Energon's metadata. Returns the exit status."""
-    output_dir = arguments.output_dir
-    if not arguments.no_report and not (output_dir / REPORT_NAME).exists():
-        from preparation_report import write_report
+    output_dir, split = arguments.output_dir, say_shares(arguments.split)
+    wants_report = not arguments.no_report and not (output_dir / REPORT_NAME).exists()
+    with finish_lock(arguments, wants_report or arguments.energon_prepare):
+        if wants_report:
+            from preparation_report import write_report
 
-        print(f"Report: {write_report(output_dir)}")
-    split = say_shares(arguments.split)
+            print(f"Report: {write_report(output_dir)}")
+        if arguments.energon_prepare:
+            shards = [output_dir / name for name in stats["shards"]]
+            split_of = tuple(read_json(stats_path(shard))["split"] for shard in shards)
+            energon_prepare(output_dir, split, split_of, arguments.num_workers)
     if arguments.energon_prepare:
-        split_of = tuple(read_json((output_dir / name).with_suffix(".stats.json"))["split"] for name in stats["shards"])
-        energon_prepare(output_dir, split, split_of, arguments.num_workers)
-    elif is_cut_alike(arguments.split, len(stats["shards"])):
+        return 0
+    if is_cut_alike(arguments.split, len(stats["shards"])):
         print(f"Next: {dialogue_command(output_dir, split)}")
     else:
         print(f"Next: the same command with --energon-prepare (its dialogue would not cut {split} as it is)")

@@ -4,6 +4,7 @@ O/run.json                       what the bytes of the shards depend on; marks t
 O/pretrain-000000.tar            a finished shard, if its stats lie beside it
 O/pretrain-000000.stats.json
 O/*.xxxxxxxx.tmp                 a file that is being written; left over only by a run that was killed
+O/report/, O/.nv-meta/           what report.html and `energon prepare` leave, and the same of each
 O/.work                          indexes of the source tars, unpacked .tar.gz, locks; removed at the end
 """
 
@@ -33,7 +34,10 @@ OWN_FILE = re.compile(
 )
 TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 ENERGON_FOLDER, REPORT_FOLDER = ".nv-meta", "report"
-OWN_FILE_IN = {ENERGON_FOLDER: re.compile(r"\.info\.yaml|(split|dataset)\.yaml"), REPORT_FOLDER: re.compile(r".+\.png")}
+OWN_FILE_IN = {
+    ENERGON_FOLDER: re.compile(r"(\.info|split|dataset)\.yaml(\.[0-9a-f]{8}\.tmp)?"),
+    REPORT_FOLDER: re.compile(r".+\.png(\.[0-9a-f]{8}\.tmp)?"),
+}
 # flock on file systems that have none
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -120,9 +124,9 @@ def check_output(output_dir: Path, force: bool) -> None:
         )
 
 
-def is_leftover(path: Path) -> bool:
+def is_leftover(path: Path, own: re.Pattern = OWN_FILE) -> bool:
     """Whether a run of this tool was killed while it wrote the file."""
-    return bool(TEMPORARY.fullmatch(path.name) and OWN_FILE.fullmatch(path.name))
+    return bool(TEMPORARY.fullmatch(path.name) and own.fullmatch(path.name))
 
 
 def claim(output_dir: Path, run: dict[str, Any], force: bool) -> None:
@@ -181,6 +185,15 @@ def remove_leftovers(output_dir: Path, prefixes: tuple[str, ...]) -> None:
     for path in sorted(output_dir.iterdir()):
         if is_leftover(path) and path.name.startswith(prefixes):
             remove(path)
+
+
+def list_leftovers(output_dir: Path) -> list[Path]:
+    """What killed runs left in the folder of a complete set and in those within it."""
+    owned = [(output_dir, OWN_FILE), *((output_dir / name, own) for name, own in OWN_FILE_IN.items())]
+    folders = [(folder, own) for folder, own in owned if folder.is_dir()]
+    paths = [path for folder, own in folders for path in sorted(folder.iterdir()) if is_leftover(path, own)]
+    work = output_dir / WORK_FOLDER
+    return [*paths, work] if work.exists() else paths
 
 
 def is_finished(shard: Path) -> bool:

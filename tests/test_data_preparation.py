@@ -37,6 +37,7 @@ import data_preparation
 import preparation_report
 from preparation import run_description
 from preparation.energon_metadata import count_splits
+from preparation.output_folder import locked
 from preparation.plan import source_of
 
 SCRIPT = Path(data_preparation.__file__)
@@ -612,6 +613,32 @@ def test_force_replaces_only_what_the_tool_wrote(raw_set, tmp_path, capsys):
     assert len(all_files(output)) == 2 * 10 + 4 < len(first)
     assert run(raw_set, output, "--force", *SMALL_SHARDS) == 0
     assert all_files(output) == first
+
+
+@pytest.mark.parametrize("option", ["--force", "--limit=90"])
+def test_what_killed_runs_left_is_cleared(raw_set, tmp_path, option):
+    """By a run that writes the set anew, and by one that finds it complete."""
+    output = tmp_path / "shards"
+    assert run(raw_set, output, "--limit=90") == 0
+    before = all_files(output)
+    for folder, name in ((".", "stats.json"), ("report", "sizes.png"), (".nv-meta", "split.yaml"), (".work", "x.tar")):
+        (output / folder).mkdir(exist_ok=True)
+        (output / folder / f"{name}.0123abcd.tmp").write_bytes(b"cut")
+    (output / "report" / "notes.0123abcd.tmp").write_text("mine")
+    assert run(raw_set, output, "--limit=90", option) == 0
+    assert all_files(output) == before
+    assert [path.name for path in output.rglob("*.tmp")] == ["notes.0123abcd.tmp"]
+    assert not (output / ".work").exists()
+
+
+def test_a_run_does_not_clear_what_another_is_writing(raw_set, tmp_path, capsys):
+    output = tmp_path / "shards"
+    assert run(raw_set, output) == 0
+    written = output / "report.html.0123abcd.tmp"
+    written.write_bytes(b"half")
+    with locked(output / ".work" / "run.lock"):
+        fails_with(capsys, raw_set, output, "another run is writing to")
+    assert written.read_bytes() == b"half"
 
 
 def test_force_leaves_other_shards_alone(raw_set, tmp_path, capsys):
