@@ -42,6 +42,7 @@ from preparation.output_folder import (
     REFUSED_NAME,
     REPORT_NAME,
     SHARD_NAME,
+    SKIPPED_NAME,
     STATS_NAME,
     WORK_FOLDER,
     check_output,
@@ -73,8 +74,11 @@ def prepare(arguments: argparse.Namespace) -> int:
     check_output(arguments.output_dir, arguments.force)
     if is_complete(arguments, metadata):
         print(f"{arguments.output_dir} is complete already; --force would write it anew")
-        return finish(arguments, read_json(arguments.output_dir / STATS_NAME))
-    stats = write_set(arguments, metadata)
+        stats = read_json(arguments.output_dir / STATS_NAME)
+    else:
+        stats = write_set(arguments, metadata)
+    if stats and arguments.strict:
+        refuse_findings(arguments.output_dir, stats)
     return finish(arguments, stats) if stats else 0
 
 
@@ -97,6 +101,17 @@ def write_set(arguments: argparse.Namespace, metadata: list[Path]) -> dict[str, 
             remove_work(arguments.output_dir)
     say_result(stats, arguments.output_dir / filtered_name(metadata), seconds, samples)
     return stats
+
+
+def refuse_findings(output_dir: Path, stats: dict[str, Any]) -> None:
+    """Raise PreparationError where a run without --strict wrote a set, or some of its shards, that --strict would have
+    stopped at."""
+    kinds = {"skipped": stats["skipped"], "repaired": stats["repairs"]}
+    findings = [f"{kind}: {what} {count}" for kind, counts in kinds.items() for what, count in counts.items()]
+    findings += [f"not read whole: {name}" for name, tar in stats["tars"].items() if tar["damage"] or tar["refused"]]
+    if findings:
+        remedy = f"see {output_dir / SKIPPED_NAME}, repair the data and add --force, which names the first of them"
+        raise PreparationError(f"--strict: {output_dir} was written without it ({', '.join(findings)}); {remedy}")
 
 
 # Planning

@@ -108,7 +108,7 @@ class Places:
 
     source int32 [U]: number of the tar; NO_PLACE: there is none; first_file + i: file i of `files`, names relative to
     the data folder. offset, size int64 [U]. content S16 [U]. other_case bool [U]: the file's name differs in letter
-    case or Unicode form.
+    case or Unicode form. sought_in_folders: some name was in no tar.
     """
 
     source: np.ndarray
@@ -118,6 +118,7 @@ class Places:
     other_case: np.ndarray
     first_file: int
     files: NameList = field(default_factory=NameList)
+    sought_in_folders: bool = False
 
     @classmethod
     def empty(cls, count: int, first_file: int) -> "Places":
@@ -310,6 +311,22 @@ def index_folder(data_dir: Path, leave_out: Path) -> tuple[Index, NameList]:
 
 def walk_folder(root: str, leave_out: str) -> Iterator[str]:
     """Names of plain files relative to the root."""
+    for folder, _, names in walk_folders(root, leave_out):
+        yield from (os.path.join(folder, name) for name in names)
+
+
+def are_files_older(data_dir: Path, leave_out: Path, time_ns: int) -> bool:
+    """Whether no plain file below the data folder was written, added or removed after a time."""
+    root = str(data_dir)
+    for folder, changed_ns, names in walk_folders(root, str(leave_out.resolve())):
+        paths = (os.path.join(root, folder, name) for name in names)
+        if changed_ns > time_ns or any(os.stat(path).st_mtime_ns > time_ns for path in paths):
+            return False
+    return True
+
+
+def walk_folders(root: str, leave_out: str) -> Iterator[tuple[str, int, list[str]]]:
+    """(name relative to the root, when it changed, names of its plain files) of each folder."""
     waiting, seen = [""], set()
     while waiting:
         folder = waiting.pop()
@@ -318,12 +335,14 @@ def walk_folder(root: str, leave_out: str) -> Iterator[str]:
         if os.path.realpath(path) == leave_out or (state.st_dev, state.st_ino) in seen:
             continue
         seen.add((state.st_dev, state.st_ino))
+        names = []
         with os.scandir(path) as entries:
             for entry in entries:
                 if entry.is_dir():
                     waiting.append(os.path.join(folder, entry.name))
                 elif entry.is_file():
-                    yield os.path.join(folder, entry.name)
+                    names.append(entry.name)
+        yield folder, state.st_mtime_ns, names
 
 
 def look_at_file(root: bytes, name: bytes) -> tuple[int, bytes] | None:
@@ -349,7 +368,8 @@ def locate(sources: list[TarSource], data_dir: Path, leave_out: Path, names: np.
     for number, index in enumerate(indexes):
         rows, members = match(names, index.names)
         places.enter(rows, number, index, members)
-    if (places.source == NO_PLACE).any():
+    places.sought_in_folders = bool((places.source == NO_PLACE).any())
+    if places.sought_in_folders:
         folder, files = index_folder(data_dir, leave_out)
         rows, members = match(names, folder.names)
         only_there = places.source[rows] == NO_PLACE

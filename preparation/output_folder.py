@@ -38,6 +38,7 @@ OWN_FILE_IN = {
     ENERGON_FOLDER: re.compile(r"(\.info|split|dataset)\.yaml(\.[0-9a-f]{8}\.tmp)?"),
     REPORT_FOLDER: re.compile(r".+\.png(\.[0-9a-f]{8}\.tmp)?"),
 }
+NOT_HASHED = ("fingerprint", "inputs", "plain_files")  # of run.json
 # flock on file systems that have none
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -149,7 +150,7 @@ def describe_difference(earlier: dict[str, Any], run: dict[str, Any]) -> str:
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if names:
         return ", ".join(f"{name} was {before.get(name)}, now is {now.get(name)}" for name in names)
-    return ", ".join(name for name in run if run[name] != earlier.get(name) and name not in ("fingerprint", "inputs"))
+    return ", ".join(name for name in run if run[name] != earlier.get(name) and name not in NOT_HASHED)
 
 
 def clear_output(output_dir: Path) -> None:

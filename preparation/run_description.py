@@ -11,7 +11,7 @@ import numpy as np
 from PIL import features
 
 from preparation.data_splits import Layout
-from preparation.media_index import TarSource, list_tars
+from preparation.media_index import TarSource, are_files_older, list_tars
 from preparation.output_folder import RUN_NAME, STATS_NAME, TOOL, is_finished, read_json, read_run
 from preparation.plan import Plan
 from preparation.raw_metadata import MetadataReader
@@ -39,7 +39,8 @@ def list_sizes(inputs: list[Path]) -> list[list]:
 
 
 def is_complete(arguments: argparse.Namespace, metadata: list[Path]) -> bool:
-    """Whether an earlier run has written all that this one would write."""
+    """Whether an earlier run has written all that this one would write. Where the plan looked for plain files, they are
+    looked at as the tars are: none may be newer."""
     run, stats = read_run(arguments.output_dir), read_json(arguments.output_dir / STATS_NAME)
     if arguments.force or arguments.dry_run or not run or not isinstance(stats, dict):
         return False
@@ -50,6 +51,8 @@ def is_complete(arguments: argparse.Namespace, metadata: list[Path]) -> bool:
         return False
     begun = (arguments.output_dir / RUN_NAME).stat().st_mtime_ns
     is_older = all(path.stat().st_mtime_ns <= begun for path in inputs)
+    if is_older and run["plain_files"]:
+        is_older = are_files_older(arguments.data_dir, arguments.output_dir, begun)
     return is_older and all(is_finished(arguments.output_dir / name) for name in stats["shards"])
 
 
@@ -63,7 +66,8 @@ def describe_run(
     head = {"tool": TOOL, "version": SET_VERSION, "settings": list_settings(arguments)}
     run = {**head, "libraries": libraries, "metadata": metadata, "media": digest_plan(tars, plan, layout)}
     inputs = list_sizes(list_inputs(arguments.data_dir, reader.paths))
-    return {**run, "fingerprint": sha256(repr(run).encode()).hexdigest(), "inputs": inputs}
+    looked_at = {"inputs": inputs, "plain_files": plan.places.sought_in_folders}
+    return {**run, "fingerprint": sha256(repr(run).encode()).hexdigest(), **looked_at}
 
 
 def digest_plan(tars: list[TarSource], plan: Plan, layout: Layout) -> str:

@@ -393,6 +393,45 @@ def test_strict_stops_at_the_first_finding(tmp_path, capsys):
     assert run(data, tmp_path / "shards", "--strict") == 0
 
 
+def test_strict_on_a_complete_set_fails_as_it_would_have(raw_set, tmp_path, capsys):
+    output = tmp_path / "shards"
+    assert run(raw_set, output) == 0
+    before = all_files(output)
+    for _ in range(2):
+        fails_with(capsys, raw_set, output, "--strict: ", "--strict")
+    fails_with(capsys, raw_set, output, "skipped: broken_clip 2, skipped: broken_image 3", "--strict")
+    fails_with(capsys, raw_set, output, "repaired: other_letter_case 1", "--strict")
+    (output / "stats.json").unlink()  # all shards are there, and none is read again
+    fails_with(capsys, raw_set, output, "entry 15 of the metadata: unsafe_path", "--strict")
+    assert run(raw_set, output) == 0
+    assert all_files(output) == before
+    pictures = {f"{number}.jpg": plain_jpeg(number) for number in range(20)}
+    broken = [entry(number, image=name) for number, name in enumerate([*pictures, "broken.jpg"])]
+    data = make_set(tmp_path / "broken", broken, {**pictures, "broken.jpg": b"x"})
+    assert run(data, tmp_path / "other", "--split", "1,0,0") == 0
+    (tmp_path / "other" / "stats.json").unlink()
+    fails_with(capsys, data, tmp_path / "other", "skipped: broken_image 1", "--strict", "--split", "1,0,0")
+
+
+@pytest.mark.parametrize("change", ["replaced", "added", "removed"])
+def test_plain_files_are_looked_at_again(tmp_path, capsys, change):
+    data, output = tmp_path / "data", tmp_path / "shards"
+    (data / "folder").mkdir(parents=True)
+    for number in range(10):
+        (data / "folder" / f"{number}.jpg").write_bytes(plain_jpeg(number))
+    write_entries(data / "cambrian737k.json", [entry(number, image=f"folder/{number}.jpg") for number in range(11)])
+    assert run(data, output, "--split", "1,0,0") == 0
+    before = all_files(output)
+    assert run(data, output, "--split", "1,0,0") == 0
+    assert "is complete already" in capsys.readouterr().out
+    if change == "removed":
+        (data / "folder" / "3.jpg").unlink()
+    else:
+        (data / "folder" / ("3.jpg" if change == "replaced" else "10.jpg")).write_bytes(plain_jpeg(50))
+    fails_with(capsys, data, output, "holds shards of another run (different: media)", "--split", "1,0,0")
+    assert all_files(output) == before
+
+
 # What it says
 
 
