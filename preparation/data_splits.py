@@ -214,4 +214,6 @@ def count_rounds(samples: list[int], shares: tuple[int, int, int], maxcount: int
     if most:
         larger = max(-(-count // (share * most)) for count, share in zip(samples, shares) if share)
         why += f"; with --maxcount {larger} it can be done"
+    else:
+        why += "; add data, or put all of it into one split (--split 1,0,0)" if sum(samples) else "; add data"
     raise PreparationError(f"the samples ({counts}) cannot be cut into shards of at most {maxcount}: {why}")

@@ -400,5 +400,7 @@ def refuse_empty_shard(stats: ShardStats) -> None:
     """Energon drops an empty shard, and could then find no val split."""
     if not stats.written:
         first = f"{len(stats.skipped)} in all; the first: {stats.skipped[0].reason}, {stats.skipped[0].detail}"
-        remedy = "make fewer and larger shards (--maxcount), try another --seed, or leave broken data out"
+        another = "try another --seed, " if len(stats.skipped) > 1 else ""  # shards of one sample: one is always empty
+        shards = "make fewer and larger shards (a larger --maxcount, or one split: --split 1,0,0)"
+        remedy = f"{shards}, {another}add data, or leave broken data out"
         raise PreparationError(f"{stats.name} would be empty, for none of its samples can be used ({first}); {remedy}")

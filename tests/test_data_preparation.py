@@ -597,6 +597,9 @@ def test_too_few_samples_for_a_split(tmp_path, capsys):
     fails_with(capsys, data, tmp_path / "shards", "the split 8,1,1 is cut by whole shards and needs 10 of them")
     write_entries(data / "cambrian737k.json", [entry(number) for number in range(10)])
     assert run(data, tmp_path / "shards") == 0
+    write_entries(data / "cambrian737k.json", [entry(number) for number in range(9)])
+    fails_with(capsys, data, tmp_path / "few", "add data, or put all of it into one split (--split 1,0,0)")
+    assert run(data, tmp_path / "few", "--split", "1,0,0", "--energon-prepare") == 0
     fails_with(capsys, data, tmp_path / "other", "the sources are text", "--source-weight", "coco=2")
 
 
@@ -609,6 +612,16 @@ def test_a_shard_whose_samples_are_all_broken(tmp_path, capsys):
     assert 0 < len(found) < 20
     said = capsys.readouterr().err
     assert "would be empty, for none of its samples can be used" in said and "try another --seed" in said
+
+
+def test_a_few_entries_of_which_one_is_broken(tmp_path, capsys):
+    entries = [*(entry(number) for number in range(9)), entry(9, image="bad.jpg")]
+    data = make_set(tmp_path / "data", entries, {"bad.jpg": b"bad"})
+    for seed in range(3):
+        assert run(data, tmp_path / f"{seed}", "--seed", str(seed)) == 1
+        said = capsys.readouterr().err
+        assert "--split 1,0,0" in said and "add data" in said and "another --seed" not in said
+    assert run(data, tmp_path / "shards", "--split", "1,0,0") == 0
 
 
 def test_the_folder_of_another_run_is_refused(raw_set, tmp_path, capsys):
