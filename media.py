@@ -25,7 +25,15 @@ CLIP_FORMATS = "mov,mp4,matroska,webm,avi,flv,mpegts,mpeg,asf,ogg"
 EXIF_ORIENTATION = 0x0112  # EXIF 2.32
 TURNED = (5, 6, 7, 8)  # the orientations that exchange height and width
 # PIL raises all of these for files that are broken in one way or another.
-PICTURE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, TypeError, Image.DecompressionBombError)
+PICTURE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    TypeError,
+    RuntimeError,  # AVIF
+    Image.DecompressionBombError,
+)
 
 # libswscale's flags (swscale.h): bicubic as the image processor, exact rounding, chroma filtered for every pixel. With
 # the first alone white comes out as 253 and saturated colours are up to 3 levels off.

@@ -19,7 +19,7 @@ What training could not read raises `UnusableSample`, with one of these reasons 
     image_too_large                      over 89,478,485 pixels, or 65,500 a side
     clip_too_large, clip_too_long        frames of over 8192 x 4320 pixels; over a million frames
     extreme_aspect_ratio                 one side over 200 times the other: Qwen2-VL takes none
-    unsupported_image                    pixels of no known range
+    unsupported_image                    pixels of no known range; a format that is not read, such as HEIC or ICO
     unsupported_clip                     a format or codec that FFmpeg lacks; frames of several sizes; an uneven rate
                                          where only avi, which has one rate, takes the codec
 """
@@ -31,15 +31,30 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError, features
 
 from media import EXIF_ORIENTATION, decode_image, to_rgb
 from preparation.clip_conversion import MAXIMUM_ASPECT_RATIO, Probe, mux_jpegs, probe_clip, refuse_other_times, remux
 from preparation.conversations import UnusableSample
 from preparation.picture_structure import read_layout
 
+OPTIONAL_FORMATS = {"AVIF": "avif", "JPEG2000": "jpg_2000"}  # by the feature of Pillow's that reads them
 # Bitmap formats only: Pillow would hand EPS to Ghostscript, and vector formats have no size of their own.
-PICTURE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+PICTURE_FORMATS = (
+    *("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"),
+    *(name for name, feature in OPTIONAL_FORMATS.items() if features.check(feature)),
+)
+OTHER_FORMATS = {  # by how their files begin
+    "AVIF": rb".{4}ftypavi[fs]",
+    "JPEG2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "HEIC": rb".{4}ftyp(hei|hev|mif|msf)",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "ICO": rb"\0\0\x01\0",
+    "PSD": rb"8BPS",
+    "EPS": rb"%!PS",
+    "PDF": rb"%PDF",
+    "SVG": rb"<svg",
+}
 MAXIMUM_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MiB of RGB
 MAXIMUM_JPEG_SIDE = 65_500  # px, libjpeg's JPEG_MAX_DIMENSION
 NOT_UPRIGHT = range(2, 9)  # of the EXIF orientations
@@ -145,7 +160,7 @@ def convert_picture(data: bytes, options: ConversionOptions, parts: tuple[str, .
         refuse_size(layout.height, layout.width)
         if not exceeds(layout.height, layout.width, options):
             return StoredMedia(layout.part, data, "images_copied", layout.height, layout.width)
-    with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
+    with open_picture(data) as image:
         width, height = image.size
         refuse_size(height, width)
         orientation = read_orientation(image)
@@ -157,6 +172,17 @@ def convert_picture(data: bytes, options: ConversionOptions, parts: tuple[str, .
         if not layout or options.check_pictures:
             decode_whole(image, options.check_pictures)
         return StoredMedia(part, data, "images_copied", height, width)
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """Raises UnusableSample for formats that are not read, and whatever Pillow raises."""
+    try:
+        return Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+    except UnidentifiedImageError:
+        for name, beginning in OTHER_FORMATS.items():
+            if name not in PICTURE_FORMATS and re.match(beginning, data, re.DOTALL):
+                raise UnusableSample("unsupported_image", f"{name}, which is not read here") from None
+        raise
 
 
 def refuse_size(height: int, width: int) -> None:

@@ -22,9 +22,9 @@ from media_files import (
     quadrants,
     rotated_exif,
 )
-from PIL import Image
+from PIL import Image, features
 
-from media import VideoSampling, decode_image, decode_video
+from media import MediaError, VideoSampling, decode_image, decode_video
 from preparation import picture_structure
 from preparation.clip_conversion import probe_clip
 from preparation.conversations import UnusableSample
@@ -279,6 +279,30 @@ def test_cmyk_and_bilevel():
     np.testing.assert_allclose(convert(encode(quadrants("rgbw").quantize(4), "PNG", bits=2))[4, 4], RED, atol=4)
 
 
+@pytest.mark.parametrize(("file_format", "feature"), [("AVIF", "avif"), ("JPEG2000", "jpg_2000")])
+def test_formats_that_not_every_pillow_reads(file_format, feature):
+    if not features.check(feature):
+        pytest.skip(f"this Pillow reads no {file_format}")
+    picture = quadrants("rgbw", 64, 96)
+    data = encode(picture, file_format)
+    np.testing.assert_allclose(
+        convert(data)[[8, 8, 56, 56], [8, 88, 8, 88]], [COLOURS[name] for name in "rgbw"], atol=6
+    )
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    np.testing.assert_allclose(convert(encode(clear, file_format)), 255, atol=2)
+    assert reason_of("image", data[: len(data) // 2]) == "broken_image"
+
+
+def test_an_avif_whose_pixels_are_damaged():
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    data = bytearray(encode(noise(), "AVIF"))
+    data[data.index(b"mdat") + 4 :] = bytes(len(data) - data.index(b"mdat") - 4)
+    assert reason_of("image", bytes(data)) == "broken_image"
+    with pytest.raises(MediaError, match="not a readable picture"):
+        decode_image(bytes(data))
+
+
 @pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_first_frame_of_an_animation(file_format):
     frames = [quadrants("rgbw"), quadrants("wbgr"), quadrants("bbbb")]
@@ -376,7 +400,14 @@ def test_pictures_beyond_the_limits_are_refused_unread(height, width, reason):
     assert reason_of("image", png_header(height, width)) == reason
 
 
-@pytest.mark.parametrize("data", [b"", b"GIF89a", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xff\xd8\xff", bytes(range(200))])
+@pytest.mark.parametrize(
+    "data", [encode(noise(), "ICO"), b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\0\0\0\x18ftypheic", b"8BPS\0\1", b"<svg></svg>"]
+)
+def test_formats_that_are_not_read_have_a_reason_of_their_own(data):
+    assert reason_of("image", data) == "unsupported_image"
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a", b"\xff\xd8\xff", bytes(range(200))])
 def test_what_is_no_picture(data):
     assert reason_of("image", data) == "broken_image"
 
