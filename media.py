@@ -44,7 +44,8 @@ BT709, BT601 = 1, 5
 BT601_ALIKE = (0, 2, 3, 4, 5, 6)
 LIMITED, FULL = 1, 2
 
-# (height, width, frames) of a picture or clip as displayed -> height and width to which it is resized.
+# (height, width, frames) of a picture or clip as displayed -> height and width to which it is resized. One with an
+# attribute `whole` that is true has JPEGs decoded at their own size first.
 Fit = Callable[[int, int, int], tuple[int, int]]
 
 
@@ -145,7 +146,8 @@ def decode_image(data: bytes, fit: Fit | None = None) -> np.ndarray:
     """Picture file -> uint8 RGB [H, W, 3] of the size that `fit` gives (None: its own). Raises MediaError.
 
     Resizing is PIL's bicubic, the image processor's. A JPEG of at least twice the size in both directions is decoded at
-    a half, a quarter or an eighth, never below the target: libjpeg leaves out the high frequencies of its blocks.
+    a half, a quarter or an eighth, never below the target: libjpeg leaves out the high frequencies of its blocks. A fit
+    that is `whole` forbids that.
     """
     with _readable("picture", PICTURE_ERRORS):
         image = Image.open(io.BytesIO(data))
@@ -153,7 +155,8 @@ def decode_image(data: bytes, fit: Fit | None = None) -> np.ndarray:
     with image:
         target = fit(*_displayed_size(image, turned), 1) if fit else None
         with _readable("picture", PICTURE_ERRORS):
-            return np.asarray(_resize_picture(image, target, turned) if target else to_rgb(image))
+            whole = getattr(fit, "whole", False)
+            return np.asarray(_resize_picture(image, target, turned, whole) if target else to_rgb(image))
 
 
 def _displayed_size(picture: Any, exchanged: bool) -> tuple[int, int]:
@@ -161,12 +164,12 @@ def _displayed_size(picture: Any, exchanged: bool) -> tuple[int, int]:
     return (picture.width, picture.height) if exchanged else (picture.height, picture.width)
 
 
-def _resize_picture(image: Image.Image, target: tuple[int, int], turned: bool) -> Image.Image:
+def _resize_picture(image: Image.Image, target: tuple[int, int], turned: bool, whole: bool) -> Image.Image:
     """An opened picture file as RGB with the displayed height and width `target`."""
     height, width = target
     stored_size = (height, width) if turned else (width, height)  # PIL's order is width, height
-    draft = image.draft("RGB", stored_size)
-    if draft is None:  # no JPEG
+    draft = None if whole else image.draft("RGB", stored_size)
+    if draft is None:  # or no JPEG
         return to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
     image = image if image.mode == "RGB" else image.convert("RGB")
     # The sides of a draft are rounded up; the box is what the picture covers of them. Its EXIF data stay with it.

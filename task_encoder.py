@@ -208,19 +208,22 @@ class PixelFit:
     """The size to which `media` resizes what a processor reads, so that nothing is left for it to resize (a `Fit`).
 
     factor: height and width become multiples of it, pixels. min_pixels, max_pixels: bounds of H*W of a picture or
-    frame. The frames of a long clip share `sampling.total_pixels`.
+    frame. The frames of a long clip share `sampling.total_pixels`. whole: JPEGs are decoded at their own size, as for
+    the image processor of pixels, which a pixel baseline is to equal.
     """
 
     factor: int
     min_pixels: int
     max_pixels: int
     sampling: VideoSampling
+    whole: bool = False
 
     @classmethod
     def of(cls, image_processor, sampling: VideoSampling) -> "PixelFit":
         """For any processor with Qwen2VLImageProcessor's attributes."""
         factor = image_processor.patch_size * image_processor.merge_size
-        return cls(factor, image_processor.min_pixels, image_processor.max_pixels, sampling)
+        whole = getattr(image_processor, "dct_config", None) is None
+        return cls(factor, image_processor.min_pixels, image_processor.max_pixels, sampling, whole)
 
     def __call__(self, height: int, width: int, frames: int) -> tuple[int, int]:
         """Height and width, pixels. Raises BadSample."""
