@@ -33,6 +33,7 @@ from run_folder import (
     copy_all_but_weights,
     count_batches_as_completed,
     is_frozen,
+    let_others_read,
     resume,
     step_checkpoints,
     sync_files,
@@ -145,6 +146,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         write_pixel_bounds(temporary, self.pixel_bounds)
         weights = self.model.state_dict() if state_dict is None else state_dict
         self.model.save_pretrained(temporary, state_dict=merged_hf(weights, self.lora))
+        let_others_read(temporary)
         shutil.rmtree(output_dir, ignore_errors=True)
         temporary.replace(output_dir)
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lora import merged_megatron
-from run_folder import copy_all_but_weights
+from run_folder import copy_all_but_weights, let_others_read
 
 ROWS, COLUMNS, WHOLE = 0, 1, None  # the axis that tensor parallelism splits
 
@@ -249,6 +249,7 @@ def save_hf(model, hf_config, model_dir: Path, output_dir: Path, edit: Callable[
     torch.distributed.barrier()
     if first:
         _write_index(temporary)
+        let_others_read(temporary)
         if edit:
             edit(temporary)
         shutil.rmtree(output_dir, ignore_errors=True)

@@ -119,6 +119,12 @@ def copy_all_but_weights(model_dir: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
+def let_others_read(folder: Path) -> None:
+    """The weights of a Hugging Face directory get the permissions of its other files."""
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes 0600
+
+
 def write_pixel_bounds(folder: Path, bounds: dict[str, int]) -> None:
     """The processor of a Hugging Face directory gets the bounds that the run was trained with."""
     path = folder / "preprocessor_config.json"

@@ -225,6 +225,14 @@ def test_only_the_newest_checkpoints_are_kept_and_whole(one_process):
 
 
 @pytest.mark.launch
+def test_weights_can_be_read_by_others(one_process):
+    """safetensors lets the owner only."""
+    files = sorted((one_process["output"] / "whole").rglob("*.safetensors"))
+    assert len(files) == 3  # hf/ and two checkpoints
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+
+
+@pytest.mark.launch
 def test_unusable_data_stops_the_run_with_one_clear_line(one_process):
     code, log = one_process["unusable"]
     assert code != 0

@@ -150,6 +150,7 @@ def test_every_tensor_comes_back_bit_for_bit(name, directory, tmp_path):
     model = build(stored, torch.bfloat16)
     save_hf(model, AutoConfig.from_pretrained(folder), folder, tmp_path / "out")
     before, after = load_file(stored / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert before.keys() == after.keys()
     for key, tensor in before.items():
         assert after[key].dtype == torch.bfloat16 and torch.equal(after[key], tensor), key
