@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import run_lock
+
 # A resumed run repeats the samples and losses of an uninterrupted one only if these are what they were.
 DATA_SETTINGS = (  # --restart-data lets these change
     *("data_dir", "min_pixels", "max_pixels", "seq_length", "shuffle_buffer", "seed"),
@@ -446,6 +448,7 @@ def train(arguments: argparse.Namespace, info: ModelInfo) -> None:
     engine = arguments.chosen_engine
     arguments.precision = arguments.precision or ("bf16-mixed" if torch.cuda.is_available() else "32")
     if arguments.rank == 0:
+        run_lock.lock(arguments.run_dir)
         write_run_file(arguments, info)
         print(f"Engine {engine}, token format {info.dct_name}, {arguments.world_size} process(es), GBS "
               f"{arguments.global_batch_size}, run folder {arguments.run_dir}", flush=True)  # fmt: skip
@@ -495,6 +498,8 @@ def main(argv: list[str] | None = None) -> int:
         info = check(arguments)
         arguments.accumulate = arguments.global_batch_size // (arguments.micro_batch_size * arguments.data_parallel)
         if arguments.check:
+            if os.environ.get("NODE_RANK", "0") == "0":  # the first node may train when another still checks
+                run_lock.check_unlocked(arguments.run_dir)
             return 0
         if arguments.world_size > 1 and "WORLD_SIZE" not in os.environ:
             raise RunError(f"{arguments.world_size} processes are torchrun's to start: bash qwen_launch.sh")
@@ -505,7 +510,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        line = explain(error) if not isinstance(error, RunError) else str(error)
+        line = str(error) if isinstance(error, (RunError, run_lock.RunFolderError)) else explain(error)
         if line is None:
             raise
         print(f"finetune_qwen2vl.py: {line}", file=sys.stderr)

@@ -22,6 +22,7 @@ from pipeline import REPOSITORY, Prepared, metrics, run
 from safetensors.torch import load_file
 
 import finetune_qwen2vl
+import run_lock
 
 STEPS, SAVE_INTERVAL, VAL_INTERVAL = 24, 8, 12
 KILL_AFTER = 14  # steps: well past a checkpoint, before the next
@@ -254,6 +255,11 @@ def test_run_folder_of_other_settings_is_refused(one_process):
     result = run(["bash", "qwen_launch.sh"], check=False, **environment)
     assert result.returncode == 1
     assert "was started with --lr 0.001, now it is 0.0005" in result.stderr
+
+
+def test_run_that_is_being_trained_is_not_started_twice(prepared, tmp_path):
+    run_lock.lock(tmp_path / "refused")
+    assert f"is being trained by another process (pid {os.getpid()} on" in refused(prepared, tmp_path)
 
 
 def refused(prepared: Prepared, tmp_path: Path, *arguments: str, **settings: str) -> str:

@@ -1,9 +1,17 @@
-"""What a run keeps in its folder: the loggers that the command line asks for."""
+"""What a run keeps in its folder: its lock, the loggers that the command line asks for."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from pipeline import REPOSITORY
+
+import run_lock
 
 
 def arguments(folder: Path, **changes) -> Namespace:
@@ -30,3 +38,47 @@ def test_wandb_is_written_if_asked_for(project, tmp_path, monkeypatch):
     written = file.read_bytes()
     assert b"tokens" in written and b"first" in written
     assert b"train/loss" in written and b"1.25" in written
+
+
+# Holds a run folder, and leaves behind a process that outlives it, as a loader process may.
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+import run_lock
+run_lock.lock(Path(sys.argv[1]))
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A run folder, the process that holds it, and the id of that one's child."""
+    folder = tmp_path / "first"
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    holder = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    child = int(holder.stdout.readline())
+    yield folder, holder
+    holder.kill()
+    holder.wait(timeout=20)
+    holder.stdout.close()
+    os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("take", [run_lock.lock, run_lock.check_unlocked])
+def test_run_folder_is_held_by_one_process_and_free_when_it_is_killed(take, held):
+    folder, holder = held
+    with pytest.raises(run_lock.RunFolderError) as refusal:
+        take(folder)
+    line = f"{folder} is being trained by another process (pid {holder.pid} on {socket.gethostname()}): wait or end it"
+    assert str(refusal.value) == line
+    holder.kill()
+    holder.wait(timeout=20)
+    take(folder)
+
+
+def test_looking_at_a_run_folder_makes_none(tmp_path):
+    run_lock.check_unlocked(tmp_path / "first")
+    assert not (tmp_path / "first").exists()
