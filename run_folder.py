@@ -4,13 +4,17 @@ import json
 import os
 import re
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from nemo import lightning as nl
+
+from run_lock import RunFolderError
 
 CHECKPOINT_NAME = re.compile(r"step(\d{6,})")
 PARTS = {"vision": "visual.", "projector": "visual.merger.", "language": ("model.", "lm_head.")}
@@ -67,13 +71,36 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def resume(arguments) -> nl.AutoResume | None:
-    """From the newest checkpoint of the run, where there is one."""
+    """From the newest checkpoint of the run, where there is one. Collective. Raises RunFolderError."""
     checkpoint = latest_checkpoint(arguments.run_dir / "checkpoints")
+    if arguments.world_size > 1 and torch.distributed.is_torchelastic_launched():
+        store, rank, processes = next(torch.distributed.rendezvous("env://"))
+        store = torch.distributed.PrefixStore("newest_checkpoint", store)
+        checkpoint = agree_on_checkpoint(arguments.run_dir / "checkpoints", store, rank, processes)
     if checkpoint is None:
         return None
     if arguments.rank == 0:
         print(f"Resuming from {checkpoint}", flush=True)
     return nl.AutoResume(resume_from_path=str(checkpoint))
+
+
+def agree_on_checkpoint(folder: Path, store: torch.distributed.Store, rank: int, processes: int) -> Path | None:
+    """The newest checkpoint that the first process sees. It decides for all, since processes that begin at different
+    steps wait for each other for ever; so do those left over by one that ends, so all raise RunFolderError where one
+    does not see it."""
+    if rank == 0:
+        newest = latest_checkpoint(folder)
+        store.set("name", newest.name if newest else "")
+    name = store.get("name").decode()
+    store.set(f"blind{rank}", "" if not name or (folder / name).exists() else socket.gethostname())
+    if rank == 0:
+        store.set("blind", next(filter(None, (store.get(f"blind{each}") for each in range(processes))), b""))
+    blind = store.get("blind").decode()
+    if blind:
+        raise RunFolderError(
+            f"{blind} does not see {folder / name}: OUTPUT_DIR must be one folder that all nodes share"
+        )
+    return folder / name if name else None
 
 
 def trainer_options(arguments) -> dict[str, Any]:

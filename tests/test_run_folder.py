@@ -1,11 +1,14 @@
-"""What a run keeps in its folder: its lock, the loggers that the command line asks for."""
+"""What a run keeps in its folder: its lock, the checkpoint it goes on from, the loggers it was asked for."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,38 @@ def test_run_folder_is_held_by_one_process_and_free_when_it_is_killed(take, held
 def test_looking_at_a_run_folder_makes_none(tmp_path):
     run_lock.check_unlocked(tmp_path / "first")
     assert not (tmp_path / "first").exists()
+
+
+def resume_on_nodes(*folders: Path) -> list:
+    """What the process of each node finds in its folder of checkpoints: a path, None or the error."""
+    import torch.distributed
+
+    from run_folder import agree_on_checkpoint
+
+    def node(rank: int):
+        try:
+            return agree_on_checkpoint(folders[rank], store, rank, len(folders))
+        except run_lock.RunFolderError as error:
+            return error
+
+    store = torch.distributed.HashStore()
+    store.set_timeout(timedelta(seconds=20))
+    with ThreadPoolExecutor(len(folders)) as pool:
+        return list(pool.map(node, range(len(folders))))
+
+
+def test_the_first_node_chooses_the_checkpoint(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for name in ("first/step000008", "second/step000008", "second/step000016"):
+        (tmp_path / name).mkdir(parents=True)
+    assert resume_on_nodes(first, first) == [first / "step000008"] * 2
+    assert resume_on_nodes(first, second) == [first / "step000008", second / "step000008"]
+    assert resume_on_nodes(tmp_path / "empty", second) == [None, None]
+
+
+def test_all_nodes_end_where_one_does_not_see_the_checkpoint(tmp_path):
+    (tmp_path / "first" / "step000008").mkdir(parents=True)
+    said = f"{socket.gethostname()} does not see .*step000008: OUTPUT_DIR must be one folder that all nodes share"
+    errors = resume_on_nodes(tmp_path / "first", tmp_path / "second", tmp_path / "first")
+    assert len(errors) == 3
+    assert all(re.fullmatch(said, str(error)) for error in errors)
