@@ -17,6 +17,9 @@ RUN PIP_CONSTRAINT="" python -m pip install --no-cache-dir --no-deps \
 RUN python -c "import av, braceexpand, multistorageclient, numpy, PIL, scipy, tqdm, transformers, webdataset, yaml" \
     && python -c "from transformers import Qwen2VLForConditionalGeneration"
 
+# The mounted repository may hold a .venv of the machine outside, which the scripts would take.
+ENV PYTHON=python
+
 # The user outside, so that what is written to the mounted folders is theirs. An id or a name that the base image uses
 # already (Ubuntu's 1000) is taken over.
 ARG UID=1000

@@ -4,6 +4,9 @@
 #   MODEL_DIR=~/models DATASET_DIR=~/datasets ./make-and-run-docker.sh                    a shell
 #   MODEL_DIR=~/models DATASET_DIR=~/datasets ./make-and-run-docker.sh ./qwen_launch.sh   a command and its arguments
 #
+# The settings of qwen_launch.sh that are set here hold in the container, too, but for MODEL_DIR and DATASET_DIR:
+#   ... LR=2e-5 EXPERIMENT_NAME=first ./make-and-run-docker.sh env MODEL_DIR=/models/other-x4 bash qwen_launch.sh
+#
 # In the container /models and /datasets are those two folders, and the working folder is this repository; you are the
 # same user as outside. Needs an NVIDIA GPU, Docker and the NVIDIA Container Toolkit. The first build pulls
 # nvcr.io/nvidia/nemo:25.07, tens of GB.
@@ -33,6 +36,11 @@ bind_mount() { # SOURCE TARGET; in the value of --mount commas separate fields
     OPTIONS+=(--mount "type=bind,source=$1,target=$2")
 }
 
+# Names of the launcher's settings. MODEL_DIR and DATASET_DIR mean the mounted folders here, and a checkpoint and a set there.
+launcher_settings() {
+    sed -nE 's/^([A-Z_]+)=\$\{\1:-.*/\1/p' "$REPOSITORY/qwen_launch.sh" | grep -vxE 'MODEL_DIR|DATASET_DIR'
+}
+
 build_arguments() {
     printf '%s\n' "UID=$(id -u)" "GID=$(id -g)" "USER_NAME=$(id -un)"
 }
@@ -54,7 +62,7 @@ build_unless_there() { # TAG
 
 # Options by group: user's terminal, GPUs, memory as NVIDIA's release notes recommend for PyTorch, environment, mounts.
 run_options() {
-    local models datasets
+    local models datasets name
     models=$(folder MODEL_DIR "the folder of the checkpoints")
     datasets=$(folder DATASET_DIR "the folder of the data sets")
     OPTIONS=(--rm --interactive)
@@ -67,6 +75,9 @@ run_options() {
     if [[ -n $SHM_SIZE ]]; then OPTIONS+=(--shm-size "$SHM_SIZE"); else OPTIONS+=(--ipc host); fi
     OPTIONS+=(--ulimit memlock=-1 --ulimit stack=67108864)
     OPTIONS+=(--env HF_HUB_OFFLINE --env WANDB_API_KEY --env WANDB_MODE)
+    for name in $(launcher_settings); do
+        if [[ -n ${!name+set} ]]; then OPTIONS+=(--env "$name"); fi
+    done
     bind_mount "$models" /models
     bind_mount "$datasets" /datasets
     bind_mount "$REPOSITORY" /workspace/repository

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ class Sandbox:
         bin_folder = folder / "bin"
         for path in (self.repository, self.models, self.datasets, bin_folder):
             path.mkdir()
-        for name in (SCRIPT, "Dockerfile"):
+        for name in (SCRIPT, "Dockerfile", "qwen_launch.sh"):
             shutil.copy(REPOSITORY / name, self.repository / name)
         self.docker = bin_folder / "docker"
         self.docker.write_text(DOCKER)
@@ -140,6 +141,24 @@ def test_gpus(sandbox, gpus, expected):
     command = sandbox.run_command()
     start = command.index("--interactive") + 1
     assert command[start : command.index("--ipc")] == expected
+
+
+def test_settings_of_the_launcher_are_passed_on(sandbox):
+    sandbox.run("bash", "qwen_launch.sh", LR="2e-5", MAX_STEPS="77", EXPERIMENT_NAME="first", TP="", PYTHON="/python3")
+    command = sandbox.run_command()
+    assert [name for flag, name in pairwise(command) if flag == "--env"] == [
+        *("HF_HUB_OFFLINE", "WANDB_API_KEY", "WANDB_MODE"),
+        *("EXPERIMENT_NAME", "TP", "MAX_STEPS", "LR"),
+    ]
+    launcher = (REPOSITORY / "qwen_launch.sh").read_text()
+    settings = set(re.findall(r"^([A-Z_]+)=", launcher, re.MULTILINE)) - {"MODEL_DIR", "DATASET_DIR"}
+    sandbox.record.unlink()
+    sandbox.run(**dict.fromkeys(settings, "1"))
+    assert settings and settings <= set(sandbox.run_command())
+
+
+def test_container_s_own_interpreter_is_used():
+    assert re.search(r"^ENV PYTHON=python$", (REPOSITORY / "Dockerfile").read_text(), re.MULTILINE)
 
 
 def test_own_shared_memory(sandbox):
