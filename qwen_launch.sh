@@ -9,7 +9,17 @@
 # Several nodes: the same command on each, with NNODES, NODE_RANK and MASTER_ADDR set; train_slurm.sh does that under Slurm.
 # All of them must share MODEL_DIR, DATASET_DIR and OUTPUT_DIR under the same names.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [ "$PWD" != "$here" ]; then
+  for name in MODEL_DIR DATASET_DIR OUTPUT_DIR; do  # relative ones are named from the caller's folder
+    case ${!name:-} in
+      "" | /*) ;;
+      *) declare "$name=$PWD/${!name}" ;;
+    esac
+  done
+  cd "$here"
+fi
 
 EXPERIMENT_NAME=${EXPERIMENT_NAME:-qwen2vl_2b_dct_x4}
 MODEL_DIR=${MODEL_DIR:-/models/Qwen2-VL-2B-Instruct-x4}    # from convert_checkpoint.py

@@ -396,6 +396,24 @@ def test_missing_model_is_refused(prepared, tmp_path):
     assert "no model in /nowhere" in refused(prepared, tmp_path, MODEL_DIR="/nowhere")
 
 
+def test_relative_folders_are_those_of_the_caller(tmp_path):
+    """Only the default of OUTPUT_DIR is a folder of the repository."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    folders = {"MODEL_DIR": "models/x4", "DATASET_DIR": "/data/set", "PYTHON": str(tmp_path / "python")}
+
+    def launched(folder: Path, **settings: str) -> dict[str, str]:
+        environment = {"PATH": os.environ["PATH"], **folders, **settings}
+        command = ["bash", os.path.relpath(REPOSITORY / "qwen_launch.sh", folder)]
+        words = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        return dict(re.findall(r"--(model-dir|data-dir|output-dir) (\S+)", words.stdout.splitlines()[-1]))
+
+    data = {"data-dir": "/data/set"}
+    assert launched(tmp_path) == {"model-dir": f"{tmp_path}/models/x4", **data, "output-dir": "experiments"}
+    assert launched(tmp_path, OUTPUT_DIR="runs")["output-dir"] == f"{tmp_path}/runs"
+    assert launched(REPOSITORY, OUTPUT_DIR="r") == {"model-dir": "models/x4", **data, "output-dir": "r"}
+
+
 def test_unprepared_data_is_refused(prepared, tmp_path):
     assert "no shards in" in refused(prepared, tmp_path, DATASET_DIR=str(tmp_path))
     shutil.copy(next(prepared.shards.glob("*.tar")), tmp_path)
