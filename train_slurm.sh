@@ -5,9 +5,11 @@
 #
 # The nodes must see the folders under the same names. CONTAINER=IMAGE runs it in that image (Slurm's pyxis plug-in), with
 # MOUNTS=/datasets:/datasets,/models:/models. Requeued or submitted again, the job goes on from its newest checkpoint.
+# It asks for the cores of 8 processes with 4 loader processes each; with others: sbatch --cpus-per-task N ...
 # Tested with a stand-in for srun.
 #SBATCH --job-name=qwen2vl
 #SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=40
 #SBATCH --requeue
 set -euo pipefail
 
@@ -21,6 +23,9 @@ if [ -z "${MASTER_ADDR:-}" ]; then
 fi
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export REPOSITORY NNODES NUM_PROC_PER_NODE MASTER_ADDR MASTER_PORT
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+  export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take it from the job (Slurm 22.05 on)
+fi
 
 container=()
 if [ -n "${CONTAINER:-}" ]; then

@@ -470,6 +470,16 @@ def test_two_nodes_through_slurm(prepared, tmp_path):
     assert not (tmp_path / "nodes" / "checkpoints").exists() and (tmp_path / "nodes" / "hf").is_dir()
 
 
+def test_slurm_s_task_has_the_cores_of_its_processes_and_loaders(tmp_path):
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$SRUN_CPUS_PER_TASK"\n')
+    (tmp_path / "srun").chmod(0o755)
+    (asked,) = re.findall(r"^#SBATCH --cpus-per-task=(\d+)$", (REPOSITORY / "train_slurm.sh").read_text(), re.MULTILINE)
+    defaults = dict(re.findall(r"^(\w+)=\$\{\1:-(\d+)\}", (REPOSITORY / "qwen_launch.sh").read_text(), re.MULTILINE))
+    assert int(asked) == int(defaults["NUM_PROC_PER_NODE"]) * (1 + int(defaults["NUM_WORKERS"]))
+    job = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "MASTER_ADDR": "n1", "SLURM_CPUS_PER_TASK": asked}
+    assert run(["bash", "train_slurm.sh"], PATH=f"{tmp_path}:{os.environ['PATH']}", **job).stdout == f"{asked}\n"
+
+
 def test_profile_is_a_trace_of_one_step(one_process):
     trace = json.loads(gzip.decompress((one_process["output"] / "whole" / "profile" / "rank0.json.gz").read_bytes()))
     names = {event.get("name", "") for event in trace["traceEvents"]}
