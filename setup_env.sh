@@ -5,7 +5,8 @@
 #
 # Takes the first CPython 3.10 to 3.12 it finds and installs with uv where there is one (half a minute when uv has the
 # packages in its cache), or else with pip (5 to 10 minutes), both with the settings (index, proxy, certificates) they
-# have on this machine. A set-up that was cut off is done again.
+# have on this machine. A set-up that was cut off is done again; an environment that this script did not make is left
+# alone, and one that it did make is back if the set-up of the next fails.
 #
 #   PYTHON=/path/to/python3.11   this interpreter, or none
 #   INSTALLER=uv|pip             this installer, or none
@@ -19,6 +20,7 @@ VENV=$(realpath -m "${VENV:-.venv}")
 readonly VENV
 readonly STAMP=$VENV/setup.stamp
 readonly LOG=$VENV/setup.log
+readonly BEGUN=$VENV.begun OLD=$VENV.old # there while this script fills .venv
 readonly MIN_FREE_GB=${MIN_FREE_GB:-8}
 
 fail() {
@@ -97,10 +99,17 @@ find_installers() {
     printf 'pip\n'
 }
 
+is_ours() {
+    [[ -f $STAMP || -f $LOG || -f $BEGUN ]]
+}
+
 check_place() {
     local parent free_kb
     if [[ -e $VENV && ! -f $VENV/pyvenv.cfg && -n $(ls -A "$VENV" 2>/dev/null) ]]; then
         fail "$VENV is in the way and is no virtual environment; move it, or choose another place with VENV=..."
+    fi
+    if [[ -f $VENV/pyvenv.cfg ]] && ! is_ours; then
+        fail "$VENV is a virtual environment that this script did not finish; remove it, or choose another place with VENV=..."
     fi
     parent=$(dirname "$VENV")
     mkdir -p "$parent"
@@ -109,6 +118,18 @@ check_place() {
         fail "$((free_kb / 1024 / 1024)) GB are free in $parent, $MIN_FREE_GB GB are needed;" \
             "free some, or try with less: make setup MIN_FREE_GB=$((free_kb / 1024 / 1024))"
     fi
+}
+
+# The old .venv waits under another name. One that waits already is that of a set-up that was cut off.
+set_aside() {
+    : >"$BEGUN"
+    if [[ -e $VENV && ! -e $OLD ]]; then mv "$VENV" "$OLD"; fi
+}
+
+put_back() {
+    rm -rf "$VENV"
+    if [[ -e $OLD ]]; then mv "$OLD" "$VENV"; fi
+    rm -f "$BEGUN"
 }
 
 install_with_uv() { # INTERPRETER
@@ -144,6 +165,7 @@ install_with_any() { # INTERPRETER
     for installer in $installers; do
         if install "$installer" "$1"; then return; fi
     done
+    put_back
     fail "could not install $LOCK with ${installers//$'\n'/ or }; see above, then run the same command again"
 }
 
@@ -157,9 +179,11 @@ main() {
     [[ -f $LOCK ]] || fail "$LOCK is missing from $PWD; a complete checkout has it: git checkout $LOCK"
     python=$(find_python)
     check_place
+    set_aside
     install_with_any "$python"
     stamp_for "$(version_of "$VENV/bin/python")" >"$STAMP.new"
     mv "$STAMP.new" "$STAMP"
+    rm -rf "$OLD" "$BEGUN"
     printf 'setup_env.sh: %s is ready after %d s\n' "$VENV" "$((SECONDS - started))" >&2
 }
 

@@ -256,6 +256,39 @@ def test_folder_that_is_no_environment_is_kept(sandbox):
     assert (sandbox.venv / "thesis.tex").exists()
 
 
+def test_environment_of_someone_else_is_kept(sandbox):
+    subprocess.run([BASE_PYTHON, "-m", "venv", "--without-pip", str(sandbox.venv)], check=True, timeout=60)
+    (sandbox.venv / "theirs").touch()
+    assert_one_error(sandbox.run(), f"{sandbox.venv} is a virtual environment that this script did not finish")
+    assert (sandbox.venv / "theirs").exists()
+
+
+def test_environment_is_back_if_the_next_cannot_be_installed(sandbox):
+    sandbox.run()
+    (sandbox.venv / "before").touch()
+    change_lock(sandbox)
+    sandbox.fail.touch()
+    assert sandbox.run(INSTALLER="uv").returncode == 1
+    assert (sandbox.venv / "before").exists()
+    sandbox.fail.unlink()
+    assert sandbox.run().returncode == 0
+    assert not (sandbox.venv / "before").exists()
+    assert [path.name for path in sandbox.repository.glob(".venv*")] == [".venv"]
+
+
+@pytest.mark.parametrize("name", [".venv", ".venv.old"])
+def test_set_up_that_was_cut_off_is_done_again(sandbox, name):
+    """Killed in its first run, or when it had put the old environment aside."""
+    sandbox.run()
+    (sandbox.venv / "setup.stamp").unlink()
+    (sandbox.venv / "setup.log").unlink()
+    sandbox.venv.rename(sandbox.repository / name)
+    (sandbox.repository / ".venv.begun").touch()
+    assert sandbox.run().returncode == 0
+    assert sandbox.run().stderr == ""
+    assert [path.name for path in sandbox.repository.glob(".venv*")] == [".venv"]
+
+
 def test_missing_lock(sandbox):
     sandbox.lock.unlink()
     assert_one_error(sandbox.run(), "requirements.lock is missing")
