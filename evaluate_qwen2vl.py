@@ -12,21 +12,23 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     import numpy as np
 
 GREY = 128  # of 0..255
+ASKED_AT_ONCE = 256  # questions whose media are in memory together
 
 
 @dataclass(frozen=True)
 class Question:
     """One question. pieces: text, with "image" or "video" between texts where a medium stands. media: (kind, uint8
-    [H, W, 3] or [T, H, W, 3]) in the order of the entry."""
+    [H, W, 3] or [T, H, W, 3]) in the order of the entry. system: the entry's own system turn, None for the default."""
 
     key: str
     turn: int
@@ -34,6 +36,7 @@ class Question:
     pieces: tuple[str, ...]
     answer: str
     media: tuple[tuple[str, "np.ndarray"], ...]
+    system: str | None = None
 
     @property
     def text(self) -> str:
@@ -41,22 +44,29 @@ class Question:
         return "".join(self.pieces[::2])
 
 
-def read_questions(data_dir: Path, split: str, limit: int | None, sampling, fit=None) -> Iterator[Question]:
+def read_questions(
+    data_dir: Path, split: str, limit: int | None, sampling, fit=None, special: Iterable[str] = (), left_out=None
+) -> Iterator[Question]:
     """Questions of a split in the order of its shards; entries that cannot be used are reported on stderr.
 
-    sampling: `media.VideoSampling`. fit: `media.Fit`, the size in which media are read (None: their own)."""
+    sampling: `media.VideoSampling`. fit: `media.Fit`, the size in which media are read (None: their own). special: the
+    tokenizer's special tokens, which the chat template takes for what they stand for when a text spells them out.
+    left_out: Counter of entries left out, by reason."""
     from media import MediaError, as_array
     from task_encoder import BadSample, parse_entry, parse_messages, read_samples
 
-    asked = 0
+    asked, left_out = 0, Counter() if left_out is None else left_out
     for sample in read_samples(data_dir, split):
         try:
             entry = parse_entry(sample.entry)
             messages = parse_messages(entry, bool(sample.media))
+            refuse_special(messages, special)
             media = tuple((kind, as_array(kind, content, sampling, fit)) for kind, content in sample.media)
         except (BadSample, MediaError) as error:
+            left_out[getattr(error, "reason", "undecodable_media")] += 1
             print(f"evaluate_qwen2vl.py: {sample.__key__} left out: {error}", file=sys.stderr)
             continue
+        system = messages[0][1][0] if messages[0][0] == "system" else None
         spoken = [pieces for role, pieces in messages if role != "system"]
         types = entry.get("question_type", [])
         for turn, (question, (answer,)) in enumerate(zip(spoken[::2], spoken[1::2], strict=True)):
@@ -64,7 +74,18 @@ def read_questions(data_dir: Path, split: str, limit: int | None, sampling, fit=
                 return
             asked += 1
             kind = types[turn] if turn < len(types) else "all"
-            yield Question(sample.__key__, turn, kind, place_media(question, media), answer, media)
+            yield Question(sample.__key__, turn, kind, place_media(question, media), answer, media, system)
+
+
+def refuse_special(messages: list[tuple[str, list[str]]], special: Iterable[str]) -> None:
+    """Raises BadSample for a question or system turn with a special token in its text: training learns it as text,
+    which the chat template cannot say."""
+    from task_encoder import BadSample
+
+    for role, pieces in messages:
+        for token in special if role != "assistant" else ():
+            if any(token in text for text in pieces[::2]):
+                raise BadSample("special_token", f"its text spells out {token}")
 
 
 def place_media(pieces: list[str], media: tuple) -> tuple[str, ...]:
@@ -127,6 +148,8 @@ class Answerer:
             if piece
         ]
         messages = [{"role": "user", "content": content}]
+        if question.system is not None:
+            messages.insert(0, {"role": "system", "content": question.system})
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
@@ -164,23 +187,23 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def write_results(output_dir: Path, questions, predictions, blind_predictions, summary: dict) -> None:
-    """predictions.jsonl, one object for each question, and accuracy.json."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for question, prediction, blind in zip(questions, predictions, blind_predictions, strict=True):
-            line = {
-                "key": question.key,
-                "turn": question.turn,
-                "question_type": question.question_type,
-                "question": question.text,
-                "answer": question.answer,
-                "prediction": prediction,
-                "blind_prediction": blind,
-                "correct": same_answer(prediction, question.answer),
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    (output_dir / "accuracy.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+def write_answers(
+    file: TextIO, questions: list[Question], predictions: list[str], blind_predictions: list[str]
+) -> None:
+    """Lines of predictions.jsonl, one object for each question."""
+    for question, prediction, blind in zip(questions, predictions, blind_predictions, strict=True):
+        line = {
+            "key": question.key,
+            "turn": question.turn,
+            "question_type": question.question_type,
+            "question": question.text,
+            "answer": question.answer,
+            "prediction": prediction,
+            "blind_prediction": blind,
+            "correct": same_answer(prediction, question.answer),
+        }
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    file.flush()
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -208,7 +231,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises ValueError with one line."""
+    """Raises ValueError or OSError with one line. Makes the output folder, so that no answer is in vain."""
+    for name in ("limit", "batch_size", "max_new_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for name in ("video_fps", "video_min_frames", "video_max_frames", "video_total_pixels"):
         if not getattr(arguments, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be over 0, got {getattr(arguments, name)}")
@@ -216,6 +243,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"no model in {arguments.model_dir} (no config.json): give --model-dir a run's hf folder")
     if not (arguments.data_dir / ".nv-meta" / "split.yaml").is_file():
         raise ValueError(f"{arguments.data_dir} is not prepared: energon prepare {arguments.data_dir}")
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
 
 
 def evaluate(arguments: argparse.Namespace) -> dict:
@@ -228,23 +256,31 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         arguments.video_fps, arguments.video_min_frames, arguments.video_max_frames, arguments.video_total_pixels
     )
     fit = PixelFit.of(answerer.processor.image_processor, sampling)  # media are read as training reads them
-    questions = list(read_questions(arguments.data_dir, arguments.split, arguments.limit, sampling, fit))
-    if not questions:
+    special, left_out = answerer.processor.tokenizer.get_added_vocab(), Counter()
+    questions = read_questions(arguments.data_dir, arguments.split, arguments.limit, sampling, fit, special, left_out)
+    asked, predictions, blind_predictions = [], [], []
+    with (arguments.output_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        while chunk := list(islice(questions, ASKED_AT_ONCE)):
+            seen, blind = (answer_all(answerer, chunk, arguments.batch_size, blind) for blind in (False, True))
+            write_answers(file, chunk, seen, blind)
+            asked += [replace(question, media=()) for question in chunk]
+            predictions += seen
+            blind_predictions += blind
+    if not asked:
         raise ValueError(
             f"the {arguments.split} split of {arguments.data_dir} has no questions: choose another --split"
         )
-    predictions = answer_all(answerer, questions, arguments.batch_size, blind=False)
-    blind_predictions = answer_all(answerer, questions, arguments.batch_size, blind=True)
-    types = Counter(question.question_type for question in questions)
+    types = Counter(question.question_type for question in asked)
     summary = {
         "model_dir": str(arguments.model_dir),
         "split": arguments.split,
-        "questions": len(questions),
-        "questions_by_type": {**types, "overall": len(questions)},
-        "accuracy": accuracies(questions, predictions),
-        "blind_accuracy": accuracies(questions, blind_predictions),
+        "questions": len(asked),
+        "entries_left_out": dict(left_out),
+        "questions_by_type": {**types, "overall": len(asked)},
+        "accuracy": accuracies(asked, predictions),
+        "blind_accuracy": accuracies(asked, blind_predictions),
     }
-    write_results(arguments.output_dir, questions, predictions, blind_predictions, summary)
+    (arguments.output_dir / "accuracy.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(table(summary))
     return summary
 

@@ -5,10 +5,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from samples_by_hand import conversation_sample
 
 import evaluate_qwen2vl
 from evaluate_qwen2vl import Answerer, Question, accuracies, answer_all, blinded, read_questions, same_answer
 from media import VideoSampling
+from task_encoder import IGNORE_INDEX, QwenTaskEncoder
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +90,58 @@ def test_batches_answer_as_single_questions(prepared, questions):
     assert together == alone
 
 
-def test_command_writes_predictions_and_accuracy(prepared, tmp_path, capsys):
+@pytest.mark.parametrize("system", [None, "Answer in French."])
+def test_a_question_is_asked_as_training_asks_it(prepared, system):
+    answerer = Answerer(prepared.model, max_new_tokens=4)
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "red"}]
+    turns = turns if system is None else [{"from": "system", "value": system}, *turns]
+    encoder = QwenTaskEncoder(answerer.processor.tokenizer, answerer.processor.image_processor)
+    learned = encoder.encode(conversation_sample({"conversations": turns}))
+    prompt = answerer._prompt(Question("key", 0, "all", ("What is it?",), "red", (), system))
+    ids = answerer.processor.tokenizer(prompt)["input_ids"]
+    assert learned.input_ids[: len(ids)].tolist() == ids
+    assert learned.labels[len(ids) - 1] == IGNORE_INDEX and learned.labels[len(ids)] == learned.input_ids[len(ids)]
+
+
+def test_texts_that_spell_special_tokens_are_left_out_and_counted(prepared, monkeypatch, capsys):
+    texts = {"a": "What is <|image_pad|>?", "b": "What is it?", "c": "What?"}
+    samples = [
+        conversation_sample(
+            {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "x"}]}, key=key
+        )
+        for key, text in texts.items()
+    ]
+    samples.append(conversation_sample({"conversations": []}, key="d"))
+    monkeypatch.setattr("task_encoder.read_samples", lambda *_: samples)
+    left_out = Counter()
+    asked = read_questions(prepared.shards, "test", None, VideoSampling(), None, ["<|image_pad|>"], left_out)
+    assert [question.key for question in asked] == ["b", "c"]
+    assert left_out == {"special_token": 1, "no_conversation": 1}
+    assert "a left out: its text spells out <|image_pad|>" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--limit", "--max-new-tokens"])
+def test_numbers_below_one_are_refused(prepared, tmp_path, one_line_error, flag):
+    arguments = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    assert evaluate_qwen2vl.main([*arguments, flag, "0"]) == 1
+    assert f"{flag} must be at least 1, got 0" in one_line_error()
+
+
+def test_an_output_folder_that_cannot_be_is_refused_before_anything_is_asked(prepared, tmp_path, one_line_error):
+    (tmp_path / "file").touch()
+    output = str(tmp_path / "file" / "out")
+    arguments = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", output]
+    assert evaluate_qwen2vl.main(arguments) == 1
+    assert output in one_line_error()
+
+
+def test_command_writes_predictions_and_accuracy(prepared, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_qwen2vl, "ASKED_AT_ONCE", 4)  # two rounds
     arguments = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
     assert evaluate_qwen2vl.main([*arguments, "--limit", "6", "--batch-size", "3"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     results = json.loads((tmp_path / "accuracy.json").read_text())
-    assert len(lines) == results["questions"] == 6
+    assert len(lines) == results["questions"] == 6 and results["entries_left_out"] == {}
     assert results["accuracy"]["overall"] == sum(line["correct"] for line in lines) / 6
     assert set(results["blind_accuracy"]) == set(results["accuracy"]) == set(results["questions_by_type"])
     assert results["questions_by_type"] == {**Counter(line["question_type"] for line in lines), "overall": 6}
