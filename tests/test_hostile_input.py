@@ -172,19 +172,19 @@ def test_16_bit_colour():
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "reason"),
     [
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-        b'<svg xmlns="http://www.w3.org/2000/svg"/>',
-        b"%PDF-1.4",
-        b"#EXTM3U\nfile:///etc/hostname\n",
-        b"ffconcat version 1.0\nfile /etc/hostname\n",
-        b"PK\3\4" + bytes(100),
-        b"\x7fELF" + bytes(100),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unsupported_image"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "unsupported_image"),
+        (b"%PDF-1.4", "unsupported_image"),
+        (b"#EXTM3U\nfile:///etc/hostname\n", "broken_image"),
+        (b"ffconcat version 1.0\nfile /etc/hostname\n", "broken_image"),
+        (b"PK\3\4" + bytes(100), "broken_image"),
+        (b"\x7fELF" + bytes(100), "broken_image"),
     ],
 )
-def test_what_other_programs_would_have_to_open(data):
-    assert outcome("image", data) == "broken_image"
+def test_what_other_programs_would_have_to_open(data, reason):
+    assert outcome("image", data) == reason
     assert outcome("video", data) == "broken_clip"
 
 
