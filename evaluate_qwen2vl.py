@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 GREY = 128  # of 0..255
-ASKED_AT_ONCE = 256  # questions whose media are in memory together
+ASKED_AT_ONCE = 256  # questions whose media are in memory together, at most
+MEDIA_AT_ONCE = 2 << 30  # bytes of them
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def refuse_special(messages: list[tuple[str, list[str]]], special: Iterable[str]
 
 def place_media(pieces: list[str], media: tuple) -> tuple[str, ...]:
     """The media of an entry stand where this turn has placeholders for all of them, or else before its text."""
-    if len(pieces) // 2 == len(media):
+    if pieces[1::2] == [kind for kind, _ in media]:
         return tuple(pieces)
     before = [part for kind, _ in media for part in ("", kind)]
     return (*before, "".join(pieces[::2]))
@@ -151,6 +151,19 @@ class Answerer:
         if question.system is not None:
             messages.insert(0, {"role": "system", "content": question.system})
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def in_rounds(questions: Iterable[Question], most: int) -> Iterator[list[Question]]:
+    """Lists of up to `most` questions, fewer where their media fill MEDIA_AT_ONCE."""
+    chosen, size = [], 0
+    for question in questions:
+        chosen.append(question)
+        size += sum(array.nbytes for _, array in question.media)
+        if len(chosen) >= most or size >= MEDIA_AT_ONCE:
+            yield chosen
+            chosen, size = [], 0
+    if chosen:
+        yield chosen
 
 
 def answer_all(answerer: Answerer, questions: list[Question], batch_size: int, blind: bool) -> list[str]:
@@ -259,11 +272,13 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     special, left_out = answerer.processor.tokenizer.get_added_vocab(), Counter()
     questions = read_questions(arguments.data_dir, arguments.split, arguments.limit, sampling, fit, special, left_out)
     asked, predictions, blind_predictions = [], [], []
-    with (arguments.output_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        while chunk := list(islice(questions, ASKED_AT_ONCE)):
-            seen, blind = (answer_all(answerer, chunk, arguments.batch_size, blind) for blind in (False, True))
-            write_answers(file, chunk, seen, blind)
-            asked += [replace(question, media=()) for question in chunk]
+    path = arguments.output_dir / "predictions.jsonl"
+    unfinished = path.with_suffix(".jsonl.part")  # earlier results stay whole until there are new ones
+    with unfinished.open("w", encoding="utf-8") as file:
+        for chosen in in_rounds(questions, max(ASKED_AT_ONCE, arguments.batch_size)):
+            seen, blind = (answer_all(answerer, chosen, arguments.batch_size, blind) for blind in (False, True))
+            write_answers(file, chosen, seen, blind)
+            asked += [replace(question, media=()) for question in chosen]
             predictions += seen
             blind_predictions += blind
     if not asked:
@@ -280,6 +295,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         "accuracy": accuracies(asked, predictions),
         "blind_accuracy": accuracies(asked, blind_predictions),
     }
+    unfinished.replace(path)
     (arguments.output_dir / "accuracy.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(table(summary))
     return summary

@@ -59,6 +59,7 @@ def test_blinded_media_are_grey_of_the_same_size():
         (["And the colour?"], ["image"], ("", "image", "And the colour?")),
         (["Both?"], ["image", "image"], ("", "image", "", "image", "Both?")),
         (["What is two plus two?"], [], ("What is two plus two?",)),
+        (["", "video", "What?"], ["image"], ("", "image", "What?")),
     ],
 )
 def test_media_stand_where_the_turn_puts_them_or_before_it(pieces, kinds, placed):
@@ -88,6 +89,14 @@ def test_batches_answer_as_single_questions(prepared, questions):
     together = answer_all(answerer, chosen, batch_size=5, blind=False)
     alone = [answerer.answer([q])[0] for q in chosen]
     assert together == alone
+
+
+def test_rounds_end_at_a_number_of_questions_or_of_bytes(monkeypatch):
+    monkeypatch.setattr(evaluate_qwen2vl, "MEDIA_AT_ONCE", 1000)
+    plain = question("colour", "red")
+    large = Question("key", 0, "colour", ("", "image", "What?"), "red", (("image", np.zeros((10, 20, 3), np.uint8)),))
+    asked = [plain, plain, plain, large, large, plain]
+    assert [len(chosen) for chosen in evaluate_qwen2vl.in_rounds(asked, 3)] == [3, 2, 1]
 
 
 @pytest.mark.parametrize("system", [None, "Answer in French."])
@@ -136,11 +145,12 @@ def test_an_output_folder_that_cannot_be_is_refused_before_anything_is_asked(pre
 
 
 def test_command_writes_predictions_and_accuracy(prepared, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate_qwen2vl, "ASKED_AT_ONCE", 4)  # two rounds
+    monkeypatch.setattr(evaluate_qwen2vl, "ASKED_AT_ONCE", 4)  # in two rounds
     arguments = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
     assert evaluate_qwen2vl.main([*arguments, "--limit", "6", "--batch-size", "3"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     results = json.loads((tmp_path / "accuracy.json").read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracy.json", "predictions.jsonl"]
     assert len(lines) == results["questions"] == 6 and results["entries_left_out"] == {}
     assert results["accuracy"]["overall"] == sum(line["correct"] for line in lines) / 6
     assert set(results["blind_accuracy"]) == set(results["accuracy"]) == set(results["questions_by_type"])
