@@ -1,14 +1,13 @@
 """Who trains into a run folder: one start at a time."""
 
-import errno
 import fcntl
 import os
 import socket
 from pathlib import Path
 
+from file_lock import flock
+
 LOCK_NAME = ".lock"
-# flock on file systems that have none
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class RunFolderError(ValueError):
@@ -39,13 +38,10 @@ def check_unlocked(run_dir: Path) -> None:
 
 def try_lock(file, kind: int) -> None:
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         raise RunFolderError(
             f"{Path(file.name).parent} is being trained by another process ({file.read().strip() or 'pid unknown'}): "
             f"wait or end it"
         ) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise

@@ -9,7 +9,6 @@ O/.work                          indexes of the source tars, unpacked .tar.gz, l
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from file_lock import flock
 from preparation.raw_metadata import PreparationError
 
 SHARD_NAME = "pretrain-{:06d}.tar"
@@ -27,20 +27,20 @@ RUN_NAME, STATS_NAME, SKIPPED_NAME, REFUSED_NAME = "run.json", "stats.json", "sk
 REPORT_NAME = "report.html"
 WORK_FOLDER = ".work"
 TOOL = "data_preparation"
+UNFINISHED = r"\.[0-9a-f]{8}\.tmp"  # at the end of the name of a file that is being written
 # What this tool, and `energon prepare` after it, leave in an output folder.
 OWN_FILE = re.compile(
     r"(pretrain-\d{6}\.(tar|tar\.idx|stats\.json)|(run|stats)\.json|(skipped|refused_members)\.jsonl"
-    r"|(cambrian737k|metadata)_filtered\.json|report\.html)(\.[0-9a-f]{8}\.tmp)?"
+    r"|(cambrian737k|metadata)_filtered\.json|report\.html)"
+    rf"({UNFINISHED})?"
 )
-TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
+TEMPORARY = re.compile(rf".+{UNFINISHED}")
 ENERGON_FOLDER, REPORT_FOLDER = ".nv-meta", "report"
 OWN_FILE_IN = {
-    ENERGON_FOLDER: re.compile(r"(\.info|split|dataset)\.yaml(\.[0-9a-f]{8}\.tmp)?"),
-    REPORT_FOLDER: re.compile(r".+\.png(\.[0-9a-f]{8}\.tmp)?"),
+    ENERGON_FOLDER: re.compile(rf"(\.info|split|dataset)\.yaml({UNFINISHED})?"),
+    REPORT_FOLDER: re.compile(rf".+\.png({UNFINISHED})?"),
 }
 NOT_HASHED = ("fingerprint", "inputs", "plain_files")  # of run.json
-# flock on file systems that have none
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -214,11 +214,8 @@ def locked(path: Path, shared: bool = False, wait: bool = False) -> Iterator[Non
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             folder = path.parent.parent
             raise PreparationError(f"another run is writing to {folder}; wait until it has ended, or end it") from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
         yield
