@@ -31,7 +31,7 @@ from lora import LoRA, adapt_hf, adapted_weights, adapters_of, merged_hf
 from run_folder import (
     build_loggers,
     copy_all_but_weights,
-    count_batches_as_completed,
+    count_batches_of_whole_steps,
     is_frozen,
     let_others_read,
     resume,
@@ -134,7 +134,9 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         """NeMo stores its constructor's arguments, functions among them; they come from the command line instead."""
         checkpoint.pop("hyper_parameters", None)
         checkpoint.pop("hparams_name", None)
-        count_batches_as_completed(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        count_batches_of_whole_steps(checkpoint, self.trainer.accumulate_grad_batches)
 
     def save_hf(self, output_dir: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """A complete HF directory: weights, config, tokenizer, and processor with this run's pixel bounds. Atomic.

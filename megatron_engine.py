@@ -38,7 +38,7 @@ from megatron_weights import load_hf, save_hf, sources_of
 from packing import PackedBatch
 from run_folder import (
     build_loggers,
-    count_batches_as_completed,
+    count_batches_of_whole_steps,
     is_frozen,
     resume,
     step_checkpoints,
@@ -186,7 +186,9 @@ class QwenMegatronModel(Qwen2VLModel):
         """NeMo stores its constructor's arguments; they come from the command line instead."""
         checkpoint.pop("hyper_parameters", None)
         checkpoint.pop("hparams_name", None)
-        count_batches_as_completed(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        count_batches_of_whole_steps(checkpoint, self.trainer.accumulate_grad_batches)
 
 
 def counts_here() -> bool:

@@ -129,12 +129,15 @@ def sync_files(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def count_batches_as_completed(checkpoint: dict) -> None:
-    """Lightning saves inside on_train_batch_end, before it counts that batch as completed, and a resumed run starts
-    from the completed ones: gradient accumulation would be out of step by one micro-batch."""
+def count_batches_of_whole_steps(checkpoint: dict, accumulate: int) -> None:
+    """Lightning tells by the batches it has counted where accumulation begins, when to validate and when to end. A
+    loaded checkpoint gets those of its steps at `accumulate` batches each: before --restart-data they may have been
+    others. It is also one short: Lightning saves inside on_train_batch_end, before it counts that batch as completed,
+    and a resumed run starts from the completed ones."""
+    batches = checkpoint["global_step"] * accumulate
     for counts in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
         if isinstance(counts, dict):
-            counts["completed"] = counts["processed"]
+            counts.update(dict.fromkeys(counts, batches))
 
 
 def copy_all_but_weights(model_dir: Path, folder: Path) -> None:
