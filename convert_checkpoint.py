@@ -21,31 +21,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import checkpoint_files
+from checkpoint_files import PATCH_EMBEDDING, CheckpointError, read_json, safetensors_files
+
 if TYPE_CHECKING:
     import torch
 
-PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 SHARD_BYTES = 2_000_000_000
 REWRITTEN = ("config.json", "preprocessor_config.json", "model.safetensors.index.json")
 
 
-class CheckpointError(ValueError):
-    """The source is not what it should be. The message is one line: what, where, what to type next."""
-
-
 def read_config(model_dir: Path) -> dict:
     """config.json of a pixel Qwen2-VL. Raises CheckpointError."""
-    path = model_dir / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"no config.json in {model_dir}: give --model-dir a Hugging Face Qwen2-VL directory")
-    config = _read_json(path)
-    if config.get("model_type") != "qwen2_vl":
-        raise CheckpointError(f"{path} is of model_type {config.get('model_type')!r}, only qwen2_vl can be converted")
-    vision = config.get("vision_config")
-    if not isinstance(vision, dict):
-        raise CheckpointError(f"{path} has no vision_config: give --model-dir a Hugging Face Qwen2-VL directory")
+    config = checkpoint_files.read_config(model_dir)
+    vision = config["vision_config"]
     if (vision.get("patch_size", 14), vision.get("temporal_patch_size", 2)) != (14, 2):
-        raise CheckpointError(f"{path} does not read 2x14x14 pixel patches: is it converted already? Use it as it is")
+        raise CheckpointError(f"{model_dir / 'config.json'} does not read 2x14x14 pixel patches: is it converted "
+                              "already? Use it as it is")  # fmt: skip
     return config
 
 
@@ -56,20 +48,6 @@ def converted_config(config: dict, num_coefficients: int) -> dict:
     vision.pop("in_chans", None)
     vision.pop("spatial_patch_size", None)
     return {**config, "vision_config": vision}
-
-
-def safetensors_files(model_dir: Path) -> list[Path]:
-    """The weight files, in order. Raises CheckpointError."""
-    index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
-        files = [model_dir / Path(name).name for name in names]
-    else:
-        files = [model_dir / "model.safetensors"]
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
-        raise CheckpointError(f"{model_dir} lacks {', '.join(missing)}: only whole safetensors checkpoints are read")
-    return files
 
 
 def patch_embedding(files: list[Path]) -> "torch.Tensor":
@@ -151,7 +129,7 @@ def make_processor(model_dir: Path, dct, min_pixels: int | None, max_pixels: int
     from dct_tokenizer import DCTImageProcessor
 
     path = model_dir / "preprocessor_config.json"
-    source = _read_json(path) if path.is_file() else {}
+    source = read_json(path) if path.is_file() else {}
     for name, expected in (("image_mean", OPENAI_CLIP_MEAN), ("image_std", OPENAI_CLIP_STD)):
         if source.get(name, expected) != expected:
             raise CheckpointError(f"{path} has {name} {source[name]}; the folding is for Qwen2-VL's {expected}")
@@ -215,13 +193,6 @@ def convert(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return total
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
 
 
 def _write_json(path: Path, value: dict) -> None:

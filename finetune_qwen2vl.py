@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import run_lock
+from checkpoint_files import CheckpointError, check_checkpoint
 
 # A resumed run repeats the samples and losses of an uninterrupted one only if these are what they were.
 DATA_SETTINGS = (  # --restart-data lets these change
@@ -171,20 +172,19 @@ def parser_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
-    """Reads what the checkpoint's token format is. Raises RunError if it is missing or not the wanted one."""
+    """Reads what the checkpoint's token format is. Raises RunError or CheckpointError if it is missing, cannot be
+    loaded or is not the wanted one."""
     if not (model_dir / "config.json").is_file():
         raise RunError(f"no model in {model_dir} (no config.json): python convert_checkpoint.py --model-dir "
                        f"QWEN2_VL --output-dir {model_dir}")  # fmt: skip
-    path = model_dir / "preprocessor_config.json"
-    processor = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    dct = processor.get("dct")
+    dct = check_checkpoint(model_dir)
     info = ModelInfo(dct["name"] if dct else "none", dct)
     if info.dct_name == "none" and wanted != "none":
         raise RunError(f"{model_dir} reads pixels, not DCT tokens: python convert_checkpoint.py --model-dir "
                        f"{model_dir} --output-dir {model_dir}-x4, or --dct none to train on pixels")  # fmt: skip
     if wanted is None:
         return info
-    same = json.loads(Path(wanted).read_text()) == dct if wanted.endswith(".json") else wanted == info.dct_name
+    same = json.loads(Path(wanted).read_text()) == info.dct if wanted.endswith(".json") else wanted == info.dct_name
     if not same:
         raise RunError(f"--dct {wanted} contradicts the checkpoint {model_dir}, converted with {info.dct_name}: "
                        f"leave --dct out, or convert with --dct {wanted}")  # fmt: skip
@@ -510,7 +510,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        line = str(error) if isinstance(error, (RunError, run_lock.RunFolderError)) else explain(error)
+        one_line = isinstance(error, (RunError, CheckpointError, run_lock.RunFolderError))
+        line = str(error) if one_line else explain(error)
         if line is None:
             raise
         print(f"finetune_qwen2vl.py: {line}", file=sys.stderr)

@@ -1,0 +1,148 @@
+"""What lies in a Hugging Face directory of Qwen2-VL, looked into without loading weights.
+
+Only the headers of safetensors files are read, so it takes no longer for a large model than for a small one.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
+PROCESSOR = "preprocessor_config.json"
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # files of one are enough
+
+
+class CheckpointError(ValueError):
+    """A file is not what it should be. The message is one line: what, where, what to do next."""
+
+
+def read_json(path: Path, advice: str = "get the file again") -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError, whose message ends with `advice`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): {advice}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): {advice}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is JSON, but no object with fields: {advice}")
+    return value
+
+
+def read_config(model_dir: Path) -> dict[str, Any]:
+    """config.json of a Qwen2-VL, with its vision_config. Raises CheckpointError."""
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"no config.json in {model_dir}: give --model-dir a Hugging Face Qwen2-VL directory")
+    config = read_json(path)
+    if config.get("model_type") != "qwen2_vl":
+        raise CheckpointError(f"{path} is of model_type {config.get('model_type')!r}, only qwen2_vl is read: give "
+                              "--model-dir a Hugging Face Qwen2-VL directory")  # fmt: skip
+    if not isinstance(config.get("vision_config"), dict):
+        raise CheckpointError(f"{path} has no vision_config: give --model-dir a Hugging Face Qwen2-VL directory")
+    return config
+
+
+def safetensors_files(model_dir: Path) -> list[Path]:
+    """The weight files, in order. Raises CheckpointError."""
+    index = model_dir / "model.safetensors.index.json"
+    files = [model_dir / "model.safetensors"]
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise CheckpointError(f"{index} does not say in which files the tensors are: get the file again")
+        files = [model_dir / Path(name).name for name in sorted(set(names.values()))]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise CheckpointError(f"{model_dir} lacks {', '.join(missing)}: only whole safetensors checkpoints are read, "
+                              "get what is missing")  # fmt: skip
+    return files
+
+
+def patch_embedding_shape(files: list[Path]) -> tuple[int, ...]:
+    """[E, channels, frames, rows, columns], from the headers, all of which are read. Raises CheckpointError."""
+    from safetensors import SafetensorError, safe_open
+
+    found = None
+    for path in files:
+        try:
+            with safe_open(path, framework="np") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
+                    if name.endswith(PATCH_EMBEDDING):
+                        found = tuple(tensors.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}): get the file again") from error
+    if found is None:
+        raise CheckpointError(f"no {PATCH_EMBEDDING} in the *.safetensors of {files[0].parent}: get the files again")
+    return found
+
+
+def check_tokenizer(model_dir: Path) -> None:
+    """Raises CheckpointError where there is none."""
+    if not any(all((model_dir / name).is_file() for name in names) for names in TOKENIZERS):
+        raise CheckpointError(f"{model_dir} has no tokenizer (no tokenizer.json): copy tokenizer.json and "
+                              "tokenizer_config.json from the Qwen2-VL that it was made from")  # fmt: skip
+
+
+def read_token_format(model_dir: Path) -> dict[str, Any] | None:
+    """The processor's DCTConfig as a dict, with "name" and "merge"; None where it reads pixels. Raises CheckpointError,
+    also where other fields of the processor contradict it. Values are not looked into: DCTConfig imports torch."""
+    path = model_dir / PROCESSOR
+    if not path.is_file():
+        raise CheckpointError(f"{model_dir} lacks {PROCESSOR}: get the file again, or {convert_again(model_dir)}")
+    processor = read_json(path)
+    dct = processor.get("dct")
+    if dct is None:
+        return None
+    dct = {"merge": 2, "name": "custom", **dct} if isinstance(dct, dict) else {}
+    if not _whole_numbers(dct.get("block")) or len(dct["block"]) != 3 or not _whole_numbers(dct.get("kept")):
+        raise CheckpointError(f"{path} has no token format in its field dct: {convert_again(model_dir)}")
+    fixed = {"temporal_patch_size": dct["block"][0], "patch_size": dct["block"][1], "merge_size": dct["merge"]}
+    for name, value in fixed.items():
+        if processor.get(name, value) != value:
+            raise CheckpointError(f"{path} has {name} {processor[name]!r}, its token format {dct['name']} has {value}: "
+                                  f"{convert_again(model_dir)}")  # fmt: skip
+    return dct
+
+
+def check_format(model_dir: Path, dct: dict[str, Any] | None) -> None:
+    """Processor, config.json and weights must be of one token format; dct: the processor's. Raises CheckpointError."""
+    vision, processor = read_config(model_dir)["vision_config"], read_json(model_dir / PROCESSOR)
+    sides = ("temporal_patch_size", 2), ("patch_size", 14), ("patch_size", 14)  # Qwen2-VL's, where files say nothing
+    reads = [vision.get("in_channels", 3), *(vision.get(*side) for side in sides)]
+    makes = [len(dct["kept"]), 1, 1, 1] if dct else [3, *(processor.get(*side) for side in sides)]
+    merges = dct["merge"] if dct else processor.get("merge_size", 2), vision.get("spatial_merge_size", 2)
+    if makes != reads or merges[0] != merges[1]:
+        raise CheckpointError(
+            f"{model_dir / PROCESSOR} makes tokens of {_by(makes)} ({dct['name'] if dct else 'pixels'}), merged "
+            f"{merges[0]} x {merges[0]}, config.json beside it reads {_by(reads)}, merged {merges[1]} x {merges[1]}: "
+            f"{convert_again(model_dir)}"
+        )
+    shape = patch_embedding_shape(safetensors_files(model_dir))
+    wanted = (vision.get("embed_dim", 1280), *reads)
+    if shape != wanted:
+        raise CheckpointError(f"{model_dir}: {PATCH_EMBEDDING} is {_by(shape)}, config.json says {_by(wanted)}: "
+                              f"{convert_again(model_dir)}")  # fmt: skip
+
+
+def check_checkpoint(model_dir: Path) -> dict[str, Any] | None:
+    """Whether processor, tokenizer and model can be loaded, as far as it is seen in advance. Returns the token format,
+    None for pixels. Raises CheckpointError."""
+    dct = read_token_format(model_dir)
+    check_format(model_dir, dct)
+    check_tokenizer(model_dir)
+    return dct
+
+
+def convert_again(model_dir: Path) -> str:
+    """What to do with a directory whose files are not of one conversion."""
+    return f"python convert_checkpoint.py --model-dir QWEN2_VL --output-dir {model_dir} --force"
+
+
+def _by(sides: Iterable[Any]) -> str:
+    return " x ".join(map(str, sides))
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(type(value) is int for value in values)

@@ -1,0 +1,157 @@
+"""What of a checkpoint is refused before anything heavy is imported: in one line, by finetune_qwen2vl.py --check."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import finetune_qwen2vl
+from checkpoint_files import PATCH_EMBEDDING, check_checkpoint
+
+WEIGHTS, INDEX, PROCESSOR = "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json"
+
+
+@pytest.fixture
+def copy_of(converted, tmp_path) -> Callable[[], Path]:
+    """copy_of(): a copy of the tiny x4 checkpoint that a test may damage."""
+    return lambda: Path(shutil.copytree(converted("x4"), tmp_path / "damaged"))
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def in_shards(folder: Path) -> None:
+    """The weights in two files, and their index."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    names, weight_map = sorted(tensors), {}
+    for number, part in enumerate((names[:20], names[20:]), start=1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def without_a_shard(folder: Path) -> None:
+    in_shards(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def cut_short(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+
+
+def without_patch_embedding(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    del tensors[PATCH_EMBEDDING]
+    save_file(tensors, folder / WEIGHTS)
+
+
+def with_another_patch_embedding(folder: Path) -> None:
+    save_file({**load_file(folder / WEIGHTS), PATCH_EMBEDDING: torch.zeros(128, 1176, 1, 1, 1)}, folder / WEIGHTS)
+
+
+def with_another_merge(folder: Path) -> None:
+    vision = json.loads((folder / "config.json").read_text())["vision_config"]
+    edit_json(folder / "config.json", vision_config={**vision, "spatial_merge_size": 4})
+
+
+def without_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "merges.txt"):  # vocab.json alone is none
+        (folder / name).unlink()
+
+
+DAMAGES = {
+    "lacks model.safetensors: only whole safetensors": lambda folder: (folder / WEIGHTS).unlink(),
+    "lacks model-00002-of-00002.safetensors: only whole safetensors": without_a_shard,
+    "model.safetensors is damaged (": cut_short,
+    f"no {PATCH_EMBEDDING} in the *.safetensors of": without_patch_embedding,
+    f"{PATCH_EMBEDDING} is 128 x 1176 x 1 x 1 x 1, config.json says 128 x 1764 x 1 x 1 x 1": (
+        with_another_patch_embedding
+    ),
+    "has no tokenizer (no tokenizer.json)": without_tokenizer,
+    f"lacks {PROCESSOR}: get the file again": lambda folder: (folder / PROCESSOR).unlink(),
+    "merged 2 x 2, config.json beside it reads 1764 x 1 x 1 x 1, merged 4 x 4": with_another_merge,
+    "is of model_type 'llava', only qwen2_vl": lambda folder: edit_json(folder / "config.json", model_type="llava"),
+    f"{PROCESSOR} has no token format in its field dct": lambda folder: edit_json(folder / PROCESSOR, dct={"name": 4}),
+    "has patch_size 56, its token format x4 has 28": lambda folder: edit_json(folder / PROCESSOR, patch_size=56),
+}
+
+
+def refused(model_dir: Path, tmp_path: Path, one_line_error) -> str:
+    """The one line with which `--check` refuses a model; there is no data either."""
+    command = ["--model-dir", str(model_dir), "--data-dir", str(tmp_path / "no"), "--output-dir", str(tmp_path / "o")]
+    assert finetune_qwen2vl.main([*command, "--engine", "automodel", "--check"]) == 1
+    line = one_line_error()
+    assert line.startswith("finetune_qwen2vl.py: ") and str(model_dir) in line
+    return line
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_checkpoints_that_cannot_be_loaded_are_refused_in_one_line(message, copy_of, tmp_path, one_line_error):
+    damaged = copy_of()
+    DAMAGES[message](damaged)
+    assert message in refused(damaged, tmp_path, one_line_error)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("x16", "makes tokens of 2352 x 1 x 1 x 1 (x16), merged 2 x 2, config.json beside it reads 1764 x 1 x 1 x 1"),
+        (None, "makes tokens of 3 x 2 x 14 x 14 (pixels), merged 2 x 2, config.json beside it reads 1764 x 1 x 1 x 1"),
+    ],
+)
+def test_a_processor_of_another_format_is_refused(
+    other, said, copy_of, converted, qwen2vl_directory, tmp_path, one_line_error
+):
+    damaged = copy_of()
+    shutil.copyfile((converted(other) if other else qwen2vl_directory) / PROCESSOR, damaged / PROCESSOR)
+    line = refused(damaged, tmp_path, one_line_error)
+    assert said in line
+    assert line.endswith(f"python convert_checkpoint.py --model-dir QWEN2_VL --output-dir {damaged} --force")
+
+
+def test_whole_checkpoints_are_not_refused(converted, qwen2vl_directory, copy_of, tmp_path):
+    assert check_checkpoint(qwen2vl_directory) is None
+    assert [check_checkpoint(converted(name))["name"] for name in ("exact", "x4", "x16")] == ["exact", "x4", "x16"]
+    sharded = copy_of()
+    in_shards(sharded)
+    assert check_checkpoint(sharded)["name"] == "x4"
+
+
+@pytest.mark.parametrize("names", [("tokenizer.json",), ("vocab.json", "merges.txt")])
+def test_one_form_of_the_tokenizer_is_enough(names, copy_of, converted):
+    from transformers import AutoTokenizer
+
+    folder = copy_of()
+    for name in names:
+        (folder / name).unlink()
+    check_checkpoint(folder)
+    text = "<|im_start|>user\nWhat colour is the circle?<|im_end|>"
+    ours, theirs = (AutoTokenizer.from_pretrained(path)(text)["input_ids"] for path in (folder, converted("x4")))
+    assert ours == theirs
+
+
+def test_only_headers_of_weights_are_read(copy_of):
+    """A file of 50 GB, nearly all of it a hole, would take longer."""
+    folder = copy_of()
+    path = folder / WEIGHTS
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, hole = json.loads(data[8 : 8 + size]), 50_000_000_000
+    start = len(data) - 8 - size
+    header["hole"] = {"dtype": "U8", "shape": [hole], "data_offsets": [start, start + hole]}
+    words = json.dumps(header).encode()
+    path.write_bytes(len(words).to_bytes(8, "little") + words + data[8 + size :])
+    with path.open("r+b") as file:
+        file.truncate(8 + len(words) + start + hole)
+    start = time.monotonic()
+    check_checkpoint(folder)
+    path.unlink()
+    assert time.monotonic() - start < 5
