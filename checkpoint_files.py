@@ -10,6 +10,11 @@ from typing import Any
 
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 PROCESSOR = "preprocessor_config.json"
+# Parsed when model and tokenizer are loaded; the other two, config.json and PROCESSOR, are looked into.
+PARSED = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "chat_template.json"),
+)
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # files of one are enough
 
 
@@ -42,6 +47,23 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     if not isinstance(config.get("vision_config"), dict):
         raise CheckpointError(f"{path} has no vision_config: give --model-dir a Hugging Face Qwen2-VL directory")
     return config
+
+
+def saved_pixel_bounds(model_dir: Path) -> dict[str, int | None]:
+    """min_pixels and max_pixels of the processor, None where it leaves them open. Raises CheckpointError."""
+    path = model_dir / PROCESSOR
+    saved = read_json(path) if path.is_file() else {}
+    size = saved.get("size") or {}
+    if not isinstance(size, dict):
+        raise CheckpointError(f"{path} has the size {size!r}, which has no fields: get the file again")
+    bounds = {
+        "min_pixels": saved.get("min_pixels") or size.get("shortest_edge"),
+        "max_pixels": saved.get("max_pixels") or size.get("longest_edge"),
+    }
+    for name, value in bounds.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise CheckpointError(f"{path} has {name} {value!r}, which is no number: get the file again")
+    return bounds
 
 
 def safetensors_files(model_dir: Path) -> list[Path]:
@@ -132,6 +154,9 @@ def check_checkpoint(model_dir: Path) -> dict[str, Any] | None:
     dct = read_token_format(model_dir)
     check_format(model_dir, dct)
     check_tokenizer(model_dir)
+    for name in PARSED:
+        if (model_dir / name).is_file():
+            read_json(model_dir / name)
     return dct
 
 

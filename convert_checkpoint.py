@@ -133,9 +133,9 @@ def make_processor(model_dir: Path, dct, min_pixels: int | None, max_pixels: int
     for name, expected in (("image_mean", OPENAI_CLIP_MEAN), ("image_std", OPENAI_CLIP_STD)):
         if source.get(name, expected) != expected:
             raise CheckpointError(f"{path} has {name} {source[name]}; the folding is for Qwen2-VL's {expected}")
-    size = source.get("size") or {}
-    low = source.get("min_pixels") or size.get("shortest_edge") or 56 * 56 if min_pixels is None else min_pixels
-    high = source.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280 if max_pixels is None else max_pixels
+    saved = checkpoint_files.saved_pixel_bounds(model_dir)
+    low = saved["min_pixels"] or 56 * 56 if min_pixels is None else min_pixels
+    high = saved["max_pixels"] or 28 * 28 * 1280 if max_pixels is None else max_pixels
     if low < 1 or high < 1:
         raise CheckpointError(f"min_pixels {low} and max_pixels {high} must be at least 1: change --min-pixels or "
                               "--max-pixels")  # fmt: skip

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import run_lock
-from checkpoint_files import CheckpointError, check_checkpoint
+from checkpoint_files import PROCESSOR, CheckpointError, check_checkpoint, convert_again, read_json, saved_pixel_bounds
 
 # A resumed run repeats the samples and losses of an uninterrupted one only if these are what they were.
 DATA_SETTINGS = (  # --restart-data lets these change
@@ -184,7 +184,10 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
                        f"{model_dir} --output-dir {model_dir}-x4, or --dct none to train on pixels")  # fmt: skip
     if wanted is None:
         return info
-    same = json.loads(Path(wanted).read_text()) == info.dct if wanted.endswith(".json") else wanted == info.dct_name
+    if wanted.endswith(".json"):
+        same = read_json(Path(wanted), "give --dct a file that DCTConfig.save wrote") == info.dct
+    else:
+        same = wanted == info.dct_name
     if not same:
         raise RunError(f"--dct {wanted} contradicts the checkpoint {model_dir}, converted with {info.dct_name}: "
                        f"leave --dct out, or convert with --dct {wanted}")  # fmt: skip
@@ -192,10 +195,10 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
 
 
 def check_pixel_bounds(arguments: argparse.Namespace) -> None:
-    """The command line's bounds, and the checkpoint's where it gives none, must leave room for a picture."""
-    path = arguments.model_dir / "preprocessor_config.json"
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    low, high = ({**saved, **arguments.pixel_bounds}.get(name) for name in ("min_pixels", "max_pixels"))
+    """The command line's bounds, and the checkpoint's where it gives none, must leave room for a picture. Raises
+    RunError, or CheckpointError for those of the checkpoint."""
+    bounds = {**saved_pixel_bounds(arguments.model_dir), **arguments.pixel_bounds}
+    low, high = bounds["min_pixels"], bounds["max_pixels"]
     if low is not None and high is not None and low > high:
         raise RunError(f"min_pixels {low} is over max_pixels {high}: change --min-pixels or --max-pixels")
 
@@ -310,13 +313,13 @@ def check_lora(arguments: argparse.Namespace) -> None:
 
 
 def check_run_folder(arguments: argparse.Namespace) -> None:
-    """A folder of another run is not continued. Raises RunError naming what differs. A run that left no checkpoint has
-    nothing to continue."""
+    """A folder of another run is not continued. Raises RunError naming what differs, or CheckpointError for a run.json
+    that cannot be read. A run that left no checkpoint has nothing to continue."""
     path = arguments.run_dir / "run.json"
     begun = (arguments.run_dir / "finished").is_file() or any((arguments.run_dir / "checkpoints").glob("step*"))
     if not path.is_file() or not begun:
         return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier = read_json(path, "put back what the run was started with, or another --experiment-name")
     for name in FIXED_ON_RESUME:
         if arguments.restart_data and name in DATA_SETTINGS:
             continue
@@ -331,7 +334,7 @@ def check_run_folder(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> ModelInfo:
-    """Everything that can be wrong before a heavy import. Raises RunError."""
+    """Everything that can be wrong before a heavy import. Raises RunError or CheckpointError."""
     check_numbers(arguments)
     check_parts(arguments)
     info = check_model(arguments.model_dir, arguments.dct)
@@ -354,14 +357,19 @@ def _plain(value: Any) -> Any:
 
 
 def load_processor(arguments: argparse.Namespace, info: ModelInfo):
-    """The checkpoint's tokenizer and image processor, the latter with the pixel bounds of the command line."""
+    """The checkpoint's tokenizer and image processor, the latter with the pixel bounds of the command line. Raises
+    CheckpointError for a token format that contradicts itself."""
     from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
     from dct_tokenizer import DCTImageProcessor
 
     processor_class = DCTImageProcessor if info.dct else Qwen2VLImageProcessor
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir)
-    return tokenizer, processor_class.from_pretrained(arguments.model_dir, **arguments.pixel_bounds)
+    try:
+        return tokenizer, processor_class.from_pretrained(arguments.model_dir, **arguments.pixel_bounds)
+    except ValueError as error:
+        path = arguments.model_dir / PROCESSOR
+        raise CheckpointError(f"{path} cannot be used ({error}): {convert_again(arguments.model_dir)}") from error
 
 
 def build_task_encoder(arguments: argparse.Namespace, info: ModelInfo, rows: bool):

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 
 from flops import device_peak, training_flops
+from run_lock import RunFolderError
 from task_encoder import IGNORE_INDEX, QwenBatch
 
 SUMMED = (
@@ -83,11 +84,19 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl, [] where there is none."""
+    """The whole lines of a metrics.jsonl, [] where there is none. Raises RunFolderError for one that is broken."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise RunFolderError(f"{path} is broken in line {number}: take that line out, or move the file away")
+        lines.append(line)
+    return lines
 
 
 class TrainingLog(pl.Callback):

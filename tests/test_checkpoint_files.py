@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import finetune_qwen2vl
-from checkpoint_files import PATCH_EMBEDDING, check_checkpoint
+from checkpoint_files import PARSED, PATCH_EMBEDDING, PROCESSOR, CheckpointError, check_checkpoint
 
-WEIGHTS, INDEX, PROCESSOR = "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @pytest.fixture
@@ -98,6 +99,58 @@ def test_checkpoints_that_cannot_be_loaded_are_refused_in_one_line(message, copy
     damaged = copy_of()
     DAMAGES[message](damaged)
     assert message in refused(damaged, tmp_path, one_line_error)
+
+
+BROKEN = {"{": "is not JSON (", "[]": "is JSON, but no object with fields", "\xff": "is not JSON ("}
+
+
+@pytest.mark.parametrize("content", BROKEN)
+@pytest.mark.parametrize("name", ["config.json", PROCESSOR, INDEX, *PARSED])
+def test_files_that_are_no_json_objects_are_refused_in_one_line(name, content, copy_of, tmp_path, one_line_error):
+    damaged = copy_of()
+    (damaged / name).write_bytes(content.encode("latin-1"))
+    line = refused(damaged, tmp_path, one_line_error)
+    assert f"{damaged / name} {BROKEN[content]}" in line and line.endswith(": get the file again")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        (PROCESSOR, {"min_pixels": "many"}, "has min_pixels 'many', which is no number"),
+        (PROCESSOR, {"max_pixels": [1]}, "has max_pixels [1], which is no number"),
+        (PROCESSOR, {"size": [1]}, "has the size [1], which has no fields"),
+        (PROCESSOR, {"dct": ["x4"]}, "has no token format in its field dct"),
+        ("config.json", {"vision_config": 5}, "has no vision_config"),
+        (INDEX, {"weight_map": None}, "does not say in which files the tensors are"),
+        (INDEX, {"weight_map": {"lm_head.weight": 1}}, "does not say in which files the tensors are"),
+    ],
+)
+def test_values_of_another_type_are_refused_in_one_line(name, changes, said, copy_of, tmp_path, one_line_error):
+    damaged = copy_of()
+    in_shards(damaged)
+    edit_json(damaged / name, **changes)
+    assert f"{damaged / name} {said}" in refused(damaged, tmp_path, one_line_error)
+
+
+@pytest.mark.parametrize("content", [*BROKEN, None])
+def test_a_broken_file_for_dct_is_refused_in_one_line(content, copy_of, tmp_path, one_line_error):
+    path = tmp_path / "own.json"
+    if content is not None:
+        path.write_bytes(content.encode("latin-1"))
+    command = ["--model-dir", str(copy_of()), "--data-dir", "no", "--engine", "automodel", "--check"]
+    assert finetune_qwen2vl.main([*command, "--dct", str(path)]) == 1
+    line = one_line_error()
+    assert f"{path} {BROKEN.get(content, 'cannot be read (No such file')}" in line
+    assert line.endswith(": give --dct a file that DCTConfig.save wrote")
+
+
+def test_a_token_format_that_contradicts_itself_is_refused_when_it_is_read(copy_of):
+    damaged = copy_of()
+    dct = json.loads((damaged / PROCESSOR).read_text())["dct"]
+    edit_json(damaged / PROCESSOR, dct={**dct, "chroma": "422"})
+    arguments = Namespace(model_dir=damaged, pixel_bounds={})
+    with pytest.raises(CheckpointError, match=r"preprocessor_config.json cannot be used \(DCTConfig.chroma must be"):
+        finetune_qwen2vl.load_processor(arguments, finetune_qwen2vl.check_model(damaged, None))
 
 
 @pytest.mark.parametrize(

@@ -308,6 +308,13 @@ DAMAGES = {
     "is damaged": with_cut_shard,
     f"no {PATCH_EMBEDDING} in model.safetensors": without_patch_embedding,
     "expects a weight [E, 3, 2, 14, 14], got [4, 3, 2, 16, 16]": with_another_patch_embedding,
+    "does not say in which files the tensors are": lambda folder: edit_json(
+        folder / "model.safetensors.index.json", weight_map=[]
+    ),
+    "config.json is JSON, but no object": lambda folder: (folder / "config.json").write_text("[]"),
+    "has min_pixels 'many', which is no number": lambda folder: edit_json(
+        folder / "preprocessor_config.json", min_pixels="many"
+    ),
     "has image_mean [0.5, 0.5, 0.5]": lambda folder: edit_json(
         folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5]
     ),

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 import finetune_qwen2vl
 import run_lock
+from checkpoint_files import CheckpointError
 
 STEPS, SAVE_INTERVAL, VAL_INTERVAL = 24, 8, 12
 KILL_AFTER = 14  # steps: well past a checkpoint, before the next
@@ -393,6 +394,19 @@ def test_a_run_without_a_checkpoint_may_start_with_other_settings(prepared, tmp_
     assert finetune_qwen2vl.main(command) == 0
     (tmp_path / "e" / "checkpoints" / "step000005").mkdir(parents=True)
     assert finetune_qwen2vl.main(command) == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_broken_run_file_is_refused_in_one_line(content, prepared, tmp_path, one_line_error):
+    (tmp_path / "e" / "checkpoints" / "step000005").mkdir(parents=True)
+    (tmp_path / "e" / "run.json").write_text(content)
+    known = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    command = [*known, "--experiment-name", "e", "--engine", "automodel", "--check"]
+    assert finetune_qwen2vl.main(command) == 1
+    line = one_line_error()
+    assert f"{tmp_path / 'e' / 'run.json'} is " in line and line.endswith(", or another --experiment-name")
+    with pytest.raises(CheckpointError):
+        finetune_qwen2vl.main([*command, "--debug"])
 
 
 def test_parts_frozen_one_by_one_are_all_frozen():

@@ -43,6 +43,18 @@ def test_wandb_is_written_if_asked_for(project, tmp_path, monkeypatch):
     assert b"train/loss" in written and b"1.25" in written
 
 
+@pytest.mark.parametrize("broken", ["{", "[]", '{"loss": 1.0}', "\0\0"])
+def test_a_broken_line_of_metrics_is_named(broken, tmp_path):
+    from training_log import read_metrics
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 2}}\n{{"st')
+    with pytest.raises(run_lock.RunFolderError, match=r"metrics.jsonl is broken in line 2: take that line out"):
+        read_metrics(path)
+    path.write_text('{"step": 1}\n{"step": 2, "loss": NaN}\n{"st')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+
+
 # Holds a run folder, and leaves behind a process that outlives it, as a loader process may.
 HOLDER = """
 import os, sys, time
