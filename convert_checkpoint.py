@@ -218,7 +218,7 @@ def own_format(arguments: argparse.Namespace, weight: "torch.Tensor | None" = No
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """With `dct` resolved to a DCTConfig; an unknown one is a usage error."""
+    """With `dct` resolved to a DCTConfig, unless it is a file; an unknown one is a usage error."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model-dir", type=Path, required=True, help="Hugging Face Qwen2-VL directory (pixel model)")
     parser.add_argument("--output-dir", type=Path, required=True, help="directory to write")
@@ -255,19 +255,33 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def resolve_format(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Sets `arguments.dct` to a DCTConfig; an impossible one is a usage error."""
+    """Sets `arguments.dct` to a DCTConfig, unless it is a file; an impossible one is a usage error."""
+    from dct_tokenizer import DCTConfig
+
+    if (arguments.dct or "").endswith(".json"):
+        return
+    try:
+        arguments.dct = own_format(arguments) if arguments.block else DCTConfig.preset(arguments.dct or "x4")
+    except (ValueError, OSError) as error:
+        parser.error(f"argument {'--block' if arguments.block else '--dct'}: {error}")
+
+
+def read_format(path: str):
+    """The DCTConfig in a file. Raises CheckpointError, OSError."""
     from dct_tokenizer import DCTConfig
 
     try:
-        arguments.dct = own_format(arguments) if arguments.block else DCTConfig.resolve(arguments.dct or "x4")
-    except (ValueError, OSError) as error:
-        parser.error(f"argument {'--block' if arguments.block else '--dct'}: {error}")
+        return DCTConfig.from_file(path)
+    except ValueError as error:
+        raise CheckpointError(f"{error}: give --dct a file that DCTConfig.save wrote") from error
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     dct = arguments.dct
     try:
+        if isinstance(dct, str):
+            dct = read_format(dct)
         if arguments.block and arguments.order == "weighted":
             read_config(arguments.model_dir)
             dct = own_format(arguments, patch_embedding(safetensors_files(arguments.model_dir)))

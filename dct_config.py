@@ -24,6 +24,12 @@ from transformers.image_utils import OPENAI_CLIP_STD
 PIXEL_PATCH = (2, 14, 14)  # frames, rows, columns of the patch that Qwen2-VL's Conv3d was trained on
 CHROMA_FORMATS = ("444", "420")
 PRESETS = ("exact", "x4", "x16")
+FIELDS = {  # of a DCTConfig in JSON, what they are; true and false are no numbers here
+    **dict.fromkeys(("block", "kept"), ("a list of whole numbers", (int,))),
+    "scale": ("a list of numbers", (int, float)),
+    "merge": ("a whole number", (int,)),
+    **dict.fromkeys(("chroma", "name"), ("a text", (str,))),
+}
 ORDERS = ("variance", "weighted", "zigzag", "box")  # see DCTConfig.select
 
 # ITU-R BT.601 full range (JFIF), without the offset of 128: rows Y, Cb, Cr; columns R, G, B.
@@ -154,6 +160,15 @@ def _check_format(block: tuple[int, int, int], chroma: str) -> None:
         raise ValueError(f"DCTConfig.chroma must be one of {', '.join(CHROMA_FORMATS)}, got {chroma!r}")
     if chroma == "420" and (block[1] % 2 or block[2] % 2):
         raise ValueError(f"DCTConfig.chroma 420 needs an even block height and width, got block {block}")
+
+
+def _check_field(name: str, value: Any) -> None:
+    """Raises ValueError for a value that is not of the type in FIELDS."""
+    expected, types = FIELDS[name]
+    listed = expected.startswith("a list")
+    elements = value if listed and isinstance(value, list | tuple) else [value]
+    if listed != isinstance(value, list | tuple) or any(type(element) not in types for element in elements):
+        raise ValueError(f"DCTConfig.{name} must be {expected}")
 
 
 def _column_energy(weight: torch.Tensor, block: tuple[int, int, int], patch: tuple[int, int, int]) -> np.ndarray:
@@ -313,11 +328,13 @@ class DCTConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DCTConfig":
-        """Inverse of `to_dict`. Raises ValueError when a field is missing or unknown."""
+        """Inverse of `to_dict`. Raises ValueError when a field is missing, unknown or of another type."""
         known = set(cls.__dataclass_fields__)
         if not isinstance(values, dict) or not {"block", "chroma", "kept", "scale"} <= set(values) <= known:
             given = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"a DCT configuration has the fields {', '.join(sorted(known))}, got {given}")
+        for name, value in values.items():
+            _check_field(name, value)
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
     def save(self, path: str | os.PathLike) -> None:
@@ -326,11 +343,15 @@ class DCTConfig:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "DCTConfig":
-        """Reads what `save` wrote."""
+        """Reads what `save` wrote. Raises ValueError naming the file, and OSError."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
             raise ValueError(f"{path} is not a JSON file: {error}") from error
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def resolve(cls, dct: Union["DCTConfig", dict, str, os.PathLike]) -> "DCTConfig":

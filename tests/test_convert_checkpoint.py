@@ -356,6 +356,48 @@ def test_a_converted_checkpoint_is_not_converted_again(output, tmp_path, one_lin
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"block": 28}, "DCTConfig.block must be a list of whole numbers"),
+        ({"block": [2.0, 28.0, 28.0]}, "DCTConfig.block must be a list of whole numbers"),
+        ({"kept": None}, "DCTConfig.kept must be a list of whole numbers"),
+        ({"kept": [[0]]}, "DCTConfig.kept must be a list of whole numbers"),
+        ({"kept": [0.0], "scale": [1]}, "DCTConfig.kept must be a list of whole numbers"),
+        ({"scale": ["1"] * 1764}, "DCTConfig.scale must be a list of numbers"),
+        ({"scale": 1.0}, "DCTConfig.scale must be a list of numbers"),
+        ({"merge": "2"}, "DCTConfig.merge must be a whole number"),
+        ({"merge": True}, "DCTConfig.merge must be a whole number"),
+        ({"chroma": 420}, "DCTConfig.chroma must be a text"),
+        ({"name": ["own"]}, "DCTConfig.name must be a text"),
+        ({"chroma": "422"}, "DCTConfig.chroma must be one of 444, 420"),
+        ({"colour": 1}, "a DCT configuration has the fields block, chroma, kept, merge, name, scale"),
+    ],
+)
+def test_a_format_file_with_wrong_values(changes, said, qwen2vl_directory, tmp_path, one_line_error):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({**X4.to_dict(), **changes}))
+    assert run(qwen2vl_directory, tmp_path / "own", "--dct", str(path)) == 1
+    error = one_line_error()
+    assert error.startswith(f"convert_checkpoint.py: {path}: {said}")
+    assert error.endswith(": give --dct a file that DCTConfig.save wrote")
+    assert os.listdir(tmp_path) == ["own.json"]
+    with pytest.raises(CheckpointError):
+        run(qwen2vl_directory, tmp_path / "own", "--dct", str(path), "--debug")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"{", "is not a JSON file"), (b"\xff", "is not a JSON file"), (None, "No such file")]
+)
+def test_a_format_file_that_cannot_be_read(content, said, qwen2vl_directory, tmp_path, one_line_error):
+    path = tmp_path / "own.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert run(qwen2vl_directory, tmp_path / "own", "--dct", str(path)) == 1
+    error = one_line_error()
+    assert str(path) in error and said in error
+
+
 def test_a_source_that_is_not_there(tmp_path, one_line_error):
     assert run(tmp_path / "nowhere", tmp_path / "x4") == 1
     assert f"no config.json in {tmp_path / 'nowhere'}: give --model-dir" in one_line_error()
