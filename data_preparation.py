@@ -34,10 +34,11 @@ import numpy as np
 from tqdm import tqdm
 
 from preparation import data_splits
+from preparation.archives import name_unread
 from preparation.data_splits import SPLITS, Layout
 from preparation.energon_metadata import dialogue_command, energon_prepare, is_cut_alike
 from preparation.media_conversion import ConversionOptions
-from preparation.media_index import TarSource, count_refused, index_tars, list_not_read, make_readable
+from preparation.media_index import TarSource, count_refused, index_tars, make_readable
 from preparation.output_folder import (
     REFUSED_NAME,
     REPORT_NAME,
@@ -276,9 +277,8 @@ def verify_set(arguments: argparse.Namespace) -> int:
 def say_tars(tars: list[TarSource], arguments: argparse.Namespace) -> None:
     """How many files there are, and on stderr what is not used. Raises PreparationError for the latter if strict."""
     print(f"Found {sum(tar.members for tar in tars)} files in {len(tars)} tars")
-    not_read = list_not_read(arguments.data_dir)
-    if not_read:
-        print(f"Not read, only .tar, .tar.gz and .tgz are: {', '.join(not_read)}", file=sys.stderr)
+    for line in name_unread(arguments.data_dir):
+        print(line, file=sys.stderr)
     for tar in tars:
         findings = []
         if tar.damage:

@@ -1,4 +1,5 @@
-"""Where the media of a raw data folder lie: in D/*.tar, in D/*.tar.gz and *.tgz, and in plain folders below D.
+"""Where the media of a raw data folder lie: in D/*.tar, D/*.tar.gz and D/*.tgz (archives.py), and in plain folders
+below D.
 
 Every tar is walked over once (tar_walk.py); what was found is kept in O/.work, so that a run that goes on and the other
 parts of a set need not walk again. A compressed tar is unpacked there once, as a whole, for its members cannot be
@@ -30,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from preparation.archives import list_tars, name_unread_below
 from preparation.output_folder import replacing
 from preparation.raw_metadata import PreparationError
 from preparation.tar_walk import EDGE_BYTES, DamagedTar, Member, walk_tar
@@ -37,8 +39,6 @@ from preparation.worker_pool import WorkerPool
 
 INDEX_VERSION = 1  # of the files in O/.work
 DIGEST = np.dtype("S16")
-TARS = ("*.tar", "*.tar.gz", "*.tgz")
-NOT_READ = ("*.tar.bz2", "*.tar.xz", "*.tar.zst", "*.zip")  # said, so that nobody wonders where their files are
 GZIP_MAGIC = b"\x1f\x8b"
 BAD_GZIP = (EOFError, BadGzipFile, zlib.error)
 COPY_BYTES = 1 << 20
@@ -108,7 +108,8 @@ class Places:
 
     source int32 [U]: number of the tar; NO_PLACE: there is none; first_file + i: file i of `files`, names relative to
     the data folder. offset, size int64 [U]. content S16 [U]. other_case bool [U]: the file's name differs in letter
-    case or Unicode form. sought_in_folders: some name was in no tar.
+    case or Unicode form. sought_in_folders: some name was in no tar. unread: lines that name the archives in folders
+    below the data folder, which are not read; only where some name is nowhere.
     """
 
     source: np.ndarray
@@ -119,6 +120,7 @@ class Places:
     first_file: int
     files: NameList = field(default_factory=NameList)
     sought_in_folders: bool = False
+    unread: list[str] = field(default_factory=list)
 
     @classmethod
     def empty(cls, count: int, first_file: int) -> "Places":
@@ -156,14 +158,6 @@ def digest_content(name: bytes, size: int, edges: bytes) -> bytes:
 
 
 # Tars
-
-
-def list_tars(data_dir: Path) -> list[Path]:
-    return sorted({path for pattern in TARS for path in data_dir.glob(pattern) if path.is_file()})
-
-
-def list_not_read(data_dir: Path) -> list[str]:
-    return sorted(path.name for pattern in NOT_READ for path in data_dir.glob(pattern))
 
 
 def index_tars(data_dir: Path, work: Path | None, pool: WorkerPool) -> list[TarSource]:
@@ -376,6 +370,9 @@ def locate(sources: list[TarSource], data_dir: Path, leave_out: Path, names: np.
         places.enter(rows[only_there], places.first_file, folder, members[only_there])
         resolve_case(places, folded, [*indexes, folder])
         look_at_files(places, files, data_dir)
+        if (places.source == NO_PLACE).any():
+            names = (os.fsdecode(files[number]) for number in range(len(files)))
+            places.unread = name_unread_below(names, data_dir, [source.path for source in sources])
     return places
 
 

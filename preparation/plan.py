@@ -7,6 +7,7 @@ Letters used for shapes: N entries, M their media in a row.
 """
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -312,6 +313,8 @@ def make_plan(
         skip(row, "duplicate_entry", f"entry {entries['index'][first]} has the same id, turns and media")
     names, first, media = np.unique(columns.names, return_index=True, return_inverse=True)
     places = locate(tars, data_dir, leave_out, names, columns.folded[first])
+    for line in places.unread:
+        print(line, file=sys.stderr)
     for row, number in find_first_of_each(columns.media_start, (places.source == NO_PLACE)[media], usable):
         skip(row, "missing_media", f"{columns.spelled[number].decode()} is in no tar and no folder")
     for row, number in find_first_of_each(columns.media_start, (places.size > MAXIMUM_MEDIA_BYTES)[media], usable):

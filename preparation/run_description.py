@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import features
 
+from preparation.archives import list_tars
 from preparation.data_splits import Layout
-from preparation.media_index import TarSource, are_files_older, list_tars
+from preparation.media_index import TarSource, are_files_older
 from preparation.output_folder import RUN_NAME, STATS_NAME, TOOL, is_finished, read_json, read_run
 from preparation.plan import Plan
 from preparation.raw_metadata import MetadataReader
