@@ -13,7 +13,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -44,35 +44,63 @@ class Question:
         return "".join(self.pieces[::2])
 
 
+@dataclass
+class Reading:
+    """How far a split has been read. entries: those asked, the last one perhaps in part; questions: of these; left_out:
+    entries that cannot be used, by reason."""
+
+    entries: int = 0
+    questions: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def entries_read(self) -> int:
+        return self.entries + self.left_out.total()
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(self.left_out.items()))
+        left_out = f"{self.left_out.total()}{f' ({reasons})' if reasons else ''}"
+        return f"read {self.entries_read} entries = asked {self.entries} + left out {left_out}"
+
+
 def read_questions(
-    data_dir: Path, split: str, limit: int | None, sampling, fit=None, special: Iterable[str] = (), left_out=None
+    data_dir: Path,
+    split: str,
+    limit: int | None,
+    sampling,
+    fit=None,
+    special: Iterable[str] = (),
+    reading: Reading | None = None,
 ) -> Iterator[Question]:
     """Questions of a split in the order of its shards; entries that cannot be used are reported on stderr.
 
     sampling: `media.VideoSampling`. fit: `media.Fit`, the size in which media are read (None: their own). special: the
     tokenizer's special tokens, which the chat template takes for what they stand for when a text spells them out.
-    left_out: Counter of entries left out, by reason."""
+    reading: is kept up to date."""
     from media import MediaError, as_array
     from task_encoder import BadSample, parse_entry, parse_messages, read_samples
 
-    asked, left_out = 0, Counter() if left_out is None else left_out
+    reading = Reading() if reading is None else reading
     for sample in read_samples(data_dir, split):
+        if limit is not None and reading.questions >= limit:
+            return
         try:
             entry = parse_entry(sample.entry)
             messages = parse_messages(entry, bool(sample.media))
             refuse_special(messages, special)
             media = tuple((kind, as_array(kind, content, sampling, fit)) for kind, content in sample.media)
         except (BadSample, MediaError) as error:
-            left_out[getattr(error, "reason", "undecodable_media")] += 1
+            reading.left_out[getattr(error, "reason", "undecodable_media")] += 1
             print(f"evaluate_qwen2vl.py: {sample.__key__} left out: {error}", file=sys.stderr)
             continue
         system = messages[0][1][0] if messages[0][0] == "system" else None
         spoken = [pieces for role, pieces in messages if role != "system"]
         types = entry.get("question_type", [])
+        reading.entries += 1
         for turn, (question, (answer,)) in enumerate(zip(spoken[::2], spoken[1::2], strict=True)):
-            if limit is not None and asked >= limit:
+            if limit is not None and reading.questions >= limit:
                 return
-            asked += 1
+            reading.questions += 1
             kind = types[turn] if turn < len(types) else "all"
             yield Question(sample.__key__, turn, kind, place_media(question, media), answer, media, system)
 
@@ -269,8 +297,8 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         arguments.video_fps, arguments.video_min_frames, arguments.video_max_frames, arguments.video_total_pixels
     )
     fit = PixelFit.of(answerer.processor.image_processor, sampling)  # media are read as training reads them
-    special, left_out = answerer.processor.tokenizer.get_added_vocab(), Counter()
-    questions = read_questions(arguments.data_dir, arguments.split, arguments.limit, sampling, fit, special, left_out)
+    special, reading = answerer.processor.tokenizer.get_added_vocab(), Reading()
+    questions = read_questions(arguments.data_dir, arguments.split, arguments.limit, sampling, fit, special, reading)
     asked, predictions, blind_predictions = [], [], []
     path = arguments.output_dir / "predictions.jsonl"
     unfinished = path.with_suffix(".jsonl.part")  # earlier results stay whole until there are new ones
@@ -282,15 +310,16 @@ def evaluate(arguments: argparse.Namespace) -> dict:
             predictions += seen
             blind_predictions += blind
     if not asked:
-        raise ValueError(
-            f"the {arguments.split} split of {arguments.data_dir} has no questions: choose another --split"
-        )
+        where = f"the {arguments.split} split of {arguments.data_dir}"
+        raise ValueError(f"{where} has no questions to ask ({reading}): choose another --split")
     types = Counter(question.question_type for question in asked)
     summary = {
         "model_dir": str(arguments.model_dir),
         "split": arguments.split,
         "questions": len(asked),
-        "entries_left_out": dict(left_out),
+        "entries_read": reading.entries_read,
+        "entries_asked": reading.entries,
+        "entries_left_out": dict(sorted(reading.left_out.items())),
         "questions_by_type": {**types, "overall": len(asked)},
         "accuracy": accuracies(asked, predictions),
         "blind_accuracy": accuracies(asked, blind_predictions),
@@ -298,6 +327,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     unfinished.replace(path)
     (arguments.output_dir / "accuracy.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(table(summary))
+    print(reading)
     return summary
 
 

@@ -8,7 +8,7 @@ import pytest
 from samples_by_hand import conversation_sample
 
 import evaluate_qwen2vl
-from evaluate_qwen2vl import Answerer, Question, accuracies, answer_all, blinded, read_questions, same_answer
+from evaluate_qwen2vl import Answerer, Question, Reading, accuracies, answer_all, blinded, read_questions, same_answer
 from media import VideoSampling
 from task_encoder import IGNORE_INDEX, QwenTaskEncoder
 
@@ -122,11 +122,32 @@ def test_texts_that_spell_special_tokens_are_left_out_and_counted(prepared, monk
     ]
     samples.append(conversation_sample({"conversations": []}, key="d"))
     monkeypatch.setattr("task_encoder.read_samples", lambda *_: samples)
-    left_out = Counter()
-    asked = read_questions(prepared.shards, "test", None, VideoSampling(), None, ["<|image_pad|>"], left_out)
+    reading = Reading()
+    asked = read_questions(prepared.shards, "test", None, VideoSampling(), None, ["<|image_pad|>"], reading)
     assert [question.key for question in asked] == ["b", "c"]
-    assert left_out == {"special_token": 1, "no_conversation": 1}
+    assert str(reading) == "read 4 entries = asked 2 + left out 2 (no_conversation 1, special_token 1)"
     assert "a left out: its text spells out <|image_pad|>" in capsys.readouterr().err
+
+
+def spell(*texts: str) -> list:
+    """A sample for each question."""
+    turns = [[{"from": "human", "value": text}, {"from": "gpt", "value": "x"}] for text in texts]
+    return [conversation_sample({"conversations": each}, key=str(number)) for number, each in enumerate(turns)]
+
+
+def test_what_is_read_is_asked_or_left_out_for_a_reason(prepared, tmp_path, monkeypatch, capsys):
+    samples = spell("What?", "What is <|im_end|>?", "And?", "<|im_start|>", "Never read.")
+    monkeypatch.setattr("task_encoder.read_samples", lambda *_: samples)
+    arguments = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    assert evaluate_qwen2vl.main([*arguments, "--limit", "2"]) == 0
+    assert "\nread 3 entries = asked 2 + left out 1 (special_token 1)\n" in capsys.readouterr().out
+    results = json.loads((tmp_path / "accuracy.json").read_text())
+    assert (results["entries_read"], results["entries_asked"], results["questions"]) == (3, 2, 2)
+    assert results["entries_left_out"] == {"special_token": 1}
+    del samples[0], samples[1:]
+    assert evaluate_qwen2vl.main(arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "has no questions to ask (read 1 entries = asked 0 + left out 1 (special_token 1))" in error
 
 
 @pytest.mark.parametrize("flag", ["--batch-size", "--limit", "--max-new-tokens"])
