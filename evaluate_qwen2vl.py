@@ -5,7 +5,7 @@
 The model is loaded by stock transformers; only the image processor is this repository's, and it comes with the
 checkpoint. Every question of a conversation is asked on its own, with the entry's media. Blind: the same model and
 questions, every picture and frame grey; what it still gets right needs no eyes. An answer is right if it equals the
-reference but for case, white space and a final full stop.
+reference but for case, white space and a final full stop. If it is killed, the same command goes on (answer_file.py).
 """
 
 import argparse
@@ -14,8 +14,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any
+
+from answer_file import AnswerFile, as_lines, digest_files, replace_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +27,19 @@ if TYPE_CHECKING:
 GREY = 128  # of 0..255
 ASKED_AT_ONCE = 256  # questions whose media are in memory together, at most
 MEDIA_AT_ONCE = 2 << 30  # bytes of them
+ANSWERS_VERSION = 1  # raised when other answers would be given by the same model to the same questions
+MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.py")  # not what else may be put beside them
+# What the answers depend on, and which questions there are.
+OPTIONS = (
+    "split",
+    "limit",
+    "batch_size",
+    "max_new_tokens",
+    "video_fps",
+    "video_min_frames",
+    "video_max_frames",
+    "video_total_pixels",
+)
 
 
 @dataclass(frozen=True)
@@ -46,12 +63,21 @@ class Question:
 
 @dataclass
 class Reading:
-    """How far a split has been read. entries: those asked, the last one perhaps in part; questions: of these; left_out:
-    entries that cannot be used, by reason."""
+    """How far a split has been read. entries: those asked, the last one perhaps in part; questions: of these; turns:
+    questions of the last entry, 0 once there are no more of it; left_out: entries that cannot be used, by reason."""
 
     entries: int = 0
     questions: int = 0
+    turns: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "left_out": dict(self.left_out)}
+
+    @classmethod
+    def of(cls, values: dict[str, Any] | None) -> "Reading":
+        """What `as_dict` gave; None: nothing has been read."""
+        return cls(**{**values, "left_out": Counter(values["left_out"])}) if values else cls()
 
     @property
     def entries_read(self) -> int:
@@ -76,12 +102,13 @@ def read_questions(
 
     sampling: `media.VideoSampling`. fit: `media.Fit`, the size in which media are read (None: their own). special: the
     tokenizer's special tokens, which the chat template takes for what they stand for when a text spells them out.
-    reading: is kept up to date."""
+    reading: where to begin; it is kept up to date."""
     from media import MediaError, as_array
     from task_encoder import BadSample, parse_entry, parse_messages, read_samples
 
     reading = Reading() if reading is None else reading
-    for sample in read_samples(data_dir, split):
+    begun = reading.entries_read - (reading.turns > 0)
+    for sample in islice(read_samples(data_dir, split), begun, None):
         if limit is not None and reading.questions >= limit:
             return
         try:
@@ -96,13 +123,17 @@ def read_questions(
         system = messages[0][1][0] if messages[0][0] == "system" else None
         spoken = [pieces for role, pieces in messages if role != "system"]
         types = entry.get("question_type", [])
-        reading.entries += 1
+        reading.entries += not reading.turns
         for turn, (question, (answer,)) in enumerate(zip(spoken[::2], spoken[1::2], strict=True)):
+            if turn < reading.turns:
+                continue
             if limit is not None and reading.questions >= limit:
                 return
             reading.questions += 1
+            reading.turns += 1
             kind = types[turn] if turn < len(types) else "all"
             yield Question(sample.__key__, turn, kind, place_media(question, media), answer, media, system)
+        reading.turns = 0
 
 
 def refuse_special(messages: list[tuple[str, list[str]]], special: Iterable[str]) -> None:
@@ -209,12 +240,13 @@ def answer_all(answerer: Answerer, questions: list[Question], batch_size: int, b
     return predictions
 
 
-def accuracies(questions: list[Question], predictions: list[str]) -> dict[str, float]:
-    """Share of right answers by question type, and "overall"."""
+def accuracies(answers: list[dict[str, Any]], name: str) -> dict[str, float]:
+    """Share of right answers by question type, and "overall". answers: as in predictions.jsonl; name: under which the
+    predictions stand there."""
     right: dict[str, list[bool]] = {"overall": []}
-    for question, prediction in zip(questions, predictions, strict=True):
-        correct = same_answer(prediction, question.answer)
-        right.setdefault(question.question_type, []).append(correct)
+    for answer in answers:
+        correct = same_answer(answer[name], answer["answer"])
+        right.setdefault(answer["question_type"], []).append(correct)
         right["overall"].append(correct)
     return {kind: sum(values) / len(values) for kind, values in sorted(right.items())}
 
@@ -228,12 +260,12 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def write_answers(
-    file: TextIO, questions: list[Question], predictions: list[str], blind_predictions: list[str]
-) -> None:
-    """Lines of predictions.jsonl, one object for each question."""
-    for question, prediction, blind in zip(questions, predictions, blind_predictions, strict=True):
-        line = {
+def describe_answers(
+    questions: list[Question], predictions: list[str], blind_predictions: list[str]
+) -> list[dict[str, Any]]:
+    """What predictions.jsonl holds, one object for each question."""
+    return [
+        {
             "key": question.key,
             "turn": question.turn,
             "question_type": question.question_type,
@@ -243,8 +275,8 @@ def write_answers(
             "blind_prediction": blind,
             "correct": same_answer(prediction, question.answer),
         }
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    file.flush()
+        for question, prediction, blind in zip(questions, predictions, blind_predictions, strict=True)
+    ]
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -287,8 +319,48 @@ def check(arguments: argparse.Namespace) -> None:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
 
 
+def describe_settings(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What answers depend on, by kind: a run goes on only from answers that it would have given itself."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    files = {
+        "--model-dir": digest_files(arguments.model_dir, *MODEL_FILES),
+        "--data-dir": digest_files(arguments.data_dir, "**/*.tar", ".nv-meta/*.yaml"),
+    }
+    options = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in OPTIONS}
+    return {"options": options, "files": files, "others": {"version": ANSWERS_VERSION, "device": device, **versions}}
+
+
+def say_beginning(file: AnswerFile) -> None:
+    if file.refused:
+        print(f"evaluate_qwen2vl.py: {file.path} is not used ({file.refused}): starting anew", file=sys.stderr)
+    elif file.answers:
+        print(f"Going on after the {len(file.answers)} questions answered in {file.path}")
+
+
 def evaluate(arguments: argparse.Namespace) -> dict:
     """Answers everything twice, seeing and blind; returns what accuracy.json holds."""
+    path = arguments.output_dir / "predictions.jsonl"
+    with AnswerFile(path.with_suffix(".jsonl.part"), describe_settings(arguments)) as file:
+        say_beginning(file)
+        reading = Reading.of(file.read)
+        ask(arguments, file, reading)
+        if not file.answers:
+            where = f"the {arguments.split} split of {arguments.data_dir}"
+            raise ValueError(f"{where} has no questions to ask ({reading}): choose another --split")
+        summary = summarise(arguments, file.answers, reading)
+        replace_file(path, as_lines(file.answers))  # earlier results stay whole until there are new ones
+        replace_file(arguments.output_dir / "accuracy.json", (json.dumps(summary, indent=2) + "\n").encode())
+        file.remove()
+    print(table(summary))
+    print(reading)
+    return summary
+
+
+def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> None:
+    """Ask what has not been answered yet."""
     from media import VideoSampling
     from task_encoder import PixelFit
 
@@ -297,38 +369,26 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         arguments.video_fps, arguments.video_min_frames, arguments.video_max_frames, arguments.video_total_pixels
     )
     fit = PixelFit.of(answerer.processor.image_processor, sampling)  # media are read as training reads them
-    special, reading = answerer.processor.tokenizer.get_added_vocab(), Reading()
+    special = answerer.processor.tokenizer.get_added_vocab()
     questions = read_questions(arguments.data_dir, arguments.split, arguments.limit, sampling, fit, special, reading)
-    asked, predictions, blind_predictions = [], [], []
-    path = arguments.output_dir / "predictions.jsonl"
-    unfinished = path.with_suffix(".jsonl.part")  # earlier results stay whole until there are new ones
-    with unfinished.open("w", encoding="utf-8") as file:
-        for chosen in in_rounds(questions, max(ASKED_AT_ONCE, arguments.batch_size)):
-            seen, blind = (answer_all(answerer, chosen, arguments.batch_size, blind) for blind in (False, True))
-            write_answers(file, chosen, seen, blind)
-            asked += [replace(question, media=()) for question in chosen]
-            predictions += seen
-            blind_predictions += blind
-    if not asked:
-        where = f"the {arguments.split} split of {arguments.data_dir}"
-        raise ValueError(f"{where} has no questions to ask ({reading}): choose another --split")
-    types = Counter(question.question_type for question in asked)
-    summary = {
+    for chosen in in_rounds(questions, max(ASKED_AT_ONCE, arguments.batch_size)):
+        seen, blind = (answer_all(answerer, chosen, arguments.batch_size, blind) for blind in (False, True))
+        file.add_round(describe_answers(chosen, seen, blind), reading.as_dict())
+
+
+def summarise(arguments: argparse.Namespace, answers: list[dict[str, Any]], reading: Reading) -> dict[str, Any]:
+    """What accuracy.json holds."""
+    return {
         "model_dir": str(arguments.model_dir),
         "split": arguments.split,
-        "questions": len(asked),
+        "questions": len(answers),
         "entries_read": reading.entries_read,
         "entries_asked": reading.entries,
         "entries_left_out": dict(sorted(reading.left_out.items())),
-        "questions_by_type": {**types, "overall": len(asked)},
-        "accuracy": accuracies(asked, predictions),
-        "blind_accuracy": accuracies(asked, blind_predictions),
+        "questions_by_type": {**Counter(answer["question_type"] for answer in answers), "overall": len(answers)},
+        "accuracy": accuracies(answers, "prediction"),
+        "blind_accuracy": accuracies(answers, "blind_prediction"),
     }
-    unfinished.replace(path)
-    (arguments.output_dir / "accuracy.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(table(summary))
-    print(reading)
-    return summary
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -341,6 +401,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"evaluate_qwen2vl.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("evaluate_qwen2vl.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     print(f"Predictions are in {arguments.output_dir / 'predictions.jsonl'}")
     return 0
 

@@ -1,14 +1,31 @@
 """evaluate_qwen2vl.py on real shards with an untrained model, and its counting by hand-made answers."""
 
 import json
+import os
+import signal
+import sys
 from collections import Counter
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
+from pipeline import run
 from samples_by_hand import conversation_sample
 
 import evaluate_qwen2vl
-from evaluate_qwen2vl import Answerer, Question, Reading, accuracies, answer_all, blinded, read_questions, same_answer
+from answer_file import AnswerFile
+from evaluate_qwen2vl import (
+    Answerer,
+    Question,
+    Reading,
+    accuracies,
+    answer_all,
+    blinded,
+    describe_answers,
+    read_questions,
+    same_answer,
+)
 from media import VideoSampling
 from task_encoder import IGNORE_INDEX, QwenTaskEncoder
 
@@ -20,6 +37,11 @@ def questions(prepared) -> list[Question]:
 
 def question(kind: str, answer: str) -> Question:
     return Question("key", 0, kind, ("What?",), answer, ())
+
+
+def folders(prepared, output: Path) -> list[str]:
+    """Arguments of evaluate_qwen2vl.py."""
+    return ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(output)]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +61,9 @@ def test_same_answer(prediction, answer, right):
 
 def test_accuracies_by_type_and_overall():
     asked = [question("colour", "red"), question("colour", "blue"), question("count", "3"), question("count", "4")]
-    assert accuracies(asked, ["red", "red", "3", "4"]) == {"colour": 0.5, "count": 1.0, "overall": 0.75}
+    answers = describe_answers(asked, ["red", "red", "3", "4"], ["red", "red", "5", "5"])
+    assert accuracies(answers, "prediction") == {"colour": 0.5, "count": 1.0, "overall": 0.75}
+    assert accuracies(answers, "blind_prediction") == {"colour": 0.5, "count": 0.0, "overall": 0.25}
 
 
 def test_blinded_media_are_grey_of_the_same_size():
@@ -138,7 +162,7 @@ def spell(*texts: str) -> list:
 def test_what_is_read_is_asked_or_left_out_for_a_reason(prepared, tmp_path, monkeypatch, capsys):
     samples = spell("What?", "What is <|im_end|>?", "And?", "<|im_start|>", "Never read.")
     monkeypatch.setattr("task_encoder.read_samples", lambda *_: samples)
-    arguments = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    arguments = folders(prepared, tmp_path)
     assert evaluate_qwen2vl.main([*arguments, "--limit", "2"]) == 0
     assert "\nread 3 entries = asked 2 + left out 1 (special_token 1)\n" in capsys.readouterr().out
     results = json.loads((tmp_path / "accuracy.json").read_text())
@@ -152,22 +176,21 @@ def test_what_is_read_is_asked_or_left_out_for_a_reason(prepared, tmp_path, monk
 
 @pytest.mark.parametrize("flag", ["--batch-size", "--limit", "--max-new-tokens"])
 def test_numbers_below_one_are_refused(prepared, tmp_path, one_line_error, flag):
-    arguments = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    arguments = folders(prepared, tmp_path)
     assert evaluate_qwen2vl.main([*arguments, flag, "0"]) == 1
     assert f"{flag} must be at least 1, got 0" in one_line_error()
 
 
 def test_an_output_folder_that_cannot_be_is_refused_before_anything_is_asked(prepared, tmp_path, one_line_error):
     (tmp_path / "file").touch()
-    output = str(tmp_path / "file" / "out")
-    arguments = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", output]
-    assert evaluate_qwen2vl.main(arguments) == 1
-    assert output in one_line_error()
+    output = tmp_path / "file" / "out"
+    assert evaluate_qwen2vl.main(folders(prepared, output)) == 1
+    assert str(output) in one_line_error()
 
 
 def test_command_writes_predictions_and_accuracy(prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate_qwen2vl, "ASKED_AT_ONCE", 4)  # in two rounds
-    arguments = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    arguments = folders(prepared, tmp_path)
     assert evaluate_qwen2vl.main([*arguments, "--limit", "6", "--batch-size", "3"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     results = json.loads((tmp_path / "accuracy.json").read_text())
@@ -177,6 +200,145 @@ def test_command_writes_predictions_and_accuracy(prepared, tmp_path, monkeypatch
     assert set(results["blind_accuracy"]) == set(results["accuracy"]) == set(results["questions_by_type"])
     assert results["questions_by_type"] == {**Counter(line["question_type"] for line in lines), "overall": 6}
     assert "question type" in capsys.readouterr().out
+
+
+# Going on
+
+
+PART = "predictions.jsonl.part"
+OPTIONS = ["--limit", "18", "--batch-size", "2", "--max-new-tokens", "4"]
+KILLED = """
+import os, signal, sys
+import evaluate_qwen2vl
+evaluate_qwen2vl.ASKED_AT_ONCE, calls, answer = 4, [], evaluate_qwen2vl.Answerer.answer
+def answer_or_die(self, questions):
+    calls.append(questions)
+    if len(calls) > 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer(self, questions)
+evaluate_qwen2vl.Answerer.answer = answer_or_die
+evaluate_qwen2vl.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def interrupted(prepared, tmp_path_factory) -> bytes:
+    """predictions.jsonl.part of a run that was killed in the third round of four questions."""
+    output = tmp_path_factory.mktemp("interrupted")
+    done = run([sys.executable, "-c", KILLED, *folders(prepared, output), *OPTIONS], check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in output.iterdir()] == [PART]
+    return (output / PART).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, tmp_path_factory) -> dict[str, bytes]:
+    """What a run that is not interrupted writes."""
+    output = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_qwen2vl, "ASKED_AT_ONCE", 4)
+        assert evaluate_qwen2vl.main([*folders(prepared, output), *OPTIONS]) == 0
+    return files_of(output)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def go_on(prepared, tmp_path, monkeypatch):
+    """go_on(bytes of predictions.jsonl.part, *options): the files that the command ends with, and how many questions it
+    asked."""
+    asked, answer = [], Answerer.answer
+    monkeypatch.setattr(evaluate_qwen2vl, "ASKED_AT_ONCE", 4)
+    monkeypatch.setattr(Answerer, "answer", lambda self, batch: asked.extend(batch) or answer(self, batch))
+
+    def command(part: bytes, *options: str) -> tuple[dict[str, bytes], int]:
+        (tmp_path / PART).write_bytes(part)
+        assert evaluate_qwen2vl.main([*folders(prepared, tmp_path), *OPTIONS, *options]) == 0
+        return files_of(tmp_path), len(asked) // 2  # seeing and blind
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("left", "answered"),
+    [
+        (lambda part: part, 8),
+        (lambda part: part + b'{"key": "pretrain-0', 8),  # half a line
+        (lambda part: part + b'{"key": "a"}\n{"key": "b"}\n', 8),  # half a round
+        (lambda part: part[:-10], 4),  # half of the last round's end
+        (lambda part: part + bytes(500), 8),  # as a machine that went down leaves it
+        (lambda part: b"".join(part.splitlines(keepends=True)[:3]), 0),
+    ],
+)
+def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(go_on, interrupted, whole, capsys, left, answered):
+    assert go_on(left(interrupted)) == (whole, 18 - answered)
+    said = capsys.readouterr()
+    assert (f"Going on after the {answered} questions answered in" in said.out) is (answered > 0)
+    assert "starting anew" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--batch-size", "3"], "--batch-size was 2, now is 3"),
+        (["--limit", "17"], "--limit was 18, now is 17"),
+    ],
+)
+def test_answers_of_other_settings_are_not_used(go_on, interrupted, capsys, change, said):
+    _, asked = go_on(interrupted, *change)
+    assert asked >= 17
+    assert f"is not used ({said}): starting anew" in capsys.readouterr().err
+
+
+def test_answers_of_another_model_or_other_data_or_without_settings_are_not_used(
+    prepared, go_on, interrupted, whole, capsys
+):
+    (shard, *_) = prepared.shards.glob("*.tar")
+    for path, name in ((prepared.model / "config.json", "--model-dir"), (shard, "--data-dir")):
+        state = path.stat()
+        os.utime(path, (1, 1))
+        assert go_on(interrupted)[0] == whole
+        assert f"is not used (other files in {name}): starting anew" in capsys.readouterr().err
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert go_on(interrupted.split(b"\n", 1)[1])[0] == whole
+    assert "is not used (does not say what its answers depend on): starting anew" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_last_step_asks_nothing_again(prepared, go_on, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_qwen2vl, "summarise", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate_qwen2vl.main([*folders(prepared, tmp_path), *OPTIONS])
+    assert go_on((tmp_path / PART).read_bytes()) == (whole, 18)  # asked before, all of them
+
+
+def test_a_second_run_into_the_same_folder_is_refused(prepared, tmp_path, one_line_error):
+    with AnswerFile(tmp_path / PART, {}):
+        assert evaluate_qwen2vl.main(folders(prepared, tmp_path)) == 1
+    assert f"{PART} is being written by another evaluation: wait for it or end it" in one_line_error()
+
+
+def test_reading_goes_on_within_and_between_entries(prepared, monkeypatch):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "x"}]
+    samples = [conversation_sample({"conversations": turns * count}, key=str(count)) for count in (0, 3, 1, 2, 0)]
+    samples.insert(2, conversation_sample({"conversations": turns[:1]}, key="4"))
+    monkeypatch.setattr("task_encoder.read_samples", lambda *_: iter(samples))
+
+    def read(reading: Reading, most: int | None = None) -> list[tuple[str, int]]:
+        questions = read_questions(prepared.shards, "test", None, VideoSampling(), reading=reading)
+        return [(question.key, question.turn) for question in islice(questions, most)]
+
+    whole = Reading()
+    expected = read(whole)
+    assert len(expected) == 6 and str(whole).startswith("read 6 entries = asked 3 + left out 3 (")
+    for count in range(7):
+        reading = Reading()
+        first = read(reading, count)
+        reading = Reading.of(json.loads(json.dumps(reading.as_dict())))
+        assert [*first, *read(reading)] == expected
+        assert reading == whole
 
 
 @pytest.mark.parametrize("missing", ["--model-dir", "--data-dir"])
