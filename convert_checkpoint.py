@@ -13,6 +13,7 @@ weights.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -217,6 +218,13 @@ def own_format(arguments: argparse.Namespace, weight: "torch.Tensor | None" = No
     return DCTConfig.select(block, arguments.chroma, count, name=name, order=order, weight=weight, table=table)
 
 
+def positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """With `dct` resolved to a DCTConfig, unless it is a file; an unknown one is a usage error."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -237,6 +245,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     own.add_argument(
         "--coefficient-table", type=Path, metavar="FILE", help="made by coefficient_statistics.py (default: built in)"
+    )
+    parser.add_argument(
+        "--detail-gain",
+        type=positive_number,
+        metavar="G",
+        help="make the coefficients that the pixel model's patch does not show G times as large, so that training at a "
+        "low rate learns them sooner (default: 1)",
     )
     parser.add_argument("--min-pixels", type=int, help="least pixels of a picture (default: the source's)")
     parser.add_argument("--max-pixels", type=int, help="most pixels of a picture (default: the source's)")
@@ -285,6 +300,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.block and arguments.order == "weighted":
             read_config(arguments.model_dir)
             dct = own_format(arguments, patch_embedding(safetensors_files(arguments.model_dir)))
+        if arguments.detail_gain is not None:
+            dct = dct.with_detail_gain(arguments.detail_gain)
         total = convert(
             arguments.model_dir,
             arguments.output_dir,

@@ -249,9 +249,27 @@ def test_own_configuration_with_another_table(qwen2vl_directory, tmp_path):
     np.testing.assert_allclose(scale, 2 * np.array(DCTConfig.select((2, 28, 28), "420", 500).scale), rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [(), OWN, ("--dct", "FILE")], ids=["preset", "flags", "file"])
+def test_louder_detail(options, qwen2vl_directory, tmp_path, capsys):
+    DCTConfig.select((2, 28, 28), "420", 900, name="mine").save(tmp_path / "mine.json")
+    options = [str(tmp_path / "mine.json") if option == "FILE" else option for option in options]
+    for folder, gain in (("plain", ()), ("loud", ("--detail-gain", "10"))):
+        assert run(qwen2vl_directory, tmp_path / folder, *options, *gain) == 0
+    assert "-gain10, blocks of (2, 28, 28)" in capsys.readouterr().out
+    plain, loud = (
+        DCTConfig.from_dict(json.loads((tmp_path / folder / "preprocessor_config.json").read_text())["dct"])
+        for folder in ("plain", "loud")
+    )
+    assert loud == plain.with_detail_gain(10)
+    weights = [read_tensors(tmp_path / folder)[PATCH_EMBEDDING] for folder in ("plain", "loud")]
+    assert torch.equal(*weights)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--detail-gain", "0"), "argument --detail-gain: expected a positive number, got 0"),
+        (("--detail-gain", "nan"), "argument --detail-gain: expected a positive number, got nan"),
         ((*OWN, "--dct", "x4"), "argument --block: not allowed with argument --dct"),
         (("--order", "box"), "argument --order: needs --block, as in --block 2 28 28"),
         (("--dct", "x4", "--num-coefficients", "9"), "argument --num-coefficients: needs --block"),
@@ -396,6 +414,11 @@ def test_a_format_file_that_cannot_be_read(content, said, qwen2vl_directory, tmp
     assert run(qwen2vl_directory, tmp_path / "own", "--dct", str(path)) == 1
     error = one_line_error()
     assert str(path) in error and said in error
+
+
+def test_a_format_without_detail_to_make_louder(qwen2vl_directory, tmp_path, one_line_error):
+    assert run(qwen2vl_directory, tmp_path / "out", "--dct", "exact", "--detail-gain", "10") == 1
+    assert "exact has no coefficients beyond a pixel model's patch" in one_line_error()
 
 
 def test_a_source_that_is_not_there(tmp_path, one_line_error):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dct_config
-from dct_config import ORDERS, CoefficientTable, DCTConfig, coefficient_variance, fold_patch_embedding
+from dct_config import ORDERS, CoefficientTable, DCTConfig, coefficient_variance, fold_patch_embedding, shown_in_patch
 
 WEIGHT = torch.randn(6, 3, 2, 14, 14, generator=torch.Generator().manual_seed(0))
 
@@ -173,6 +173,29 @@ def test_marked_coefficients_come_before_any_order(order):
 
 
 # The table
+
+
+@pytest.mark.parametrize("name", ["x4", "x16"])
+def test_louder_detail_is_the_same_model_before_training(name):
+    """What the patch shows keeps its scale, the rest is ten times as large in a token; folding gives that no weight."""
+    plain = DCTConfig.preset(name)
+    loud, shown = plain.with_detail_gain(10), shown_in_patch(plain)
+    assert (loud.name, loud.kept, loud.block) == (f"{name}-gain10", plain.kept, plain.block)
+    ratio = np.array(plain.scale) / np.array(loud.scale)
+    np.testing.assert_allclose(ratio, np.where(shown, 1, 10), rtol=1e-5)
+    assert 0 < shown.sum() < len(shown)
+    assert torch.equal(fold_patch_embedding(WEIGHT, loud), fold_patch_embedding(WEIGHT, plain))
+
+
+@pytest.mark.parametrize("gain", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_gain_is_a_positive_number(gain):
+    with pytest.raises(ValueError, match="the gain of detail must be a positive number"):
+        DCTConfig.preset("x4").with_detail_gain(gain)
+
+
+def test_exact_has_no_detail_to_make_louder():
+    with pytest.raises(ValueError, match="exact has no coefficients beyond a pixel model's patch"):
+        DCTConfig.preset("exact").with_detail_gain(10)
 
 
 def test_another_table_gives_other_scales():

@@ -85,12 +85,8 @@ def _floor(name: str, patch: int) -> Arm:
 
 
 def _loud(name: str, patch: int) -> Arm:
-    """x4 with larger values of what the half-size picture does not show. Their weights start at zero, so for Adam this
-    is a higher learning rate."""
-    config = preset("x4", patch)
-    shown = shown_in_patch(config, (FRAMES, patch, patch))
-    scale = tuple(value if low else value / LOUD[name] for value, low in zip(config.scale, shown))
-    return _dct(name, replace(config, scale=scale, name=name))
+    """x4 with larger values of what the half-size picture does not show (`DCTConfig.with_detail_gain`)."""
+    return _dct(name, preset("x4", patch).with_detail_gain(LOUD[name], (FRAMES, patch, patch)))
 
 
 def _block_pca(name: str, patch: int) -> Arm:
