@@ -207,14 +207,15 @@ def draw(name: str, number: int, arms: Arms, times: Times, limits: Limits, folde
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--results", type=Path, required=True, metavar="DIR", help="JSON files of runs")
+    parser.add_argument("--results", type=Path, nargs="+", required=True, metavar="DIR", help="JSON files of runs")
     parser.add_argument("--times", type=Path, nargs="+", default=[], metavar="DIR", help="more, for times alone")
     parser.add_argument("--limits", type=Path, metavar="DIR", help="results of legibility.py, for the figures")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw three figures for each experiment there")
     arguments = parser.parse_args(argv)
-    results = load(arguments.results)
+    results = load(*arguments.results)
     if not results:
-        print(f"compare.py: no results in {arguments.results}: run run_experiments.py --output there", file=sys.stderr)
+        folders = " ".join(map(str, arguments.results))
+        print(f"compare.py: no results in {folders}: run run_experiments.py --output there", file=sys.stderr)
         return 1
     times, limits = step_times(results + load(*arguments.times)), load_limits(arguments.limits)
     for number, (name, arms) in enumerate(experiments(results).items()):

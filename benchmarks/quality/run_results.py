@@ -22,8 +22,9 @@ Times = dict[str, dict[str, float]]  # {cost_key: milliseconds of each part of a
 
 
 def load(*folders: Path) -> list[Result]:
-    """All results of runs in some folders, finished or not, in the order of their names."""
-    paths = {path.stem: path for folder in folders for path in sorted(folder.glob("*.json"))}
+    """All results of runs in some folders, finished or not, in the order of their names; of those of one name that of
+    the first folder."""
+    paths = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.json")}
     results = [{"name": name, **json.loads(path.read_text())} for name, path in sorted(paths.items())]
     results = [result for result in results if "settings" in result]
     for result in results:
