@@ -96,7 +96,7 @@ def real(plan: Plan) -> tuple[Settings, ...]:
 
 def fidelity(plan: Plan) -> tuple[Settings, ...]:
     """What is lost for good? Fine-tuned for twice as many steps: what doubling adds is what training still lacked."""
-    return _warm(plan.base(), (*CORE, "sixteenth", "x16"), learning_rate=HIGHEST_RATE, steps=2 * plan.steps)
+    return _warm(plan.base(), CORE, learning_rate=HIGHEST_RATE, steps=2 * plan.steps)
 
 
 def speed(plan: Plan) -> tuple[Settings, ...]:
