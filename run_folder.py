@@ -70,7 +70,17 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda path: int(CHECKPOINT_NAME.fullmatch(path.name)[1]), default=None)
 
 
-def resume(arguments) -> nl.AutoResume | None:
+class ResumeFrom(nl.AutoResume):
+    """NeMo's tells the callback that saves where the run goes on from; with --save-interval 0 there is none to tell."""
+
+    def setup(self, trainer, model=None) -> None:
+        if trainer.checkpoint_callback is None:
+            trainer.ckpt_path = self.get_trainer_ckpt_path(model)
+        else:
+            super().setup(trainer, model)
+
+
+def resume(arguments) -> ResumeFrom | None:
     """From the newest checkpoint of the run, where there is one. Collective. Raises RunFolderError."""
     checkpoint = latest_checkpoint(arguments.run_dir / "checkpoints")
     if arguments.world_size > 1 and torch.distributed.is_torchelastic_launched():
@@ -81,7 +91,7 @@ def resume(arguments) -> nl.AutoResume | None:
         return None
     if arguments.rank == 0:
         print(f"Resuming from {checkpoint}", flush=True)
-    return nl.AutoResume(resume_from_path=str(checkpoint))
+    return ResumeFrom(resume_from_path=str(checkpoint))
 
 
 def agree_on_checkpoint(folder: Path, store: torch.distributed.Store, rank: int, processes: int) -> Path | None:

@@ -236,17 +236,19 @@ def test_weights_can_be_read_by_others(one_process):
 
 @pytest.mark.launch
 def test_data_begun_anew_in_other_batches_come_in_whole_steps(one_process, prepared):
-    """A checkpoint of steps of four micro-batches goes on with three a step; 16 x 4 is no multiple of 3."""
+    """A checkpoint of steps of four micro-batches goes on with three a step; 16 x 4 is no multiple of 3. None is saved
+    on the way."""
     whole, restarted = (one_process["output"] / name for name in ("whole", "restarted"))
     shutil.copytree(whole / "checkpoints" / "step000016", restarted / "checkpoints" / "step000016")
     shutil.copyfile(whole / "run.json", restarted / "run.json")
     environment = launch_environment(prepared, one_process["output"], "restarted", 1)
-    environment |= {"GBS": "6", "VAL_INTERVAL": "3"}
+    environment |= {"GBS": "6", "VAL_INTERVAL": "3", "SAVE_INTERVAL": "0"}
     log = finish(start(environment, "--restart-data"), environment)
     assert resumed_step(log) == 16
     steps = [(line["step"], line["samples"]) for line in metrics(restarted) if "loss" in line]
     assert steps == [(step, 6) for step in range(17, STEPS + 1)]
     assert [line["step"] for line in metrics(restarted) if "val_loss" in line] == [18, 21, 24]
+    assert [path.name for path in (restarted / "checkpoints").iterdir()] == ["step000016"]
 
 
 @pytest.mark.launch

@@ -99,6 +99,22 @@ def test_looking_at_a_run_folder_makes_none(tmp_path):
     assert not (tmp_path / "first").exists()
 
 
+@pytest.mark.parametrize("save_interval", [0, 8])
+def test_a_run_goes_on_from_its_checkpoint_whether_it_saves_or_not(save_interval, tmp_path):
+    from nemo import lightning as nl
+
+    from run_folder import resume, step_checkpoints, trainer_options
+
+    checkpoint = tmp_path / "checkpoints" / "step000008"
+    checkpoint.mkdir(parents=True)
+    limits = {"devices": 1, "num_nodes": 1, "world_size": 1, "rank": 0, "max_steps": 24, "keep": 2}
+    settings = arguments(tmp_path, save_interval=save_interval, **limits)
+    trainer = nl.Trainer(accelerator="cpu", callbacks=step_checkpoints(settings), **trainer_options(settings))
+    resume(settings).setup(trainer)
+    assert Path(trainer.ckpt_path) == checkpoint
+    assert (trainer.checkpoint_callback is None) is (save_interval == 0)
+
+
 def resume_on_nodes(*folders: Path) -> list:
     """What the process of each node finds in its folder of checkpoints: a path, None or the error."""
     import torch.distributed
