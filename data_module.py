@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed
+from lightning.pytorch.utilities import rank_zero_only
 from megatron.energon import (
     SavableDataLoader,
     WorkerConfig,
@@ -56,7 +57,8 @@ class EnergonDataModule(pl.LightningDataModule):
     split. packing_buffer_size: samples among which a worker chooses those of a row (the task encoder is then a
     `PackingTaskEncoder`, and a row a micro-batch); None: a micro-batch is micro_batch_size samples.
     data_parallel_group: called before loading, gives the group of the processes that train on different samples; None:
-    all. start_anew: a saved state is not restored.
+    all. start_anew: a saved state is not restored. restarts: how often the data of the run were begun anew; a saved
+    state of before the last time is not restored either.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class EnergonDataModule(pl.LightningDataModule):
         packing_buffer_size: int | None = None,
         data_parallel_group: Callable[[], Any] | None = None,
         start_anew: bool = False,
+        restarts: int = 0,
     ) -> None:
         super().__init__()
         self.path = path
@@ -92,6 +95,7 @@ class EnergonDataModule(pl.LightningDataModule):
         self.train_loader: CountedLoader | None = None
         self.data_parallel_group = data_parallel_group
         self.start_anew = start_anew
+        self.restarts = restarts
         self._restored: list | None = None
 
     def train_dataloader(self) -> CountedLoader:
@@ -137,7 +141,8 @@ class EnergonDataModule(pl.LightningDataModule):
         """Collective: every process calls it; process 0 gets the states of all that train on different samples."""
         if self.train_loader is None or not self._trains_beside_process_0():
             return {}
-        return {"energon": self.train_loader.loader.save_state_global(global_dst_rank=0) or []}
+        states = self.train_loader.loader.save_state_global(global_dst_rank=0) or []
+        return {"energon": states, "restarts": self.restarts}
 
     def _trains_beside_process_0(self) -> bool:
         """Under tensor or pipeline parallelism several processes train on the same samples; one group of those that
@@ -148,6 +153,9 @@ class EnergonDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until the loader is built. Raises ValueError where the state was made by another number of processes."""
         if self.start_anew:
+            return
+        if state_dict.get("restarts", 0) != self.restarts:
+            rank_zero_only(print)("The checkpoint is of before --restart-data: the data begin anew", flush=True)
             return
         states = state_dict["energon"]
         if len(states) != self.worker_config.world_size:

@@ -312,15 +312,26 @@ def check_lora(arguments: argparse.Namespace) -> None:
         raise RunError(f"--lora-rank {rank} is not divisible by --tensor-parallel {size}: change one of them")
 
 
-def check_run_folder(arguments: argparse.Namespace) -> None:
-    """A folder of another run is not continued. Raises RunError naming what differs, or CheckpointError for a run.json
-    that cannot be read. A run that left no checkpoint has nothing to continue."""
+def earlier_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """run.json of a run that can go on, empty where there is none: one that left no checkpoint has nothing to continue.
+    Raises CheckpointError for a run.json that cannot be used."""
     path = arguments.run_dir / "run.json"
     begun = (arguments.run_dir / "finished").is_file() or any((arguments.run_dir / "checkpoints").glob("step*"))
     if not path.is_file() or not begun:
-        return
-    earlier = read_json(path, "put back what the run was started with, or another --experiment-name")
-    for name in FIXED_ON_RESUME:
+        return {}
+    advice = "put back what the run was started with, or another --experiment-name"
+    earlier = read_json(path, advice)
+    count = earlier.setdefault("data_restarts", 0)
+    if not isinstance(count, int):
+        raise CheckpointError(f"{path} has data_restarts {count!r}, which is no whole number: {advice}")
+    return earlier
+
+
+def check_run_folder(arguments: argparse.Namespace) -> None:
+    """A folder of another run is not continued. Raises RunError naming what differs, or CheckpointError for a run.json
+    that cannot be used."""
+    earlier = earlier_settings(arguments)
+    for name in FIXED_ON_RESUME if earlier else ():
         if arguments.restart_data and name in DATA_SETTINGS:
             continue
         now = _plain(getattr(arguments, name))
@@ -331,6 +342,14 @@ def check_run_folder(arguments: argparse.Namespace) -> None:
                 f"{arguments.run_dir} was started with {flag} {earlier.get(name)}, now it is {now}: use the same value "
                 f"to resume{anew}, or another --experiment-name"
             )
+
+
+def count_data_restarts(arguments: argparse.Namespace) -> int:
+    """How often the run has begun its data anew, this start included. run.json says it as soon as the run begins, a
+    checkpoint when there is one of those data: where they differ, the run ended in between, and the data begin anew
+    once more, with the flag or without. (With it, a process may read what the first one has just written, and be one
+    too high: only the number of the first is stored, and none of them restores a state.)"""
+    return earlier_settings(arguments).get("data_restarts", 0) + arguments.restart_data
 
 
 def check(arguments: argparse.Namespace) -> ModelInfo:
@@ -412,6 +431,7 @@ def build_data(arguments: argparse.Namespace, info: ModelInfo, engine: str):
         shuffle_buffer_size=arguments.shuffle_buffer,
         packing_buffer_size=arguments.packing_buffer if arguments.pack_tokens else None,
         start_anew=arguments.restart_data,
+        restarts=arguments.data_restarts,
         data_parallel_group=_megatron_data_group if several else None,
     )
 
@@ -504,6 +524,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.chosen_engine = choose_engine(arguments)
         settle_batch(arguments, arguments.chosen_engine)
         info = check(arguments)
+        arguments.data_restarts = count_data_restarts(arguments)
         arguments.accumulate = arguments.global_batch_size // (arguments.micro_batch_size * arguments.data_parallel)
         if arguments.check:
             if os.environ.get("NODE_RANK", "0") == "0":  # the first node may train when another still checks

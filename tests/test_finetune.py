@@ -234,21 +234,37 @@ def test_weights_can_be_read_by_others(one_process):
     assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
 
 
-@pytest.mark.launch
-def test_data_begun_anew_in_other_batches_come_in_whole_steps(one_process, prepared):
-    """A checkpoint of steps of four micro-batches goes on with three a step; 16 x 4 is no multiple of 3. None is saved
-    on the way."""
-    whole, restarted = (one_process["output"] / name for name in ("whole", "restarted"))
-    shutil.copytree(whole / "checkpoints" / "step000016", restarted / "checkpoints" / "step000016")
-    shutil.copyfile(whole / "run.json", restarted / "run.json")
+@pytest.fixture(scope="module")
+def restarted(one_process, prepared) -> dict:
+    """A checkpoint of steps of four micro-batches goes on with three a step and the data anew; 16 x 4 is no multiple of
+    3. Killed before its first checkpoint, and started again without the flag. None is saved on the way."""
+    whole, run_dir = (one_process["output"] / name for name in ("whole", "restarted"))
+    shutil.copytree(whole / "checkpoints" / "step000016", run_dir / "checkpoints" / "step000016")
+    shutil.copyfile(whole / "run.json", run_dir / "run.json")
     environment = launch_environment(prepared, one_process["output"], "restarted", 1)
     environment |= {"GBS": "6", "VAL_INTERVAL": "3", "SAVE_INTERVAL": "0"}
-    log = finish(start(environment, "--restart-data"), environment)
-    assert resumed_step(log) == 16
-    steps = [(line["step"], line["samples"]) for line in metrics(restarted) if "loss" in line]
+    kill_when_under_way(start(environment, "--restart-data"), run_dir)
+    before = whole_lines(run_dir)
+    log = finish(start(environment), environment)
+    return {"run_dir": run_dir, "before": before, "log": log}
+
+
+@pytest.mark.launch
+def test_data_begun_anew_in_other_batches_come_in_whole_steps(restarted):
+    lines = metrics(restarted["run_dir"])
+    assert resumed_step(restarted["log"]) == 16
+    steps = [(line["step"], line["samples"]) for line in lines if "loss" in line]
     assert steps == [(step, 6) for step in range(17, STEPS + 1)]
-    assert [line["step"] for line in metrics(restarted) if "val_loss" in line] == [18, 21, 24]
-    assert [path.name for path in (restarted / "checkpoints").iterdir()] == ["step000016"]
+    assert [line["step"] for line in lines if "val_loss" in line] == [18, 21, 24]
+    assert [path.name for path in (restarted["run_dir"] / "checkpoints").iterdir()] == ["step000016"]
+
+
+@pytest.mark.launch
+def test_data_begun_anew_begin_anew_once_more_after_a_kill_before_a_checkpoint(restarted):
+    before, after = restarted["before"], metrics(restarted["run_dir"])
+    assert len(re.findall(r"Resuming from .*step000016", restarted["log"])) == 2
+    assert restarted["log"].count("The checkpoint is of before --restart-data: the data begin anew") == 1
+    assert before and figures(after[: len(before)]) == figures(before)
 
 
 @pytest.mark.launch
@@ -409,6 +425,26 @@ def test_a_broken_run_file_is_refused_in_one_line(content, prepared, tmp_path, o
     assert f"{tmp_path / 'e' / 'run.json'} is " in line and line.endswith(", or another --experiment-name")
     with pytest.raises(CheckpointError):
         finetune_qwen2vl.main([*command, "--debug"])
+
+
+def test_each_beginning_of_the_data_has_its_number(tmp_path):
+    def number(*typed: str) -> int:
+        """What this start counts, and leaves in run.json."""
+        arguments = finetune_qwen2vl.parse_arguments(["--model-dir", "m", "--data-dir", "d", *typed])
+        arguments.run_dir = tmp_path
+        arguments.data_restarts = finetune_qwen2vl.count_data_restarts(arguments)
+        finetune_qwen2vl.write_run_file(arguments, finetune_qwen2vl.ModelInfo("x4", None))
+        return arguments.data_restarts
+
+    assert [number("--restart-data"), number("--restart-data"), number()] == [1, 1, 0]  # there is nothing to go on from
+    (tmp_path / "checkpoints" / "step000005").mkdir(parents=True)
+    counted = [number(), number("--restart-data"), number(), number("--restart-data"), number()]
+    assert counted == [0, 1, 1, 2, 2]
+    (tmp_path / "run.json").write_text('{"lr": 1.0}')  # of before there were numbers
+    assert [number(), number("--restart-data")] == [0, 1]
+    (tmp_path / "run.json").write_text('{"data_restarts": "1"}')
+    with pytest.raises(CheckpointError, match=r"run.json has data_restarts '1', which is no whole number: put back"):
+        number()
 
 
 def test_parts_frozen_one_by_one_are_all_frozen():

@@ -251,3 +251,17 @@ def test_a_state_of_other_processes_is_refused_unless_data_begin_anew(prepared):
     data.start_anew = True
     data.load_state_dict(state)
     assert next(iter(data.train_dataloader())).keys
+
+
+def test_a_state_of_before_data_were_begun_anew_is_not_restored(prepared, capsys):
+    first = packed_data(prepared, num_workers=0)
+    rows = iter(first.train_dataloader())
+    begin, following = next(rows).keys, next(rows).keys
+    state = first.state_dict()
+    for restarts, goes_on in ((0, True), (1, False)):
+        again = packed_data(prepared, num_workers=0)
+        again.restarts = restarts
+        again.load_state_dict(state)
+        row = next(iter(again.train_dataloader()))
+        assert (row.keys == begin) is not goes_on and row.keys not in ([], following)
+        assert ("before --restart-data: the data begin anew" in capsys.readouterr().out) is not goes_on
