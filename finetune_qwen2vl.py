@@ -19,6 +19,7 @@ from typing import Any
 
 import run_lock
 from checkpoint_files import PROCESSOR, CheckpointError, check_checkpoint, convert_again, read_json, saved_pixel_bounds
+from energon_files import PreparedSetError, read_splits
 
 # A resumed run repeats the samples and losses of an uninterrupted one only if these are what they were.
 DATA_SETTINGS = (  # --restart-data lets these change
@@ -204,17 +205,11 @@ def check_pixel_bounds(arguments: argparse.Namespace) -> None:
 
 
 def check_data(data_dir: Path) -> None:
-    """Raises RunError unless `energon prepare` has been run and both splits that training reads hold shards."""
-    meta = data_dir / ".nv-meta"
+    """Raises RunError or PreparedSetError unless `energon prepare` has been run and both splits that training reads
+    hold shards."""
     if not data_dir.is_dir() or not any(data_dir.glob("*.tar")):
         raise RunError(f"no shards in {data_dir}: python data_preparation.py --data-dir RAW --output-dir {data_dir}")
-    missing = [name for name in ("dataset.yaml", "split.yaml") if not (meta / name).is_file()]
-    if missing:
-        raise RunError(f"{data_dir} is not prepared (no .nv-meta/{missing[0]}): energon prepare {data_dir}")
-    import yaml
-
-    parts = yaml.safe_load((meta / "split.yaml").read_text(encoding="utf-8")).get("split_parts", {})
-    empty = [part for part in ("train", "val") if not parts.get(part)]
+    empty = [part for part, shards in read_splits(data_dir, ("train", "val")).items() if not shards]
     if empty:
         raise RunError(
             f"the {empty[0]} split of {data_dir} holds no shard: prepare with more shards (a smaller --maxcount)"
@@ -353,7 +348,7 @@ def count_data_restarts(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> ModelInfo:
-    """Everything that can be wrong before a heavy import. Raises RunError or CheckpointError."""
+    """Everything that can be wrong before a heavy import. Raises RunError, CheckpointError or PreparedSetError."""
     check_numbers(arguments)
     check_parts(arguments)
     info = check_model(arguments.model_dir, arguments.dct)
@@ -539,7 +534,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        one_line = isinstance(error, (RunError, CheckpointError, run_lock.RunFolderError))
+        one_line = isinstance(error, (RunError, CheckpointError, PreparedSetError, run_lock.RunFolderError))
         line = str(error) if one_line else explain(error)
         if line is None:
             raise

@@ -1,0 +1,101 @@
+"""What `energon prepare` leaves in .nv-meta beside the shards, looked into before training and evaluation begin.
+
+Energon reads the same files after its import, and ends in a traceback where they are not what it expects.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FOLDER = ".nv-meta"
+DATASET, SPLIT, INFO = "dataset.yaml", "split.yaml", ".info.yaml"
+
+
+class PreparedSetError(ValueError):
+    """A folder of shards cannot be read. The message is one line: what, where, what to type next."""
+
+
+def read_splits(data_dir: Path, wanted: Iterable[str]) -> dict[str, list[str]]:
+    """The shards of each wanted split, none where it is empty. Raises PreparedSetError unless all that Energon reads of
+    them is there and whole."""
+    for name in (DATASET, SPLIT, INFO):
+        if not (data_dir / FOLDER / name).is_file():
+            raise PreparedSetError(f"{data_dir} is not prepared (no {FOLDER}/{name}): {prepare_again(data_dir)}")
+    check_dataset(data_dir)
+    splits, counts = read_split_file(data_dir), read_counts(data_dir)
+    shards = {part: splits.get(part, []) for part in wanted}
+    uncounted = [name for names in shards.values() for name in names if name not in counts]
+    if uncounted:
+        raise broken(data_dir, INFO, f"has no shard_counts of {uncounted[0]}, which is in {SPLIT}")
+    return shards
+
+
+def check_dataset(data_dir: Path) -> None:
+    """Raises PreparedSetError where dataset.yaml is broken, or for another kind of samples than those that are cooked
+    here; a class of another module than Energon's is not looked into."""
+    dataset = read_yaml(data_dir, DATASET)
+    module, name = dataset.get("__module__"), dataset.get("__class__")
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise broken(data_dir, DATASET, "does not say which class reads the set (__module__, __class__)")
+    if module == "megatron.energon" and name != "CrudeWebdataset":
+        raise broken(data_dir, DATASET, f"is for {name}, only crude samples are read")
+
+
+def read_split_file(data_dir: Path) -> dict[str, list[str]]:
+    """The shards of every split but those that are excluded. Raises PreparedSetError."""
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    content = read_yaml(data_dir, SPLIT)
+    parts, exclude = content.get("split_parts"), content.get("exclude", [])
+    if not isinstance(parts, dict) or not all(is_list_of_names(names) for names in (*parts.values(), exclude)):
+        raise broken(data_dir, SPLIT, "does not list the shards of its splits (split_parts, exclude)")
+    try:
+        excluded = {name for pattern in exclude for name in braceexpand(pattern)}
+        expanded = {part: [name for pattern in parts[part] for name in braceexpand(pattern)] for part in parts}
+    except UnbalancedBracesError as error:
+        raise broken(data_dir, SPLIT, f"has names that cannot be expanded ({error})") from error
+    return {part: [name for name in names if name not in excluded] for part, names in expanded.items()}
+
+
+def is_list_of_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def read_counts(data_dir: Path) -> dict[str, int]:
+    """The samples of each shard. Raises PreparedSetError."""
+    counts = read_yaml(data_dir, INFO).get("shard_counts")
+    if not isinstance(counts, dict) or not all(isinstance(count, int) for count in counts.values()):
+        raise broken(data_dir, INFO, "does not say how many samples each shard holds (shard_counts)")
+    return counts
+
+
+def read_yaml(data_dir: Path, name: str) -> dict[str, Any]:
+    """The fields of a file in .nv-meta. Raises PreparedSetError."""
+    import yaml
+
+    try:
+        content = yaml.safe_load((data_dir / FOLDER / name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise broken(data_dir, name, f"cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise broken(data_dir, name, f"is not YAML ({describe(error)})") from error
+    if content is None:
+        raise broken(data_dir, name, "is empty")
+    if not isinstance(content, dict):
+        raise broken(data_dir, name, "is YAML, but has no fields")
+    return content
+
+
+def describe(error: Exception) -> str:
+    """What PyYAML or the decoding of UTF-8 found, in one line and without the text around it."""
+    mark = getattr(error, "problem_mark", None)
+    return f"{error.problem}, line {mark.line + 1}" if mark else " ".join(str(error).split())
+
+
+def broken(data_dir: Path, name: str, what: str) -> PreparedSetError:
+    """The error for a file in .nv-meta of which `what` is said."""
+    return PreparedSetError(f"{data_dir / FOLDER / name} {what}: {prepare_again(data_dir)}")
+
+
+def prepare_again(data_dir: Path) -> str:
+    return f"energon prepare {data_dir}"
