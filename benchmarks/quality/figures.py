@@ -3,6 +3,7 @@
 from collections import Counter
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ LEVEL_NAMES = {
 OTHER_LEVELS = "height of print, px"
 MARKERS = "os^vDP*X"  # of arms whose points may cover each other
 BESIDE = 0.08  # octaves between arms of equal tokens
+CHARACTERS_AN_INCH = 15  # of a heading
 
 
 def draw_over(axis: Any, place: float, runs: list[Result], style: dict[str, Any]) -> None:
@@ -102,7 +104,7 @@ def draw_learning(arms: Arms, times: Times, heading: str, path: Path) -> None:
     axes[0, 0].set(xlabel="steps", ylabel="right on the way, % (mean, worst and best seed)")
     if timed:
         axes[0, 1].set(xlabel="seconds of encoding and training")
-    axes[0, -1].legend(fontsize="small")
+    axes[0, -1].legend(*axes[0, 0].get_legend_handles_labels(), fontsize="small")  # of all, timed or not
     finish_figure(figure, heading, path)
 
 
@@ -111,8 +113,9 @@ def draw_by_level(arms: Arms, limits: Limits, task: str, heading: str, path: Pat
     figure, axis = pyplot().subplots(figsize=(7, 4.2), layout="constrained")
     for (arm, runs), style in zip(arms.items(), styles(arms).values()):
         draw_levels(axis, runs, style)
-        if limit := limits.get(arm.removesuffix(STARTED)):
-            label = f"{arm.removesuffix(STARTED)}: a classifier of single cells"
+        read = arm.removesuffix(STARTED)
+        if (limit := limits.get(read)) and (read == arm or read not in arms):  # once for a start and its arm
+            label = f"{read}: a classifier of single cells"
             axis.plot(*zip(*sorted(limit.items())), linestyle=":", marker="x", color=style["color"], label=label)
     axis.set(xlabel=LEVEL_NAMES.get(task, OTHER_LEVELS), ylabel="right, % (mean and spread over seeds)")
     axis.legend(fontsize="small")
@@ -130,7 +133,7 @@ def pyplot() -> Any:
 
 
 def finish_figure(figure: Any, heading: str, path: Path) -> None:
-    figure.suptitle(heading, fontsize="x-small")
+    figure.suptitle(fill(heading, int(CHARACTERS_AN_INCH * figure.get_figwidth())), fontsize="x-small")
     for axis in figure.axes:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
