@@ -29,7 +29,7 @@ LOW_RATES = (1e-4, 5e-4)
 SCRATCH_RATES = (5e-4, 2e-3, 4e-3)  # beside the 1e-3 of `speed`
 SLOW = ("quarter", "quarter-unit", "x4-raw", "x4")  # what learns slowly in `speed`, and x4
 GAINS = ("quarter", "x4", "x4-loud", "x4-louder")
-# In pictures of 224 px: on large digits a model learns where to look; with up to 16 px alone it did not (LOG.md).
+# In pictures of 224 px, in proportion to those of 112 px; no model of that size has learned them yet (LOG.md).
 WIDE = {"size": 224, "heights": [4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 28, 32]}
 LARGE = {"heights": [9, 10, 11, 12]}  # digits that are whole at half the sides, too
 COST = {"test": 64, "probe": 64, "generated": 0}
