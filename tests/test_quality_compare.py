@@ -228,6 +228,8 @@ def test_arms_without_times_are_not_drawn_over_time(results, tmp_path, monkeypat
     figures.draw_learning(arms, times, "heading", tmp_path / "figure.png")
     over_steps, over_time = ({line.get_label(): line for line in axis.lines} for axis in drawn[0].axes)
     assert [label.partition(":")[0] for label in over_steps] == ["pixels", "quarter", "x4"]
+    legend = [text.get_text().partition(":")[0] for text in drawn[0].axes[-1].get_legend().get_texts()]
+    assert legend == ["pixels", "quarter", "x4"]
     drawn_at = {label.partition(":")[0]: list(line.get_xdata()) for label, line in over_time.items()}
     assert drawn_at == {"pixels": [0.025, 0.05], "x4": [2.5, 5.0]}
     figures.draw_learning(arms, {}, "heading", tmp_path / "figure.png")
@@ -315,6 +317,31 @@ def test_limits_are_means_over_seeds_and_drawn(results, tmp_path, monkeypatch, c
     assert compare.main(["--results", str(results), *flags]) == 0
     dotted = [data for data, style in drawn if style.get("linestyle") == ":"]
     assert dotted and all(data == ((4, 9), pytest.approx((60, 90))) for data in dotted)
+
+
+def test_the_limit_of_a_start_and_its_arm_is_drawn_once(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    run, limits = result("exact", 0, [5, 5], [1, 1]), {"exact": {4: 90.0, 9: 95.0}}
+    for arms, limited in ((("exact, start", "exact"), "exact"), (("exact, start", "x4"), "exact, start")):
+        figures.draw_by_level({arm: [run] for arm in arms}, limits, "reading", "heading", tmp_path / "figure.png")
+        (axis,) = drawn[-1].axes
+        (dotted,) = (line for line in axis.lines if line.get_linestyle() == ":")
+        colours = {bars.get_label().partition(":")[0]: bars.lines[0].get_color() for bars in axis.containers}
+        assert list(colours) == list(arms) and dotted.get_color() == colours[limited]
+
+
+def test_results_may_be_in_several_folders_the_first_of_which_counts(tmp_path, capsys):
+    for folder, arms in (("one", ("x4", "quarter")), ("two", ("exact", "quarter"))):
+        (tmp_path / folder).mkdir()
+        for arm in arms:
+            run = result(arm, 0, [5, 5] if folder == "one" else [9, 9], [1, 1])
+            (tmp_path / folder / f"{arm}.json").write_text(json.dumps(run))
+    assert compare.main(["--results", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    cells = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "10 of 20" in line]
+    assert [(row[0], row[3]) for row in cells] == [("| exact", "90.0"), ("| quarter", "50.0"), ("| x4", "50.0")]
 
 
 def test_an_empty_folder_is_one_line(tmp_path, one_line_error):
