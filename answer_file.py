@@ -43,9 +43,7 @@ class AnswerFile:
         settings = json.loads(json.dumps(settings))
         self.refused = describe_difference(header.get("settings"), settings) if data else ""
         self.answers, self.read, end = take_rounds(lines, end) if data and not self.refused else ([], None, 0)
-        self.file.truncate(end)
-        if not end:
-            self.write([{"settings": settings}])
+        self.end, self.header = end, [] if end else [{"settings": settings}]
 
     def __enter__(self) -> "AnswerFile":
         return self
@@ -54,7 +52,12 @@ class AnswerFile:
         self.file.close()
 
     def add_round(self, answers: list[dict[str, Any]], read: dict[str, Any]) -> None:
-        self.write([*answers, {"read": read}])
+        """The first one replaces what is not used: until then the run may fail, and that may have taken hours."""
+        if self.end is not None:
+            self.file.truncate(self.end)
+            self.end = None
+        self.write([*self.header, *answers, {"read": read}])
+        self.header = []
         self.answers += answers
         self.read = read
 
@@ -92,7 +95,7 @@ def take_rounds(
     are none)."""
     answers, of_round, read = [], [], None
     for value, stop in lines:
-        if "read" in value:
+        if isinstance(value.get("read"), dict):
             answers += of_round
             of_round, read, end = [], value["read"], stop
         else:
@@ -102,7 +105,7 @@ def take_rounds(
 
 def describe_difference(earlier: Any, settings: dict[str, dict[str, Any]]) -> str:
     """ "--batch-size was 32, now is 16, other files in --model-dir"; "" where there is no difference."""
-    if not isinstance(earlier, dict):
+    if not isinstance(earlier, dict) or not all(isinstance(values, dict) for values in earlier.values()):
         return "does not say what its answers depend on"
     found = []
     for kind, now in settings.items():

@@ -4,7 +4,7 @@ Only the headers of safetensors files are read, so it takes no longer for a larg
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ PARSED = (
     *("added_tokens.json", "vocab.json", "chat_template.json"),
 )
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # files of one are enough
+FORMAT_DEFAULTS = {"merge": 2, "name": "custom"}  # of a DCTConfig, whose other fields are needed
 
 
 class CheckpointError(ValueError):
@@ -67,10 +68,10 @@ def saved_pixel_bounds(model_dir: Path) -> dict[str, int | None]:
 
 
 def safetensors_files(model_dir: Path) -> list[Path]:
-    """The weight files, in order. Raises CheckpointError."""
+    """The weight files that transformers would take, in order. Raises CheckpointError."""
     index = model_dir / "model.safetensors.index.json"
     files = [model_dir / "model.safetensors"]
-    if index.is_file():
+    if index.is_file() and not files[0].is_file():  # save_pretrained leaves an old index beside one file
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
             raise CheckpointError(f"{index} does not say in which files the tensors are: get the file again")
@@ -82,21 +83,32 @@ def safetensors_files(model_dir: Path) -> list[Path]:
     return files
 
 
-def patch_embedding_shape(files: list[Path]) -> tuple[int, ...]:
-    """[E, channels, frames, rows, columns], from the headers, all of which are read. Raises CheckpointError."""
+def open_tensors(files: list[Path], framework: str) -> Iterator[tuple[str, Any]]:
+    """(name, the open file that holds it) of every tensor, file by file, by their headers. Raises CheckpointError."""
     from safetensors import SafetensorError, safe_open
 
-    found = None
     for path in files:
         try:
-            with safe_open(path, framework="np") as tensors:
+            with safe_open(path, framework=framework) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
-                    if name.endswith(PATCH_EMBEDDING):
-                        found = tuple(tensors.get_slice(name).get_shape())
+                    yield name, tensors
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged ({error}): get the file again") from error
+
+
+def no_patch_embedding(files: list[Path]) -> CheckpointError:
+    return CheckpointError(f"no {PATCH_EMBEDDING} in {', '.join(path.name for path in files)} of {files[0].parent}: "
+                           "get the files again")  # fmt: skip
+
+
+def patch_embedding_shape(files: list[Path]) -> tuple[int, ...]:
+    """[E, channels, frames, rows, columns], from the headers, all of which are read. Raises CheckpointError."""
+    found = None
+    for name, tensors in open_tensors(files, "np"):
+        if name.endswith(PATCH_EMBEDDING):
+            found = tuple(tensors.get_slice(name).get_shape())
     if found is None:
-        raise CheckpointError(f"no {PATCH_EMBEDDING} in the *.safetensors of {files[0].parent}: get the files again")
+        raise no_patch_embedding(files)
     return found
 
 
@@ -112,25 +124,29 @@ def read_token_format(model_dir: Path) -> dict[str, Any] | None:
     also where other fields of the processor contradict it. Values are not looked into: DCTConfig imports torch."""
     path = model_dir / PROCESSOR
     if not path.is_file():
-        raise CheckpointError(f"{model_dir} lacks {PROCESSOR}: get the file again, or {convert_again(model_dir)}")
+        raise CheckpointError(f"{model_dir} lacks {PROCESSOR}: {remedy(model_dir)}")
     processor = read_json(path)
     dct = processor.get("dct")
     if dct is None:
         return None
-    dct = {"merge": 2, "name": "custom", **dct} if isinstance(dct, dict) else {}
+    dct = {**FORMAT_DEFAULTS, **dct} if isinstance(dct, dict) else {}
     if not _whole_numbers(dct.get("block")) or len(dct["block"]) != 3 or not _whole_numbers(dct.get("kept")):
-        raise CheckpointError(f"{path} has no token format in its field dct: {convert_again(model_dir)}")
+        raise CheckpointError(f"{path} has no token format in its field dct: {remedy(model_dir)}")
     fixed = {"temporal_patch_size": dct["block"][0], "patch_size": dct["block"][1], "merge_size": dct["merge"]}
     for name, value in fixed.items():
         if processor.get(name, value) != value:
             raise CheckpointError(f"{path} has {name} {processor[name]!r}, its token format {dct['name']} has {value}: "
-                                  f"{convert_again(model_dir)}")  # fmt: skip
+                                  f"{remedy(model_dir)}")  # fmt: skip
     return dct
 
 
 def check_format(model_dir: Path, dct: dict[str, Any] | None) -> None:
     """Processor, config.json and weights must be of one token format; dct: the processor's. Raises CheckpointError."""
     vision, processor = read_config(model_dir)["vision_config"], read_json(model_dir / PROCESSOR)
+    size = processor.get("size")
+    if dct is None and size and not {"shortest_edge", "longest_edge"} <= set(size):
+        raise CheckpointError(f"{model_dir / PROCESSOR} has a size without shortest_edge and longest_edge, which "
+                              "transformers does not read: take the field size out")  # fmt: skip
     sides = ("temporal_patch_size", 2), ("patch_size", 14), ("patch_size", 14)  # Qwen2-VL's, where files say nothing
     reads = [vision.get("in_channels", 3), *(vision.get(*side) for side in sides)]
     makes = [len(dct["kept"]), 1, 1, 1] if dct else [3, *(processor.get(*side) for side in sides)]
@@ -139,13 +155,13 @@ def check_format(model_dir: Path, dct: dict[str, Any] | None) -> None:
         raise CheckpointError(
             f"{model_dir / PROCESSOR} makes tokens of {_by(makes)} ({dct['name'] if dct else 'pixels'}), merged "
             f"{merges[0]} x {merges[0]}, config.json beside it reads {_by(reads)}, merged {merges[1]} x {merges[1]}: "
-            f"{convert_again(model_dir)}"
+            f"{remedy(model_dir)}"
         )
     shape = patch_embedding_shape(safetensors_files(model_dir))
     wanted = (vision.get("embed_dim", 1280), *reads)
     if shape != wanted:
         raise CheckpointError(f"{model_dir}: {PATCH_EMBEDDING} is {_by(shape)}, config.json says {_by(wanted)}: "
-                              f"{convert_again(model_dir)}")  # fmt: skip
+                              f"{remedy(model_dir)}")  # fmt: skip
 
 
 def check_checkpoint(model_dir: Path) -> dict[str, Any] | None:
@@ -160,8 +176,12 @@ def check_checkpoint(model_dir: Path) -> dict[str, Any] | None:
     return dct
 
 
-def convert_again(model_dir: Path) -> str:
-    """What to do with a directory whose files are not of one conversion."""
+def remedy(model_dir: Path) -> str:
+    """What to do with a directory whose files do not go together. A pixel model is nothing that a conversion made, and
+    one into its place would replace it. Raises CheckpointError for a broken config.json."""
+    vision = read_config(model_dir)["vision_config"]
+    if (vision.get("temporal_patch_size", 2), vision.get("patch_size", 14)) == (2, 14):
+        return "get its files again"
     return f"python convert_checkpoint.py --model-dir QWEN2_VL --output-dir {model_dir} --force"
 
 

@@ -13,7 +13,6 @@ weights.
 
 import argparse
 import json
-import math
 import os
 import shutil
 import sys
@@ -23,12 +22,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import checkpoint_files
-from checkpoint_files import PATCH_EMBEDDING, CheckpointError, read_json, safetensors_files
+from checkpoint_files import (
+    PATCH_EMBEDDING,
+    CheckpointError,
+    no_patch_embedding,
+    open_tensors,
+    read_json,
+    safetensors_files,
+)
 
 if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 2_000_000_000
+MOST_GAIN = 1000  # of detail; more than training could use
 REWRITTEN = ("config.json", "preprocessor_config.json", "model.safetensors.index.json")
 
 
@@ -53,38 +60,24 @@ def converted_config(config: dict, num_coefficients: int) -> dict:
 
 def patch_embedding(files: list[Path]) -> "torch.Tensor":
     """The pixel model's weight [E, 3, 2, 14, 14]. Raises CheckpointError if it is missing."""
-    from safetensors import SafetensorError, safe_open
-
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
-                    if name.endswith(PATCH_EMBEDDING):
-                        return tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged ({error}): get the file again") from error
-    raise CheckpointError(f"no {PATCH_EMBEDDING} in {', '.join(path.name for path in files)}")
+    for name, tensors in open_tensors(files, "pt"):
+        if name.endswith(PATCH_EMBEDDING):
+            return tensors.get_tensor(name)
+    raise no_patch_embedding(files)
 
 
 def folded_tensors(files: list[Path], dct) -> Iterator[tuple[str, "torch.Tensor"]]:
     """(name, tensor) one by one, memory-mapped, the patch embedding folded. Raises CheckpointError if it is missing."""
-    from safetensors import SafetensorError, safe_open
-
     from dct_tokenizer import fold_patch_embedding
 
     found = False
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
-                    tensor = tensors.get_tensor(name)
-                    if name.endswith(PATCH_EMBEDDING):
-                        tensor, found = fold_patch_embedding(tensor, dct), True
-                    yield name, tensor
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged ({error}): get the file again") from error
+    for name, tensors in open_tensors(files, "pt"):
+        tensor = tensors.get_tensor(name)
+        if name.endswith(PATCH_EMBEDDING):
+            tensor, found = fold_patch_embedding(tensor, dct), True
+        yield name, tensor
     if not found:
-        raise CheckpointError(f"no {PATCH_EMBEDDING} in {', '.join(path.name for path in files)}")
+        raise no_patch_embedding(files)
 
 
 def write_shards(tensors: Iterator[tuple[str, "torch.Tensor"]], output_dir: Path, shard_bytes: int) -> int:
@@ -218,10 +211,10 @@ def own_format(arguments: argparse.Namespace, weight: "torch.Tensor | None" = No
     return DCTConfig.select(block, arguments.chroma, count, name=name, order=order, weight=weight, table=table)
 
 
-def positive_number(text: str) -> float:
+def gain(text: str) -> float:
     value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    if not 0 < value <= MOST_GAIN:
+        raise argparse.ArgumentTypeError(f"expected a number over 0 and at most {MOST_GAIN}, got {text}")
     return value
 
 
@@ -248,7 +241,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--detail-gain",
-        type=positive_number,
+        type=gain,
+        default=1,
         metavar="G",
         help="make the coefficients that the pixel model's patch does not show G times as large, so that training at a "
         "low rate learns them sooner (default: 1)",
@@ -300,8 +294,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.block and arguments.order == "weighted":
             read_config(arguments.model_dir)
             dct = own_format(arguments, patch_embedding(safetensors_files(arguments.model_dir)))
-        if arguments.detail_gain is not None:
-            dct = dct.with_detail_gain(arguments.detail_gain)
+        dct = dct.with_detail_gain(arguments.detail_gain)
         total = convert(
             arguments.model_dir,
             arguments.output_dir,

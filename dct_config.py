@@ -327,9 +327,12 @@ class DCTConfig:
         times as large. Folding gives these no weight, so the model is the same before training; but an optimizer that
         moves all weights alike, such as Adam, learns them so much faster.
 
-        Raises ValueError for a gain that is no positive number, or if there are no such coefficients."""
+        Raises ValueError for a gain that is no positive number, or if there are no such coefficients; 1 changes
+        nothing."""
         if not (math.isfinite(gain) and gain > 0):
             raise ValueError(f"the gain of detail must be a positive number, got {gain}")
+        if gain == 1:
+            return self
         shown = shown_in_patch(self, patch)
         if shown.all():
             raise ValueError(

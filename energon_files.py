@@ -27,17 +27,28 @@ def read_splits(data_dir: Path, wanted: Iterable[str]) -> dict[str, list[str]]:
     uncounted = [name for names in shards.values() for name in names if name not in counts]
     if uncounted:
         raise broken(data_dir, INFO, f"has no shard_counts of {uncounted[0]}, which is in {SPLIT}")
+    check_files(data_dir, dict.fromkeys(name for names in shards.values() for name in names))
     return shards
+
+
+def check_files(data_dir: Path, names: Iterable[str]) -> None:
+    """Raises PreparedSetError for a shard, or the index beside it, that is not there, as after a copy that was cut
+    off."""
+    for name in names:
+        for path in (data_dir / name, data_dir / f"{name}.idx"):
+            if not path.is_file():
+                raise PreparedSetError(f"{path} is missing, which {FOLDER}/{SPLIT} names: copy it there again, or "
+                                       f"{prepare_again(data_dir)}")  # fmt: skip
 
 
 def check_dataset(data_dir: Path) -> None:
     """Raises PreparedSetError where dataset.yaml is broken, or for another kind of samples than those that are cooked
-    here; a class of another module than Energon's is not looked into."""
+    here; a function, or a class of another module than Energon's, is not looked into."""
     dataset = read_yaml(data_dir, DATASET)
-    module, name = dataset.get("__module__"), dataset.get("__class__")
+    module, name = dataset.get("__module__"), dataset.get("__class__", dataset.get("__function__"))
     if not isinstance(module, str) or not isinstance(name, str):
         raise broken(data_dir, DATASET, "does not say which class reads the set (__module__, __class__)")
-    if module == "megatron.energon" and name != "CrudeWebdataset":
+    if module == "megatron.energon" and "__class__" in dataset and name != "CrudeWebdataset":
         raise broken(data_dir, DATASET, f"is for {name}, only crude samples are read")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from answer_file import AnswerFile, as_lines, digest_files, replace_file
+from checkpoint_files import check_checkpoint
 from energon_files import read_splits
 
 if TYPE_CHECKING:
@@ -315,6 +316,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be over 0, got {getattr(arguments, name)}")
     if not (arguments.model_dir / "config.json").is_file():
         raise ValueError(f"no model in {arguments.model_dir} (no config.json): give --model-dir a run's hf folder")
+    check_checkpoint(arguments.model_dir)
     if not read_splits(arguments.data_dir, (arguments.split,))[arguments.split]:
         raise ValueError(f"the {arguments.split} split of {arguments.data_dir} holds no shard: choose another --split")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import run_lock
-from checkpoint_files import PROCESSOR, CheckpointError, check_checkpoint, convert_again, read_json, saved_pixel_bounds
+from checkpoint_files import (
+    FORMAT_DEFAULTS,
+    PROCESSOR,
+    CheckpointError,
+    check_checkpoint,
+    read_json,
+    remedy,
+    saved_pixel_bounds,
+)
 from energon_files import PreparedSetError, read_splits
 
 # A resumed run repeats the samples and losses of an uninterrupted one only if these are what they were.
@@ -186,7 +194,8 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
     if wanted is None:
         return info
     if wanted.endswith(".json"):
-        same = read_json(Path(wanted), "give --dct a file that DCTConfig.save wrote") == info.dct
+        given = read_json(Path(wanted), "give --dct a file that DCTConfig.save wrote")
+        same = {**FORMAT_DEFAULTS, **given} == info.dct
     else:
         same = wanted == info.dct_name
     if not same:
@@ -383,7 +392,7 @@ def load_processor(arguments: argparse.Namespace, info: ModelInfo):
         return tokenizer, processor_class.from_pretrained(arguments.model_dir, **arguments.pixel_bounds)
     except ValueError as error:
         path = arguments.model_dir / PROCESSOR
-        raise CheckpointError(f"{path} cannot be used ({error}): {convert_again(arguments.model_dir)}") from error
+        raise CheckpointError(f"{path} cannot be used ({error}): {remedy(arguments.model_dir)}") from error
 
 
 def build_task_encoder(arguments: argparse.Namespace, info: ModelInfo, rows: bool):

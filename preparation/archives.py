@@ -66,18 +66,29 @@ def name_parts(names: Collection[str], data_dir: Path, below: bool = False) -> l
         part = None if is_tar(name) or NOT_READ.fullmatch(name) else PART.fullmatch(name)
         if part and below == (os.sep in name):
             groups.setdefault(part["whole"], []).append(name)
+    named = {whole: without_other_endings(parts) for whole, parts in groups.items()}
     return [
-        f"Not read, parts of {whole}; join them: {join_command(data_dir, parts, names)} "
+        f"Not read, parts of {whole}; join them: {join_command(data_dir, parts)} "
         f"> {shlex.quote(str(data_dir / os.path.basename(whole)))}"
-        for whole, parts in groups.items()
-        if whole not in names and os.path.basename(whole) not in names
+        for whole, parts in named.items()
+        if parts and whole not in names and os.path.basename(whole) not in names
     ]
 
 
-def join_command(data_dir: Path, parts: list[str], names: Collection[str]) -> str:
+def without_other_endings(parts: list[str]) -> list[str]:
+    """Letters count parts from aa or aaa on: without that one, x.tar.md is a file about x.tar."""
+    lettered = [name for name in parts if name[-1].isalpha()]
+    if any(name.lower().endswith("aa") for name in lettered):
+        return parts
+    return [name for name in parts if name not in lettered]
+
+
+def join_command(data_dir: Path, parts: list[str]) -> str:
     """The `cat` of all parts in their order; with a pattern, if it is that of the parts alone."""
     head, lengths = os.path.commonprefix(parts), {len(part) for part in parts}  # noqa: RUF071 - of characters
-    alike = sorted(name for name in names if name.startswith(head) and len(name) in lengths)
+    folder, start = os.path.split(head)
+    beside = (os.path.join(folder, name) for name in os.listdir(data_dir / folder) if name.startswith(start))
+    alike = sorted(name for name in beside if len(name) in lengths)
     if len(lengths) == 1 and alike == parts:
         return f"cat {shlex.quote(str(data_dir / head))}{'?' * (len(parts[0]) - len(head))}"
     return shlex.join(["cat", *(str(data_dir / part) for part in sorted(parts, key=in_number_order))])

@@ -20,6 +20,11 @@ class Prepared:
     shards: Path
 
 
+def edit_json(path: Path, **changes) -> None:
+    """Changes fields of the object in a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 def run(command: list[str], check: bool = True, **environment: str) -> subprocess.CompletedProcess:
     """A command in the repository's folder, with its output as text."""
     return subprocess.run(

@@ -36,7 +36,9 @@ def test_endings_in_upper_case_are_read(data, tmp_path, name):
     assert list(read_stats(tmp_path / "out")["tars"]) == [name]
 
 
-@pytest.mark.parametrize("name", ["a.tar.idx", "a.tar.md5", "a.tar.gz.sha256", "a.targets", "tar", "a.tar.json"])
+@pytest.mark.parametrize(
+    "name", ["a.tar.idx", "a.tar.md5", "a.tar.gz.sha256", "a.targets", "tar", "a.tar.json", "a.tar.md", "a.tar.gz.js"]
+)
 def test_what_lies_beside_tars_is_no_archive(tmp_path, name):
     assert not is_tar(name)
     assert name_unread(touch(tmp_path, name)) == []
@@ -63,6 +65,19 @@ def test_parts_of_a_split_tar_are_named_with_the_command_that_joins_them(tmp_pat
     (said,) = name_unread(touch(tmp_path, *parts))
     assert said == f"Not read, parts of {whole}; join them: cat {tmp_path}/{pattern} > {tmp_path}/{whole}"
     assert name_unread(touch(tmp_path, whole)) == []  # joined
+
+
+@pytest.mark.parametrize(("numbers", "other"), [(("000", "001"), "md5"), (("00", "01"), "md")])
+def test_a_pattern_that_another_file_fits_is_not_used(tmp_path, numbers, other):
+    """What the shell finds for it would be joined, too."""
+    folder = touch(tmp_path, *(f"x.tar.gz.{number}" for number in numbers), f"x.tar.gz.{other}", "x.tar.gz.zzz")
+    (said,) = name_unread(folder)
+    (command,) = (line.split("join them: ")[1] for line in [said])
+    for number in numbers:
+        (folder / f"x.tar.gz.{number}").write_text(number)
+    (folder / f"x.tar.gz.{other}").write_text("no part")
+    subprocess.run(["bash", "-c", command], check=True)
+    assert (folder / "x.tar.gz").read_text() == "".join(numbers)
 
 
 def test_parts_whose_order_no_pattern_gives_are_named_one_by_one(tmp_path):

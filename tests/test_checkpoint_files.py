@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipeline import edit_json
 from safetensors.torch import load_file, save_file
 
 import finetune_qwen2vl
-from checkpoint_files import PARSED, PATCH_EMBEDDING, PROCESSOR, CheckpointError, check_checkpoint
+from checkpoint_files import PARSED, PATCH_EMBEDDING, PROCESSOR, CheckpointError, check_checkpoint, safetensors_files
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -21,10 +22,6 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 def copy_of(converted, tmp_path) -> Callable[[], Path]:
     """copy_of(): a copy of the tiny x4 checkpoint that a test may damage."""
     return lambda: Path(shutil.copytree(converted("x4"), tmp_path / "damaged"))
-
-
-def edit_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def in_shards(folder: Path) -> None:
@@ -72,12 +69,12 @@ DAMAGES = {
     "lacks model.safetensors: only whole safetensors": lambda folder: (folder / WEIGHTS).unlink(),
     "lacks model-00002-of-00002.safetensors: only whole safetensors": without_a_shard,
     "model.safetensors is damaged (": cut_short,
-    f"no {PATCH_EMBEDDING} in the *.safetensors of": without_patch_embedding,
+    f"no {PATCH_EMBEDDING} in model.safetensors of": without_patch_embedding,
     f"{PATCH_EMBEDDING} is 128 x 1176 x 1 x 1 x 1, config.json says 128 x 1764 x 1 x 1 x 1": (
         with_another_patch_embedding
     ),
     "has no tokenizer (no tokenizer.json)": without_tokenizer,
-    f"lacks {PROCESSOR}: get the file again": lambda folder: (folder / PROCESSOR).unlink(),
+    f"lacks {PROCESSOR}: python convert_checkpoint.py": lambda folder: (folder / PROCESSOR).unlink(),
     "merged 2 x 2, config.json beside it reads 1764 x 1 x 1 x 1, merged 4 x 4": with_another_merge,
     "is of model_type 'llava', only qwen2_vl": lambda folder: edit_json(folder / "config.json", model_type="llava"),
     f"{PROCESSOR} has no token format in its field dct": lambda folder: edit_json(folder / PROCESSOR, dct={"name": 4}),
@@ -108,6 +105,7 @@ BROKEN = {"{": "is not JSON (", "[]": "is JSON, but no object with fields", "\xf
 @pytest.mark.parametrize("name", ["config.json", PROCESSOR, INDEX, *PARSED])
 def test_files_that_are_no_json_objects_are_refused_in_one_line(name, content, copy_of, tmp_path, one_line_error):
     damaged = copy_of()
+    in_shards(damaged)
     (damaged / name).write_bytes(content.encode("latin-1"))
     line = refused(damaged, tmp_path, one_line_error)
     assert f"{damaged / name} {BROKEN[content]}" in line and line.endswith(": get the file again")
@@ -144,6 +142,15 @@ def test_a_broken_file_for_dct_is_refused_in_one_line(content, copy_of, tmp_path
     assert line.endswith(": give --dct a file that DCTConfig.save wrote")
 
 
+def test_a_file_for_dct_without_the_fields_that_may_be_left_out(converted, tmp_path, capsys):
+    """As convert_checkpoint.py --dct takes it."""
+    dct = {**json.loads((converted("x4") / PROCESSOR).read_text())["dct"], "name": "custom"}
+    model = Path(shutil.copytree(converted("x4"), tmp_path / "own"))
+    edit_json(model / PROCESSOR, dct=dct)
+    (tmp_path / "own.json").write_text(json.dumps({name: dct[name] for name in ("block", "chroma", "kept", "scale")}))
+    assert finetune_qwen2vl.check_model(model, str(tmp_path / "own.json")).dct == dct
+
+
 def test_a_token_format_that_contradicts_itself_is_refused_when_it_is_read(copy_of):
     damaged = copy_of()
     dct = json.loads((damaged / PROCESSOR).read_text())["dct"]
@@ -176,6 +183,39 @@ def test_whole_checkpoints_are_not_refused(converted, qwen2vl_directory, copy_of
     sharded = copy_of()
     in_shards(sharded)
     assert check_checkpoint(sharded)["name"] == "x4"
+
+
+def test_an_old_index_beside_one_file_is_not_asked(copy_of, converted):
+    """Saved in shards first, then in one file: save_pretrained leaves the index, and transformers does not ask it."""
+    folder = copy_of()
+    in_shards(folder)
+    for shard in folder.glob("model-*.safetensors"):
+        shard.unlink()
+    shutil.copyfile(converted("x4") / WEIGHTS, folder / WEIGHTS)
+    assert check_checkpoint(folder)["name"] == "x4" and safetensors_files(folder) == [folder / WEIGHTS]
+
+
+PIXEL_DAMAGES = {
+    f"lacks {PROCESSOR}": lambda folder: (folder / PROCESSOR).unlink(),
+    "config.json says 64 x 3 x 2 x 14 x 14": lambda folder: edit_json(
+        folder / "config.json",
+        vision_config={**json.loads((folder / "config.json").read_text())["vision_config"], "embed_dim": 64},
+    ),
+    "has a size without shortest_edge and longest_edge": lambda folder: edit_json(
+        folder / PROCESSOR, size={"min_pixels": 3136, "max_pixels": 1003520}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", PIXEL_DAMAGES)
+def test_nobody_is_told_to_convert_into_the_place_of_a_pixel_model(message, qwen2vl_directory, tmp_path):
+    damaged = Path(shutil.copytree(qwen2vl_directory, tmp_path / "pixels"))
+    PIXEL_DAMAGES[message](damaged)
+    with pytest.raises(CheckpointError) as caught:
+        check_checkpoint(damaged)
+    said = str(caught.value)
+    assert message in said and "convert_checkpoint" not in said
+    assert said.endswith((": get its files again", ": take the field size out"))
 
 
 @pytest.mark.parametrize("names", [("tokenizer.json",), ("vocab.json", "merges.txt")])

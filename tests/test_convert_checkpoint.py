@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pipeline import edit_json
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoProcessor, AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -249,6 +250,25 @@ def test_own_configuration_with_another_table(qwen2vl_directory, tmp_path):
     np.testing.assert_allclose(scale, 2 * np.array(DCTConfig.select((2, 28, 28), "420", 500).scale), rtol=1e-5)
 
 
+def test_detail_of_gain_1_is_as_it_is(qwen2vl_directory, tmp_path):
+    for name in ("x4", "exact"):
+        assert run(qwen2vl_directory, tmp_path / name, "--dct", name, "--detail-gain", "1") == 0
+        processor = json.loads((tmp_path / name / "preprocessor_config.json").read_text())
+        assert DCTConfig.from_dict(processor["dct"]) == DCTConfig.preset(name)
+
+
+def test_weights_are_those_that_transformers_takes(source, qwen2vl_directory, tmp_path):
+    """One file, beside shards and their index that were there before."""
+    folder = shutil.copytree(source, tmp_path / "both")
+    shutil.copyfile(qwen2vl_directory / "model.safetensors", folder / "model.safetensors")
+    tensors = {**read_tensors(qwen2vl_directory)}
+    tensors[PATCH_EMBEDDING] = torch.zeros_like(tensors[PATCH_EMBEDDING])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert not Qwen2VLForConditionalGeneration.from_pretrained(folder).visual.patch_embed.proj.weight.any()
+    assert run(folder, tmp_path / "out") == 0
+    assert not read_tensors(tmp_path / "out")[PATCH_EMBEDDING].any()
+
+
 @pytest.mark.parametrize("options", [(), OWN, ("--dct", "FILE")], ids=["preset", "flags", "file"])
 def test_louder_detail(options, qwen2vl_directory, tmp_path, capsys):
     DCTConfig.select((2, 28, 28), "420", 900, name="mine").save(tmp_path / "mine.json")
@@ -268,8 +288,8 @@ def test_louder_detail(options, qwen2vl_directory, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--detail-gain", "0"), "argument --detail-gain: expected a positive number, got 0"),
-        (("--detail-gain", "nan"), "argument --detail-gain: expected a positive number, got nan"),
+        (("--detail-gain", "0"), "argument --detail-gain: expected a number over 0 and at most 1000, got 0"),
+        (("--detail-gain", "nan"), "argument --detail-gain: expected a number over 0 and at most 1000, got nan"),
         ((*OWN, "--dct", "x4"), "argument --block: not allowed with argument --dct"),
         (("--order", "box"), "argument --order: needs --block, as in --block 2 28 28"),
         (("--dct", "x4", "--num-coefficients", "9"), "argument --num-coefficients: needs --block"),
@@ -290,10 +310,6 @@ def test_own_configurations_that_cannot_be_exit_with_2(options, message, capsys,
 
 
 # Errors: exit code 1, one line, nothing left behind
-
-
-def edit_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def without_shard(folder: Path) -> None:

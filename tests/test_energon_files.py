@@ -21,6 +21,9 @@ def write_files(data_dir: Path, **changes: str) -> Path:
     (data_dir / FOLDER).mkdir()
     for name, text in {**FILES, **changes}.items():
         (data_dir / FOLDER / name).write_text(text)
+    for name in ("a0.tar", "a1.tar", "a2.tar"):
+        (data_dir / name).touch()
+        (data_dir / f"{name}.idx").touch()
     return data_dir
 
 
@@ -83,6 +86,21 @@ def test_splits_that_are_not_read_need_no_counts(tmp_path):
     assert read_splits(tmp_path, ("train",)) == {"train": ["a0.tar"]}
     with pytest.raises(PreparedSetError, match=r"\.info\.yaml has no shard_counts of c\.tar, which is in split\.yaml"):
         read_splits(tmp_path, ("train", "test"))
+
+
+@pytest.mark.parametrize("name", ["a1.tar", "a1.tar.idx"])
+def test_shards_that_are_not_there_are_named(name, tmp_path):
+    (write_files(tmp_path) / name).unlink()
+    assert read_splits(tmp_path, ("val",)) == {"val": []}
+    with pytest.raises(PreparedSetError) as refusal:
+        read_splits(tmp_path, ("train",))
+    remedy = f"copy it there again, or energon prepare {tmp_path}"
+    assert str(refusal.value) == f"{tmp_path / name} is missing, which .nv-meta/split.yaml names: {remedy}"
+
+
+def test_a_function_that_makes_the_set_is_not_looked_into(tmp_path):
+    write_files(tmp_path, **{"dataset.yaml": "__module__: megatron.energon\n__function__: make\n"})
+    assert read_splits(tmp_path, ("val",)) == {"val": []}
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -312,6 +313,35 @@ def test_a_run_killed_before_its_last_step_asks_nothing_again(prepared, go_on, w
         with pytest.raises(ZeroDivisionError):
             evaluate_qwen2vl.main([*folders(prepared, tmp_path), *OPTIONS])
     assert go_on((tmp_path / PART).read_bytes()) == (whole, 18)  # asked before, all of them
+
+
+def test_answers_of_other_settings_stay_until_there_are_new_ones(prepared, interrupted, tmp_path, monkeypatch, capsys):
+    (tmp_path / PART).write_bytes(interrupted)
+    monkeypatch.setattr(evaluate_qwen2vl, "ask", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    command = [*folders(prepared, tmp_path), *OPTIONS]
+    assert evaluate_qwen2vl.main([*command, "--batch-size", "3"]) == 130
+    assert "starting anew" in capsys.readouterr().err and (tmp_path / PART).read_bytes() == interrupted
+
+
+@pytest.mark.parametrize("header", [b'{"settings": {"options": null}}', b'{"settings": 1}', b"{}", b"[]", b"\xff"])
+def test_a_damaged_file_of_answers_is_not_used(header, tmp_path):
+    (tmp_path / PART).write_bytes(header + b"\n" + b'{"key": "a"}\n{"read": 5}\n')
+    with AnswerFile(tmp_path / PART, {"options": {"--limit": 1}}) as file:
+        assert file.refused and (file.answers, file.read) == ([], None)
+        file.add_round([{"key": "b"}], {"questions": 1})
+    with AnswerFile(tmp_path / PART, {"options": {"--limit": 1}}) as file:
+        assert (file.refused, file.answers, file.read) == ("", [{"key": "b"}], {"questions": 1})
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(prepared, interrupted, tmp_path, one_line_error):
+    model = shutil.copytree(prepared.model, tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    (model / "merges.txt").unlink(missing_ok=True)
+    (tmp_path / PART).write_bytes(interrupted)
+    command = ["--model-dir", str(model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    assert evaluate_qwen2vl.main(command) == 1
+    assert one_line_error().startswith(f"evaluate_qwen2vl.py: {model} has no tokenizer (no tokenizer.json)")
+    assert (tmp_path / PART).read_bytes() == interrupted
 
 
 def test_a_second_run_into_the_same_folder_is_refused(prepared, tmp_path, one_line_error):
