@@ -101,7 +101,8 @@ def logged(task, prepared, tmp_path_factory) -> dict[str, Path]:
         output = ["--log_samples", "--output_path", str(folders[form])]
         offline = {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folders[form].parent / "cache")}
         done = run([PYTHON, "benchmarks/quality/lmms_eval_model.py", *model, *tasks, *output], check=False, **offline)
-        assert done.returncode == 0, done.stderr[-3000:]
+        written = list(folders[form].rglob("*samples*.jsonl"))  # lmms-eval's exit status is 0 after errors, too
+        assert done.returncode == 0 and len(written) == 1, (done.stdout + done.stderr)[-3000:]
     return folders
 
 
