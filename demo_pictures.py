@@ -1,6 +1,7 @@
 """What the demo leaves to look at: loss curve, a sheet of samples as the model receives them, table of accuracies."""
 
 import json
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -20,6 +21,7 @@ CELL = 224  # px, the side of a picture on the sheet
 TEXT_WIDTH = 560  # px
 LINE = 17  # px of a line of text
 LEARNED, GIVEN = (0, 120, 40), (90, 90, 90)
+FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 
 
 def draw_loss(metrics: Path, output: Path) -> Path:
@@ -97,7 +99,7 @@ def _sample_row(sample: ConversationSample, encoder: QwenTaskEncoder) -> Image.I
         source = as_array(kind, content, VideoSampling())
         pictures.append(("source", _fit(Image.fromarray(source if kind == "image" else source[0]))))
         pictures += [(name, _fit(picture)) for name, picture in _received(encoded, encoder.image_processor)]
-    pictures, font = pictures[:4], ImageFont.load_default(size=13)
+    pictures, font = pictures[:4], ImageFont.truetype(FONT, 12)
     left, right = len(pictures) * (CELL + 8) + 12, 4 * (CELL + 8) + TEXT_WIDTH - 8
     words = _wrap(_pieces(encoded, encoder), left, right, font)
     height = max((CELL if pictures else 0) + 26, max(y for _, y, _, _ in words) + 2 * LINE)
@@ -151,8 +153,24 @@ def _pieces(encoded: EncodedSample, encoder: QwenTaskEncoder) -> list[tuple[str,
     for (is_pad, is_learned), run in runs:
         ids = [token_id for token_id, _ in run]
         text = f"{encoder.tokenizer.decode(ids[:1])} x {len(ids)}" if is_pad else encoder.tokenizer.decode(ids)
-        pieces.append((text, is_learned))
+        pieces.append((_legible(text), is_learned))
     return pieces
+
+
+def _legible(text: str) -> str:
+    """With Python's escapes for what the font lacks, such as Chinese."""
+    return "".join(
+        character if character == "\n" or ord(character) in _characters() else ascii(character)[1:-1]
+        for character in text
+    )
+
+
+@lru_cache
+def _characters() -> frozenset[int]:
+    """The code points that the font has."""
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(str(FONT)).get_charmap())
 
 
 def _wrap(pieces: list[tuple[str, bool]], left: int, right: int, font) -> list[tuple[float, int, str, bool]]:
