@@ -144,7 +144,7 @@ def check_format(model_dir: Path, dct: dict[str, Any] | None) -> None:
     """Processor, config.json and weights must be of one token format; dct: the processor's. Raises CheckpointError."""
     vision, processor = read_config(model_dir)["vision_config"], read_json(model_dir / PROCESSOR)
     size = processor.get("size")
-    if dct is None and size and not {"shortest_edge", "longest_edge"} <= set(size):
+    if dct is None and size and not (isinstance(size, dict) and {"shortest_edge", "longest_edge"} <= set(size)):
         raise CheckpointError(f"{model_dir / PROCESSOR} has a size without shortest_edge and longest_edge, which "
                               "transformers does not read: take the field size out")  # fmt: skip
     sides = ("temporal_patch_size", 2), ("patch_size", 14), ("patch_size", 14)  # Qwen2-VL's, where files say nothing

@@ -204,6 +204,7 @@ PIXEL_DAMAGES = {
     "has a size without shortest_edge and longest_edge": lambda folder: edit_json(
         folder / PROCESSOR, size={"min_pixels": 3136, "max_pixels": 1003520}
     ),
+    "has a size without shortest_edge and longest_edge, which": lambda folder: edit_json(folder / PROCESSOR, size=5),
 }
 
 
