@@ -10,6 +10,7 @@ from typing import Any
 
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 PROCESSOR = "preprocessor_config.json"
+INDEX = "model.safetensors.index.json"
 # Parsed when model and tokenizer are loaded; the other two, config.json and PROCESSOR, are looked into.
 PARSED = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -50,6 +51,12 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     return config
 
 
+def reads_pixel_patches(config: dict[str, Any]) -> bool:
+    """Whether a model's patch embedding is over 2 x 14 x 14 pixels, as Qwen2-VL's is; not so after a conversion."""
+    vision = config["vision_config"]
+    return (vision.get("temporal_patch_size", 2), vision.get("patch_size", 14)) == (2, 14)
+
+
 def saved_pixel_bounds(model_dir: Path) -> dict[str, int | None]:
     """min_pixels and max_pixels of the processor, None where it leaves them open. Raises CheckpointError."""
     path = model_dir / PROCESSOR
@@ -69,7 +76,7 @@ def saved_pixel_bounds(model_dir: Path) -> dict[str, int | None]:
 
 def safetensors_files(model_dir: Path) -> list[Path]:
     """The weight files that transformers would take, in order. Raises CheckpointError."""
-    index = model_dir / "model.safetensors.index.json"
+    index = model_dir / INDEX
     files = [model_dir / "model.safetensors"]
     if index.is_file() and not files[0].is_file():  # save_pretrained leaves an old index beside one file
         names = read_json(index).get("weight_map")
@@ -119,14 +126,17 @@ def check_tokenizer(model_dir: Path) -> None:
                               "tokenizer_config.json from the Qwen2-VL that it was made from")  # fmt: skip
 
 
-def read_token_format(model_dir: Path) -> dict[str, Any] | None:
+def read_processor(model_dir: Path) -> dict[str, Any]:
+    """The image processor's configuration. Raises CheckpointError."""
+    if not (model_dir / PROCESSOR).is_file():
+        raise CheckpointError(f"{model_dir} lacks {PROCESSOR}: {remedy(model_dir)}")
+    return read_json(model_dir / PROCESSOR)
+
+
+def token_format(model_dir: Path, processor: dict[str, Any]) -> dict[str, Any] | None:
     """The processor's DCTConfig as a dict, with "name" and "merge"; None where it reads pixels. Raises CheckpointError,
     also where other fields of the processor contradict it. Values are not looked into: DCTConfig imports torch."""
-    path = model_dir / PROCESSOR
-    if not path.is_file():
-        raise CheckpointError(f"{model_dir} lacks {PROCESSOR}: {remedy(model_dir)}")
-    processor = read_json(path)
-    dct = processor.get("dct")
+    path, dct = model_dir / PROCESSOR, processor.get("dct")
     if dct is None:
         return None
     dct = {**FORMAT_DEFAULTS, **dct} if isinstance(dct, dict) else {}
@@ -140,10 +150,9 @@ def read_token_format(model_dir: Path) -> dict[str, Any] | None:
     return dct
 
 
-def check_format(model_dir: Path, dct: dict[str, Any] | None) -> None:
+def check_format(model_dir: Path, processor: dict[str, Any], dct: dict[str, Any] | None) -> None:
     """Processor, config.json and weights must be of one token format; dct: the processor's. Raises CheckpointError."""
-    vision, processor = read_config(model_dir)["vision_config"], read_json(model_dir / PROCESSOR)
-    size = processor.get("size")
+    vision, size = read_config(model_dir)["vision_config"], processor.get("size")
     if dct is None and size and not (isinstance(size, dict) and {"shortest_edge", "longest_edge"} <= set(size)):
         raise CheckpointError(f"{model_dir / PROCESSOR} has a size without shortest_edge and longest_edge, which "
                               "transformers does not read: take the field size out")  # fmt: skip
@@ -167,8 +176,9 @@ def check_format(model_dir: Path, dct: dict[str, Any] | None) -> None:
 def check_checkpoint(model_dir: Path) -> dict[str, Any] | None:
     """Whether processor, tokenizer and model can be loaded, as far as it is seen in advance. Returns the token format,
     None for pixels. Raises CheckpointError."""
-    dct = read_token_format(model_dir)
-    check_format(model_dir, dct)
+    processor = read_processor(model_dir)
+    dct = token_format(model_dir, processor)
+    check_format(model_dir, processor, dct)
     check_tokenizer(model_dir)
     for name in PARSED:
         if (model_dir / name).is_file():
@@ -179,8 +189,7 @@ def check_checkpoint(model_dir: Path) -> dict[str, Any] | None:
 def remedy(model_dir: Path) -> str:
     """What to do with a directory whose files do not go together. A pixel model is nothing that a conversion made, and
     one into its place would replace it. Raises CheckpointError for a broken config.json."""
-    vision = read_config(model_dir)["vision_config"]
-    if (vision.get("temporal_patch_size", 2), vision.get("patch_size", 14)) == (2, 14):
+    if reads_pixel_patches(read_config(model_dir)):
         return "get its files again"
     return f"python convert_checkpoint.py --model-dir QWEN2_VL --output-dir {model_dir} --force"
 

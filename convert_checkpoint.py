@@ -23,12 +23,16 @@ from typing import TYPE_CHECKING
 
 import checkpoint_files
 from checkpoint_files import (
+    INDEX,
     PATCH_EMBEDDING,
+    PROCESSOR,
     CheckpointError,
     no_patch_embedding,
     open_tensors,
     read_json,
+    reads_pixel_patches,
     safetensors_files,
+    saved_pixel_bounds,
 )
 
 if TYPE_CHECKING:
@@ -36,14 +40,13 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 2_000_000_000
 MOST_GAIN = 1000  # of detail; more than training could use
-REWRITTEN = ("config.json", "preprocessor_config.json", "model.safetensors.index.json")
+REWRITTEN = ("config.json", PROCESSOR, INDEX)
 
 
 def read_config(model_dir: Path) -> dict:
     """config.json of a pixel Qwen2-VL. Raises CheckpointError."""
     config = checkpoint_files.read_config(model_dir)
-    vision = config["vision_config"]
-    if (vision.get("patch_size", 14), vision.get("temporal_patch_size", 2)) != (14, 2):
+    if not reads_pixel_patches(config):
         raise CheckpointError(f"{model_dir / 'config.json'} does not read 2x14x14 pixel patches: is it converted "
                               "already? Use it as it is")  # fmt: skip
     return config
@@ -112,7 +115,7 @@ def write_shards(tensors: Iterator[tuple[str, "torch.Tensor"]], output_dir: Path
         path.rename(output_dir / final)
         weight_map.update(dict.fromkeys(names, final))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(output_dir / "model.safetensors.index.json", index)
+    _write_json(output_dir / INDEX, index)
     return total
 
 
@@ -122,12 +125,12 @@ def make_processor(model_dir: Path, dct, min_pixels: int | None, max_pixels: int
 
     from dct_tokenizer import DCTImageProcessor
 
-    path = model_dir / "preprocessor_config.json"
+    path = model_dir / PROCESSOR
     source = read_json(path) if path.is_file() else {}
     for name, expected in (("image_mean", OPENAI_CLIP_MEAN), ("image_std", OPENAI_CLIP_STD)):
         if source.get(name, expected) != expected:
             raise CheckpointError(f"{path} has {name} {source[name]}; the folding is for Qwen2-VL's {expected}")
-    saved = checkpoint_files.saved_pixel_bounds(model_dir)
+    saved = saved_pixel_bounds(model_dir)
     low = saved["min_pixels"] or 56 * 56 if min_pixels is None else min_pixels
     high = saved["max_pixels"] or 28 * 28 * 1280 if max_pixels is None else max_pixels
     if low < 1 or high < 1:

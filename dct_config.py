@@ -24,11 +24,12 @@ from transformers.image_utils import OPENAI_CLIP_STD
 PIXEL_PATCH = (2, 14, 14)  # frames, rows, columns of the patch that Qwen2-VL's Conv3d was trained on
 CHROMA_FORMATS = ("444", "420")
 PRESETS = ("exact", "x4", "x16")
-FIELDS = {  # of a DCTConfig in JSON, what they are; true and false are no numbers here
-    **dict.fromkeys(("block", "kept"), ("a list of whole numbers", (int,))),
-    "scale": ("a list of numbers", (int, float)),
-    "merge": ("a whole number", (int,)),
-    **dict.fromkeys(("chroma", "name"), ("a text", (str,))),
+# Of a DCTConfig in JSON: what each field is, in words, whether a list, and of which types; true is no number here.
+FIELDS = {
+    **dict.fromkeys(("block", "kept"), ("a list of whole numbers", True, (int,))),
+    "scale": ("a list of numbers", True, (int, float)),
+    "merge": ("a whole number", False, (int,)),
+    **dict.fromkeys(("chroma", "name"), ("a text", False, (str,))),
 }
 ORDERS = ("variance", "weighted", "zigzag", "box")  # see DCTConfig.select
 
@@ -164,9 +165,8 @@ def _check_format(block: tuple[int, int, int], chroma: str) -> None:
 
 def _check_field(name: str, value: Any) -> None:
     """Raises ValueError for a value that is not of the type in FIELDS."""
-    expected, types = FIELDS[name]
-    listed = expected.startswith("a list")
-    elements = value if listed and isinstance(value, list | tuple) else [value]
+    expected, listed, types = FIELDS[name]
+    elements = value if isinstance(value, list | tuple) else [value]
     if listed != isinstance(value, list | tuple) or any(type(element) not in types for element in elements):
         raise ValueError(f"DCTConfig.{name} must be {expected}")
 

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from nemo import lightning as nl
 
+from checkpoint_files import PROCESSOR
 from run_lock import RunFolderError
 
 CHECKPOINT_NAME = re.compile(r"step(\d{6,})")
@@ -167,7 +168,7 @@ def let_others_read(folder: Path) -> None:
 
 def write_pixel_bounds(folder: Path, bounds: dict[str, int]) -> None:
     """The processor of a Hugging Face directory gets the bounds that the run was trained with."""
-    path = folder / "preprocessor_config.json"
+    path = folder / PROCESSOR
     if bounds and path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("size", None)  # the stock processor's second name for the same two numbers

@@ -31,9 +31,9 @@ from benchmarks.quality.model import (
 from benchmarks.quality.scoring import share
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.tasks import Source, make_task
+from checkpoint_files import PATCH_EMBEDDING
 from dct_config import fold_patch_embedding
 
-PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 STARTS = ("pixels", "exact")  # arms whose models others can start from
 DRAWN_AT_ONCE = 64  # test samples; which they are depends on it
 TESTED_AT_ONCE = 256
