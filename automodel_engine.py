@@ -41,7 +41,7 @@ from run_folder import (
     write_pixel_bounds,
 )
 from task_encoder import IGNORE_INDEX, QwenBatch
-from training_log import TrainingLog
+from training_log import NON_FINITE, StepGuard, TrainingLog, ValidationSum
 
 
 class QwenAutoModel(HFAutoModelForImageTextToText):
@@ -50,7 +50,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
     model_dir: HF directory. freeze: parts that are not trained ("vision" is the tower without its projector).
     max_gradient_norm: 0 for no clipping. pixel_bounds: min_pixels, max_pixels of this run where they are not those of
     model_dir; the processor that is saved with the weights gets them. lora: adapters in place of the language model's
-    weights.
+    weights. guard: stops at a loss or gradient that is no number; None for a model that is not trained.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         max_gradient_norm: float = 1.0,
         pixel_bounds: dict[str, int] | None = None,
         lora: LoRA | None = None,
+        guard: StepGuard | None = None,
     ) -> None:
         super().__init__(model_name=str(model_dir))
         self.pixel_bounds = pixel_bounds or {}
@@ -67,9 +68,11 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         self.freeze = (*freeze, "language") if lora else freeze
         self.lora = lora
         self.max_gradient_norm = max_gradient_norm
-        self.gradient_norm: Any = 0.0
+        self.guard = guard
+        self.gradient_norm = 0.0
         self.last_learning_rate = 0.0
-        self.validation_loss = math.nan
+        self.validation = ValidationSum()
+        self._step: list[tuple[torch.Tensor, torch.Tensor, list[str]]] = []  # loss, tokens, keys of its micro-batches
 
     def configure_model(self) -> None:
         """Loads the weights in fp32: the optimizer's copy; lower precision is the Trainer's autocast."""
@@ -86,13 +89,18 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         """-> logits [B, L, vocabulary]."""
         return self.model(**batch.model_inputs(), use_cache=False).logits
 
-    def training_step(self, batch: QwenBatch, batch_index: int) -> torch.Tensor:
-        """Mean loss over the learned tokens of the micro-batch."""
+    def training_step(self, batch: QwenBatch, batch_index: int) -> dict[str, torch.Tensor]:
+        """The sum of the losses of the learned tokens; `configure_gradient_clipping` divides by the tokens of the step.
+
+        "loss" is multiplied by the micro-batches of a step and by the processes: Lightning divides by the first, and
+        DDP averages over the second. "loss_sum" and "tokens" are the micro-batch's own.
+        """
         loss_sum, tokens = self._loss(batch)
-        loss = loss_sum / tokens
+        self._step.append((loss_sum.detach(), tokens, batch.keys))
+        loss = loss_sum * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
         if len(batch.image_grid_thw) + len(batch.video_grid_thw) == 0:
             loss = loss + 0.0 * self._idle_vision()
-        return loss
+        return {"loss": loss, "loss_sum": loss_sum.detach(), "tokens": tokens}
 
     def _loss(self, batch: QwenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.forward(batch)
@@ -110,25 +118,31 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         return self.model.visual(tokens, grid_thw=torch.tensor([[1, merge, merge]], device=self.device)).sum()
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clips to max_gradient_norm (0: not at all) and keeps the norm and the rate of this step for the log."""
+        """Makes the gradient the mean over the learned tokens of the step, whatever its micro-batches and processes.
+        Clips it to max_gradient_norm (0: not at all). Keeps the norm and the rate of this step for the log. Raises
+        NonFiniteStep."""
+        step, self._step = self._step, []
+        tokens = torch.stack([tokens for _, tokens, _ in step]).sum()
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(tokens)
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        torch._foreach_div_(gradients, float(tokens.clamp(min=1)))
         limit = self.max_gradient_norm or math.inf
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
+        micro_batches = [(float(loss_sum), keys) for loss_sum, _, keys in step]
+        self.guard.check(self.trainer.global_step + 1, self.gradient_norm, micro_batches)
         self.last_learning_rate = optimizer.param_groups[0]["lr"]
 
     def on_validation_epoch_start(self) -> None:
-        self._validation = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.validation.begin(self.device)
 
     def validation_step(self, batch: QwenBatch, batch_index: int) -> None:
-        loss_sum, tokens = self._loss(batch)
-        self._validation += torch.stack([loss_sum.double(), tokens.double()])
+        self.validation.add(*self._loss(batch), len(batch.keys))
 
     def on_validation_epoch_end(self) -> None:
         """Mean over all learned tokens of the split, whatever the number of processes."""
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self._validation)
-        loss_sum, tokens = self._validation.tolist()
-        self.validation_loss = loss_sum / tokens if tokens else math.nan
-        self.log("val_loss", self.validation_loss, rank_zero_only=True)
+        self.validation.end()
+        self.log("val_loss", self.validation.loss, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """NeMo stores its constructor's arguments, functions among them; they come from the command line instead."""
@@ -227,9 +241,10 @@ def run(arguments, data: EnergonDataModule, merge_size: int, extra_callbacks: li
         arguments.max_gradient_norm,
         arguments.pixel_bounds,
         LoRA.of(arguments),
+        StepGuard(arguments.run_dir / NON_FINITE),
     )
     log = TrainingLog(arguments.run_dir, arguments.max_steps, arguments.log_interval, merge_size)
-    trainer = build_trainer(arguments, module, [log, *step_checkpoints(arguments), *extra_callbacks])
+    trainer = build_trainer(arguments, module, [log, *step_checkpoints(arguments, log.restart_clock), *extra_callbacks])
     llm.finetune(
         model=module,
         data=data,

@@ -5,6 +5,7 @@ not those that were read ahead. A restore that does not fit raises; it is never 
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -15,13 +16,16 @@ import torch.distributed
 from lightning.pytorch.utilities import rank_zero_only
 from megatron.energon import (
     SavableDataLoader,
+    SavableDataset,
     WorkerConfig,
     get_loader,
     get_savable_loader,
     get_train_dataset,
     get_val_dataset,
 )
+from torch.utils.data import DataLoader
 
+from energon_files import read_counts, read_splits
 from task_encoder import DATASET_OPTIONS, QwenTaskEncoder
 
 
@@ -48,12 +52,60 @@ class CountedLoader:
             yield batch
 
 
+class ValidationLoader:
+    """The micro-batches of a split in order, each once, in as many steps on every process.
+
+    dataset: Energon's, of this process's micro-batches. Each validation has a loader of its own: one that was not read
+    to its end would go on from there. most: micro-batches of all processes together; None: all there are.
+    blank: a micro-batch without samples. A process gets it while others have more of their own.
+
+    It has no length: Energon's is an estimate, and Lightning would stop there.
+    """
+
+    def __init__(self, dataset: SavableDataset, most: int | None, blank: Any, group: Any = None) -> None:
+        self.dataset = dataset
+        self.most = most
+        self.blank = blank
+        self.group = group
+
+    def __iter__(self) -> Iterator[Any]:
+        _hide_objects_from_loader_processes()
+        self.dataset.restore_state(None)  # without loader processes it is where the last validation has left it
+        loader = get_loader(self.dataset)
+        try:
+            yield from self._in_step(iter(loader))
+        finally:
+            end_loader_processes(loader)
+
+    def _in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Collective."""
+        left = math.inf if self.most is None else self.most
+        while left > 0:
+            batch = next(batches, None)
+            before, total = self._count_over_processes(batch is not None)
+            if not total:
+                return
+            yield batch if batch is not None and before < left else self.blank
+            left -= total
+
+    def _count_over_processes(self, has_one: bool) -> tuple[int, int]:
+        """How many of the processes before this one, and how many of all, have a micro-batch. Collective."""
+        if not torch.distributed.is_initialized():
+            return 0, int(has_one)
+        device = "cuda" if torch.distributed.get_backend(self.group) == "nccl" else "cpu"
+        flags = torch.zeros(torch.distributed.get_world_size(self.group), dtype=torch.int64, device=device)
+        rank = torch.distributed.get_rank(self.group)
+        flags[rank] = has_one
+        torch.distributed.all_reduce(flags, group=self.group)
+        return int(flags[:rank].sum()), int(flags.sum())
+
+
 class EnergonDataModule(pl.LightningDataModule):
     """Train and validation loaders over a prepared folder of shards.
 
     path: the folder with `.nv-meta`. total_batches: micro-batches of one process in the whole run. num_workers: loader
     processes of one process; 0 loads in the training process. rank, world_size: among processes that train on different
-    samples. val_batches: micro-batches of one validation, over all processes together at most; None for the whole
+    samples. val_batches: most micro-batches of one validation, over all processes together; None for the whole
     split. packing_buffer_size: samples among which a worker chooses those of a row (the task encoder is then a
     `PackingTaskEncoder`, and a row a micro-batch); None: a micro-batch is micro_batch_size samples.
     data_parallel_group: called before loading, gives the group of the processes that train on different samples; None:
@@ -100,8 +152,7 @@ class EnergonDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> CountedLoader:
         """Endless, shuffled, split over processes and workers."""
-        if self.data_parallel_group:
-            self.worker_config.data_parallel_group = self.data_parallel_group()
+        self._settle_group()
         _hide_objects_from_loader_processes()
         dataset = get_train_dataset(
             self.path,
@@ -120,22 +171,29 @@ class EnergonDataModule(pl.LightningDataModule):
         self.train_loader = CountedLoader(loader, self.total_batches)
         return self.train_loader
 
-    def val_dataloader(self) -> Any:
-        """The val split once, in order, without a partial count: every sample is seen by exactly one process."""
-        limit = None
-        if self.val_batches is not None:
-            limit = max(1, self.val_batches // (self.worker_config.world_size * max(1, self.worker_config.num_workers)))
-        _hide_objects_from_loader_processes()
+    def val_dataloader(self) -> ValidationLoader:
+        """The val split once, in order: every sample is seen by exactly one process."""
+        self._settle_group()
         dataset = get_val_dataset(
             self.path,
             worker_config=self.worker_config,
-            batch_size=self.batch_size,
-            packing_buffer_size=self.packing_buffer_size,
-            task_encoder=self.task_encoder,
-            limit=limit,
+            batch_size=self.packing_buffer_size or self.micro_batch_size,
+            task_encoder=self.task_encoder.for_validation(),
             **DATASET_OPTIONS,
         )
-        return get_loader(dataset)
+        group = self.worker_config.data_parallel_group
+        return ValidationLoader(dataset, self.val_batches, self.task_encoder.blank_batch(), group)
+
+    def count_left_out(self, samples: int) -> int:
+        """How many of the val split are missing where a validation has seen `samples`; 0 if it was to see a part."""
+        if self.val_batches is not None:
+            return 0
+        counts = read_counts(self.path)
+        return sum(counts[name] for name in read_splits(self.path, ("val",))["val"]) - samples
+
+    def _settle_group(self) -> None:
+        if self.data_parallel_group:
+            self.worker_config.data_parallel_group = self.data_parallel_group()
 
     def state_dict(self) -> dict[str, Any]:
         """Collective: every process calls it; process 0 gets the states of all that train on different samples."""
@@ -164,6 +222,12 @@ class EnergonDataModule(pl.LightningDataModule):
                 f"{self.worker_config.world_size}: resume with the same number, or add --restart-data"
             )
         self._restored = states
+
+
+def end_loader_processes(loader: DataLoader) -> None:
+    """Now: PyTorch has no public name for it, and leaves it to the garbage collector, from which they may be hidden."""
+    if hasattr(loader._iterator, "_shutdown_workers"):
+        loader._iterator._shutdown_workers()
 
 
 def _hide_objects_from_loader_processes() -> None:

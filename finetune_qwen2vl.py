@@ -36,11 +36,12 @@ DATA_SETTINGS = (  # --restart-data lets these change
     *("data_parallel", "micro_batch_size", "global_batch_size", "pack_tokens", "pack_vision_tokens", "num_workers"),
 )
 FIXED_ON_RESUME = (
-    *("model_dir", *DATA_SETTINGS),
+    *("model_dir", "chosen_engine", "precision", *DATA_SETTINGS),
     *("max_steps", "lr", "min_lr", "warmup_steps", "weight_decay", "adam_beta2", "max_gradient_norm", "freeze"),
     *("lora_rank", "lora_alpha"),
 )
-
+# Of settings that have no flag of their own name.
+FLAGS = {"data_parallel": "--devices x --num-nodes", "chosen_engine": "--engine"}
 
 POSITIVE = (
     *("max_steps", "micro_batch_size", "global_batch_size", "devices", "num_nodes", "val_interval", "val_batches"),
@@ -340,7 +341,7 @@ def check_run_folder(arguments: argparse.Namespace) -> None:
             continue
         now = _plain(getattr(arguments, name))
         if earlier.get(name) != now:
-            flag = "--devices x --num-nodes" if name == "data_parallel" else f"--{name.replace('_', '-')}"
+            flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
             anew = ", --restart-data to begin the data anew" if name in DATA_SETTINGS else ""
             raise RunError(
                 f"{arguments.run_dir} was started with {flag} {earlier.get(name)}, now it is {now}: use the same value "
@@ -473,12 +474,18 @@ def choose_engine(arguments: argparse.Namespace) -> str:
     return "automodel"
 
 
-def train(arguments: argparse.Namespace, info: ModelInfo) -> None:
-    """Builds the parts and runs the engine."""
+def choose_precision(arguments: argparse.Namespace) -> str:
+    """What is asked for, or else what suits the device."""
+    if arguments.precision:
+        return arguments.precision
     import torch
 
+    return "bf16-mixed" if arguments.chosen_engine == "megatron" or torch.cuda.is_available() else "32"
+
+
+def train(arguments: argparse.Namespace, info: ModelInfo) -> None:
+    """Builds the parts and runs the engine."""
     engine = arguments.chosen_engine
-    arguments.precision = arguments.precision or ("bf16-mixed" if torch.cuda.is_available() else "32")
     if arguments.rank == 0:
         run_lock.lock(arguments.run_dir)
         write_run_file(arguments, info)
@@ -509,9 +516,9 @@ def explain(error: Exception) -> str | None:
     trace = "".join(traceback.format_exception(error))
     if marker in trace:
         return trace.split(marker)[1].split("\n")[0]
-    from training_log import NonFiniteLoss, OutOfMemory
+    from training_log import NonFiniteStep, OutOfMemory
 
-    return str(error) if isinstance(error, (RunError, NonFiniteLoss, OutOfMemory)) else None
+    return str(error) if isinstance(error, (RunError, NonFiniteStep, OutOfMemory)) else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -526,6 +533,7 @@ def main(argv: list[str] | None = None) -> int:
         model_parallel = arguments.tensor_parallel * arguments.pipeline_parallel
         arguments.data_parallel = max(1, arguments.world_size // model_parallel)
         arguments.chosen_engine = choose_engine(arguments)
+        arguments.precision = choose_precision(arguments)
         settle_batch(arguments, arguments.chosen_engine)
         info = check(arguments)
         arguments.data_restarts = count_data_restarts(arguments)
@@ -547,7 +555,8 @@ def main(argv: list[str] | None = None) -> int:
         line = str(error) if one_line else explain(error)
         if line is None:
             raise
-        print(f"finetune_qwen2vl.py: {line}", file=sys.stderr)
+        if not getattr(error, "told", False):
+            print(f"finetune_qwen2vl.py: {line}", file=sys.stderr)
         return 1
     if arguments.rank == 0:
         (arguments.run_dir / "finished").touch()

@@ -12,6 +12,7 @@ resume only from what you wrote yourself.
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,20 @@ from run_folder import (
     trainer_options,
     write_pixel_bounds,
 )
-from training_log import OutOfMemory, TrainingLog, check_finite
+from training_log import NON_FINITE, OutOfMemory, StepGuard, TrainingLog, ValidationSum
 
 os.environ.setdefault("NEMO_LOG_TRAIN_LOSS", "0")  # TrainingLog has it, without a message between stages
 
 
 class TokenLoss(MegatronLossReduction):
-    """Sum over the learned tokens of a row; Megatron divides the gradients by the tokens of the whole step."""
+    """Sum over the learned tokens of a row; Megatron divides the gradients by the tokens of the whole step.
 
-    def __init__(self, summed: torch.Tensor | None = None) -> None:
-        """summed: float64 [2]; sum and tokens of every row are added to it."""
+    reduced: called with float32 [rows, 2], the sum and the tokens of each row.
+    """
+
+    def __init__(self, reduced: Callable[[torch.Tensor], None]) -> None:
         super().__init__()
-        self.summed = summed
+        self.reduced = reduced
 
     def forward(self, batch: PackedBatch, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         total = losses.float().sum()
@@ -65,13 +68,10 @@ class TokenLoss(MegatronLossReduction):
         return total, count, {"loss": torch.stack([total.detach(), count.float()])}
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, torch.Tensor]]):
-        """-> mean of this process's tokens; in training {"loss": it, "rows": float32 [rows, 2], each row's sum and
-        tokens}."""
+        """-> mean of this process's tokens."""
         rows = torch.stack([entry["loss"] for entry in losses_reduced_per_micro_batch])
+        self.reduced(rows)
         total, count = rows.sum(dim=0)
-        if self.summed is None:
-            return {"loss": total / count, "rows": rows}
-        self.summed += rows.double().sum(dim=0)
         return total / count
 
 
@@ -96,7 +96,8 @@ class QwenMegatronModel(Qwen2VLModel):
 
     model_dir: HF directory. row_tokens: of the longest row. freeze: parts that are not trained. recompute: activations
     of transformer layers are computed again in the backward pass. pipeline: there are several pipeline stages. lora:
-    adapters in place of the language model's weights.
+    adapters in place of the language model's weights. guard: stops at a loss or gradient that is no number; None for a
+    model that is not trained.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class QwenMegatronModel(Qwen2VLModel):
         recompute: bool = False,
         pipeline: bool = False,
         lora: LoRA | None = None,
+        guard: StepGuard | None = None,
     ) -> None:
         hf_config = Qwen2VLConfig.from_pretrained(model_dir)
         options: dict[str, Any] = {"calculate_per_token_loss": True}
@@ -119,9 +121,12 @@ class QwenMegatronModel(Qwen2VLModel):
         self.model_dir = model_dir
         self.freeze = (*freeze, "language") if lora else freeze
         self.lora = lora
+        self.guard = guard
+        self.gradient_norm = 0.0
         self.last_learning_rate = 0.0
-        self.validation_loss = float("nan")
+        self.validation = ValidationSum()
         self.rows: list[PackedBatch] = []  # of the step, without their tensors on the device
+        self.row_sums: torch.Tensor | None = None  # of the step: `TokenLoss`; None in stages before the last
 
     def configure_model(self, vp_stage: int | None = None) -> None:
         """Builds this process's part and fills it from model_dir."""
@@ -150,11 +155,37 @@ class QwenMegatronModel(Qwen2VLModel):
 
     @property
     def training_loss_reduction(self) -> TokenLoss:
-        return TokenLoss()
+        return TokenLoss(self._keep_row_sums)
 
     @property
     def validation_loss_reduction(self) -> TokenLoss:
-        return TokenLoss(self._validation)
+        return TokenLoss(self._add_to_validation)
+
+    def _keep_row_sums(self, rows: torch.Tensor) -> None:
+        self.row_sums = rows
+
+    def _add_to_validation(self, rows: torch.Tensor) -> None:
+        """Validation has one row a step."""
+        (row,), ((loss_sum, tokens),) = self.take_rows(), rows
+        self.validation.add(loss_sum, tokens, len(row.keys))
+
+    def on_train_start(self) -> None:
+        """The norm is looked at between gradients and step: Megatron-core has no place for it."""
+        optimizer = self.trainer.optimizers[0].mcore_optimizer
+        measure = optimizer.get_grad_norm
+
+        def measure_and_check() -> float:
+            self.gradient_norm = measure()
+            self._check_step()
+            return self.gradient_norm
+
+        optimizer.get_grad_norm = measure_and_check
+
+    def _check_step(self) -> None:
+        """Raises NonFiniteStep for a gradient, or a row's loss, that is no number."""
+        losses = [0.0] * len(self.rows) if self.row_sums is None else self.row_sums[:, 0].tolist()
+        micro_batches = [(loss, row.keys) for loss, row in zip(losses, self.rows, strict=True)]
+        self.guard.check(self.trainer.global_step + 1, self.gradient_norm, micro_batches)
 
     def take_rows(self) -> list[PackedBatch]:
         """The rows since the last call."""
@@ -165,22 +196,13 @@ class QwenMegatronModel(Qwen2VLModel):
         self.last_learning_rate = optimizer.param_groups[0]["lr"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
-    @property
-    def gradient_norm(self) -> float:
-        """Of the last step, over all processes; NeMo's strategy logs it."""
-        return float(self.trainer.callback_metrics.get("grad_norm", float("nan")))
-
     def on_validation_epoch_start(self) -> None:
-        self._validation = torch.zeros(2, dtype=torch.float64, device="cuda")
+        self.validation.begin("cuda")
 
     def on_validation_epoch_end(self) -> None:
         """Mean over all learned tokens of the split, whatever the rows and processes."""
         self.take_rows()
-        if not counts_here():
-            self._validation.zero_()
-        torch.distributed.all_reduce(self._validation)
-        total, count = self._validation.tolist()
-        self.validation_loss = total / count if count else float("nan")
+        self.validation.end(counts_here())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """NeMo stores its constructor's arguments; they come from the command line instead."""
@@ -210,12 +232,10 @@ class RowTrainingLog(TrainingLog):
 
     def on_train_batch_end(self, trainer, pl_module: QwenMegatronModel, outputs, batch, batch_index: int) -> None:
         rows = pl_module.take_rows()
-        for row in rows:
-            self._skipped[row.worker] = row.skipped
         if counts_here():
-            for row, (loss, count) in zip(rows, outputs["rows"].tolist(), strict=True):
-                check_finite(loss, trainer.global_step, row.keys)
+            for row, (loss, count) in zip(rows, pl_module.row_sums.tolist(), strict=True):
                 self.add(loss=loss, loss_weight=count, **self._count(row))
+                self._skipped.update(row.skipped)
         self._end_step(trainer, pl_module)
 
     def _count(self, row: PackedBatch) -> dict[str, float]:
@@ -321,7 +341,7 @@ def build_strategy(arguments) -> nl.MegatronStrategy:
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=several,
             overlap_param_gather=several,
-            check_for_nan_in_grad=False,  # TrainingLog stops the run and names the samples
+            check_for_nan_in_grad=False,  # StepGuard stops the run, and names the samples
         ),
     )
 
@@ -348,6 +368,7 @@ def run(arguments, data: EnergonDataModule, merge_size: int, extra_callbacks: li
         arguments.recompute,
         arguments.pipeline_parallel > 1,
         LoRA.of(arguments),
+        StepGuard(arguments.run_dir / NON_FINITE),
     )
     data.data_sampler = RowSampler(
         seq_len=row_tokens,
@@ -365,7 +386,7 @@ def run(arguments, data: EnergonDataModule, merge_size: int, extra_callbacks: li
     )
     callbacks = [
         log,
-        *step_checkpoints(arguments),
+        *step_checkpoints(arguments, log.restart_clock),
         SaveHF(arguments.run_dir / "hf", arguments.pixel_bounds),
         *extra_callbacks,
     ]

@@ -11,13 +11,13 @@ Letters used for shapes in this file:
     M F    media of a row, time steps of all of them together
 """
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from megatron.energon import Batch, Sample, SkipSample, stateless
-from torch.utils.data import get_worker_info
 
 from task_encoder import IGNORE_INDEX, ConversationSample, EncodedSample, QwenTaskEncoder
 
@@ -31,7 +31,7 @@ class PackedBatch(Batch):
     visual int64 [V]: positions that hold visual tokens. tokens [N, K]: vision tokens in the order of the row, in the
     data type of the model; token_positions int64 [N, 2]: row and column of each in its time step; step_starts int32
     [F + 1]: where time steps begin, attention stays within one. grid_thw int64 [M, 3]. longest_sample, longest_step:
-    tokens. keys, worker, skipped: as in `task_encoder.QwenBatch`.
+    tokens. keys, skipped: as in `task_encoder.QwenBatch`; a row without keys stands for none.
 
     A row without media has one blank picture, so that the vision tower has a gradient in every micro-batch: N is then
     m * m while V and M are 0.
@@ -50,7 +50,6 @@ class PackedBatch(Batch):
     longest_sample: int
     longest_step: int
     keys: list[str]
-    worker: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
@@ -123,16 +122,23 @@ class PackingTaskEncoder(QwenTaskEncoder):
 
     def make_row(self, samples: list[EncodedSample]) -> PackedBatch:
         """One row of all samples."""
-        worker = get_worker_info()
         return pack(
             samples,
             merge_size=self.image_processor.merge_size,
             token_width=self._token_width,
             token_dtype=self.token_dtype,
             visual_ids=tuple(self._pad.values()),
-            worker=worker.id if worker else 0,
-            skipped=dict(self.skipped),
+            skipped=self.take_skipped(),
         )
+
+    def blank_batch(self) -> PackedBatch:
+        """A row of no sample: `QwenTaskEncoder.blank_batch`."""
+        return replace(self.make_row([self._blank_sample()]), keys=[], skipped={})
+
+    def for_validation(self) -> "PackingTaskEncoder":
+        """The same encoder with counters of its own. One that chooses samples from a buffer gets them a buffer at a
+        time."""
+        return self._copied(BufferPackingTaskEncoder if any(self.budget) else type(self))
 
     @property
     def _token_width(self) -> int:
@@ -142,6 +148,20 @@ class PackingTaskEncoder(QwenTaskEncoder):
             return config.num_coefficients
         processor = self.image_processor
         return 3 * processor.temporal_patch_size * processor.patch_size**2
+
+
+class BufferPackingTaskEncoder(PackingTaskEncoder):
+    """As `PackingTaskEncoder`, for a split that is read once: a batch of samples becomes the rows that hold them.
+
+    Energon's own packing stage (5.2.0) is made for endless data: where a split ends while rows wait, it fails.
+    """
+
+    @stateless
+    def batch(self, samples: list[MeasuredSample]) -> Iterator[PackedBatch]:
+        """The rows of up to a buffer of samples. Raises TooManyBadSamples."""
+        for row in self.select_samples_to_pack(samples):
+            with suppress(SkipSample):
+                yield self.pack_selected_samples(row)
 
 
 def fit_rows(sizes: list[tuple[int, ...]], budget: tuple[int, ...]) -> list[list[int]]:
@@ -182,7 +202,6 @@ def pack(
     token_width: int,
     token_dtype: torch.dtype,
     visual_ids: tuple[int, ...],
-    worker: int = 0,
     skipped: dict[str, int] | None = None,
 ) -> PackedBatch:
     """One row of all samples. token_width: floats of a vision token, for a row without media. visual_ids: the ids that
@@ -211,7 +230,6 @@ def pack(
         longest_sample=max(lengths),
         longest_step=max(steps),
         keys=[sample.__key__ for sample in samples],
-        worker=worker,
         skipped=skipped or {},
     )
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ def is_frozen(name: str, freeze: tuple[str, ...]) -> bool:
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Every `interval` optimizer steps and at the end; keeps the last `keep`."""
+    """Every `interval` optimizer steps and at the end; keeps the last `keep`. saved: called after each."""
 
     FILE_EXTENSION = ""
 
-    def __init__(self, folder: Path, interval: int, keep: int) -> None:
+    def __init__(self, folder: Path, interval: int, keep: int, saved: Callable[[], None]) -> None:
+        self.saved = saved
         super().__init__(
             dirpath=folder,
             filename="step{step:06d}",
@@ -53,16 +55,20 @@ class StepCheckpoint(ModelCheckpoint):
         """Lightning keeps the one that a run was resumed from for ever; a few restarts would fill the disk."""
         return previous != current
 
+    def _save_checkpoint(self, trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        self.saved()
+
     def on_train_end(self, trainer, pl_module) -> None:
         if self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
-def step_checkpoints(arguments) -> list[StepCheckpoint]:
-    """The callback that saves, or none where --save-interval is 0."""
+def step_checkpoints(arguments, saved: Callable[[], None]) -> list[StepCheckpoint]:
+    """The callback that saves, or none where --save-interval is 0. saved: called after each checkpoint."""
     if not arguments.save_interval:
         return []
-    return [StepCheckpoint(arguments.run_dir / "checkpoints", arguments.save_interval, arguments.keep)]
+    return [StepCheckpoint(arguments.run_dir / "checkpoints", arguments.save_interval, arguments.keep, saved)]
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -16,7 +16,7 @@ import math
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from megatron.energon import (
     stateless,
 )
 from megatron.energon.errors import FatalSampleError
-from torch.utils.data import get_worker_info
 
 from dct_tokenizer import target_size
 from media import (
@@ -98,7 +97,9 @@ class QwenBatch(Batch):
 
     labels int64 [B, L] are already shifted: labels[b, i] is the token that position i has to predict. position_ids
     int64 [3, B, L]. attention_mask int64 [B, L]. pixel_values float32 [N, K] of all images in order, image_grid_thw
-    int64 [M, 3]; likewise for clips. skipped: samples that the worker `worker` has left out so far, by reason.
+    int64 [M, 3]; likewise for clips. skipped: samples left out since the previous batch of the same worker, by reason.
+
+    A batch without keys stands for none: its one learned token is not to be counted (`QwenTaskEncoder.blank_batch`).
     """
 
     input_ids: torch.Tensor
@@ -110,7 +111,6 @@ class QwenBatch(Batch):
     pixel_values_videos: torch.Tensor
     video_grid_thw: torch.Tensor
     keys: list[str]
-    worker: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
@@ -282,8 +282,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         self.seq_length = seq_length
         self.video_sampling = video_sampling or VideoSampling()
         self.max_bad_in_a_row = max_bad_in_a_row
-        self.skipped: Counter[str] = Counter()
-        self._bad_in_a_row: Counter[str] = Counter()  # by what was done with them
+        self._begin_counting()
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
         ids = tokenizer.convert_tokens_to_ids(list(names))
         missing = [name for name, token_id in zip(names, ids) if token_id is None or token_id == tokenizer.unk_token_id]
@@ -294,6 +293,46 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         self._reads_planes = getattr(getattr(image_processor, "dct_config", None), "chroma", None) == "420"
         self._im_start, self._im_end, self._vision_start, self._vision_end, *pads = ids
         self._pad = {"image": pads[0], "video": pads[1]}
+
+    def _begin_counting(self) -> None:
+        self.skipped: Counter[str] = Counter()
+        self._told: Counter[str] = Counter()  # those of `skipped` that earlier batches have reported
+        self._bad_in_a_row: Counter[str] = Counter()  # by what was done with them
+
+    def take_skipped(self) -> dict[str, int]:
+        """Samples left out since the last call, by reason. Each batch takes them along, so that their sum is right
+        also where a loader that goes on after a restart makes some batches a second time."""
+        new = self.skipped - self._told
+        self._told = self.skipped.copy()
+        return dict(new)
+
+    def for_validation(self) -> "QwenTaskEncoder":
+        """The same encoder with counters of its own, for a split that is read once."""
+        return self._copied(type(self))
+
+    def _copied(self, encoder_class: type["QwenTaskEncoder"]) -> "QwenTaskEncoder":
+        encoder = encoder_class.__new__(encoder_class)
+        vars(encoder).update(vars(self))
+        encoder._begin_counting()
+        return encoder
+
+    def blank_batch(self) -> "QwenBatch":
+        """A batch of no sample, for a process that has no more of them while others still have some. It has two text
+        tokens, one of them learned, and no keys."""
+        return replace(self.batch([self._blank_sample()]), keys=[], skipped={})
+
+    def _blank_sample(self) -> EncodedSample:
+        return EncodedSample(
+            __key__="blank",
+            __subflavor__=None,
+            __subflavors__={},
+            __restore_key__=(),
+            input_ids=torch.tensor([self._im_start, self._im_end]),
+            labels=torch.tensor([IGNORE_INDEX, self._im_end]),
+            position_ids=torch.arange(2).expand(3, 2),
+            **self._stack("image", [], "pixel_values", "image_grid_thw"),
+            **self._stack("video", [], "pixel_values_videos", "video_grid_thw"),
+        )
 
     @stateless
     def encode_sample(self, sample: ConversationSample) -> EncodedSample:
@@ -441,7 +480,6 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         """Pads on the right with <|endoftext|>, position 0 and IGNORE_INDEX; shifts the labels."""
         length = max(len(sample.input_ids) for sample in samples)
         pad_id = self.tokenizer.pad_token_id
-        worker = get_worker_info()
         return QwenBatch(
             input_ids=torch.stack([_pad_right(s.input_ids, length, pad_id) for s in samples]),
             labels=torch.stack([_pad_right(s.labels[1:], length, IGNORE_INDEX) for s in samples]),
@@ -452,8 +490,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
             pixel_values_videos=_cat([s.pixel_values_videos for s in samples]),
             video_grid_thw=torch.cat([s.video_grid_thw for s in samples]),
             keys=[s.__key__ for s in samples],
-            worker=worker.id if worker else 0,
-            skipped=dict(self.skipped),
+            skipped=self.take_skipped(),
         )
 
 

@@ -5,7 +5,8 @@
 where `python_on_cpu` is a script that runs this file (`write_interpreter`); torchrun reads PYTHON_EXEC. All but a few
 pieces is the real engine: NeMo's strategy, Megatron-core's model, gradients, distributed optimizer and checkpoints,
 tensor, pipeline and data parallelism (over gloo). Replaced is what has no CPU form: the name of the device,
-TransformerEngine's layers (by those of tests/megatron_cpu.py) and its Adam, and the refusal to start.
+TransformerEngine's layers (by those of tests/megatron_cpu.py) and its Adam, and the refusal to start. With
+FAULT_STEP=N a gradient of step N is NaN (tests/faulty_gradient.py).
 """
 
 import os
@@ -109,6 +110,12 @@ def fine_tune(arguments: list[str]) -> int:
         replace_device()
         replace_optimizer()
         replace_layers()
+        if "FAULT_STEP" in os.environ:
+            from faulty_gradient import break_gradient
+
+            import megatron_engine
+
+            break_gradient(megatron_engine.QwenMegatronModel, int(os.environ["FAULT_STEP"]))
     return finetune_qwen2vl.main(arguments)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from faulty_gradient import write_interpreter
 from pipeline import REPOSITORY, Prepared, metrics, run
 from safetensors.torch import load_file
 
@@ -27,13 +28,15 @@ from checkpoint_files import CheckpointError
 
 STEPS, SAVE_INTERVAL, VAL_INTERVAL = 24, 8, 12
 KILL_AFTER = 14  # steps: well past a checkpoint, before the next
+SEQ_LENGTH = 66  # tokens; one sample in eight is longer
+FAULT_STEP, SAMPLES_PER_STEP = 4, 8
 
 
 def launch_environment(prepared: Prepared, output_dir: Path, name: str, processes: int) -> dict[str, str]:
     """The variables of qwen_launch.sh for a short run."""
     values = {
         "EXPERIMENT_NAME": name, "MODEL_DIR": prepared.model, "DATASET_DIR": prepared.shards, "OUTPUT_DIR": output_dir,
-        "MAXPIXELS": 112 * 112, "NUM_PROC_PER_NODE": processes, "MBS": 2, "GBS": 8, "SEQ_LENGTH": 256,
+        "MAXPIXELS": 112 * 112, "NUM_PROC_PER_NODE": processes, "MBS": 2, "GBS": 8, "SEQ_LENGTH": SEQ_LENGTH,
         "MAX_STEPS": STEPS, "LR": "1e-3", "WARMUP_STEPS": 2, "VAL_INTERVAL": VAL_INTERVAL,
         "SAVE_INTERVAL": SAVE_INTERVAL, "NUM_WORKERS": 1, "PYTHON": sys.executable, "OMP_NUM_THREADS": 1,
         "PYTHONWARNINGS": "ignore",
@@ -122,7 +125,10 @@ def two_processes(prepared, tmp_path_factory) -> dict:
 
 def figures(lines: list[dict]) -> list[list]:
     """Everything of a run that must not depend on an interruption, bit for bit."""
-    keys = ("step", "loss", "val_loss", "learning_rate", "gradient_norm", "samples", "visual_tokens", "text_tokens")
+    keys = (
+        *("step", "loss", "learning_rate", "gradient_norm", "samples", "visual_tokens", "text_tokens"),
+        *("skipped_samples", "val_loss", "val_samples", "val_left_out"),
+    )
     return [[line.get(key) for key in keys] for line in lines]
 
 
@@ -153,7 +159,69 @@ def test_log_is_complete_and_finite(launched, request):
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines if "val_loss" in line] == [VAL_INTERVAL, STEPS]
     assert all(math.isfinite(line.get("loss", line.get("val_loss"))) for line in lines)
-    assert {line["samples"] for line in lines if "loss" in line} == {8}
+    assert {line["samples"] for line in lines if "loss" in line} == {SAMPLES_PER_STEP}
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("launched", ["one_process", "two_processes"])
+def test_validation_sees_the_whole_split(launched, request, prepared):
+    val = {"val_samples": 0, "val_left_out": 0}
+    lines = [line for line in metrics(request.getfixturevalue(launched)["output"] / "killed") if "val_loss" in line]
+    too_long = sum(length > SEQ_LENGTH for length in lengths_of(prepared, "val"))
+    assert too_long > 0
+    for line in lines:
+        seen, left_out = (line[name] for name in val)
+        assert left_out == too_long and seen + left_out == len(lengths_of(prepared, "val"))
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("launched", ["one_process", "two_processes"])
+def test_skipped_samples_are_those_of_all_processes_and_starts(launched, request):
+    run = request.getfixturevalue(launched)
+    lines = [line for line in metrics(run["output"] / "killed") if "loss" in line]
+    counts = [line["skipped_samples"] for line in lines]
+    assert counts == sorted(counts) and counts[-1] > counts[resumed_step(run["log"]) - 1] > 0
+    assert re.findall(r"^Skipped (\d+) samples: too_long (\d+)$", run["log"], re.MULTILINE) == [(str(counts[-1]),) * 2]
+
+
+def lengths_of(prepared: Prepared, split: str) -> list[int]:
+    """Tokens of every sample."""
+    from transformers import AutoTokenizer
+
+    from dct_tokenizer import DCTImageProcessor
+    from task_encoder import QwenTaskEncoder, read_samples
+
+    processor = DCTImageProcessor.from_pretrained(prepared.model, max_pixels=112 * 112)
+    encoder = QwenTaskEncoder(AutoTokenizer.from_pretrained(prepared.model), processor, seq_length=10_000)
+    return [encoder.measure(sample)[0] for sample in read_samples(prepared.shards, split)]
+
+
+@pytest.fixture(scope="module")
+def faulty(prepared, tmp_path_factory) -> dict:
+    """Two processes, of which one has a gradient that is no number in FAULT_STEP; checkpoints every two steps."""
+    output = tmp_path_factory.mktemp("faulty")
+    python = str(write_interpreter(output))
+    environment = launch_environment(prepared, output, "faulty", 2) | {"PYTHON": python, "PYTHON_EXEC": python}
+    process = start(environment | {"FAULT_STEP": str(FAULT_STEP), "SAVE_INTERVAL": "2"})
+    code = process.wait(timeout=390)
+    return {"run_dir": output / "faulty", "code": code, "log": (output / "faulty.log").read_text()}
+
+
+@pytest.mark.launch
+def test_a_gradient_that_is_no_number_stops_the_run_and_names_the_samples_of_its_step(faulty):
+    (line,) = [line for line in faulty["log"].splitlines() if line.startswith("finetune_qwen2vl.py: ")]
+    assert faulty["code"] != 0
+    assert f"the gradient norm is nan at step {FAULT_STEP}, which has changed no weight; its samples: " in line
+    samples = json.loads((faulty["run_dir"] / "non_finite_step.json").read_text())["samples"]
+    assert len(set(samples)) == SAMPLES_PER_STEP and ", ".join(samples) in line
+
+
+@pytest.mark.launch
+def test_a_gradient_that_is_no_number_is_never_saved(faulty):
+    (checkpoint,) = (faulty["run_dir"] / "checkpoints").iterdir()
+    assert checkpoint.name == f"step{FAULT_STEP - 2:06d}"
+    assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "hf" / "model.safetensors").values())
+    assert [line["step"] for line in metrics(faulty["run_dir"])] == list(range(1, FAULT_STEP))
 
 
 @pytest.mark.launch
@@ -289,6 +357,25 @@ def test_run_folder_of_other_settings_is_refused(one_process):
     result = run(["bash", "qwen_launch.sh"], check=False, **environment)
     assert result.returncode == 1
     assert "was started with --lr 0.001, now it is 0.0005" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--precision", "bf16-mixed"], "was started with --precision 32, now it is bf16-mixed: use the same value"),
+        (["--engine", "megatron"], "was started with --engine automodel, now it is megatron: use the same value"),
+    ],
+)
+def test_precision_and_engine_stay_when_a_run_goes_on(changed, said, prepared, tmp_path, monkeypatch, one_line_error):
+    monkeypatch.setattr(finetune_qwen2vl, "megatron_refusal", lambda: None)
+    monkeypatch.setattr(finetune_qwen2vl, "train", finetune_qwen2vl.write_run_file)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    known = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    begun = [*known, "--engine", "automodel"]
+    assert finetune_qwen2vl.main(begun) == 0
+    assert finetune_qwen2vl.main([*begun, "--precision", "32", "--check"]) == 0
+    assert finetune_qwen2vl.main([*begun, *changed, "--restart-data"]) == 1
+    assert said in one_line_error()
 
 
 def test_run_that_is_being_trained_is_not_started_twice(prepared, tmp_path):
