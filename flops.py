@@ -5,18 +5,41 @@ within each time step of a medium, as if nothing were spent on padding or masked
 twice the forward pass, also where weights are frozen and it needs less.
 """
 
+import re
+
 import torch
 
-# Dense bf16 peak in FLOP/s by the vendor's datasheets, found by a part of the device's name; the first match counts.
-PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
+# Dense bf16 peak in FLOP/s by NVIDIA's data sheets: half of what they give with sparsity. The first row counts whose
+# words all stand in the device's name; a model without a second word is the SXM form where there is one.
+PEAK_BF16 = {
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800 PCIe": 756e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+}
 
 
 def device_peak() -> float | None:
     """FLOP/s of this process's CUDA device in dense bf16; None without a device or for one that is not listed."""
-    if not torch.cuda.is_available():
+    return find_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def find_peak(name: str) -> float | None:
+    """FLOP/s in dense bf16 of a device, by its name as nvidia-smi prints it; None for one that is not listed and for a
+    MIG slice, which is a part of a device."""
+    words = set(re.split(r"[\s-]+", name.lower()))
+    if "mig" in words:
         return None
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
+    return next((peak for model, peak in PEAK_BF16.items() if words >= set(model.lower().split())), None)
 
 
 def vision_flops(vision, grids: torch.Tensor) -> float:

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from flops import device_peak, language_flops, vision_flops
+from flops import device_peak, find_peak, language_flops, vision_flops
 
 VISION = {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 4, "in_channels": 60,
           "patch_size": 1, "temporal_patch_size": 1}  # fmt: skip
@@ -49,6 +49,47 @@ def test_language_model(model):
     causal_half = 3 * 4 * (length**2 / 2) * 48  # the counter takes masked positions for work
     angles = 2 * 3 * (12 // 2) * length  # rotary angles come from a small matrix product
     assert language_flops(model.config, torch.tensor([length])) + causal_half + angles == total
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 SXM5 80GB", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA GH200 144G HBM3e", 989),
+        ("NVIDIA H800", 989),
+        ("NVIDIA H800 PCIe", 756),
+        ("NVIDIA H20", 148),
+        ("NVIDIA H20-3e", 148),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("A100-SXM4-40GB", 312),  # drivers before 470
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA A800 80GB PCIe", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L4", None),
+        ("NVIDIA A100X", None),
+        ("NVIDIA A10", None),
+        ("NVIDIA B200", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("Tesla V100-SXM2-16GB", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peaks_by_the_names_of_devices(name, teraflops, monkeypatch):
+    assert find_peak(name) == (teraflops and teraflops * 1e12)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert device_peak() == find_peak(name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
