@@ -8,6 +8,7 @@ the EXIF orientation or the display matrix applied.
 
 import io
 import math
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -439,6 +440,15 @@ def _turn(frames: np.ndarray, orientation: tuple[int, int, int, int]) -> np.ndar
 
 
 # Parts of a shard
+
+
+def part_order(name: str) -> tuple[int, str]:
+    """Sorts the media parts of a sample by the number before the first dot of their names: "10.jpg" after "9.jpg".
+    Decimal digits of any script and of any number count; a name without a number counts as 0. Never raises."""
+    number = name.split(".")[0]
+    digits = "".join(str(unicodedata.decimal(digit)) for digit in number) if number.isdecimal() else ""
+    digits = digits.lstrip("0")
+    return len(digits), digits  # of two numbers the longer is larger; int() takes no more than 4,300 digits
 
 
 def as_array(

@@ -25,6 +25,7 @@ import torch
 from megatron.energon import (
     Batch,
     Cooker,
+    CrudeSample,
     DefaultTaskEncoder,
     Sample,
     SkipSample,
@@ -45,6 +46,7 @@ from media import (
     YUVFrames,
     as_array,
     media_shape,
+    part_order,
 )
 from turns import DEFAULT_SYSTEM, LONE_SURROGATE, ROLES, content_of, names_media, put_first, split_turns, text_of
 
@@ -125,19 +127,19 @@ class QwenBatch(Batch):
 
 def cook(crude: dict[str, Any]) -> ConversationSample:
     """Sorts the parts of a crude sample. Part names: `json`, `jpg`, `0.jpg`, `1.png`, `mp4`, ...; only the last
-    extension counts, so `jpg.jpg` + `jpg.json` (keys that held a file ending) are read as well."""
+    extension counts, so `jpg.jpg` + `jpg.json` (keys that held a file ending) are read as well. Media come in the order
+    of `part_order`; those of one number, or of none, in that of the shard."""
     entry, media = None, []
     for name, content in crude.items():
         if name.startswith("__"):
             continue
-        *number, extension = name.lower().split(".")
-        order = int(number[0]) if number and number[0].isdigit() else 0
+        extension = name.lower().split(".")[-1]
         if extension == "json":
             entry = content
         elif extension in IMAGE_EXTENSIONS:
-            media.append((order, "image", content))
+            media.append((part_order(name), "image", content))
         elif extension in VIDEO_EXTENSIONS:
-            media.append((order, "video", content))
+            media.append((part_order(name), "video", content))
     media.sort(key=lambda part: part[0])
     return ConversationSample(
         **basic_sample_keys(crude), entry=entry, media=[(kind, content) for _, kind, content in media]
@@ -335,22 +337,28 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         )
 
     @stateless
+    def cook_crude_sample(self, sample: CrudeSample) -> ConversationSample:
+        """Raises as `encode_sample`: Energon would print what a cooker raises and leave the sample out uncounted."""
+        return self._or_skip(super().cook_crude_sample, sample)
+
+    @stateless
     def encode_sample(self, sample: ConversationSample) -> EncodedSample:
         """Raises SkipSample for a bad sample, TooManyBadSamples after `max_bad_in_a_row` of them in a row."""
         return self._or_skip(self.encode, sample)
 
-    def _or_skip(self, function: Callable[[ConversationSample], Any], sample: ConversationSample) -> Any:
+    def _or_skip(self, function: Callable[[Any], Any], sample: ConversationSample | CrudeSample) -> Any:
         """function(sample), with a bad sample counted, also one that trips over a mistake of this program, which is
         shown once: Energon would leave it out, and nobody would count it. Raises as `encode_sample`."""
+        key = sample["__key__"] if isinstance(sample, dict) else sample.__key__
         try:
             result = function(sample)
         except (BadSample, MediaError) as error:
-            self._skip(function.__name__, getattr(error, "reason", "undecodable_media"), sample.__key__, str(error))
+            self._skip(function.__name__, getattr(error, "reason", "undecodable_media"), key, str(error))
             raise SkipSample from error
         except Exception as error:
             if not self.skipped["unexpected_error"]:
                 traceback.print_exception(error)
-            self._skip(function.__name__, "unexpected_error", sample.__key__, f"{type(error).__name__}: {error}")
+            self._skip(function.__name__, "unexpected_error", key, f"{type(error).__name__}: {error}")
             raise SkipSample from error
         self._bad_in_a_row[function.__name__] = 0
         return result

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from media import VIDEO_EXTENSIONS, MediaError, VideoSampling, decode_image, decode_video
+from media import VIDEO_EXTENSIONS, MediaError, VideoSampling, decode_image, decode_video, part_order
 from preparation.conversations import Turn, UnusableSample, read_turns
 from preparation.media_conversion import MEMORY_ADDRESS
 from preparation.raw_metadata import PreparationError
@@ -129,15 +129,9 @@ def parse_turns(path: Path, key: str, data: bytes) -> list[Turn]:
 
 def show_sample(position: int, path: Path, shard: Shard, key: str, parts: dict[str, bytes]) -> ShownSample:
     turns = parse_turns(path, key, parts.get("json", b""))
-    media = sorted((part for part in parts if part != "json"), key=media_order)
+    media = sorted((part for part in parts if part != "json"), key=lambda name: (part_order(name), name))
     thumbnails = [make_thumbnail(name, parts[name]) for name in media[:MOST_MEDIA]]
     return ShownSample(position, key, shard, turns, thumbnails, len(media) - len(thumbnails))
-
-
-def media_order(name: str) -> tuple[int, str]:
-    """ "10.jpg" after "9.jpg"."""
-    number = name.split(".")[0]
-    return (int(number) if number.isdecimal() else 0, name)
 
 
 def make_thumbnail(name: str, data: bytes) -> Thumbnail:

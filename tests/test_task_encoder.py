@@ -22,7 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.energon import SkipSample
+from megatron.energon import Cooker, CrudeSample, SkipSample
 from megatron.energon.errors import FatalSampleError
 from PIL import Image
 from samples_by_hand import SAMPLE_KEYS
@@ -33,7 +33,7 @@ import evaluate_qwen2vl
 import finetune_qwen2vl
 from data_module import EnergonDataModule, end_loader_processes, energon_state_classes
 from dct_tokenizer import DCTImageProcessor, DCTTokenizer, target_size
-from media import VideoSampling, decode_image, decode_video
+from media import VideoSampling, decode_image, decode_video, part_order
 from task_encoder import (
     BadSample,
     ConversationSample,
@@ -749,6 +749,61 @@ def test_parts_of_a_sample():
     assert cooked(numbered).__key__ == "k"
 
 
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["10.jpg", "9.jpg", "007.jpg", "0.jpg"], ["0.jpg", "007.jpg", "9.jpg", "10.jpg"]),
+        (["1.jpg", "².jpg", "jpg"], ["².jpg", "jpg", "1.jpg"]),  # no number is 0, in the order of the shard
+        (["1.jpg", "jpg", "².jpg"], ["jpg", "².jpg", "1.jpg"]),
+        (["٣.jpg", "2.jpg", "4.jpg"], ["2.jpg", "٣.jpg", "4.jpg"]),  # Arabic-Indic 3
+        ([f"1{'0' * 5000}.png", f"{'9' * 5000}.png", "5.png"], ["5.png", f"{'9' * 5000}.png", f"1{'0' * 5000}.png"]),
+        (["-1.jpg", "1e3.jpg", "③.jpg", "½.jpg", ".jpg"], ["-1.jpg", "1e3.jpg", "③.jpg", "½.jpg", ".jpg"]),
+    ],
+)
+def test_media_come_in_the_order_of_their_numbers(names, order):
+    assert [content for _, content in cooked({name: name for name in names}).media] == order
+
+
+@given(st.lists(st.text(st.characters(categories=["N", "L", "P"])), max_size=4), st.sampled_from(["jpg", "mp4"]))
+@settings(max_examples=300, deadline=None)
+def test_no_part_name_is_too_odd(texts, ending):
+    names = dict.fromkeys(f"{text}.{ending}" for text in texts if not text.startswith("__"))
+    found = [content for _, content in cooked({name: name for name in names}).media]
+    assert sorted(found) == sorted(names)
+    assert [part_order(name) for name in found] == sorted(map(part_order, names))
+
+
+@given(st.lists(st.integers(0, 10**12)))
+def test_part_order_is_that_of_the_numbers(numbers):
+    names = sorted((f"{number}.jpg" for number in numbers), key=part_order)
+    assert [int(name.removesuffix(".jpg")) for name in names] == sorted(numbers)
+
+
+def cook_every_second(crude: dict) -> ConversationSample:
+    if int(crude["__key__"][-1]) % 2:
+        raise KeyError("a part")
+    return cook(crude)
+
+
+class HalfCooked(QwenTaskEncoder):
+    cookers = (Cooker(cook_every_second),)
+
+
+def test_what_cannot_be_cooked_is_counted(tokenizer, capsys):
+    encoder = HalfCooked(tokenizer, DCTImageProcessor("x4"), max_bad_in_a_row=3)
+    for key in ("a1", "a2", "a3", "a5"):
+        crude = CrudeSample({**SAMPLE_KEYS, "__key__": key, "json": b"{}"})
+        if key == "a2":
+            assert encoder.cook_crude_sample(crude).entry == b"{}"
+            continue
+        with pytest.raises(SkipSample):
+            encoder.cook_crude_sample(crude)
+    assert encoder.skipped == {"unexpected_error": 3}
+    with pytest.raises(TooManyBadSamples, match=r"3 samples in a row could not be used .* a7: KeyError"):
+        encoder.cook_crude_sample(CrudeSample({**SAMPLE_KEYS, "__key__": "a7"}))
+    assert capsys.readouterr().err.count("Traceback") == 1
+
+
 # Shards, the loader
 
 
@@ -876,6 +931,13 @@ def test_training_sees_its_shards_only(shards, new_encoder):
     skipped = sum((Counter(batch.skipped) for batch in batches), Counter())
     assert skipped.keys() == {"placeholder_mismatch"} and skipped["placeholder_mismatch"] > 6
     assert loader.wait_seconds > 0
+
+
+def test_batches_tell_of_samples_that_were_not_cooked(shards, tokenizer):
+    encoder = HalfCooked(tokenizer, DCTImageProcessor("x4", max_pixels=224 * 224))
+    batches = list(islice(data_module(shards, encoder, 0).train_dataloader(), 8))
+    assert all(int(key[-1]) % 2 == 0 for batch in batches for key in batch.keys)
+    assert max(batch.skipped.get("unexpected_error", 0) for batch in batches) > 0
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
