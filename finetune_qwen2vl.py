@@ -20,11 +20,9 @@ from typing import Any
 import run_lock
 from checkpoint_files import (
     FORMAT_DEFAULTS,
-    PROCESSOR,
     CheckpointError,
     check_checkpoint,
     read_json,
-    remedy,
     saved_pixel_bounds,
 )
 from energon_files import PreparedSetError, read_splits
@@ -383,17 +381,12 @@ def _plain(value: Any) -> Any:
 def load_processor(arguments: argparse.Namespace, info: ModelInfo):
     """The checkpoint's tokenizer and image processor, the latter with the pixel bounds of the command line. Raises
     CheckpointError for a token format that contradicts itself."""
-    from transformers import AutoTokenizer, Qwen2VLImageProcessor
+    from transformers import AutoTokenizer
 
-    from dct_tokenizer import DCTImageProcessor
+    from media_encoder import load_image_processor
 
-    processor_class = DCTImageProcessor if info.dct else Qwen2VLImageProcessor
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_dir)
-    try:
-        return tokenizer, processor_class.from_pretrained(arguments.model_dir, **arguments.pixel_bounds)
-    except ValueError as error:
-        path = arguments.model_dir / PROCESSOR
-        raise CheckpointError(f"{path} cannot be used ({error}): {remedy(arguments.model_dir)}") from error
+    return tokenizer, load_image_processor(arguments.model_dir, info.dct, **arguments.pixel_bounds)
 
 
 def build_task_encoder(arguments: argparse.Namespace, info: ModelInfo, rows: bool):

@@ -45,8 +45,8 @@ BT709, BT601 = 1, 5
 BT601_ALIKE = (0, 2, 3, 4, 5, 6)
 LIMITED, FULL = 1, 2
 
-# (height, width, frames) of a picture or clip as displayed -> height and width to which it is resized. One with an
-# attribute `whole` that is true has JPEGs decoded at their own size first.
+# (height, width, frames) of an image or video as displayed -> height and width to which it is resized. frames: 1 of an
+# image, `counted_frames` of a video. A fit with an attribute `whole` that is true has JPEGs decoded at their own size.
 Fit = Callable[[int, int, int], tuple[int, int]]
 
 
@@ -67,6 +67,11 @@ class YUVFrames:
     cr: np.ndarray
     matrix: str
     full_range: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three planes."""
+        return self.luma.nbytes + self.cb.nbytes + self.cr.nbytes
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,11 @@ class VideoSampling:
     def max_frame_pixels(self, frames: int, min_pixels: int, max_pixels: int) -> int:
         """Most pixels of one frame of a clip of `frames` frames, given the bounds for a picture."""
         return min(max_pixels, max(int(self.total_pixels / frames * 2), int(min_pixels * 1.05)))
+
+
+def counted_frames(frames: int) -> int:
+    """Frames of a video as a `Fit` is told of them: a lone frame counts as two, as a token holds a pair."""
+    return max(2, frames)
 
 
 @contextmanager
@@ -358,7 +368,7 @@ class _Clip:
         exchanged = exchanges_axes(self._orientation)
         height, width = _displayed_size(frame, exchanged)
         if self.fit:
-            height, width = self.fit(height, width, len(self.keys))
+            height, width = self.fit(height, width, counted_frames(len(self.keys)))
         elif self.planes:
             height, width = max(2, height // 2 * 2), max(2, width // 2 * 2)
         self._size = height, width = (width, height) if exchanged else (height, width)
@@ -456,21 +466,25 @@ def as_array(
 ) -> np.ndarray | YUVFrames:
     """A media part of a shard -> uint8 RGB [H, W, 3] (kind "image") or [T, H, W, 3] ("video"). Raises MediaError.
 
-    content: file bytes, or what Energon's own decoding makes of them: for an image a float tensor [C, H, W] in 0..1,
-    for a clip an object with `frames`, a uint8 tensor [T, C, H, W], and `info`. fit: as for `decode_image`. planes,
-    threads: as for `decode_video`; a clip that Energon decoded is RGB in any case.
+    content: file bytes, a PIL image, or what Energon's own decoding makes of them: for an image a float tensor
+    [C, H, W] in 0..1, for a clip an object with `frames`, a uint8 tensor [T, C, H, W], and `info`. fit: as for
+    `decode_image`. planes, threads: as for `decode_video`; a clip that Energon decoded is RGB in any case.
     """
     if isinstance(content, (bytes, bytearray)):
         if kind == "image":
             return decode_image(content, fit)
         return decode_video(content, sampling, fit, planes, threads)
+    if kind == "image" and isinstance(content, Image.Image):
+        with _readable("picture", PICTURE_ERRORS):
+            picture = np.asarray(to_rgb(content))
+        return resize_frames(kind, picture, fit)
     if kind == "image" and getattr(content, "ndim", 0) == 3:
         rgb = content.expand(3, -1, -1) if content.shape[0] == 1 else content[:3]
         picture = (rgb * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-        return _resize_frames(picture[None], fit)[0]
+        return resize_frames(kind, picture, fit)
     if kind == "video" and hasattr(content, "frames"):
         indices = sampling.indices(len(content.frames), float(content.info.get("video_fps", 0)))
-        return _resize_frames(content.frames[indices].permute(0, 2, 3, 1).numpy(), fit)
+        return resize_frames(kind, content.frames[indices].permute(0, 2, 3, 1).numpy(), fit)
     raise MediaError(f"cannot read a {kind} part of type {type(content).__name__}")
 
 
@@ -480,6 +494,9 @@ def media_shape(kind: str, content: Any, sampling: VideoSampling) -> tuple[int, 
     MediaError. Damaged clips may hold fewer frames than they say."""
     if isinstance(content, (bytes, bytearray)):
         return _picture_shape(content) if kind == "image" else _clip_shape(content, sampling)
+    if kind == "image" and isinstance(content, Image.Image):
+        with _readable("picture", PICTURE_ERRORS):
+            return *_displayed_size(content, _is_turned(content)), 1
     if kind == "image" and getattr(content, "ndim", 0) == 3:
         return *content.shape[1:], 1
     if kind == "video" and hasattr(content, "frames"):
@@ -490,9 +507,12 @@ def media_shape(kind: str, content: Any, sampling: VideoSampling) -> tuple[int, 
 
 def _picture_shape(data: bytes) -> tuple[int, int, int]:
     with _readable("picture", PICTURE_ERRORS), Image.open(io.BytesIO(data)) as image:
-        # A PNG's own getexif decodes the picture, to find tags that stand behind it.
-        turned = Image.Image.getexif(image).get(EXIF_ORIENTATION) in TURNED
-        return *_displayed_size(image, turned), 1
+        return *_displayed_size(image, _is_turned(image)), 1
+
+
+def _is_turned(image: Image.Image) -> bool:
+    # A PNG's own getexif decodes the picture, to find tags that stand behind it.
+    return Image.Image.getexif(image).get(EXIF_ORIENTATION) in TURNED
 
 
 def _clip_shape(data: bytes, sampling: VideoSampling) -> tuple[int, int, int]:
@@ -506,9 +526,14 @@ def _clip_shape(data: bytes, sampling: VideoSampling) -> tuple[int, int, int]:
         return stream.codec_context.height, stream.codec_context.width, count
 
 
-def _resize_frames(frames: np.ndarray, fit: Fit | None) -> np.ndarray:
-    """uint8 [T, H, W, 3] at the size that `fit` gives, by PIL's bicubic."""
-    height, width = fit(*frames.shape[1:3], len(frames)) if fit else frames.shape[1:3]
+def resize_frames(kind: str, pixels: np.ndarray, fit: Fit | None) -> np.ndarray:
+    """An image uint8 [H, W, 3] or the frames of a video uint8 [T, H, W, 3] at the size that `fit` gives, by PIL's
+    bicubic; as it is where it has that size."""
+    frames = pixels[None] if kind == "image" else pixels
+    height, width = frames.shape[1:3]
+    if fit:
+        height, width = fit(height, width, 1 if kind == "image" else counted_frames(len(frames)))
     if (height, width) == frames.shape[1:3]:
-        return frames
-    return np.stack([np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.BICUBIC)) for f in frames])
+        return pixels
+    resized = [np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.BICUBIC)) for f in frames]
+    return resized[0] if kind == "image" else np.stack(resized)

@@ -37,30 +37,14 @@ from megatron.energon import (
 )
 from megatron.energon.errors import FatalSampleError
 
-from dct_tokenizer import target_size
-from media import (
-    IMAGE_EXTENSIONS,
-    VIDEO_EXTENSIONS,
-    MediaError,
-    VideoSampling,
-    YUVFrames,
-    as_array,
-    media_shape,
-    part_order,
-)
+from media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaError, VideoSampling, part_order
+from media_encoder import BadSample, MediaEncoder, stack_media
+from media_encoder import PixelFit as PixelFit  # for users of this file
 from turns import DEFAULT_SYSTEM, LONE_SURROGATE, ROLES, content_of, names_media, put_first, split_turns, text_of
 
 # Shards hold file bytes and decoding is done here, in media.py; this is what a dataset.yaml that does not say gets.
 DATASET_OPTIONS = {"auto_decode": False}
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: positions that are not learned
-
-
-class BadSample(ValueError):
-    """A sample that cannot be learned from; `reason` is the name under which it is counted."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(detail or reason)
-        self.reason = reason
 
 
 class TooManyBadSamples(FatalSampleError):
@@ -205,37 +189,6 @@ def mrope_positions(runs: list[int | tuple[int, int, int]]) -> np.ndarray:
     return np.concatenate(columns, axis=1) if columns else np.zeros((3, 0), np.int64)
 
 
-@dataclass(frozen=True)
-class PixelFit:
-    """The size to which `media` resizes what a processor reads, so that nothing is left for it to resize (a `Fit`).
-
-    factor: height and width become multiples of it, pixels. min_pixels, max_pixels: bounds of H*W of a picture or
-    frame. The frames of a long clip share `sampling.total_pixels`. whole: JPEGs are decoded at their own size, as for
-    the image processor of pixels, which a pixel baseline is to equal.
-    """
-
-    factor: int
-    min_pixels: int
-    max_pixels: int
-    sampling: VideoSampling
-    whole: bool = False
-
-    @classmethod
-    def of(cls, image_processor, sampling: VideoSampling) -> "PixelFit":
-        """For any processor with Qwen2VLImageProcessor's attributes."""
-        factor = image_processor.patch_size * image_processor.merge_size
-        whole = getattr(image_processor, "dct_config", None) is None
-        return cls(factor, image_processor.min_pixels, image_processor.max_pixels, sampling, whole)
-
-    def __call__(self, height: int, width: int, frames: int) -> tuple[int, int]:
-        """Height and width, pixels. Raises BadSample."""
-        max_pixels = self.sampling.max_frame_pixels(frames, self.min_pixels, self.max_pixels)
-        try:
-            return target_size(height, width, self.factor, self.min_pixels, max_pixels)
-        except ValueError as error:  # an aspect ratio over 200
-            raise BadSample("unusable_media", str(error)) from error
-
-
 class _SampleReader(DefaultTaskEncoder):
     """Cooks and does nothing else."""
 
@@ -290,9 +243,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         missing = [name for name, token_id in zip(names, ids) if token_id is None or token_id == tokenizer.unk_token_id]
         if missing:
             raise ValueError(f"the tokenizer lacks Qwen2-VL's special tokens {', '.join(missing)}")
-        self._fit = PixelFit.of(image_processor, self.video_sampling)
-        # 4:2:0 tokens hold no more colour than a clip's planes; for others RGB has more, once it has been made smaller.
-        self._reads_planes = getattr(getattr(image_processor, "dct_config", None), "chroma", None) == "420"
+        self._media = MediaEncoder(image_processor, self.video_sampling)
         self._im_start, self._im_end, self._vision_start, self._vision_end, *pads = ids
         self._pad = {"image": pads[0], "video": pads[1]}
 
@@ -390,17 +341,9 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
 
     def measure(self, sample: ConversationSample) -> tuple[int, int]:
         """Tokens of the sample and vision tokens of its media, without decoding these. Raises as `encode`."""
-        grids = [(kind, self._expected_grid(kind, content)) for kind, content in sample.media]
+        grids = [(kind, self._media.expected_grid(kind, content)) for kind, content in sample.media]
         ids, _, _ = self._segments(self._messages(sample), grids)
         return len(ids), sum(math.prod(grid) for _, grid in grids)
-
-    def _expected_grid(self, kind: str, content: Any) -> tuple[int, int, int]:
-        """The grid (t, h, w) of what `_encode_media` makes of the same part."""
-        height, width, frames = media_shape(kind, content, self.video_sampling)
-        height, width = self._fit(height, width, frames)
-        processor = self.image_processor
-        steps = -(-frames // processor.temporal_patch_size)
-        return steps, height // processor.patch_size, width // processor.patch_size
 
     def _messages(self, sample: ConversationSample) -> list[tuple[str, list[str]]]:
         messages = parse_messages(parse_entry(sample.entry), bool(sample.media))
@@ -420,17 +363,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
     def _encode_media(self, kind: str, content: Any) -> tuple[str, torch.Tensor, tuple[int, int, int]]:
         """-> kind, tokens [N, K], grid (t, h, w)."""
         # A loader process has one thread for torch; decoders in it get no more.
-        threads = torch.get_num_threads()
-        frames = as_array(kind, content, self.video_sampling, self._fit, self._reads_planes, threads)
-        if isinstance(frames, YUVFrames):
-            planes = (frames.luma, frames.cb, frames.cr, frames.matrix, frames.full_range)
-            return kind, *self.image_processor.tokenizer.encode_planes(*planes)
-        options = {"do_resize": False, "return_tensors": "pt", "input_data_format": "channels_last"}
-        if kind == "image":
-            output = self.image_processor(images=frames, **options)
-            return kind, output["pixel_values"], tuple(output["image_grid_thw"][0].tolist())
-        output = self.image_processor(images=None, videos=[list(frames)], **options)
-        return kind, output["pixel_values_videos"], tuple(output["video_grid_thw"][0].tolist())
+        frames = self._media.read(kind, content, torch.get_num_threads())
+        return kind, *self._media.encode(kind, frames)
 
     def _segments(
         self, messages: list[tuple[str, list[str]]], media: list[tuple[str, tuple[int, int, int]]]
@@ -477,11 +411,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
 
     def _stack(self, kind: str, media: list, tokens_name: str, grid_name: str) -> dict[str, torch.Tensor]:
         """Tokens [N, K] and grids [M, 3] of all media of a kind, empty tensors if there are none."""
-        chosen = [(tokens, grid) for its_kind, tokens, grid in media if its_kind == kind]
-        if not chosen:
-            return {tokens_name: torch.zeros(0, 0), grid_name: torch.zeros(0, 3, dtype=torch.int64)}
-        tokens, grids = zip(*chosen)
-        return {tokens_name: torch.cat(tokens), grid_name: torch.tensor(grids, dtype=torch.int64)}
+        return dict(zip((tokens_name, grid_name), stack_media(kind, media)))
 
     @stateless
     def batch(self, samples: list[EncodedSample]) -> QwenBatch:
