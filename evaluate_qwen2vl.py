@@ -2,14 +2,16 @@
 
     python evaluate_qwen2vl.py --model-dir experiments/E/hf --data-dir SHARDS --output-dir experiments/E/evaluation
 
-The model is loaded by stock transformers; only the image processor is this repository's, and it comes with the
-checkpoint. Every question of a conversation is asked on its own, with the entry's media. Blind: the same model and
-questions, every picture and frame grey; what it still gets right needs no eyes. An answer is right if it equals the
-reference but for case, white space and a final full stop. If it is killed, the same command goes on (answer_file.py).
+The model is loaded by stock transformers. Media become tokens as in training (media_encoder.py), so that sizes, grids
+and numbers are the same. Every question of a conversation is asked on its own, with the entry's media. Blind: the same
+model and questions, every picture and frame grey; what it still gets right needs no eyes. An answer is right if it
+equals the reference but for case, white space and a final full stop. If it is killed, the same command goes on
+(answer_file.py).
 """
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -20,17 +22,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from answer_file import AnswerFile, as_lines, digest_files, replace_file
-from checkpoint_files import check_checkpoint
+from checkpoint_files import check_checkpoint, read_processor, token_format
 from energon_files import read_splits
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
+    from transformers import Qwen2VLProcessor
+
+    from media import VideoSampling
+    from media_encoder import Encoded, Frames
 
 GREY = 128  # of 0..255
 ASKED_AT_ONCE = 256  # questions whose media are in memory together, at most
 MEDIA_AT_ONCE = 2 << 30  # bytes of them
-ANSWERS_VERSION = 1  # raised when other answers would be given by the same model to the same questions
+ANSWERS_VERSION = 2  # raised when other answers would be given by the same model to the same questions
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.py")  # not what else may be put beside them
+MEDIA_INPUTS = {  # of the model, by kind: tokens and grids
+    "image": ("pixel_values", "image_grid_thw"),
+    "video": ("pixel_values_videos", "video_grid_thw"),
+}
+PAD = re.compile(r"<\|(image|video)_pad\|>")  # what the chat template writes for a medium
 # What the answers depend on, and which questions there are.
 OPTIONS = (
     "split",
@@ -46,15 +58,19 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Question:
-    """One question. pieces: text, with "image" or "video" between texts where a medium stands. media: (kind, uint8
-    [H, W, 3] or [T, H, W, 3]) in the order of the entry. system: the entry's own system turn, None for the default."""
+    """One question.
+
+    pieces: text, with "image" or "video" between texts where a medium stands.
+    media: (kind, frames) in the order of the entry; frames as `media_encoder.MediaEncoder.read` gives them.
+    system: the entry's own system turn, None for the default.
+    """
 
     key: str
     turn: int
     question_type: str
     pieces: tuple[str, ...]
     answer: str
-    media: tuple[tuple[str, "np.ndarray"], ...]
+    media: tuple[tuple[str, "Frames"], ...]
     system: str | None = None
 
     @property
@@ -99,12 +115,14 @@ def read_questions(
     fit=None,
     special: Iterable[str] = (),
     reading: Reading | None = None,
+    planes: bool = False,
 ) -> Iterator[Question]:
     """Questions of a split in the order of its shards; entries that cannot be used are reported on stderr.
 
-    sampling: `media.VideoSampling`. fit: `media.Fit`, the size in which media are read (None: their own). special: the
-    tokenizer's special tokens, which the chat template takes for what they stand for when a text spells them out.
-    reading: where to begin; it is kept up to date."""
+    sampling, fit, planes: how media are read, as for `media.as_array`. special: the tokenizer's special tokens, which
+    the chat template takes for what they stand for when a text spells them out. reading: where to begin; it is kept up
+    to date.
+    """
     from media import MediaError, as_array
     from task_encoder import BadSample, parse_entry, parse_messages, read_samples
 
@@ -117,7 +135,7 @@ def read_questions(
             entry = parse_entry(sample.entry)
             messages = parse_messages(entry, bool(sample.media))
             refuse_special(messages, special)
-            media = tuple((kind, as_array(kind, content, sampling, fit)) for kind, content in sample.media)
+            media = tuple((kind, as_array(kind, content, sampling, fit, planes)) for kind, content in sample.media)
         except (BadSample, MediaError) as error:
             reading.left_out[getattr(error, "reason", "undecodable_media")] += 1
             print(f"evaluate_qwen2vl.py: {sample.__key__} left out: {error}", file=sys.stderr)
@@ -159,10 +177,15 @@ def place_media(pieces: list[str], media: tuple) -> tuple[str, ...]:
 
 def blinded(question: Question) -> Question:
     """The same question with grey media of the same size."""
+    return replace(question, media=tuple((kind, grey_frames(frames)) for kind, frames in question.media))
+
+
+def grey_frames(frames: "Frames") -> "np.ndarray":
+    """Grey RGB of the size of an image, a video or its planes: uint8 [H, W, 3] or [T, H, W, 3]."""
     import numpy as np
 
-    media = tuple((kind, np.full_like(array, GREY)) for kind, array in question.media)
-    return replace(question, media=media)
+    shape = frames.shape if isinstance(frames, np.ndarray) else (*frames.luma.shape, 3)
+    return np.full(shape, GREY, np.uint8)
 
 
 def same_answer(prediction: str, answer: str) -> bool:
@@ -175,32 +198,63 @@ def same_answer(prediction: str, answer: str) -> bool:
 
 
 class Answerer:
-    """A model and its processor, both loaded by stock transformers."""
+    """A model, loaded by stock transformers, its tokenizer and its chat template; media are encoded as in training.
 
-    def __init__(self, model_dir: Path, max_new_tokens: int) -> None:
+    sampling: frames that are read of a video. pixel_bounds: min_pixels, max_pixels in place of the checkpoint's. Raises
+    CheckpointError.
+    """
+
+    def __init__(
+        self, model_dir: Path, max_new_tokens: int, sampling: "VideoSampling | None" = None, **pixel_bounds: int
+    ) -> None:
         import torch
-        from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+        from transformers import Qwen2VLForConditionalGeneration
+
+        from media_encoder import MediaEncoder
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.model = Qwen2VLForConditionalGeneration.from_pretrained(model_dir, torch_dtype=dtype).to(device).eval()
-        self.processor = AutoProcessor.from_pretrained(model_dir, trust_remote_code=True, use_fast=False)
-        self.processor.tokenizer.padding_side = "left"
+        self.processor = load_processor(model_dir, **pixel_bounds)
+        self.media = MediaEncoder(self.processor.image_processor, sampling)
         self.max_new_tokens = max_new_tokens
 
     def answer(self, questions: list[Question]) -> list[str]:
         """Greedy answers to a batch of questions."""
-        texts = [self._prompt(question) for question in questions]
-        media = [part for question in questions for part in question.media]
-        images = [array for kind, array in media if kind == "image"]
-        videos = [list(array) for kind, array in media if kind == "video"]
-        inputs = self.processor(
-            text=texts, images=images or None, videos=videos or None, padding=True, return_tensors="pt"
-        ).to(self.model.device)
+        inputs = {name: tensor.to(self.model.device) for name, tensor in self.model_inputs(questions).items()}
         output = self.model.generate(
             **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None
         )
         return self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def model_inputs(self, questions: list[Question]) -> dict[str, "torch.Tensor"]:
+        """What the model reads of a batch. L: tokens of its longest question; N, K, M: as in media_encoder.py.
+
+        input_ids, attention_mask: int64 [B, L], padded on the left.
+        pixel_values, pixel_values_videos: float32 [N, K] of all images, of all videos; left out where there are none.
+        image_grid_thw, video_grid_thw: int64 [M, 3], likewise.
+        """
+        from media_encoder import stack_media
+
+        texts, media = [], []
+        for question in questions:
+            encoded = [(kind, *self.media.encode(kind, frames)) for kind, frames in question.media]
+            texts.append(self._expand(self._prompt(question), encoded))
+            media += encoded
+        inputs = dict(self.processor.tokenizer(texts, padding=True, return_tensors="pt"))
+        for kind, names in MEDIA_INPUTS.items():
+            if any(part[0] == kind for part in media):
+                inputs.update(zip(names, stack_media(kind, media)))
+        return inputs
+
+    def _expand(self, prompt: str, media: list["Encoded"]) -> str:
+        """A prompt with as many pads for each medium as the language model has tokens of it. Raises ValueError."""
+        places, kinds = PAD.findall(prompt), [kind for kind, _, _ in media]
+        if places != kinds:
+            raise ValueError(f"a prompt has places for {places}, its question has {kinds}: does its text spell a pad?")
+        merge = self.media.image_processor.merge_size
+        counts = iter([t * h * w // merge**2 for _, _, (t, h, w) in media])
+        return PAD.sub(lambda pad: pad[0] * next(counts), prompt)
 
     def _prompt(self, question: Question) -> str:
         content = [
@@ -214,12 +268,27 @@ class Answerer:
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+def load_processor(model_dir: Path, **pixel_bounds: int) -> "Qwen2VLProcessor":
+    """A checkpoint's tokenizer, which pads on the left, chat template and image processor, all but the template as
+    training loads them. pixel_bounds: of the image processor. Raises CheckpointError."""
+    from transformers import AutoTokenizer, Qwen2VLProcessor
+
+    from media_encoder import load_image_processor
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
+    dct = token_format(model_dir, read_processor(model_dir))
+    image_processor = load_image_processor(model_dir, dct, **pixel_bounds)
+    configuration, of_own_file = Qwen2VLProcessor.get_processor_dict(model_dir)
+    template = of_own_file.get("chat_template") or configuration.get("chat_template") or tokenizer.chat_template
+    return Qwen2VLProcessor(image_processor, tokenizer, chat_template=template)
+
+
 def in_rounds(questions: Iterable[Question], most: int) -> Iterator[list[Question]]:
     """Lists of up to `most` questions, fewer where their media fill MEDIA_AT_ONCE."""
     chosen, size = [], 0
     for question in questions:
         chosen.append(question)
-        size += sum(array.nbytes for _, array in question.media)
+        size += sum(frames.nbytes for _, frames in question.media)
         if len(chosen) >= most or size >= MEDIA_AT_ONCE:
             yield chosen
             chosen, size = [], 0
@@ -365,15 +434,14 @@ def evaluate(arguments: argparse.Namespace) -> dict:
 def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> None:
     """Ask what has not been answered yet."""
     from media import VideoSampling
-    from task_encoder import PixelFit
 
-    answerer = Answerer(arguments.model_dir, arguments.max_new_tokens)
     sampling = VideoSampling(
         arguments.video_fps, arguments.video_min_frames, arguments.video_max_frames, arguments.video_total_pixels
     )
-    fit = PixelFit.of(answerer.processor.image_processor, sampling)  # media are read as training reads them
-    special = answerer.processor.tokenizer.get_added_vocab()
-    questions = read_questions(arguments.data_dir, arguments.split, arguments.limit, sampling, fit, special, reading)
+    answerer = Answerer(arguments.model_dir, arguments.max_new_tokens, sampling)
+    special, media = answerer.processor.tokenizer.get_added_vocab(), answerer.media
+    source = (arguments.data_dir, arguments.split, arguments.limit)
+    questions = read_questions(*source, sampling, media.fit, special, reading, media.reads_planes)
     for chosen in in_rounds(questions, max(ASKED_AT_ONCE, arguments.batch_size)):
         seen, blind = (answer_all(answerer, chosen, arguments.batch_size, blind) for blind in (False, True))
         file.add_round(describe_answers(chosen, seen, blind), reading.as_dict())

@@ -11,11 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pipeline import run
-from samples_by_hand import conversation_sample
+import torch
+from PIL import Image
+from pipeline import edit_json, run
+from samples_by_hand import answer, conversation_sample
+from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 import evaluate_qwen2vl
 from answer_file import AnswerFile
+from checkpoint_files import PROCESSOR, CheckpointError
+from dct_tokenizer import DCTImageProcessor
 from evaluate_qwen2vl import (
     Answerer,
     Question,
@@ -24,10 +29,12 @@ from evaluate_qwen2vl import (
     answer_all,
     blinded,
     describe_answers,
+    load_processor,
     read_questions,
     same_answer,
 )
-from media import VideoSampling
+from media import VideoSampling, YUVFrames
+from media_encoder import load_image_processor
 from task_encoder import IGNORE_INDEX, QwenTaskEncoder
 
 
@@ -76,6 +83,13 @@ def test_blinded_media_are_grey_of_the_same_size():
     assert (blind.key, blind.turn, blind.text, blind.answer) == ("key", 1, "What?", "red")
 
 
+def test_blinded_planes_are_grey_frames_of_the_same_size():
+    planes = YUVFrames(*(np.zeros((4, *size), np.uint8) for size in ((56, 112), (28, 56), (28, 56))), "bt601", False)
+    (_, frames), *_ = blinded(Question("key", 0, "all", ("", "video", "What?"), "red", (("video", planes),))).media
+    assert frames.shape == (4, 56, 112, 3) and frames.dtype == np.uint8
+    assert set(frames.ravel().tolist()) == {128}
+
+
 @pytest.mark.parametrize(
     ("pieces", "kinds", "placed"),
     [
@@ -122,6 +136,161 @@ def test_rounds_end_at_a_number_of_questions_or_of_bytes(monkeypatch):
     large = Question("key", 0, "colour", ("", "image", "What?"), "red", (("image", np.zeros((10, 20, 3), np.uint8)),))
     asked = [plain, plain, plain, large, large, plain]
     assert [len(chosen) for chosen in evaluate_qwen2vl.in_rounds(asked, 3)] == [3, 2, 1]
+
+
+def test_rounds_count_the_bytes_of_planes(monkeypatch):
+    monkeypatch.setattr(evaluate_qwen2vl, "MEDIA_AT_ONCE", 2 * 150)
+    planes = YUVFrames(np.zeros((1, 10, 10), np.uint8), *[np.zeros((1, 5, 5), np.uint8)] * 2, "bt601", False)
+    asked = [Question("key", 0, "all", ("", "video", "What?"), "red", (("video", planes),))] * 5
+    assert [len(chosen) for chosen in evaluate_qwen2vl.in_rounds(asked, 100)] == [2, 2, 1]
+
+
+# What the model reads
+
+
+@pytest.fixture(scope="module")
+def forms(prepared, converted_sample_model) -> dict[str, Path]:
+    """Checkpoints of one model by what they read."""
+    return {"pixels": prepared.pixel_model, "x4": prepared.model, "exact": converted_sample_model}
+
+
+@pytest.fixture(scope="module")
+def converted_sample_model(prepared, tmp_path_factory) -> Path:
+    from convert_checkpoint import convert
+    from dct_tokenizer import DCTConfig
+
+    folder = tmp_path_factory.mktemp("exact") / "exact"
+    convert(prepared.pixel_model, folder, DCTConfig.preset("exact"))
+    return folder
+
+
+@pytest.fixture
+def evaluated(prepared, tmp_path, monkeypatch):
+    """evaluated(model folder, sample, *options): what the model is given for its first question, seeing and blind."""
+
+    def command(model: Path, sample, *options: str) -> list[dict[str, torch.Tensor]]:
+        given, generate = [], Qwen2VLForConditionalGeneration.generate
+        with monkeypatch.context() as patch:
+            patch.setattr("task_encoder.read_samples", lambda *_: [sample])
+            patch.setattr(
+                Qwen2VLForConditionalGeneration,
+                "generate",
+                lambda model, **inputs: given.append(inputs) or generate(model, **inputs),
+            )
+            output = tmp_path / str(len(list(tmp_path.iterdir())))
+            arguments = ["--data-dir", str(prepared.shards), "--output-dir", str(output), "--max-new-tokens", "1"]
+            assert evaluate_qwen2vl.main(["--model-dir", str(model), *arguments, *options]) == 0
+        seen, blind = given
+        return [seen, blind]
+
+    return command
+
+
+def trained_on(model: Path, sample, sampling: VideoSampling | None = None):
+    """What training reads of the sample."""
+    processor = load_processor(model)
+    encoder = QwenTaskEncoder(processor.tokenizer, processor.image_processor, 10**6, sampling)
+    return encoder.encode(sample)
+
+
+def assert_asked_as_trained(seen: dict[str, torch.Tensor], learned) -> None:
+    length = seen["input_ids"].shape[1]
+    assert seen["input_ids"][0].tolist() == learned.input_ids[:length].tolist()
+    assert learned.labels[length] == learned.input_ids[length] != IGNORE_INDEX, "the answer comes next"
+    for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+        expected = getattr(learned, name)
+        assert (name in seen) == bool(len(expected))
+        assert name not in seen or torch.equal(seen[name], expected), name
+
+
+@pytest.mark.parametrize("form", ["pixels", "exact", "x4"])
+def test_media_are_read_as_training_reads_them(forms, form, evaluated, image_file, clip_file, natural_frames):
+    """A JPEG and a 4:2:0 video, both over the bounds, to the bit."""
+    jpeg, mp4 = image_file(natural_frames(1, 500, 740)[0], "JPEG"), clip_file(natural_frames(6, 300, 420), rate=2)
+    sample = conversation_sample(answer("<image> <video> What?", "red"), ("image", jpeg), ("video", mp4))
+    seen, blind = evaluated(forms[form], sample)
+    assert_asked_as_trained(seen, trained_on(forms[form], sample))
+    for name in ("input_ids", "image_grid_thw", "video_grid_thw"):
+        assert torch.equal(seen[name], blind[name])
+    if form != "pixels":
+        transform = DCTImageProcessor.from_pretrained(forms[form]).tokenizer
+        for tokens, grid in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+            assert set(transform.decode(blind[tokens], blind[grid][0].tolist()).ravel().tolist()) == {128}
+
+
+def test_long_videos_have_the_grid_of_training(prepared, evaluated, clip_file, natural_frames, tmp_path_factory):
+    """Between the budget of a frame and min_pixels there is no size, so the frames are smaller than both."""
+    model = Path(shutil.copytree(prepared.model, tmp_path_factory.mktemp("bounds") / "model"))
+    edit_json(model / PROCESSOR, min_pixels=168 * 168, max_pixels=448 * 448)
+    data = clip_file(np.tile(natural_frames(8, 180, 320), (24, 1, 1, 1)), rate=2)
+    sample = conversation_sample(answer("<video> What?", "red"), ("video", data))
+    sampling = VideoSampling(total_pixels=192 // 2 * 168 * 168)
+    seen, blind = evaluated(model, sample, "--video-total-pixels", str(sampling.total_pixels))
+    assert seen["video_grid_thw"].tolist() == [[96, 112 // 28, 224 // 28]]
+    assert_asked_as_trained(seen, trained_on(model, sample, sampling))
+    assert torch.equal(blind["video_grid_thw"], seen["video_grid_thw"])
+
+
+def test_an_image_keeps_max_pixels_whatever_the_budget_of_videos(prepared, evaluated, image_file, natural_frames):
+    data = image_file(natural_frames(1, 224, 224)[0], "PNG")
+    sample = conversation_sample(answer("What?", "red"), ("image", data))
+    seen, _ = evaluated(prepared.model, sample, "--video-total-pixels", str(2 * 56 * 56))
+    assert seen["image_grid_thw"].tolist() == [[1, 8, 8]]
+
+
+@pytest.mark.parametrize("form", ["pixels", "exact"])
+def test_images_are_asked_as_the_stock_processor_asks_them(forms, form, image_file, natural_frames):
+    """Ids, masks, grids and pixel values of a batch, to the bit; over the bounds, within and under them."""
+    answerer = Answerer(forms[form], max_new_tokens=1)
+    stock = AutoProcessor.from_pretrained(forms[form], trust_remote_code=True, use_fast=False)
+    stock.tokenizer.padding_side = "left"
+    images = [Image.fromarray(natural_frames(1, *size)[0]) for size in ((500, 740), (112, 224), (40, 50), (90, 1000))]
+    files = [image_file(image, "PNG") for image in images]
+    first, second, *others = [("image", answerer.media.read("image", data)) for data in files]
+    questions = [
+        Question("a", 0, "all", ("", "image", "What colour is the circle?"), "red", (first,), "Answer in French."),
+        Question("b", 0, "all", ("", "image", " and ", "image", "", "image", "?"), "red", (second, *others)),
+        Question("c", 0, "all", ("How many squares are there?",), "red", ()),
+    ]
+    texts = [answerer._prompt(question) for question in questions]
+    expected = stock(text=texts, images=images, padding=True, return_tensors="pt")
+    found = answerer.model_inputs(questions)
+    assert found.keys() == expected.keys()
+    assert {name for name, value in found.items() if torch.equal(value, expected[name])} == set(found)
+    assert found["attention_mask"].sum(dim=1).unique().numel() == 3, "the batch is padded"
+
+
+def test_a_text_that_spells_a_pad_is_refused(prepared):
+    answerer = Answerer(prepared.model, max_new_tokens=1)
+    asked = Question("a", 0, "all", ("What is <|image_pad|>?",), "red", ())
+    with pytest.raises(ValueError, match=r"a prompt has places for \['image'\], its question has \[\]: does its text"):
+        answerer.model_inputs([asked])
+
+
+def test_code_beside_a_checkpoint_is_not_run_and_the_template_may_be_the_tokenizers(prepared, questions, tmp_path):
+    """As in training; checkpoints of before transformers 4.45 have no chat_template.json."""
+    model = Path(shutil.copytree(prepared.model, tmp_path / "model"))
+    (model / "dct_tokenizer.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    template = json.loads((model / "chat_template.json").read_text())["chat_template"]
+    (model / "chat_template.json").unlink()
+    edit_json(model / "tokenizer_config.json", chat_template=template)
+    found, expected = (Answerer(folder, 4).answer(questions[:4]) for folder in (model, prepared.model))
+    assert found == expected
+
+
+def test_bounds_in_place_of_the_checkpoints(prepared, image_file, natural_frames):
+    answerer = Answerer(prepared.model, 4, max_pixels=112 * 112)
+    frames = answerer.media.read("image", image_file(natural_frames(1, 224, 224)[0], "PNG"))
+    assert frames.shape == (112, 112, 3)
+    assert load_image_processor(prepared.pixel_model, None, min_pixels=100, max_pixels=200).max_pixels == 200
+
+
+def test_a_token_format_that_contradicts_itself_is_refused(prepared, tmp_path):
+    model = Path(shutil.copytree(prepared.model, tmp_path / "model"))
+    dct = json.loads((model / PROCESSOR).read_text())["dct"]
+    edit_json(model / PROCESSOR, dct={**dct, "chroma": "422"})
+    with pytest.raises(CheckpointError, match=r"preprocessor_config.json cannot be used \(DCTConfig.chroma must be"):
+        load_processor(model)
 
 
 @pytest.mark.parametrize("system", [None, "Answer in French."])
@@ -305,6 +474,14 @@ def test_answers_of_another_model_or_other_data_or_without_settings_are_not_used
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert go_on(interrupted.split(b"\n", 1)[1])[0] == whole
     assert "is not used (does not say what its answers depend on): starting anew" in capsys.readouterr().err
+
+
+def test_answers_of_media_that_were_read_otherwise_are_not_used(go_on, interrupted, whole, capsys):
+    """Version 1 had videos as RGB and resized long ones twice."""
+    now = f'"version": {evaluate_qwen2vl.ANSWERS_VERSION}'.encode()
+    assert interrupted.count(now) == 1
+    assert go_on(interrupted.replace(now, b'"version": 1')) == (whole, 18)
+    assert "is not used (version was 1, now is 2): starting anew" in capsys.readouterr().err
 
 
 def test_a_run_killed_before_its_last_step_asks_nothing_again(prepared, go_on, whole, tmp_path, monkeypatch):
