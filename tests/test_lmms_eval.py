@@ -2,26 +2,30 @@
 
 lmms-eval pins versions that this repository has not, so it runs in an environment of its own, made as
 benchmarks/quality/real_models.md says: LMMS_EVAL_PYTHON=lmms/bin/python pytest tests/test_lmms_eval.py
+What the wrapper reads is looked at here, with stand-ins for what it imports of lmms-eval.
 """
 
 import json
 import os
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
-import numpy as np
 import pytest
+import torch
+from media_files import rotated_exif
 from PIL import Image
-from pipeline import run
+from pipeline import REPOSITORY, run
+from samples_by_hand import answer, conversation_sample
 
 from benchmarks.quality import compare_answers
-from evaluate_qwen2vl import Answerer, Question
-from media import VideoSampling, decode_video
-from task_encoder import PixelFit
+from evaluate_qwen2vl import Answerer, Question, load_processor
+from media import VideoSampling
+from task_encoder import QwenTaskEncoder
 
 PYTHON = os.environ.get("LMMS_EVAL_PYTHON") or (sys.executable if find_spec("lmms_eval") else None)
-pytestmark = pytest.mark.skipif(PYTHON is None, reason="lmms-eval is not installed here and LMMS_EVAL_PYTHON not set")
+needs_lmms_eval = pytest.mark.skipif(PYTHON is None, reason="lmms-eval is not installed, LMMS_EVAL_PYTHON not set")
 
 MAX_PIXELS, MAX_NEW_TOKENS = 112 * 112, 6
 TASK = """\
@@ -71,20 +75,12 @@ def task(tmp_path_factory, natural_frames, image_file, clip_file) -> tuple[Path,
 
 
 def expected_answers(model_dir: Path, docs: list[dict]) -> list[str]:
-    answerer = Answerer(model_dir, MAX_NEW_TOKENS)
-    processor = answerer.processor.image_processor
-    processor.max_pixels = MAX_PIXELS
-    processor.size = {"shortest_edge": processor.min_pixels, "longest_edge": MAX_PIXELS}
-    sampling = VideoSampling(max_frames=64)
+    answerer = Answerer(model_dir, MAX_NEW_TOKENS, VideoSampling(max_frames=64), max_pixels=MAX_PIXELS)
     said = []
     for doc in docs:
-        media = []
-        for path in doc["media"]:
-            if path.endswith(".png"):
-                media.append(("image", np.asarray(Image.open(path).convert("RGB"))))
-            else:
-                fit = PixelFit.of(processor, sampling)
-                media.append(("video", decode_video(Path(path).read_bytes(), sampling, fit)))
+        kinds = ["image" if path.endswith(".png") else "video" for path in doc["media"]]
+        data = [Path(path).read_bytes() for path in doc["media"]]
+        media = [(kind, answerer.media.read(kind, content)) for kind, content in zip(kinds, data)]
         pieces = [piece for kind, _ in media for piece in ("", kind)]
         said += answerer.answer([Question("", 0, "", (*pieces, doc["question"]), "", tuple(media))])
     return [text.strip() for text in said]
@@ -106,6 +102,7 @@ def logged(task, prepared, tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+@needs_lmms_eval
 @pytest.mark.parametrize("form", ["pixels", "x4"])
 def test_lmms_eval_is_given_the_same_answers(form, task, prepared, logged):
     (log,) = logged[form].rglob("*samples*.jsonl")
@@ -115,9 +112,63 @@ def test_lmms_eval_is_given_the_same_answers(form, task, prepared, logged):
     assert len(set(found)) > 1
 
 
+@needs_lmms_eval
 def test_what_lmms_eval_logged_is_compared(logged, capsys):
     given = [f"{form}={folder}" for form, folder in logged.items()]
     assert compare_answers.main(["--answers", *given]) == 0
     said = capsys.readouterr().out
     assert "| task | questions | pixels | x4 |" in said and "| shapes | 4 |" in said
     assert "shapes, x4 - pixels, over 4 questions:" in said
+
+
+# What the wrapper reads
+
+
+class StandIn:
+    """For lmms-eval's base class, for its requests and for accelerate's Accelerator."""
+
+    local_process_index, num_processes = 0, 1
+
+
+@pytest.fixture
+def wrapper(monkeypatch) -> type:
+    """The wrapper's class."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    modules = {"lmms_eval": "", "lmms_eval.api": "", "lmms_eval.api.instance": "Instance",
+               "lmms_eval.api.model": "lmms", "accelerate": "Accelerator"}  # fmt: skip
+    for name, wanted in modules.items():
+        module = ModuleType(name)
+        setattr(module, wanted, StandIn)
+        monkeypatch.setitem(sys.modules, name, module)
+    path = REPOSITORY / "benchmarks" / "quality" / "lmms_eval_model.py"
+    specification = spec_from_file_location("lmms_eval_model_with_stand_ins", path)
+    module = module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module.Qwen2VLWithDCT
+
+
+@pytest.mark.parametrize("form", ["pixels", "x4"])
+def test_the_wrapper_reads_media_as_training_does(
+    wrapper, prepared, form, tmp_path, image_file, clip_file, natural_frames
+):
+    """A picture that is turned and over the bounds, as PIL has it and as a file, and a 4:2:0 video."""
+    png = image_file(natural_frames(1, 100, 400)[0], "PNG", exif=rotated_exif(6))
+    mp4 = clip_file(natural_frames(6, 300, 420), rate=2)
+    (tmp_path / "a.PNG").write_bytes(png)
+    (tmp_path / "a.mp4").write_bytes(mp4)
+    visuals = [Image.open(tmp_path / "a.PNG"), str(tmp_path / "a.PNG"), str(tmp_path / "a.mp4")]
+    model_dir = prepared.pixel_model if form == "pixels" else prepared.model
+    model = wrapper(str(model_dir), max_pixels=str(MAX_PIXELS), video_max_frames=4)
+    model.task_dict = {"task": {"test": [None]}}
+    asked = model._question(SimpleNamespace(args=("What?", {}, lambda doc: visuals, 0, "task", "test")))
+    seen = model.answerer.model_inputs([asked])
+    media = [("image", png), ("image", png), ("video", mp4)]
+    processor = load_processor(model_dir, max_pixels=MAX_PIXELS)
+    encoder = QwenTaskEncoder(
+        processor.tokenizer, processor.image_processor, video_sampling=VideoSampling(max_frames=4)
+    )
+    learned = encoder.encode(conversation_sample(answer("What?", "red"), *media))
+    for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+        assert torch.equal(seen[name], getattr(learned, name)), name
+    length = seen["input_ids"].shape[1]
+    assert seen["input_ids"][0].tolist() == learned.input_ids[:length].tolist()

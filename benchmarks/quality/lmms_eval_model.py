@@ -4,8 +4,9 @@
         --model_args pretrained=Qwen2-VL-2B-Instruct-x4,max_pixels=1003520 --batch_size 8 --output_path results
 
 All flags are lmms-eval's (written against 0.7.3). `pretrained` may be any Qwen2-VL directory, of pixels or of DCT
-tokens: both are read in the same way, which differs from lmms-eval's own `qwen2_vl` in that pictures are not turned
-into JPEGs of quality 85 first, which would blur the detail that is to be measured. See real_models.md.
+tokens. Media are read as in training (media_encoder.py). lmms-eval's own `qwen2_vl` turns pictures into JPEGs of
+quality 85 first, which would blur the detail that is to be measured. Tasks hand over pictures decoded; a large JPEG is
+thus scaled down from its whole size, where training with DCT tokens has libjpeg decode less of it. See real_models.md.
 """
 
 import sys
@@ -51,10 +52,11 @@ class Qwen2VLWithDCT(lmms):
         from evaluate_qwen2vl import Answerer
         from media import VideoSampling
 
-        self.answerer = Answerer(Path(pretrained), MAX_NEW_TOKENS)
-        self.sampling = VideoSampling(fps=float(video_fps), max_frames=int(video_max_frames))
+        sampling = VideoSampling(fps=float(video_fps), max_frames=int(video_max_frames))
+        bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        bounds = {name: int(value) for name, value in bounds.items() if value}
+        self.answerer = Answerer(Path(pretrained), MAX_NEW_TOKENS, sampling, **bounds)
         self.batch_size = int(batch_size)
-        bound_pixels(self.answerer.processor.image_processor, min_pixels, max_pixels)
 
     @property
     def rank(self) -> int:
@@ -86,36 +88,20 @@ class Qwen2VLWithDCT(lmms):
         return Question(str(doc_id), 0, task, (*pieces, text), "", tuple(media))
 
     def _read(self, visual):
-        """A PIL image, or the path of a clip -> ("image", uint8 [H, W, 3]) or ("video", uint8 [T, H, W, 3])."""
-        import numpy as np
+        """A PIL image, or the path of an image or video -> its kind and its frames as training reads them."""
+        from media import IMAGE_EXTENSIONS
 
         if not isinstance(visual, (str, Path)):
-            return "image", np.asarray(visual.convert("RGB"))
-        from media import decode_video
-
-        return "video", decode_video(Path(visual).read_bytes(), self.sampling, self._frame_size)
-
-    def _frame_size(self, height: int, width: int, frames: int) -> tuple[int, int]:
-        """The size to which frames are resized when read, as in training."""
-        from dct_tokenizer import target_size
-
-        processor = self.answerer.processor.image_processor
-        most = self.sampling.max_frame_pixels(frames, processor.min_pixels, processor.max_pixels)
-        return target_size(height, width, processor.patch_size * processor.merge_size, processor.min_pixels, most)
+            return "image", self.answerer.media.read("image", visual)
+        path = Path(visual)
+        kind = "image" if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS else "video"
+        return kind, self.answerer.media.read(kind, path.read_bytes())
 
     def loglikelihood(self, requests: list[Instance]):
         raise NotImplementedError(f"{NAME} generates answers: choose tasks of output_type generate_until")
 
     def generate_until_multi_round(self, requests: list[Instance]):
         raise NotImplementedError(f"{NAME} answers in one round")
-
-
-def bound_pixels(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Sets the bounds of an image processor, stock or of this repository, where given."""
-    processor.min_pixels = int(min_pixels or processor.min_pixels)
-    processor.max_pixels = int(max_pixels or processor.max_pixels)
-    if isinstance(getattr(processor, "size", None), dict):  # what the stock processor goes by
-        processor.size = {"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels}
 
 
 def flat(visuals: Any) -> list:
