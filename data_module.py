@@ -174,15 +174,16 @@ class EnergonDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> ValidationLoader:
         """The val split once, in order: every sample is seen by exactly one process."""
         self._settle_group()
+        encoder = self.task_encoder.for_validation()
         dataset = get_val_dataset(
             self.path,
             worker_config=self.worker_config,
             batch_size=self.packing_buffer_size or self.micro_batch_size,
-            task_encoder=self.task_encoder.for_validation(),
+            task_encoder=encoder,
             **DATASET_OPTIONS,
         )
         group = self.worker_config.data_parallel_group
-        return ValidationLoader(dataset, self.val_batches, self.task_encoder.blank_batch(), group)
+        return ValidationLoader(dataset, self.val_batches, encoder.blank_batch(), group)
 
     def count_left_out(self, samples: int) -> int:
         """How many of the val split are missing where a validation has seen `samples`; 0 if it was to see a part."""

@@ -41,10 +41,13 @@ def fine_tune(arguments: list[str]) -> int:
     import finetune_qwen2vl
 
     if "--check" not in arguments:
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        import automodel_engine
+        if "megatron" in arguments:
+            from megatron_engine import QwenMegatronModel as Model
+        else:
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+            from automodel_engine import QwenAutoModel as Model
 
-        break_gradient(automodel_engine.QwenAutoModel, int(os.environ["FAULT_STEP"]))
+        break_gradient(Model, int(os.environ["FAULT_STEP"]))
     return finetune_qwen2vl.main(arguments)
 
 

@@ -7,6 +7,7 @@ Nearly all of a launch is NeMo's import.
 
 import functools
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from faulty_gradient import write_interpreter as write_faulty_interpreter
 from megatron_on_cpu import write_interpreter
 from pipeline import REPOSITORY, metrics
 from safetensors.torch import load_file
@@ -30,6 +32,8 @@ cpu_only = pytest.mark.skipif(GPUS > 0, reason="GPUs run a longer form of it")
 
 # Differences of bf16 between layouts: of losses; gradient norms may differ five times as much.
 STEPS, SAVE_INTERVAL, ROW_TOKENS, LR, TOLERANCE = (20, 5, 512, "3e-4", 0.02) if GPUS else (8, 4, 256, "1e-3", 0.004)
+PACKING_BUFFER = "8"  # samples; fewer than a loader process has of the val split
+VAL = 30  # samples of the val split
 ONE_NODE, TWO_NODES = {"NUM_PROC_PER_NODE": 2}, {"NNODES": 2}
 TWO = TWO_NODES if GPUS == 1 else ONE_NODE
 LAYOUTS = {
@@ -78,7 +82,8 @@ def start(variables: dict[str, str], *arguments: str) -> subprocess.Popen:
     """Starts one node."""
     log = Path(variables["OUTPUT_DIR"]) / f"{variables['EXPERIMENT_NAME']}.log"
     with log.open("a") as file:
-        command = ["bash", "qwen_launch.sh", "--log-interval", "1", *arguments]
+        options = ["--log-interval", "1", "--packing-buffer", PACKING_BUFFER]
+        command = ["bash", "qwen_launch.sh", *options, *arguments]
         return subprocess.Popen(
             command, cwd=REPOSITORY, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -214,6 +219,7 @@ def test_it_learns_and_writes_a_model_that_transformers_loads(whole, model_dir):
     assert all(0 < line["row_fill"] <= 1 for line in lines) and lines[0]["row_fill"] > 0.5
     assert {"data_wait_share", *(("mfu", "peak_memory_gib") if GPUS else ())} <= lines[-1].keys()
     assert list(validation_of(whole)) == [STEPS // 2, STEPS]
+    assert {(line["val_samples"], line["val_left_out"]) for line in metrics(whole) if "val_loss" in line} == {(VAL, 0)}
     before, after = load_file(model_dir / "model.safetensors"), exported(whole)
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -294,5 +300,18 @@ def test_a_damaged_checkpoint_stops_the_run(environment, whole, tmp_path):
 @gpu_only
 def test_a_loss_that_is_no_number_stops_the_run_and_names_samples(environment, tmp_path):
     log = launch(environment(tmp_path / "wild", LR="1e30", MIN_LR="1e30", WARMUP_STEPS=0), code=1)
-    assert "samples of the batch: " in log and "Lower --lr" in log
+    assert "which has changed no weight; its samples: " in log and "lower --lr" in log
     assert not list((tmp_path / "wild" / "checkpoints").glob(f"step{STEPS:06d}*"))
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_and_is_never_saved(environment, tmp_path):
+    fault = {"FAULT_STEP": 4, "SAVE_INTERVAL": 3, **LAYOUTS["DP"]}
+    if GPUS:
+        fault |= dict.fromkeys(("PYTHON", "PYTHON_EXEC"), write_faulty_interpreter(tmp_path))
+    log = launch(environment(tmp_path / "faulty", **fault), code=1)
+    (line,) = [line for line in log.splitlines() if line.startswith("finetune_qwen2vl.py: ")]
+    assert "the gradient norm is nan at step 4, which has changed no weight; its samples: " in line
+    assert [path.name for path in (tmp_path / "faulty" / "checkpoints").iterdir()] == ["step000003"]
+    assert [line["step"] for line in metrics(tmp_path / "faulty")] == [1, 2, 3]
+    seen = json.loads((tmp_path / "faulty" / "non_finite_step.json").read_text())["samples"]
+    assert len(seen) == len(set(seen)) > 4  # more than one of each of four rows
