@@ -109,7 +109,7 @@ def test_a_run_goes_on_from_its_checkpoint_whether_it_saves_or_not(save_interval
     checkpoint.mkdir(parents=True)
     limits = {"devices": 1, "num_nodes": 1, "world_size": 1, "rank": 0, "max_steps": 24, "keep": 2}
     settings = arguments(tmp_path, save_interval=save_interval, **limits)
-    trainer = nl.Trainer(accelerator="cpu", callbacks=step_checkpoints(settings), **trainer_options(settings))
+    trainer = nl.Trainer(accelerator="cpu", callbacks=step_checkpoints(settings, print), **trainer_options(settings))
     resume(settings).setup(trainer)
     assert Path(trainer.ckpt_path) == checkpoint
     assert (trainer.checkpoint_callback is None) is (save_interval == 0)
