@@ -23,6 +23,7 @@ from megatron.energon import (
     get_train_dataset,
     get_val_dataset,
 )
+from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetMergedState
 from torch.utils.data import DataLoader
 
 from energon_files import read_counts, read_splits
@@ -165,9 +166,10 @@ class EnergonDataModule(pl.LightningDataModule):
             **DATASET_OPTIONS,
         )
         loader = get_savable_loader(dataset, checkpoint_every_sec=5, n_checkpoints=4)
-        if self._restored is not None:
-            loader.restore_state_global(self._restored)
-            self._restored = None
+        restored, self._restored = self._restored, None
+        if restored is not None:
+            loader.restore_state_global(restored)
+        make_exact(loader, restored and restored[self.worker_config.rank])
         self.train_loader = CountedLoader(loader, self.total_batches)
         return self.train_loader
 
@@ -223,6 +225,30 @@ class EnergonDataModule(pl.LightningDataModule):
                 f"{self.worker_config.world_size}: resume with the same number, or add --restart-data"
             )
         self._restored = states
+
+
+def make_exact(loader: SavableDataLoader, state: SavableDataLoaderState | None) -> None:
+    """Mends what keeps Energon 5.2.0 from going on exactly where a state was saved.
+
+    It takes it that each loader process has given a micro-batch before a state is saved, also after a restore:
+    otherwise the state leaves one out, or cannot be saved. And it begins with a wrong process where there are more than
+    two of them (`WorkerConfig.rank_worker_id` subtracts the offset).
+
+    state: what this process's loader has been restored from, None at the start.
+    """
+    processes = loader.num_workers
+    if not processes:
+        return
+    if state is None:
+        loader._worker_sample_counters = [-1] * processes  # numbers of the last micro-batches
+        fresh = {name: [None] * processes for name in ("torch_rng", "numpy_rng", "rng")}  # seeded as otherwise
+        loader.dataset._restore_from = SavableDatasetMergedState(**fresh, sample_index=[0] * processes)
+    else:
+        saved = state.dataset_state
+        counters = [index + offset - 1 for index, offset in zip(saved.state.sample_index, saved.offset, strict=True)]
+        loader._worker_sample_counters = counters
+        loader._next_worker_id = state.next_worker_id
+        loader.dataset._worker_offset = -state.next_worker_id % processes
 
 
 def end_loader_processes(loader: DataLoader) -> None:

@@ -51,6 +51,11 @@ class StepCheckpoint(ModelCheckpoint):
         """NeMo's Megatron strategy logs a "step" of its own, which is one behind."""
         return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}
 
+    def on_train_start(self, trainer, pl_module) -> None:
+        """Lightning would save the step that a run goes on from once more, after the first of its micro-batches."""
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step
+
     def _should_remove_checkpoint(self, trainer, previous: str, current: str) -> bool:
         """Lightning keeps the one that a run was resumed from for ever; a few restarts would fill the disk."""
         return previous != current

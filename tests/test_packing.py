@@ -199,7 +199,7 @@ def test_a_set_of_pictures_that_cannot_be_decoded_stops_the_run(converted, natur
         encoder.pack_selected_samples([encoder.encode_sample(cut)])
 
 
-def packed_data(prepared, num_workers: int):
+def packed_data(prepared, num_workers: int, packing_buffer_size: int = 16):
     """The data module of the Megatron engine on the prepared set."""
     from data_module import EnergonDataModule
 
@@ -216,7 +216,7 @@ def packed_data(prepared, num_workers: int):
         rank=0,
         world_size=1,
         seed=1,
-        packing_buffer_size=16,
+        packing_buffer_size=packing_buffer_size,
     )
 
 
@@ -230,14 +230,15 @@ def test_energon_packs_a_prepared_set(prepared):
     assert len(keys) == len(set(keys)) > 10
 
 
-def test_a_packed_loader_goes_on_where_its_state_was_saved(prepared):
-    first = packed_data(prepared, num_workers=2)
+@pytest.mark.parametrize(("num_workers", "packing_buffer_size"), [(0, 4), (2, 16), (3, 4)])
+def test_a_packed_loader_goes_on_where_its_state_was_saved(num_workers, packing_buffer_size, prepared):
+    first = packed_data(prepared, num_workers, packing_buffer_size)
     rows = iter(first.train_dataloader())
     for _ in range(4):
         next(rows)
     state = first.state_dict()
     expected = [next(rows) for _ in range(5)]
-    again = packed_data(prepared, num_workers=2)
+    again = packed_data(prepared, num_workers, packing_buffer_size)
     again.load_state_dict(state)
     for row, wanted in zip(again.train_dataloader(), expected):
         assert row.keys == wanted.keys and torch.equal(row.tokens, wanted.tokens)

@@ -973,7 +973,7 @@ def test_who_decodes_makes_no_difference(shards, new_encoder, tmp_path, auto_dec
     assert sum(len(batch.video_grid_thw) for batch in expected) > 2 and sum(len(b.image_grid_thw) for b in expected) > 8
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 2, 3])
 def test_a_restored_loader_goes_on_where_it_stopped(shards, new_encoder, tmp_path, num_workers):
     first = data_module(shards, new_encoder(), num_workers)
     batches = iter(first.train_dataloader())
@@ -990,6 +990,23 @@ def test_a_restored_loader_goes_on_where_it_stopped(shards, new_encoder, tmp_pat
     assert any(batch.skipped for batch in before) and any(batch.skipped for batch in expected)
     for module in (first, second):
         end_loader_processes(module.train_loader.loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_a_loader_is_saved_and_restored_before_each_process_has_given_a_batch(shards, new_encoder, num_workers, taken):
+    whole = data_module(shards, new_encoder(), num_workers)
+    expected = list(islice(whole.train_dataloader(), 12))
+    end_loader_processes(whole.train_loader.loader)
+    state, found = None, []
+    for wanted in (taken, taken, 12 - 2 * taken):  # begun, gone on from its state, and once more
+        module = data_module(shards, new_encoder(), num_workers)
+        if state is not None:
+            module.load_state_dict(state)
+        found += islice(module.train_dataloader(), wanted)
+        state = module.state_dict()
+        end_loader_processes(module.train_loader.loader)
+    assert_same_batches(found, expected)
 
 
 def test_a_state_of_another_world_is_refused(shards, new_encoder):
