@@ -25,7 +25,7 @@ from checkpoint_files import (
     read_json,
     saved_pixel_bounds,
 )
-from energon_files import PreparedSetError, read_splits
+from energon_files import PreparedSetError, read_counts, read_splits
 
 # A resumed run repeats the samples and losses of an uninterrupted one only if these are what they were.
 DATA_SETTINGS = (  # --restart-data lets these change
@@ -212,12 +212,20 @@ def check_pixel_bounds(arguments: argparse.Namespace) -> None:
         raise RunError(f"min_pixels {low} is over max_pixels {high}: change --min-pixels or --max-pixels")
 
 
-def check_data(data_dir: Path) -> None:
-    """Raises RunError or PreparedSetError unless `energon prepare` has been run and both splits that training reads
-    hold shards."""
+def check_data(arguments: argparse.Namespace) -> None:
+    """Raises RunError or PreparedSetError unless `energon prepare` has been run, both splits that training reads hold
+    shards, and each loader process has a sample to train on."""
+    data_dir, loaders = arguments.data_dir, arguments.data_parallel * max(1, arguments.num_workers)
     if not data_dir.is_dir() or not any(data_dir.glob("*.tar")):
         raise RunError(f"no shards in {data_dir}: python data_preparation.py --data-dir RAW --output-dir {data_dir}")
-    empty = [part for part, shards in read_splits(data_dir, ("train", "val")).items() if not shards]
+    splits, counts = read_splits(data_dir, ("train", "val")), read_counts(data_dir)
+    empty = [part for part, shards in splits.items() if not shards]
+    samples = sum(counts[name] for name in splits["train"])
+    if not empty and samples < loaders:
+        raise RunError(
+            f"the train split of {data_dir} holds {samples} samples, fewer than {arguments.data_parallel} processes "
+            f"have loader processes ({loaders}): lower --num-workers or --devices"
+        )
     if empty:
         raise RunError(
             f"the {empty[0]} split of {data_dir} holds no shard: prepare with more shards (a smaller --maxcount)"
@@ -361,7 +369,7 @@ def check(arguments: argparse.Namespace) -> ModelInfo:
     check_parts(arguments)
     info = check_model(arguments.model_dir, arguments.dct)
     check_pixel_bounds(arguments)
-    check_data(arguments.data_dir)
+    check_data(arguments)
     check_run_folder(arguments)
     return info
 

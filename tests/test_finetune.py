@@ -470,6 +470,7 @@ def test_adapters_that_cannot_be(typed, said):
         (["--val-batches", "0"], "--val-batches must be at least 1, got 0"),
         (["--save-interval", "-1"], "--save-interval must be at least 0, got -1"),
         (["--max-gradient-norm", "-1"], "--max-gradient-norm must be at least 0, got -1.0"),
+        (["--num-workers", "255"], "holds 254 samples, fewer than 1 processes have loader processes (255): lower"),
         (["--num-workers", "-1"], "--num-workers must be at least 0, got -1"),
         (["--weight-decay", "inf"], "--weight-decay must be at least 0, got inf"),
         (["--lr", "nan"], "--lr must be over 0, got nan"),
