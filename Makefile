@@ -23,13 +23,13 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo 'Variables: DEMO_DIR=demo SEED= DEMO_ARGS= TEST_ARGS= (of demo.py and pytest) TEST_PROCESSES=2; for the set-up: ./setup_env.sh --help'
+	@echo 'Variables: DEMO_DIR=demo SEED= DEMO_ARGS= TEST_ARGS= (of the demo and pytest) TEST_PROCESSES=2; for the set-up: ./setup_env.sh --help'
 
 setup:  ## make .venv from requirements.lock, if it is not there yet
 	@VENV=$(VENV) ./setup_env.sh
 
 demo: setup  ## the whole pipeline on drawn sample data, into DEMO_DIR
-	$(IN_VENV) $(OFFLINE) python demo.py --output-dir "$(DEMO_DIR)" $(if $(SEED),--seed $(SEED)) $(DEMO_ARGS)
+	$(IN_VENV) $(OFFLINE) python -m dct_qwen2vl.toy.demo --output-dir "$(DEMO_DIR)" $(if $(SEED),--seed $(SEED)) $(DEMO_ARGS)
 
 test: lint  ## lint, then all tests; TEST_ARGS="tests/test_setup.py -k lock" for some
 	$(IN_VENV) $(OFFLINE) python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)

@@ -12,188 +12,20 @@ weights.
 """
 
 import argparse
-import json
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import checkpoint_files
-from checkpoint_files import (
-    INDEX,
-    PATCH_EMBEDDING,
-    PROCESSOR,
+from dct_qwen2vl.checkpoints.conversion import convert, patch_embedding, read_config
+from dct_qwen2vl.checkpoints.inspection import (
     CheckpointError,
-    no_patch_embedding,
-    open_tensors,
-    read_json,
-    reads_pixel_patches,
     safetensors_files,
-    saved_pixel_bounds,
 )
 
 if TYPE_CHECKING:
     import torch
 
-SHARD_BYTES = 2_000_000_000
 MOST_GAIN = 1000  # of detail; more than training could use
-REWRITTEN = ("config.json", PROCESSOR, INDEX)
-
-
-def read_config(model_dir: Path) -> dict:
-    """config.json of a pixel Qwen2-VL. Raises CheckpointError."""
-    config = checkpoint_files.read_config(model_dir)
-    if not reads_pixel_patches(config):
-        raise CheckpointError(f"{model_dir / 'config.json'} does not read 2x14x14 pixel patches: is it converted "
-                              "already? Use it as it is")  # fmt: skip
-    return config
-
-
-def converted_config(config: dict, num_coefficients: int) -> dict:
-    """The config of the same model with a 1x1x1 patch embedding over `num_coefficients` channels."""
-    vision = {**config["vision_config"], "in_channels": num_coefficients, "patch_size": 1, "temporal_patch_size": 1}
-    # Qwen's released files carry these two under names that transformers ignores; they would contradict the rest.
-    vision.pop("in_chans", None)
-    vision.pop("spatial_patch_size", None)
-    return {**config, "vision_config": vision}
-
-
-def patch_embedding(files: list[Path]) -> "torch.Tensor":
-    """The pixel model's weight [E, 3, 2, 14, 14]. Raises CheckpointError if it is missing."""
-    for name, tensors in open_tensors(files, "pt"):
-        if name.endswith(PATCH_EMBEDDING):
-            return tensors.get_tensor(name)
-    raise no_patch_embedding(files)
-
-
-def folded_tensors(files: list[Path], dct) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """(name, tensor) one by one, memory-mapped, the patch embedding folded. Raises CheckpointError if it is missing."""
-    from dct_tokenizer import fold_patch_embedding
-
-    found = False
-    for name, tensors in open_tensors(files, "pt"):
-        tensor = tensors.get_tensor(name)
-        if name.endswith(PATCH_EMBEDDING):
-            tensor, found = fold_patch_embedding(tensor, dct), True
-        yield name, tensor
-    if not found:
-        raise no_patch_embedding(files)
-
-
-def write_shards(tensors: Iterator[tuple[str, "torch.Tensor"]], output_dir: Path, shard_bytes: int) -> int:
-    """Writes model.safetensors, or numbered shards and their index. Returns the bytes of all tensors."""
-    from safetensors.torch import save_file
-
-    temporary, shards, pending, size, total = [], [], {}, 0, 0
-
-    def flush() -> None:
-        path = output_dir / f"shard-{len(temporary)}.tmp"
-        save_file(pending, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors writes 0600
-        temporary.append(path)
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if pending and size + nbytes > shard_bytes:
-            flush()
-            size = 0
-        pending[name] = tensor.contiguous()
-        size += nbytes
-        total += nbytes
-    flush()
-    if len(temporary) == 1:
-        temporary[0].rename(output_dir / "model.safetensors")
-        return total
-    weight_map = {}
-    for number, (path, names) in enumerate(zip(temporary, shards, strict=True), start=1):
-        final = f"model-{number:05d}-of-{len(temporary):05d}.safetensors"
-        path.rename(output_dir / final)
-        weight_map.update(dict.fromkeys(names, final))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(output_dir / INDEX, index)
-    return total
-
-
-def make_processor(model_dir: Path, dct, min_pixels: int | None, max_pixels: int | None):
-    """The DCT processor with the source's pixel bounds, unless given. Raises CheckpointError for another mean, std."""
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
-    from dct_tokenizer import DCTImageProcessor
-
-    path = model_dir / PROCESSOR
-    source = read_json(path) if path.is_file() else {}
-    for name, expected in (("image_mean", OPENAI_CLIP_MEAN), ("image_std", OPENAI_CLIP_STD)):
-        if source.get(name, expected) != expected:
-            raise CheckpointError(f"{path} has {name} {source[name]}; the folding is for Qwen2-VL's {expected}")
-    saved = saved_pixel_bounds(model_dir)
-    low = saved["min_pixels"] or 56 * 56 if min_pixels is None else min_pixels
-    high = saved["max_pixels"] or 28 * 28 * 1280 if max_pixels is None else max_pixels
-    if low < 1 or high < 1:
-        raise CheckpointError(f"min_pixels {low} and max_pixels {high} must be at least 1: change --min-pixels or "
-                              "--max-pixels")  # fmt: skip
-    if low > high:
-        raise CheckpointError(f"min_pixels {low} is over max_pixels {high}: change --min-pixels or --max-pixels")
-    processor = DCTImageProcessor(dct=dct, min_pixels=low, max_pixels=high)
-    processor._set_processor_class("Qwen2VLProcessor")
-    return processor
-
-
-def copy_other_files(model_dir: Path, output_dir: Path) -> None:
-    """Tokenizer, chat template, licence, generation config: everything that is not rewritten, byte for byte."""
-    for path in sorted(model_dir.iterdir()):
-        weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-        if path.is_file() and path.name not in REWRITTEN and not weights and not path.name.startswith("."):
-            shutil.copyfile(path, output_dir / path.name)
-
-
-def convert(
-    model_dir: Path,
-    output_dir: Path,
-    dct,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-    force: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-) -> int:
-    """Writes the converted directory under a temporary name and renames it when whole. Returns the bytes of weights.
-
-    dct: a DCTConfig. Raises CheckpointError for an unusable source or an existing output without `force`.
-    """
-    config = read_config(model_dir)
-    merge = config["vision_config"].get("spatial_merge_size", 2)
-    if merge != dct.merge:
-        raise CheckpointError(f"{model_dir} merges {merge}x{merge} tokens, --dct says {dct.merge}: make them equal")
-    files = safetensors_files(model_dir)
-    processor = make_processor(model_dir, dct, min_pixels, max_pixels)
-    if output_dir.resolve() == model_dir.resolve():
-        raise CheckpointError(f"--output-dir must differ from --model-dir, both are {model_dir}")
-    if output_dir.exists() and any(output_dir.iterdir()) and not (force and (output_dir / "config.json").is_file()):
-        raise CheckpointError(
-            f"{output_dir} is not empty: choose another --output-dir, or --force to replace a checkpoint"
-        )
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
-    try:
-        copy_other_files(model_dir, temporary)
-        _write_json(temporary / "config.json", converted_config(config, dct.num_coefficients))
-        processor.save_pretrained(temporary)
-        total = write_shards(folded_tensors(files, dct), temporary, shard_bytes)
-        temporary.chmod(0o755)
-        if output_dir.exists():
-            shutil.rmtree(output_dir)
-        os.replace(temporary, output_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return total
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def own_format(arguments: argparse.Namespace, weight: "torch.Tensor | None" = None):
@@ -201,7 +33,7 @@ def own_format(arguments: argparse.Namespace, weight: "torch.Tensor | None" = No
 
     weight: the patch embedding, for the order "weighted"; without it the other flags are checked and the order is not.
     """
-    from dct_config import CoefficientTable, DCTConfig
+    from dct_qwen2vl.dct.configuration_dct import CoefficientTable, DCTConfig
 
     block = tuple(arguments.block)
     if block[1] != block[2]:
@@ -268,7 +100,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def resolve_format(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Sets `arguments.dct` to a DCTConfig, unless it is a file; an impossible one is a usage error."""
-    from dct_tokenizer import DCTConfig
+    from dct_qwen2vl.dct.configuration_dct import DCTConfig
 
     if (arguments.dct or "").endswith(".json"):
         return
@@ -280,7 +112,7 @@ def resolve_format(parser: argparse.ArgumentParser, arguments: argparse.Namespac
 
 def read_format(path: str):
     """The DCTConfig in a file. Raises CheckpointError, OSError."""
-    from dct_tokenizer import DCTConfig
+    from dct_qwen2vl.dct.configuration_dct import DCTConfig
 
     try:
         return DCTConfig.from_file(path)

@@ -21,7 +21,6 @@ together (set_summary.py).
 
 import argparse
 import contextlib
-import os
 import sys
 import time
 import traceback
@@ -30,17 +29,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from preparation import data_splits
-from preparation.archives import name_unread
-from preparation.data_splits import SPLITS, Layout
-from preparation.energon_metadata import dialogue_command, energon_prepare, is_cut_alike
-from preparation.media_conversion import ConversionOptions
-from preparation.media_index import TarSource, count_refused, index_tars, make_readable
-from preparation.output_folder import (
-    REFUSED_NAME,
+from dct_qwen2vl.preparation import data_splits
+from dct_qwen2vl.preparation.config import parse_arguments
+from dct_qwen2vl.preparation.conversion import ConversionOptions
+from dct_qwen2vl.preparation.data_splits import Layout
+from dct_qwen2vl.preparation.energon_metadata import dialogue_command, energon_prepare, is_cut_alike
+from dct_qwen2vl.preparation.fingerprint import describe_run, is_complete, say_shares
+from dct_qwen2vl.preparation.media_index import TarSource, index_tars, make_readable
+from dct_qwen2vl.preparation.messages import own_shards, say_dry_run, say_part, say_plan, say_result, say_tars
+from dct_qwen2vl.preparation.metadata import MetadataReader, PreparationError, find_metadata
+from dct_qwen2vl.preparation.output_folder import (
     REPORT_NAME,
     SHARD_NAME,
     SKIPPED_NAME,
@@ -58,15 +58,10 @@ from preparation.output_folder import (
     remove_work,
     stats_path,
 )
-from preparation.plan import Collector, Plan, check_all, make_plan
-from preparation.raw_metadata import METADATA_NAME, MetadataReader, PreparationError, find_metadata
-from preparation.run_description import describe_run, is_complete, say_shares
-from preparation.set_summary import filtered_name, summarise
-from preparation.shard_writing import make_task, write_shard
-from preparation.worker_pool import WorkerPool
-
-MOST_SEED = 2**63 - 1
-MOST_WORKERS_A_CORE = 8  # more only wait for each other and take memory
+from dct_qwen2vl.preparation.plan import Collector, Plan, check_all, make_plan
+from dct_qwen2vl.preparation.shards import make_task, write_shard
+from dct_qwen2vl.preparation.summary import filtered_name, summarise
+from dct_qwen2vl.preparation.workers import WorkerPool
 
 
 def prepare(arguments: argparse.Namespace) -> int:
@@ -206,11 +201,6 @@ def finish_lock(arguments: argparse.Namespace, is_due: bool) -> Iterator[None]:
             remove_work(output_dir)
 
 
-def own_shards(layout: Layout, part: tuple[int, int] | None) -> list[int]:
-    number, parts = part or (1, 1)
-    return list(range(number - 1, len(layout.split_of), parts))
-
-
 def write_missing(
     pool: WorkerPool,
     arguments: argparse.Namespace,
@@ -245,7 +235,7 @@ def finish(arguments: argparse.Namespace, stats: dict[str, Any]) -> int:
     wants_report = not arguments.no_report and not (output_dir / REPORT_NAME).exists()
     with finish_lock(arguments, wants_report or arguments.energon_prepare):
         if wants_report:
-            from preparation_report import write_report
+            from dct_qwen2vl.preparation.report.writing import write_report
 
             print(f"Report: {write_report(output_dir)}")
         if arguments.energon_prepare:
@@ -263,7 +253,7 @@ def finish(arguments: argparse.Namespace, stats: dict[str, Any]) -> int:
 
 def verify_set(arguments: argparse.Namespace) -> int:
     """Read the set back; returns the exit status."""
-    from preparation.shard_verification import verify
+    from dct_qwen2vl.preparation.verification import verify
 
     problems = verify(arguments.output_dir, arguments.num_workers)
     for problem in problems:
@@ -274,170 +264,7 @@ def verify_set(arguments: argparse.Namespace) -> int:
 # What it says
 
 
-def say_tars(tars: list[TarSource], arguments: argparse.Namespace) -> None:
-    """How many files there are, and on stderr what is not used. Raises PreparationError for the latter if strict."""
-    print(f"Found {sum(tar.members for tar in tars)} files in {len(tars)} tars")
-    for line in name_unread(arguments.data_dir):
-        print(line, file=sys.stderr)
-    for tar in tars:
-        findings = []
-        if tar.damage:
-            findings.append(f"only the {tar.members} members before its damage are used: {tar.damage}")
-        if tar.refused:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in count_refused(tar).items())
-            findings.append(f"members refused ({reasons}), by name in {REFUSED_NAME}")
-        if findings and arguments.strict:
-            raise PreparationError(f"--strict: {tar.path}: {'; '.join(findings)}")
-        if findings:
-            print(f"{tar.path.name}: {'; '.join(findings)}", file=sys.stderr)
-
-
-def say_plan(plan: Plan, layout: Layout, arguments: argparse.Namespace) -> None:
-    sizes = np.diff(layout.bounds)
-    read, samples = sum(plan.read.values()), len(layout.row)
-    print(f"Keeping {len(plan)} of {read} conversations: {len(sizes)} shards of up to {sizes.max()} samples")
-    if samples != len(plan):
-        print(f"({samples} samples, by --source-weight)")
-    if sizes.max() < arguments.maxcount and len(sizes) == sum(arguments.split):
-        split = say_shares(arguments.split)
-        print(f"(fewer than --maxcount {arguments.maxcount} a shard: the split {split} needs {len(sizes)} shards)")
-    print("Samples: " + ", ".join(f"{name} {count}" for name, count in layout.counts.items()))
-
-
-def say_dry_run(plan: Plan, layout: Layout) -> None:
-    """The table of sources and splits; nothing has been written."""
-    split_of = np.repeat([SPLITS.index(name) for name in layout.split_of], np.diff(layout.bounds))
-    print(f"{'source':<24}{'read':>10}{'usable':>10}" + "".join(f"{name:>10}" for name in SPLITS))
-    usable = np.bincount(plan.entries["source"], minlength=len(plan.sources))
-    source = plan.entries["source"][layout.row]
-    for number, name in enumerate(plan.sources):
-        splits = np.bincount(split_of[source == number], minlength=len(SPLITS))
-        counts = [plan.read[name], usable[number], *splits]
-        print(f"{name:<24}" + "".join(f"{count:>10}" for count in counts))
-    for reason, count in plan.skipped.reasons().items():
-        print(f"would be skipped: {reason} {count}")
-    print("Dry run: pictures and clips have not been read, nothing has been written")
-
-
-def say_part(arguments: argparse.Namespace, layout: Layout, seconds: float, samples: int) -> None:
-    number, parts = arguments.part
-    shards = len(own_shards(layout, arguments.part))
-    print(f"Part {number} of {parts} done: {shards} of {len(layout.split_of)} shards{say_rate(seconds, samples)}")
-    print("When all parts are done, the same command without --part puts the counts together")
-
-
-def say_rate(seconds: float, samples: int) -> str:
-    """What follows a number of shards; nothing where they had all been there."""
-    return f" ({seconds:.1f} s, {samples / max(seconds, 1e-9):.0f} samples/s)" if samples else ""
-
-
-def say_result(stats: dict[str, Any], filtered: Path, seconds: float, samples: int) -> None:
-    reasons = ", ".join(f"{reason} {count}" for reason, count in stats["skipped"].items())
-    weighted = "".join(f" {sign} {name} {stats[name]}" for sign, name in (("+", "copies"),) if stats[name])
-    thinned = f" + thinned {stats['thinned']}" if stats["thinned"] else ""
-    skipped = f"{sum(stats['skipped'].values())}{f' ({reasons})' if reasons else ''}"
-    print(f"Filtered metadata: {filtered}")
-    print(f"read {stats['read']}{weighted} = written {stats['written']} + skipped {skipped}{thinned}")
-    for name in ("parts", "repairs"):
-        if stats[name]:
-            print(", ".join(f"{what.replace('_', ' ')} {count}" for what, count in stats[name].items()))
-    print(f"Conversion done: {len(stats['shards'])} shards in {filtered.parent}{say_rate(seconds, samples)}")
-
-
 # Arguments
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add_folders(parser)
-    add_settings(parser)
-    add_running(parser)
-    arguments = parser.parse_args(argv)
-    for name, least in (("num_workers", 0), ("maxcount", 1), ("limit", 1), ("max_pixels", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} must be {least} or more, not {value}")
-    if abs(arguments.seed) > MOST_SEED:
-        parser.error(f"--seed must be from -{MOST_SEED} to {MOST_SEED}; take a shorter number")
-    most = MOST_WORKERS_A_CORE * (os.cpu_count() or 1)
-    if arguments.num_workers > most:
-        parser.error(f"--num-workers must be {most} or less here ({MOST_WORKERS_A_CORE} for each core)")
-    if not 1 <= arguments.jpeg_quality <= 100:
-        parser.error(f"--jpeg-quality must be from 1 to 100, not {arguments.jpeg_quality}")
-    if arguments.part and arguments.force:
-        parser.error("--force with --part would remove what the other parts have written; remove the folder instead")
-    if arguments.verify:
-        return arguments
-    if arguments.data_dir is None:
-        parser.error("the following arguments are required: --data-dir")
-    output_dir, data_dir = arguments.output_dir.resolve(), arguments.data_dir.resolve()
-    if output_dir == data_dir or output_dir in data_dir.parents:
-        parser.error("--output-dir must not be or contain --data-dir: energon would take the source tars for shards")
-    return arguments
-
-
-def checked(parse: Any) -> Any:
-    """An argparse type whose ValueError becomes the message."""
-
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except (ValueError, ZeroDivisionError) as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return convert
-
-
-def parse_part(text: str) -> tuple[int, int]:
-    """ "2/4" -> (2, 4). Raises ValueError."""
-    number, slash, parts = text.partition("/")
-    if not slash or not 1 <= int(number) <= int(parts):
-        raise ValueError(f"a part is I/N with I from 1 to N, not {text!r}")
-    return int(number), int(parts)
-
-
-def add_folders(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    metadata = f"JSON lists or JSON lines, in D or elsewhere (default: {METADATA_NAME} in D)"
-    add("--data-dir", type=Path, metavar="D", help="folder with the metadata and the media")
-    add("--output-dir", type=Path, required=True, metavar="O", help="folder for the shards, new or empty")
-    add("--metadata", type=Path, nargs="+", metavar="FILE", help=metadata)
-
-
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("what is written").add_argument
-    maxcount = "samples a shard at most, fewer where the split needs it (default: %(default)s)"
-    split = "shares of train, val and test, exact in every source dataset (default: 8,1,1)"
-    weight = "repeat or thin the training entries of a source, as 2 or 0.5 (default: 1)"
-    pixels = "make pictures with more pixels (height times width) smaller (default: keep them)"
-    quality = "of pictures that are encoded anew (default: %(default)s)"
-    limit = "use the first N entries of the metadata alone"
-    add("--seed", type=int, default=0, metavar="N", help="of split and shuffle (default: %(default)s)")
-    add("--maxcount", type=int, default=1000, metavar="N", help=maxcount)
-    add("--split", type=checked(data_splits.parse_split), default=(8, 1, 1), metavar="A,B,C", help=split)
-    add("--source-weight", type=checked(data_splits.parse_weight), nargs="+", default=[], metavar="NAME=W", help=weight)
-    add("--max-pixels", type=int, metavar="N", help=pixels)
-    add("--jpeg-quality", type=int, default=95, metavar="Q", help=quality)
-    add("--check-pictures", action="store_true", help="decode every picture and every frame of a clip")
-    add("--limit", type=int, metavar="N", help=limit)
-
-
-def add_running(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("how it runs").add_argument
-    workers = "worker processes; 0: work in this process (default: the cores, %(default)s)"
-    part = "write every N-th shard alone; after all parts, the same command without --part ends the set"
-    energon = "also run `energon prepare`: splits, crude samples"
-    verify = "write nothing; read the set in O back, decode everything and say what is wrong (needs no --data-dir)"
-    cores = len(os.sched_getaffinity(0))
-    add("--num-workers", type=int, default=cores, metavar="N", help=workers)
-    add("--part", type=checked(parse_part), metavar="I/N", help=part)
-    add("--force", action="store_true", help="replace what an earlier run wrote in the output folder")
-    add("--strict", action="store_true", help="stop at the first entry, picture or tar that needs repair or skipping")
-    add("--dry-run", action="store_true", help="say what would be written, by source and split, and write nothing")
-    add("--verify", action="store_true", help=verify)
-    add("--energon-prepare", action="store_true", help=energon)
-    add("--no-report", action="store_true", help="no report.html")
-    add("--debug", action="store_true", help="show the traceback of an error")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,206 +11,39 @@ Letters used for shapes in this file:
     M      media (images, or clips) of a sample or a batch
 """
 
-import json
 import math
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.energon import (
-    Batch,
     Cooker,
     CrudeSample,
     DefaultTaskEncoder,
-    Sample,
     SkipSample,
-    WorkerConfig,
-    basic_sample_keys,
-    get_loader,
-    get_val_dataset,
     stateless,
 )
-from megatron.energon.errors import FatalSampleError
 
-from media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, MediaError, VideoSampling, part_order
-from media_encoder import BadSample, MediaEncoder, stack_media
-from media_encoder import PixelFit as PixelFit  # for users of this file
-from turns import DEFAULT_SYSTEM, LONE_SURROGATE, ROLES, content_of, names_media, put_first, split_turns, text_of
-
-# Shards hold file bytes and decoding is done here, in media.py; this is what a dataset.yaml that does not say gets.
-DATASET_OPTIONS = {"auto_decode": False}
-IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: positions that are not learned
-
-
-class TooManyBadSamples(FatalSampleError):
-    """So many samples in a row were bad that the data set, not a sample, is the problem. Energon passes it on."""
-
-
-@dataclass
-class ConversationSample(Sample):
-    """entry: the json part. media: (kind, content) in order, kind "image" or "video", content as found in the shard."""
-
-    entry: dict[str, Any]
-    media: list[tuple[str, Any]] = field(repr=False)  # Energon writes a sample that failed into its messages
-
-
-@dataclass
-class EncodedSample(Sample):
-    """One conversation.
-
-    input_ids int64 [L]; labels int64 [L], aligned with input_ids, IGNORE_INDEX where not learned; position_ids int64
-    [3, L] (time, row, column); pixel_values float32 [N, K] and image_grid_thw int64 [M, 3] of its images, the other
-    two of its clips (N and M may be 0).
-    """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    pixel_values: torch.Tensor
-    image_grid_thw: torch.Tensor
-    pixel_values_videos: torch.Tensor
-    video_grid_thw: torch.Tensor
-
-
-@dataclass
-class QwenBatch(Batch):
-    """A micro-batch. `keys` are the samples' keys.
-
-    labels int64 [B, L] are already shifted: labels[b, i] is the token that position i has to predict. position_ids
-    int64 [3, B, L]. attention_mask int64 [B, L]. pixel_values float32 [N, K] of all images in order, image_grid_thw
-    int64 [M, 3]; likewise for clips. skipped: samples left out since the previous batch of the same worker, by reason.
-
-    A batch without keys stands for none: its one learned token is not to be counted (`QwenTaskEncoder.blank_batch`).
-    """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    pixel_values: torch.Tensor
-    image_grid_thw: torch.Tensor
-    pixel_values_videos: torch.Tensor
-    video_grid_thw: torch.Tensor
-    keys: list[str]
-    skipped: dict[str, int] = field(default_factory=dict)
-
-    def model_inputs(self) -> dict[str, torch.Tensor]:
-        """Keyword arguments of Qwen2VLForConditionalGeneration.forward, without labels; absent media are left out."""
-        inputs = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "position_ids")}
-        if len(self.image_grid_thw):
-            inputs.update(pixel_values=self.pixel_values, image_grid_thw=self.image_grid_thw)
-        if len(self.video_grid_thw):
-            inputs.update(pixel_values_videos=self.pixel_values_videos, video_grid_thw=self.video_grid_thw)
-        return inputs
-
-
-def cook(crude: dict[str, Any]) -> ConversationSample:
-    """Sorts the parts of a crude sample. Part names: `json`, `jpg`, `0.jpg`, `1.png`, `mp4`, ...; only the last
-    extension counts, so `jpg.jpg` + `jpg.json` (keys that held a file ending) are read as well. Media come in the order
-    of `part_order`; those of one number, or of none, in that of the shard."""
-    entry, media = None, []
-    for name, content in crude.items():
-        if name.startswith("__"):
-            continue
-        extension = name.lower().split(".")[-1]
-        if extension == "json":
-            entry = content
-        elif extension in IMAGE_EXTENSIONS:
-            media.append((part_order(name), "image", content))
-        elif extension in VIDEO_EXTENSIONS:
-            media.append((part_order(name), "video", content))
-    media.sort(key=lambda part: part[0])
-    return ConversationSample(
-        **basic_sample_keys(crude), entry=entry, media=[(kind, content) for _, kind, content in media]
-    )
-
-
-def parse_entry(entry: Any) -> Any:
-    """The json part, raw bytes or already decoded -> its value. Raises BadSample."""
-    if not isinstance(entry, (bytes, str)):
-        return entry
-    try:
-        return json.loads(entry)
-    except (ValueError, RecursionError) as error:
-        raise BadSample("bad_json", str(error)) from error
-
-
-def parse_messages(entry: Any, has_media: bool) -> list[tuple[str, list[str]]]:
-    """(role, pieces) of the turns of an entry, LLaVA (`from`/`value`) or OpenAI (`role`/`content`), roles "system",
-    "user", "assistant"; pieces as in turns.py, those of a system turn one text. has_media: whether the sample has
-    any. Raises BadSample."""
-    turns = entry.get("conversations") or entry.get("messages") if isinstance(entry, dict) else entry
-    if not isinstance(turns, list) or not turns:
-        raise BadSample("no_conversation", "the json part holds no list of turns")
-    roles = [check_turn(turn) for turn in turns]
-    expected = ["user", "assistant"] * len(roles)
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if not spoken or len(spoken) % 2 or spoken != expected[: len(spoken)]:
-        raise BadSample("bad_roles", f"user and assistant must take turns, got {', '.join(roles)[:80]}")
-    contents = [content_of(turn) for turn in turns]
-    split = split_turns(list(zip(roles, contents)), has_media or names_media(entry))
-    if any(role == "assistant" and len(pieces) > 1 for role, pieces in zip(roles, split)):
-        raise BadSample("placeholder_in_answer")
-    return [
-        (role, [text_of(content)] if role == "system" else pieces)
-        for role, content, pieces in zip(roles, contents, split)
-    ]
-
-
-def check_turn(turn: Any) -> str:
-    """The role of a turn. Raises BadSample for a turn without a known role or text."""
-    role = ROLES.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
-    text = text_of(content_of(turn)) if role else None
-    if text is None or LONE_SURROGATE.search(text):
-        raise BadSample("bad_turn", f"a turn needs a known role and text, got {str(turn)[:80]!r}")
-    return role
-
-
-def mrope_positions(runs: list[int | tuple[int, int, int]]) -> np.ndarray:
-    """M-RoPE position ids, int64 [3, L], of a sequence of runs: an int n is n text tokens, a tuple (t, h, w) is a
-    visual run of t*h*w language-model tokens (grid after the spatial merge).
-
-    Text advances all three axes together; a visual run counts time, row and column from where the text stopped, and
-    the next text starts after its largest index (Qwen2-VL, arXiv 2409.12191, section 2.1; `get_rope_index`).
-    """
-    columns, start = [], 0
-    for run in runs:
-        if isinstance(run, tuple):
-            columns.append(np.indices(run, dtype=np.int64).reshape(3, -1) + start)
-            start += max(run)
-        else:
-            columns.append(np.broadcast_to(np.arange(start, start + run, dtype=np.int64), (3, run)))
-            start += run
-    return np.concatenate(columns, axis=1) if columns else np.zeros((3, 0), np.int64)
-
-
-class _SampleReader(DefaultTaskEncoder):
-    """Cooks and does nothing else."""
-
-    cookers = (Cooker(cook),)
-
-    @stateless
-    def batch(self, samples: list[ConversationSample]) -> list[ConversationSample]:
-        return samples
-
-
-def read_samples(data_dir: Path, split: str) -> Iterator[ConversationSample]:
-    """The samples of a split once, in the order of its shards, media as file bytes."""
-    dataset = get_val_dataset(
-        data_dir,
-        split_part=split,
-        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
-        batch_size=1,
-        task_encoder=_SampleReader(),
-        **DATASET_OPTIONS,
-    )
-    for samples in get_loader(dataset):
-        yield from samples
+from dct_qwen2vl.data.conversations import DEFAULT_SYSTEM, put_first
+from dct_qwen2vl.data.media import BadSample, MediaError, VideoSampling
+from dct_qwen2vl.data.media_encoder import MediaEncoder, stack_media
+from dct_qwen2vl.data.media_encoder import PixelFit as PixelFit
+from dct_qwen2vl.data.packing import MeasuredSample, PackedBatch, fit_rows, pack
+from dct_qwen2vl.data.positions import mrope_positions
+from dct_qwen2vl.data.samples import (
+    IGNORE_INDEX,
+    ConversationSample,
+    EncodedSample,
+    QwenBatch,
+    TooManyBadSamples,
+    cook,
+    parse_entry,
+    parse_messages,
+)
 
 
 class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, QwenBatch, QwenBatch]):
@@ -440,3 +273,93 @@ def _cat(tokens: list[torch.Tensor]) -> torch.Tensor:
     """[N, K] of the samples that have any."""
     present = [t for t in tokens if len(t)]
     return torch.cat(present) if present else torch.zeros(0, 0)
+
+
+class PackingTaskEncoder(QwenTaskEncoder):
+    """As `QwenTaskEncoder`, with rows instead of padded batches. Media are decoded when their row is made.
+
+    pack_tokens, pack_vision_tokens: most tokens and vision tokens of a row that several samples share; a larger sample
+    has a row of its own. The memory of a row is in proportion to both: in the 2B model a vision token takes two thirds
+    of what a token takes. token_dtype: of the vision tokens, the model's. Other arguments: of `QwenTaskEncoder`.
+    """
+
+    def __init__(
+        self,
+        *arguments,
+        pack_tokens: int,
+        pack_vision_tokens: int,
+        token_dtype: torch.dtype = torch.bfloat16,
+        **options,
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self.budget = (pack_tokens, pack_vision_tokens)
+        self.token_dtype = token_dtype
+
+    @stateless
+    def encode_sample(self, sample: ConversationSample) -> MeasuredSample:
+        """Raises SkipSample, TooManyBadSamples."""
+        return MeasuredSample.derive_from(sample, conversation=sample, size=self._or_skip(self.measure, sample))
+
+    def select_samples_to_pack(self, samples: list[MeasuredSample]) -> list[list[MeasuredSample]]:
+        """Energon's packing stage, over a full buffer. -> rows within the budget."""
+        rows = fit_rows([sample.size for sample in samples], self.budget)
+        return [[samples[number] for number in row] for row in rows]
+
+    @stateless
+    def pack_selected_samples(self, samples: list[MeasuredSample]) -> PackedBatch:
+        """Raises SkipSample if no sample of the row can be used, TooManyBadSamples."""
+        encoded = []
+        for sample in samples:
+            with suppress(SkipSample):
+                encoded.append(super().encode_sample(sample.conversation))
+        if not encoded:
+            raise SkipSample
+        return self.make_row(encoded)
+
+    @stateless
+    def batch(self, samples: list[MeasuredSample] | list[PackedBatch]) -> PackedBatch:
+        """One row of the samples; a row of the packing stage comes alone and is a batch already."""
+        return samples[0] if isinstance(samples[0], PackedBatch) else self.pack_selected_samples(samples)
+
+    def make_row(self, samples: list[EncodedSample]) -> PackedBatch:
+        """One row of all samples."""
+        return pack(
+            samples,
+            merge_size=self.image_processor.merge_size,
+            token_width=self._token_width,
+            token_dtype=self.token_dtype,
+            visual_ids=tuple(self._pad.values()),
+            skipped=self.take_skipped(),
+        )
+
+    def blank_batch(self) -> PackedBatch:
+        """A row of no sample: `QwenTaskEncoder.blank_batch`."""
+        return replace(self.make_row([self._blank_sample()]), keys=[], skipped={})
+
+    def for_validation(self) -> "PackingTaskEncoder":
+        """The same encoder with counters of its own. One that chooses samples from a buffer gets them a buffer at a
+        time."""
+        return self._copied(BufferPackingTaskEncoder if any(self.budget) else type(self))
+
+    @property
+    def _token_width(self) -> int:
+        """K: floats of a vision token."""
+        config = getattr(self.image_processor, "dct_config", None)
+        if config is not None:
+            return config.num_coefficients
+        processor = self.image_processor
+        return 3 * processor.temporal_patch_size * processor.patch_size**2
+
+
+class BufferPackingTaskEncoder(PackingTaskEncoder):
+    """As `PackingTaskEncoder`, for a split that is read once: a batch of samples becomes the rows that hold them.
+
+    Energon's own packing stage (5.2.0) is made for endless data: where a split ends while rows wait, it fails.
+    """
+
+    @stateless
+    def batch(self, samples: list[MeasuredSample]) -> Iterator[PackedBatch]:
+        """The rows of up to a buffer of samples. Raises TooManyBadSamples."""
+        for row in self.select_samples_to_pack(samples):
+            with suppress(SkipSample):
+                yield self.pack_selected_samples(row)

@@ -1,6 +1,6 @@
 """Speed and memory of data preparation against the plain way and against copying, side by side in one run.
 
-    python benchmarks/data_preparation.py --json preparation.json
+    python -m benchmarks.data_preparation --json preparation.json
 
 The same generated raw data (tars of 640x480 photographs, conversations of two turns) go through all ways in turns,
 round after round; a table shows images a second, and the median over the rounds of how many times faster ours is.
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
 HEIGHT, WIDTH = 480, 640
 DIFFERENT = 48  # pictures; each file has a comment of its own, so that no two are the same
 TARS = 4
@@ -236,7 +234,17 @@ def time_way(way: str, data: Path, output: Path, workers: int) -> float:
 
 def time_in_process(way: str, data: Path, output: Path, workers: int) -> float:
     """The same in a process of its own; removes what was written."""
-    command = [sys.executable, __file__, "--way", way, str(data), str(output), "--workers", str(workers)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.data_preparation",
+        "--way",
+        way,
+        str(data),
+        str(output),
+        "--workers",
+        str(workers),
+    ]
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(data.parent / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     shutil.rmtree(output, ignore_errors=True)

@@ -1,7 +1,7 @@
 """How near the embedding of DCT tokens is to the pixel model's: per preset, order of coefficients and number format.
 
-    python benchmarks/feature_fidelity.py --json feature_fidelity.json
-    python benchmarks/feature_fidelity.py --model-dir Qwen2-VL-2B-Instruct
+    python -m benchmarks.feature_fidelity --json feature_fidelity.json
+    python -m benchmarks.feature_fidelity --model-dir Qwen2-VL-2B-Instruct
 
 The embedding is what the vision tower's first layer makes of a token: [N, E], E = 1280. Its error is relative, in the
 Frobenius norm, over stills and clips that are not in the table of coefficient statistics, against the pixel model in
@@ -22,13 +22,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts of the repository
-
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from dct_config import DCTConfig
+    from dct_qwen2vl.dct.configuration_dct import DCTConfig
 
 CLIPS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # standard deviations
 CLIP_TOKENS = 2000  # on which the best clip is searched
@@ -70,8 +68,8 @@ def dct_downscaled(frames: "np.ndarray", block: tuple[int, int, int]) -> "torch.
     import numpy as np
     import torch
 
-    from dct_config import PIXEL_PATCH, DCTConfig
-    from dct_tokenizer import DCTTokenizer
+    from dct_qwen2vl.dct.configuration_dct import PIXEL_PATCH, DCTConfig
+    from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 
     corner = np.zeros((3, *block), dtype=bool)
     corner[:, : PIXEL_PATCH[0], : PIXEL_PATCH[1], : PIXEL_PATCH[2]] = True
@@ -88,7 +86,7 @@ def bicubic_downscaled(frames: "np.ndarray", block: tuple[int, int, int]) -> "to
     import numpy as np
     import torch
 
-    from coefficient_statistics import resized
+    from dct_qwen2vl.analysis.coefficient_statistics import resized
 
     size = (frames.shape[1] * 14 // block[1], frames.shape[2] * 14 // block[2])
     return torch.from_numpy(resized(frames, size).astype(np.float64))
@@ -105,7 +103,7 @@ def relative_error(found: "torch.Tensor", expected: "torch.Tensor") -> float:
 
 def configs_of(weight: "torch.Tensor") -> Iterator["DCTConfig"]:
     """The presets, then half a pixel patch's coefficients in every order: of a pixel patch and of an x4 block."""
-    from dct_config import ORDERS, PRESETS, DCTConfig
+    from dct_qwen2vl.dct.configuration_dct import ORDERS, PRESETS, DCTConfig
 
     for preset in PRESETS:
         yield replace(DCTConfig.preset(preset), merge=1)
@@ -132,8 +130,9 @@ def measure_config(config: "DCTConfig", items: list["np.ndarray"], weight: "torc
     """weight: float32 [E, 3, 2, 14, 14]. items: uint8 [T, H, W, 3] each, T even."""
     import torch
 
-    from dct_config import PIXEL_PATCH
-    from dct_tokenizer import DCTTokenizer, fold_patch_embedding
+    from dct_qwen2vl.dct.configuration_dct import PIXEL_PATCH
+    from dct_qwen2vl.dct.folding import fold_patch_embedding
+    from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 
     tokenizer = DCTTokenizer(config)
     tokens = torch.cat([tokenizer.encode(frames)[0] for frames in items])

@@ -1,6 +1,6 @@
 """Data preparation against damaged input: mutated pictures, clips, tars, JSON and whole data sets.
 
-    python benchmarks/fuzz_preparation.py --inputs 20000 --json fuzz.json
+    python -m benchmarks.fuzz_preparation --inputs 20000 --json fuzz.json
 
 Every input must end as stored or as skipped with a known reason, within a few seconds. What is stored must be readable
 in training: pictures by media.decode_image, whole and at a fraction of their size, clips by media.decode_video. (Damage
@@ -43,13 +43,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from media import MediaError, VideoSampling, decode_image, decode_video
-from preparation import media_conversion
-from preparation.conversations import UnusableSample, check_entry
-from preparation.media_conversion import ConversionOptions, convert_media
-from preparation.raw_metadata import MetadataReader, PreparationError, parse_entries
+from dct_qwen2vl.data.media import MediaError, VideoSampling, decode_image, decode_video
+from dct_qwen2vl.preparation import conversion
+from dct_qwen2vl.preparation.conversion import ConversionOptions, convert_media
+from dct_qwen2vl.preparation.entries import UnusableSample, check_entry
+from dct_qwen2vl.preparation.metadata import MetadataReader, PreparationError, parse_entries
 
 # Of 100 inputs, in this order.
 KINDS = {"picture": 48, "clip": 22, "json": 16, "tar": 11, "set": 3}
@@ -366,7 +364,7 @@ def store(kind: str, data: bytes, options: ConversionOptions) -> str:
         if unusable.reason not in REASONS[kind]:
             raise Finding(f"an unknown reason: {unusable}") from unusable
         return f"skipped {unusable.reason}"
-    if stored.treatment not in media_conversion.TREATMENTS or not stored.data:
+    if stored.treatment not in conversion.TREATMENTS or not stored.data:
         raise Finding(f"stored as {stored.treatment}, {len(stored.data)} bytes")
     try:
         shape = read_stored(medium, stored.data)
@@ -437,7 +435,7 @@ def check(value: Any) -> str:
 
 def run_tar(rng: random.Random) -> str:
     """A tar: what its index names lies in it and is readable."""
-    from preparation.media_index import count_refused, open_tar
+    from dct_qwen2vl.preparation.media_index import count_refused, open_tar
 
     data = mutate(rng, rng.choice(tar_files()), rng.choice(tar_files()))
     data = correct_tar(data) if rng.random() < 0.5 else data
@@ -461,7 +459,7 @@ def run_tar(rng: random.Random) -> str:
 def run_set(rng: random.Random) -> str:
     """A whole data set with a damaged tar, metadata and clip: one line of error, or shards that pass --verify."""
     import data_preparation
-    from preparation.shard_verification import verify
+    from dct_qwen2vl.preparation.verification import verify
 
     with tempfile.TemporaryDirectory() as name, quiet() as said:
         data, output = Path(name) / "data", Path(name) / "shards"

@@ -20,7 +20,8 @@ def patch_weight(model_dir: Path | None, seed: int) -> tuple["torch.Tensor", str
     if model_dir is None:
         weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) * (3 * 2 * 14 * 14) ** -0.5
         return weight, f"RANDOM, seed {seed} (--model-dir takes a checkpoint's)"
-    from convert_checkpoint import patch_embedding, read_config, safetensors_files
+    from convert_checkpoint import safetensors_files
+    from dct_qwen2vl.checkpoints.conversion import patch_embedding, read_config
 
     read_config(model_dir)
     return patch_embedding(safetensors_files(model_dir)), f"of {model_dir.name}"

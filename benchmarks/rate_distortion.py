@@ -1,6 +1,6 @@
 """How much of a picture is left: DCT tokens, by order of coefficients, against downscaling at the same tokens.
 
-    python benchmarks/rate_distortion.py --plot rate_distortion.png --json rate_distortion.json
+    python -m benchmarks.rate_distortion --plot rate_distortion.png --json rate_distortion.json
 
 Stills and clips (pans, a zoom, a cut) are made from photographs that are not in the table of coefficient statistics.
 Each is encoded and decoded with the real tokenizer, for every block side, chroma format, order and number of floats.
@@ -22,13 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts of the repository
-
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from dct_tokenizer import DCTConfig
+    from dct_qwen2vl.dct.configuration_dct import DCTConfig
 
 SIDES = (14, 28, 56)  # rows and columns of a block, in pixels
 # Of a frame. The half-size picture has 3/4, the quarter-size picture 3/16; whole blocks have 3/2 in 4:2:0.
@@ -63,8 +61,8 @@ def held_out_material(seed: int) -> dict[str, list["np.ndarray"]]:
     """{"stills": uint8 [1, H, W, 3] each, "clips": uint8 [T, H, W, 3] each}, one clip of each kind for each picture."""
     import numpy as np
 
-    from coefficient_statistics import resized, sizes_of
-    from natural_pictures import HELD_OUT_PICTURES, clips_of, load
+    from dct_qwen2vl.analysis.coefficient_statistics import resized, sizes_of
+    from dct_qwen2vl.analysis.natural_images import HELD_OUT_PICTURES, clips_of, load
 
     rng = np.random.default_rng(seed)
     pictures = [load(name) for name in HELD_OUT_PICTURES]
@@ -79,8 +77,8 @@ def held_out_material(seed: int) -> dict[str, list["np.ndarray"]]:
 
 def given_material(images: list[Path], clips: list[Path]) -> dict[str, list["np.ndarray"]]:
     """As `held_out_material`, from files and folders; says what cannot be used. Raises ValueError, OSError."""
-    from coefficient_statistics import files_of, read_clips, read_images, resized, sizes_of
-    from media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+    from dct_qwen2vl.analysis.coefficient_statistics import files_of, read_clips, read_images, resized, sizes_of
+    from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
     skipped: list[str] = []
     pictures = read_images(files_of(images, IMAGE_EXTENSIONS)[0], skipped)
@@ -141,7 +139,7 @@ def configs_of(
     block: tuple[int, int, int], floats: tuple[float, ...], weight: "torch.Tensor"
 ) -> Iterator[tuple[str, "DCTConfig"]]:
     """(order, configuration) for every number of floats, chroma format and order."""
-    from dct_config import CHROMA_FORMATS, ORDERS, DCTConfig
+    from dct_qwen2vl.dct.configuration_dct import CHROMA_FORMATS, ORDERS, DCTConfig
 
     for chroma in CHROMA_FORMATS:
         for per_pixel in floats:
@@ -155,7 +153,8 @@ def measure_orders(
     name: str, material: list["np.ndarray"], side: int, floats: tuple[float, ...], weight: "torch.Tensor"
 ) -> Iterator[Point]:
     """Every order. Stills in blocks of one frame, clips of two."""
-    from dct_tokenizer import DCTConfig, DCTTokenizer
+    from dct_qwen2vl.dct.configuration_dct import DCTConfig
+    from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 
     frames = 1 if name == "stills" else 2
     block = (frames, side, side)
@@ -174,7 +173,8 @@ def measure_orders(
 
 def measure_presets(name: str, material: list["np.ndarray"]) -> Iterator[Point]:
     """The presets; of a still only the coefficients of frame frequency 0 count as floats, the others being zero."""
-    from dct_tokenizer import PRESETS, DCTConfig, DCTTokenizer
+    from dct_qwen2vl.dct.configuration_dct import PRESETS, DCTConfig
+    from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 
     for preset in PRESETS:
         config = DCTConfig.preset(preset)

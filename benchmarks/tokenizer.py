@@ -1,6 +1,6 @@
 """Speed and memory of DCT tokens against transformers' own image processors, side by side in one run.
 
-    python benchmarks/tokenizer.py --json tokenizer.json
+    python -m benchmarks.tokenizer --json tokenizer.json
 
 Every case gives all its ways the same input and the same output size in pixels. The ways take turns, round after round;
 a table shows each way's median time and the median over the rounds of (its time / ours): how many times faster ours is.
@@ -33,8 +33,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 SIDE, FRAMES = 448, 16
 VIDEO_SIZE, VIDEO_TARGET = (896, 1344), (448, 672)  # height, width
@@ -95,7 +93,8 @@ def processors(pixels: int) -> dict:
     """All processors, bound to an output of `pixels` pixels."""
     from transformers import Qwen2VLImageProcessor, Qwen2VLImageProcessorFast
 
-    from dct_tokenizer import PRESETS, DCTImageProcessor
+    from dct_qwen2vl.dct.configuration_dct import PRESETS
+    from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 
     bounds = {"min_pixels": pixels, "max_pixels": pixels}
     stock = {"slow": Qwen2VLImageProcessor(**bounds), "fast": Qwen2VLImageProcessorFast(**bounds)}
@@ -125,8 +124,8 @@ def array_cases() -> dict[str, Ways]:
 def jpeg_case(side: int) -> Ways:
     from PIL import Image
 
-    from dct_tokenizer import target_size
-    from media import decode_image
+    from dct_qwen2vl.data.media import decode_image
+    from dct_qwen2vl.dct.image_sizes_dct import target_size
 
     data, ways = jpeg_file(side), processors(SIDE * SIDE)
 
@@ -142,7 +141,7 @@ def jpeg_case(side: int) -> Ways:
 
 
 def video_case(frames: int) -> Ways:
-    from media import VideoSampling, decode_video
+    from dct_qwen2vl.data.media import VideoSampling, decode_video
 
     sampling = VideoSampling(fps=24 * FRAMES / frames, min_frames=FRAMES, max_frames=FRAMES)
     data, ways = video_file(frames), processors(VIDEO_TARGET[0] * VIDEO_TARGET[1])
@@ -261,7 +260,7 @@ def run_memory() -> dict[str, dict]:
     """The input is there already; `growth` is the output and what is needed to make it."""
     results = {}
     for name in ("slow", "fast", "exact", "x4", "x16"):
-        command = [sys.executable, __file__, "--memory-probe", name]
+        command = [sys.executable, "-m", "benchmarks.tokenizer", "--memory-probe", name]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         sizes = json.loads(done.stdout.splitlines()[-1])
         sizes["peak / (input + output)"] = round(
@@ -279,7 +278,8 @@ def run_gpu(rounds: int) -> dict[str, dict]:
     """Milliseconds for one frame: the transform of frames on the GPU, and copying their pixels there."""
     import torch
 
-    from dct_tokenizer import PRESETS, DCTConfig, DCTTokenizer
+    from dct_qwen2vl.dct.configuration_dct import PRESETS, DCTConfig
+    from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 
     pageable = torch.from_numpy(clip(FRAMES, *GPU_FRAME))
     pinned, frames = pageable.pin_memory(), pageable.cuda()

@@ -1,6 +1,6 @@
 """Training speed of Qwen2-VL-2B on one GPU: NeMo's recipe as it ships against this repository's engine, in one run.
 
-    python benchmarks/training.py --json training.json
+    python -m benchmarks.training --json training.json
 
 Random weights at the real size, all of them trained, bf16, Megatron-core's distributed optimizer; the tokens are random
 and in memory, in the layout that the loader gives. An optimizer step sees the same samples in every way.
@@ -29,8 +29,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 TEXT_TOKENS, LEARNED_SHARE = 256, 0.5
 PIXEL_BLOCK, PIXEL_WIDTH = (2, 14, 14), 3 * 2 * 14 * 14  # frames, height, width of a pixel patch; its floats
@@ -99,7 +97,8 @@ def real_config(width: int | None = None):
 
 def make_samples(works: list[Work], block: tuple[int, int, int], width: int, seed: int) -> list:
     """EncodedSamples with random ids and tokens."""
-    from task_encoder import IGNORE_INDEX, EncodedSample, mrope_positions
+    from dct_qwen2vl.data.positions import mrope_positions
+    from dct_qwen2vl.data.samples import IGNORE_INDEX, EncodedSample
 
     generator = torch.Generator().manual_seed(seed)
     samples = []
@@ -193,7 +192,7 @@ def stock_model():
 
 def stock_batches(samples: list, micro_batch: int) -> list[dict]:
     """Right-padded batches with NeMo's ids, in pinned memory."""
-    from task_encoder import IGNORE_INDEX
+    from dct_qwen2vl.data.samples import IGNORE_INDEX
 
     batches = []
     for start in range(0, len(samples), micro_batch):
@@ -237,8 +236,8 @@ def size_of(sample) -> tuple[int, int]:
 
 def rows_of(name: str, works: list[Work], budget: tuple[int, int], seed: int) -> tuple:
     """The configuration of a 2B model of this token format, and the samples as rows in pinned memory."""
-    from dct_tokenizer import DCTConfig
-    from packing import fit_rows, pack
+    from dct_qwen2vl.data.packing import fit_rows, pack
+    from dct_qwen2vl.dct.configuration_dct import DCTConfig
 
     config = None if name == "none" else DCTConfig.preset(name)
     block, width = (config.block, config.num_coefficients) if config else (PIXEL_BLOCK, PIXEL_WIDTH)
@@ -249,7 +248,7 @@ def rows_of(name: str, works: list[Work], budget: tuple[int, int], seed: int) ->
 
 
 def row_training(hf_config) -> Training:
-    from megatron_model import fuse_gradient_accumulation, model_config
+    from dct_qwen2vl.training.megatron_model import fuse_gradient_accumulation, model_config
 
     model = model_config(hf_config, 65536).configure_model()
     fuse_gradient_accumulation(model)
@@ -281,7 +280,7 @@ def measure(
     name: str, step: Callable[[list], float], batches: list, works: list[Work], flops: float, visual: int, repeats: int
 ) -> dict:
     """step(batches): an optimizer step over these micro-batches."""
-    from flops import device_peak
+    from dct_qwen2vl.training.flops import device_peak
 
     step(batches[:1])
     step(batches)
@@ -320,7 +319,7 @@ def free() -> None:
 
 
 def measure_stock(works: list[Work], sizes: list[int], seed: int, repeats: int) -> list[dict]:
-    from flops import training_flops
+    from dct_qwen2vl.training.flops import training_flops
 
     samples = make_samples(works, PIXEL_BLOCK, PIXEL_WIDTH, seed)
     grids = torch.cat([torch.cat([s.image_grid_thw, s.video_grid_thw]) for s in samples])
@@ -341,7 +340,7 @@ def measure_stock(works: list[Work], sizes: list[int], seed: int, repeats: int) 
 
 
 def measure_rows(name: str, works: list[Work], budget: tuple[int, int], seed: int, repeats: int) -> dict:
-    from flops import training_flops
+    from dct_qwen2vl.training.flops import training_flops
 
     hf_config, batches = rows_of(name, works, budget, seed)
     flops = sum(training_flops(hf_config, b.grid_thw, b.sample_starts.diff(), len(b.learned)) for b in batches)

@@ -1,6 +1,6 @@
 """The whole of a training run at real size, on one GPU and on two: files in shards -> loader -> Megatron engine.
 
-    python benchmarks/training_run.py --work clips --gpus 1 2 --json training_run.json
+    python -m benchmarks.training_run --work clips --gpus 1 2 --json training_run.json
 
 Makes a Qwen2-VL-2B in DCT tokens with random weights, draws pictures (JPEG, 640 x 480 to 1024 x 768) or clips (H.264,
 16 frames of 448 x 448) with conversations, prepares shards, and starts qwen_launch.sh as a user would. The figures are
@@ -23,8 +23,6 @@ from pathlib import Path
 import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
-
 WORDS = (
     "the",
     "of",
@@ -60,7 +58,8 @@ def conversation(rng: np.random.Generator, kind: str, turns: int, words: int) ->
 def draw_picture(number: int, folder: Path, seed: int) -> dict:
     """A crop of a photograph of its own size, as a JPEG file; returns its entry."""
     from PIL import Image
-    from tokenizer import picture
+
+    from benchmarks.tokenizer import picture
 
     rng = np.random.default_rng((seed, number))
     height, width = PICTURES[rng.integers(len(PICTURES))]
@@ -74,7 +73,8 @@ def draw_picture(number: int, folder: Path, seed: int) -> dict:
 def draw_clip(number: int, folder: Path, seed: int) -> dict:
     """A window that wanders over a photograph, as an mp4 file; returns its entry."""
     import av
-    from tokenizer import clip
+
+    from benchmarks.tokenizer import clip
 
     rng = np.random.default_rng((seed, number))
     frames = clip(CLIP_FRAMES, CLIP_SIDE, CLIP_SIDE, step=int(rng.integers(1, 6)))
@@ -105,11 +105,12 @@ def make_shards(work: str, count: int, folder: Path, seed: int) -> Path:
 def make_model(preset: str, folder: Path, seed: int) -> Path:
     """A directory of a Qwen2-VL-2B that reads `preset` tokens: random weights, the tokenizer of the sample data."""
     import torch
-    from training import real_config
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
-    from dct_tokenizer import DCTConfig, DCTImageProcessor
-    from sample_model import write_checkpoint
+    from benchmarks.training import real_config
+    from dct_qwen2vl.dct.configuration_dct import DCTConfig
+    from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
+    from dct_qwen2vl.toy.model import write_checkpoint
 
     tiny, model_dir = folder / "tiny", folder / "model"
     write_checkpoint([" ".join(WORDS)] * 20, tiny, seed)

@@ -46,7 +46,7 @@ def qwen2vl_directory(tmp_path_factory) -> Path:
     """A tiny stock Qwen2-VL with random weights: model, tokenizer, chat template, pixel image processor."""
     import torch
 
-    from sample_model import write_checkpoint
+    from dct_qwen2vl.toy.model import write_checkpoint
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("qwen2vl") / "tiny"
@@ -65,7 +65,7 @@ def prepared(tmp_path_factory):
 @pytest.fixture(scope="session")
 def converted(qwen2vl_directory, tmp_path_factory) -> Callable[[str], Path]:
     """converted("x4"): the tiny Qwen2-VL as a directory that reads DCT tokens."""
-    from convert_checkpoint import convert
+    from dct_qwen2vl.checkpoints.conversion import convert
     from dct_tokenizer import DCTConfig
 
     parent, done = tmp_path_factory.mktemp("converted"), {}

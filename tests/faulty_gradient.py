@@ -42,10 +42,10 @@ def fine_tune(arguments: list[str]) -> int:
 
     if "--check" not in arguments:
         if "megatron" in arguments:
-            from megatron_engine import QwenMegatronModel as Model
+            from dct_qwen2vl.training.megatron import QwenMegatronModel as Model
         else:
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-            from automodel_engine import QwenAutoModel as Model
+            from dct_qwen2vl.training.automodel import QwenAutoModel as Model
 
         break_gradient(Model, int(os.environ["FAULT_STEP"]))
     return finetune_qwen2vl.main(arguments)

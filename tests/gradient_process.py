@@ -24,10 +24,10 @@ def gradient_of_a_step(model_dir: Path, folder: Path, per_micro_batch: int, proc
     from torch.utils.data import DataLoader
     from transformers import AutoTokenizer
 
-    from automodel_engine import QwenAutoModel
-    from dct_tokenizer import DCTImageProcessor
+    from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
+    from dct_qwen2vl.training.automodel import QwenAutoModel
+    from dct_qwen2vl.training.log import StepGuard
     from task_encoder import QwenTaskEncoder
-    from training_log import StepGuard
 
     class Recorded(QwenAutoModel):
         def configure_optimizers(self):

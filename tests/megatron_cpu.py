@@ -14,7 +14,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn import functional
 
-from megatron_model import Layers, RowAttention, VisionMLP
+from dct_qwen2vl.training.megatron_model import Layers, RowAttention, VisionMLP
 
 
 class ReferenceAttention(torch.nn.Module):

@@ -13,6 +13,8 @@ import os
 import sys
 from pathlib import Path
 
+from dct_qwen2vl.training import checks
+
 SCRIPT = "finetune_qwen2vl.py"
 
 
@@ -90,11 +92,11 @@ def replace_layers() -> None:
     import nemo.lightning.io.pl
     from megatron_cpu import CPU_OPTIONS, plain_layers
 
-    import megatron_engine
+    from dct_qwen2vl.training import megatron
 
-    megatron_engine.model_config = partial(megatron_engine.model_config, layers=plain_layers(), **CPU_OPTIONS)
-    trainer = megatron_engine.nl.Trainer
-    megatron_engine.nl.Trainer = lambda **options: trainer(**{**options, "accelerator": "cpu"})
+    megatron.model_config = partial(megatron.model_config, layers=plain_layers(), **CPU_OPTIONS)
+    trainer = megatron.nl.Trainer
+    megatron.nl.Trainer = lambda **options: trainer(**{**options, "accelerator": "cpu"})
     nemo.collections.llm.peft.utils.HAVE_TE = False  # it asks for instances of what stands in for TransformerEngine
     nemo.lightning.io.pl._fix_tensors_device = lambda checkpoint: checkpoint  # asserts that CUDA is there
 
@@ -104,7 +106,7 @@ def fine_tune(arguments: list[str]) -> int:
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
     import finetune_qwen2vl
 
-    finetune_qwen2vl.megatron_refusal = lambda: None
+    checks.megatron_refusal = lambda: None
     if "--check" not in arguments:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # it would compile C++ for minutes, or find no compiler
         replace_device()
@@ -113,9 +115,9 @@ def fine_tune(arguments: list[str]) -> int:
         if "FAULT_STEP" in os.environ:
             from faulty_gradient import break_gradient
 
-            import megatron_engine
+            from dct_qwen2vl.training import megatron
 
-            break_gradient(megatron_engine.QwenMegatronModel, int(os.environ["FAULT_STEP"]))
+            break_gradient(megatron.QwenMegatronModel, int(os.environ["FAULT_STEP"]))
     return finetune_qwen2vl.main(arguments)
 
 

@@ -1,6 +1,6 @@
 """Conversation samples made by hand, as the cooker makes them of shards."""
 
-from task_encoder import ConversationSample
+from dct_qwen2vl.data.samples import ConversationSample
 
 SAMPLE_KEYS = {"__key__": "k", "__restore_key__": (), "__subflavor__": None, "__subflavors__": {}}
 

@@ -15,10 +15,9 @@ def data_module(model_dir: Path, data_dir: Path, rank: int = 0, world_size: int 
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
     from transformers import AutoTokenizer
 
-    from data_module import EnergonDataModule
-    from dct_tokenizer import DCTImageProcessor
-    from packing import PackingTaskEncoder
-    from task_encoder import QwenTaskEncoder
+    from dct_qwen2vl.data.loader import EnergonDataModule
+    from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
+    from task_encoder import PackingTaskEncoder, QwenTaskEncoder
 
     tools = AutoTokenizer.from_pretrained(model_dir), DCTImageProcessor.from_pretrained(model_dir)
     pack_tokens = options.pop("pack_tokens", None)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from dct_config import PIXEL_PATCH, RGB_TO_YCBCR, DCTConfig, dct_matrix, shown_in_patch
+from dct_qwen2vl.dct.configuration_dct import PIXEL_PATCH, RGB_TO_YCBCR, DCTConfig, dct_matrix, shown_in_patch
 
 MERGE = 2  # tokens along a side that become one of the language model
 FRAMES = PIXEL_PATCH[0]

@@ -1,6 +1,6 @@
 """Reads the results of runs: tables, paired tests, figures.
 
-    python benchmarks/quality/compare.py --results results --figures figures
+    python -m benchmarks.quality.compare --results results --figures figures
 
 Runs are compared within an experiment: same task and knobs, model, batch, steps, tests and learning rate, and for warm
 starts the same arm and training of the model they start from; only arm and seed differ. Times are those of steps of
@@ -20,8 +20,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
 
 import numpy as np
 

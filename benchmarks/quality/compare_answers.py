@@ -1,6 +1,6 @@
 """Compares arms on public benchmarks, question by question, from what lmms-eval logged with --log_samples.
 
-    python benchmarks/quality/compare_answers.py --answers pixels=results/pixels quarter=results/quarter x4=results/x4
+    python -m benchmarks.quality.compare_answers --answers pixels=results/pixels quarter=results/quarter x4=results/x4
 
 Prints a table: the score of each arm in each task (mean over questions, in percent) and what the last arm keeps of the
 first; below it the last arm's paired difference from each other one, with a 95 % interval. An arm may be given several
@@ -19,8 +19,6 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
 
 import numpy as np
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import natural_pictures
+from dct_qwen2vl.analysis import natural_images
 
 OVERSAMPLING = 8  # glyphs are rendered this much larger and averaged down
 PHASES = 4  # subpixel places of a glyph along each axis
@@ -112,7 +112,7 @@ def paint(canvas: torch.Tensor, masks: torch.Tensor, top: torch.Tensor, left: to
 
 
 class Backgrounds:
-    """Views of photographs that no coefficient table was made from (natural_pictures.HELD_OUT_PICTURES) and that
+    """Views of photographs that no coefficient table was made from (natural_images.HELD_OUT_PICTURES) and that
     installed packages carry; without any, pictures of a 1/f spectrum.
 
     bank: uint8 [P, H + BANK_MARGIN, W + BANK_MARGIN, 3]. names: the photographs in it.
@@ -123,15 +123,15 @@ class Backgrounds:
         rng = np.random.default_rng(0)
         whole = (size[0] + BANK_MARGIN, size[1] + BANK_MARGIN)
         self.names, views = [], []
-        for name in natural_pictures.HELD_OUT_PICTURES:
+        for name in natural_images.HELD_OUT_PICTURES:
             try:
-                picture = natural_pictures.load(name)
+                picture = natural_images.load(name)
             except FileNotFoundError:
                 continue
             self.names.append(name)
             for scale in np.exp2(rng.uniform(*np.log2(BANK_SCALES), BANK_VIEWS)):
                 centre = tuple(rng.uniform(0, side) for side in picture.shape[:2])
-                views.append(natural_pictures.view(picture, centre, whole, float(scale)))
+                views.append(natural_images.view(picture, centre, whole, float(scale)))
         if not views:
             self.names, views = ["1/f noise"], [_noise_picture(rng, whole) for _ in range(4 * BANK_VIEWS)]
         self.bank = torch.from_numpy(np.stack(views)).to(device)

@@ -1,6 +1,6 @@
 """What can be read at all? A convolutional classifier reads digits from pictures put together from an arm's tokens.
 
-    python benchmarks/quality/legibility.py --arms exact x4 x4-corner quarter --output legibility
+    python -m benchmarks.quality.legibility --arms exact x4 x4-corner quarter --output legibility
 
 It is trained on single cells of the reading task, one digit in each, and has nothing else to learn: no tokens, no
 language, no looking for a place, no blanks. What it reads can be read, and what a language model misses beyond that is
@@ -14,8 +14,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
 
 import torch
 from torch import nn

@@ -1,6 +1,6 @@
 """lmms-eval with checkpoints of this repository: registers the model `qwen2_vl_dct` and hands over to lmms-eval.
 
-    python benchmarks/quality/lmms_eval_model.py --model qwen2_vl_dct --tasks gqa,pope,docvqa_val \
+    python -m benchmarks.quality.lmms_eval_model --model qwen2_vl_dct --tasks gqa,pope,docvqa_val \
         --model_args pretrained=Qwen2-VL-2B-Instruct-x4,max_pixels=1003520 --batch_size 8 --output_path results
 
 All flags are lmms-eval's (written against 0.7.3). `pretrained` may be any Qwen2-VL directory, of pixels or of DCT
@@ -9,12 +9,9 @@ quality 85 first, which would blur the detail that is to be measured. Tasks hand
 thus scaled down from its whole size, where training with DCT tokens has libjpeg decode less of it. See real_models.md.
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
 
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
@@ -26,7 +23,7 @@ MAX_NEW_TOKENS = 128  # where a task says nothing
 
 
 class Qwen2VLWithDCT(lmms):
-    """A Qwen2-VL directory, answered greedily by evaluate_qwen2vl.Answerer.
+    """A Qwen2-VL directory, answered greedily by answering.Answerer.
 
     min_pixels, max_pixels: of a picture or frame; None for the checkpoint's. video_fps, video_max_frames: see
     `media.VideoSampling`. Raises ValueError for arguments that it has not.
@@ -49,8 +46,8 @@ class Qwen2VLWithDCT(lmms):
             raise ValueError(f"--model_args: {NAME} has no {', '.join(sorted(given))}")
         self.accelerator = Accelerator()  # chooses the GPU of this process
         self._rank, self._world_size = self.accelerator.local_process_index, self.accelerator.num_processes
-        from evaluate_qwen2vl import Answerer
-        from media import VideoSampling
+        from dct_qwen2vl.data.media import VideoSampling
+        from dct_qwen2vl.evaluation.answering import Answerer
 
         sampling = VideoSampling(fps=float(video_fps), max_frames=int(video_max_frames))
         bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
@@ -79,7 +76,7 @@ class Qwen2VLWithDCT(lmms):
         return said
 
     def _question(self, request: Instance):
-        from evaluate_qwen2vl import Question
+        from dct_qwen2vl.evaluation.questions import Question
 
         context, _, doc_to_visual, doc_id, task, split = request.args
         media = [self._read(visual) for visual in flat(doc_to_visual(self.task_dict[task][split][doc_id]))]
@@ -89,7 +86,7 @@ class Qwen2VLWithDCT(lmms):
 
     def _read(self, visual):
         """A PIL image, or the path of an image or video -> its kind and its frames as training reads them."""
-        from media import IMAGE_EXTENSIONS
+        from dct_qwen2vl.data.media import IMAGE_EXTENSIONS
 
         if not isinstance(visual, (str, Path)):
             return "image", self.answerer.media.read("image", visual)

@@ -29,7 +29,7 @@ MROPE_SECTION = (8, 12, 12)  # time, height, width: the shares of Qwen2-VL's (16
 
 
 def build_config(size: ModelSize, num_coefficients: int) -> Qwen2VLConfig:
-    """The config as `convert_checkpoint.converted_config` leaves it: a 1x1x1 patch embedding over K channels."""
+    """The config as `conversion.converted_config` leaves it: a 1x1x1 patch embedding over K channels."""
     vision = {
         "depth": size.vision_layers,
         "embed_dim": size.vision_width,

@@ -1,6 +1,6 @@
 """Runs a suite of experiments on one device, one JSON file per run, and prints the comparison.
 
-    python benchmarks/quality/run_experiments.py --suite warm --output results --minutes 30 --jobs 2
+    python -m benchmarks.quality.run_experiments --suite warm --output results --minutes 30 --jobs 2
 
 What is finished in the output folder is not done again, so the same command goes on where it was stopped. A run that
 fails is named on stderr and the others go on. --part 1/4 ... 4/4 spread a suite over devices; runs that start from the
@@ -24,8 +24,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
 
 from benchmarks.quality.settings import FAILURES, Settings, add_run_flags, first_line
 from benchmarks.quality.suites import STEPS, SUITES, Plan

@@ -1,6 +1,6 @@
 """Trains one arm on one task from one seed, and writes what came out as one JSON file.
 
-    python benchmarks/quality/train.py --task reading --arm x4 --seed 0 --steps 2000 --output results
+    python -m benchmarks.quality.train --task reading --arm x4 --seed 0 --steps 2000 --output results
 
 A finished run is skipped. Steps, samples and their order depend on the settings alone; on a CUDA device the step is
 captured in a CUDA graph (--graphs off: not), as models this small otherwise wait for launches.
@@ -9,9 +9,6 @@ captured in a CUDA graph (--graphs off: not), as models this small otherwise wai
 import argparse
 import json
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts of the repository
 
 from benchmarks.quality.settings import FAILURES, ModelSize, Settings, add_run_flags, first_line
 

@@ -31,8 +31,8 @@ from benchmarks.quality.model import (
 from benchmarks.quality.scoring import share
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.tasks import Source, make_task
-from checkpoint_files import PATCH_EMBEDDING
-from dct_config import fold_patch_embedding
+from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING
+from dct_qwen2vl.dct.folding import fold_patch_embedding
 
 STARTS = ("pixels", "exact")  # arms whose models others can start from
 DRAWN_AT_ONCE = 64  # test samples; which they are depends on it

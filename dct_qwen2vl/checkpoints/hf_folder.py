@@ -1,0 +1,48 @@
+"""Hugging Face directories: copying one, its permissions, its processor."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import Qwen2VLImageProcessor
+
+from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, remedy
+from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
+
+
+def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **pixel_bounds: int) -> Qwen2VLImageProcessor:
+    """The image processor of a checkpoint, by this repository's code: a copy that lies beside the weights is not run.
+
+    dct: the checkpoint's token format as `checkpoint_files.token_format` gives it, None for pixels. pixel_bounds:
+    min_pixels and max_pixels in place of the checkpoint's. Raises CheckpointError for a format that contradicts itself.
+    """
+    processor_class = Qwen2VLImageProcessor if dct is None else DCTImageProcessor
+    try:
+        return processor_class.from_pretrained(model_dir, **pixel_bounds)
+    except ValueError as error:
+        raise CheckpointError(f"{model_dir / PROCESSOR} cannot be used ({error}): {remedy(model_dir)}") from error
+
+
+def copy_all_but_weights(model_dir: Path, folder: Path) -> None:
+    """A fresh `folder` with the configuration, tokenizer and processor of a Hugging Face directory."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in sorted(model_dir.iterdir()):
+        if path.is_file() and path.suffix not in (".safetensors", ".bin") and "safetensors.index" not in path.name:
+            shutil.copyfile(path, folder / path.name)
+
+
+def let_others_read(folder: Path) -> None:
+    """The weights of a Hugging Face directory get the permissions of its other files."""
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes 0600
+
+
+def write_pixel_bounds(folder: Path, bounds: dict[str, int]) -> None:
+    """The processor of a Hugging Face directory gets the bounds that the run was trained with."""
+    path = folder / PROCESSOR
+    if bounds and path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("size", None)  # the stock processor's second name for the same two numbers
+        path.write_text(json.dumps({**config, **bounds}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,126 @@
+"""Images and videos -> the vision tokens of a checkpoint. Training and evaluation both read media through this file.
+
+    read      file bytes -> frames of the size that the model is trained with: RGB, or the planes of a video
+    encode    frames -> tokens and grid, without resizing them a second time
+
+Letters used for shapes in this file:
+
+    T H W    frames of a video, rows and columns in pixels
+    N K      vision tokens, floats of one token
+    M        media (images, or videos)
+    t h w    the grid of tokens: N = t*h*w
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dct_qwen2vl.data.media import (
+    BadSample,
+    VideoSampling,
+    YUVFrames,
+    as_array,
+    counted_frames,
+    media_shape,
+    resize_frames,
+)
+from dct_qwen2vl.dct.image_sizes_dct import target_size
+
+Frames = np.ndarray | YUVFrames
+Grid = tuple[int, int, int]  # t, h, w
+Encoded = tuple[str, torch.Tensor, Grid]  # kind, tokens float32 [N, K], grid
+
+
+@dataclass(frozen=True)
+class PixelFit:
+    """The size to which `media` resizes what a processor reads, so that nothing is left for it to resize (a `Fit`).
+
+    factor: height and width become multiples of it, pixels. min_pixels, max_pixels: bounds of H*W of a picture or
+    frame. The frames of a video share `sampling.total_pixels`, an image has no share in it. Where no multiple lies
+    between min_pixels and a frame's share, the frame gets less than min_pixels. whole: JPEGs are decoded at their own
+    size, as for the image processor of pixels, which a pixel baseline is to equal.
+    """
+
+    factor: int
+    min_pixels: int
+    max_pixels: int
+    sampling: VideoSampling
+    whole: bool = False
+
+    @classmethod
+    def of(cls, image_processor, sampling: VideoSampling) -> "PixelFit":
+        """For any processor with Qwen2VLImageProcessor's attributes."""
+        factor = image_processor.patch_size * image_processor.merge_size
+        whole = getattr(image_processor, "dct_config", None) is None
+        return cls(factor, image_processor.min_pixels, image_processor.max_pixels, sampling, whole)
+
+    def __call__(self, height: int, width: int, frames: int) -> tuple[int, int]:
+        """Height and width, pixels. frames: 1 of an image, `media.counted_frames` of a video. Raises BadSample."""
+        max_pixels = self.max_pixels
+        if frames > 1:
+            max_pixels = self.sampling.max_frame_pixels(frames, self.min_pixels, self.max_pixels)
+        try:
+            return target_size(height, width, self.factor, self.min_pixels, max_pixels)
+        except ValueError as error:  # an aspect ratio over 200
+            raise BadSample("unusable_media", str(error)) from error
+
+
+class MediaEncoder:
+    """The one way from a media part of a sample to what the model reads of it.
+
+    image_processor: `DCTImageProcessor`, or any processor with Qwen2VLImageProcessor's interface. sampling: frames that
+    are read of a video, and their budget of pixels.
+    """
+
+    def __init__(self, image_processor, sampling: VideoSampling | None = None) -> None:
+        self.image_processor = image_processor
+        self.sampling = sampling or VideoSampling()
+
+    @property
+    def fit(self) -> PixelFit:
+        """The sizes of media, by the processor's bounds."""
+        return PixelFit.of(self.image_processor, self.sampling)
+
+    @property
+    def reads_planes(self) -> bool:
+        """Whether video files are read as planes. 4:2:0 tokens hold no more colour than these; for others RGB has more,
+        once it has been made smaller."""
+        return getattr(getattr(self.image_processor, "dct_config", None), "chroma", None) == "420"
+
+    def read(self, kind: str, content: Any, threads: int = 0) -> Frames:
+        """A part as `media.as_array` takes it -> an image uint8 [H, W, 3], the frames of a video uint8 [T, H, W, 3], or
+        their planes. threads: of a video's decoder, 0 for one for each core. Raises MediaError, BadSample."""
+        return as_array(kind, content, self.sampling, self.fit, self.reads_planes, threads)
+
+    def encode(self, kind: str, frames: Frames) -> tuple[torch.Tensor, Grid]:
+        """What `read` gives -> tokens float32 [N, K], grid. RGB of another size is resized first. Raises BadSample."""
+        if isinstance(frames, YUVFrames):
+            planes = (frames.luma, frames.cb, frames.cr, frames.matrix, frames.full_range)
+            return self.image_processor.tokenizer.encode_planes(*planes)
+        frames = resize_frames(kind, frames, self.fit)
+        options = {"do_resize": False, "return_tensors": "pt", "input_data_format": "channels_last"}
+        if kind == "image":
+            output = self.image_processor(images=frames, **options)
+            return output["pixel_values"], tuple(output["image_grid_thw"][0].tolist())
+        output = self.image_processor(images=None, videos=[list(frames)], **options)
+        return output["pixel_values_videos"], tuple(output["video_grid_thw"][0].tolist())
+
+    def expected_grid(self, kind: str, content: Any) -> Grid:
+        """The grid that `encode` gives for the same part, without decoding it. Raises as `read`."""
+        height, width, frames = media_shape(kind, content, self.sampling)
+        height, width = self.fit(height, width, 1 if kind == "image" else counted_frames(frames))
+        processor = self.image_processor
+        steps = -(-frames // processor.temporal_patch_size)
+        return steps, height // processor.patch_size, width // processor.patch_size
+
+
+def stack_media(kind: str, media: Iterable[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens float32 [N, K] and grids int64 [M, 3] of all media of a kind; [0, 0] and [0, 3] if there are none."""
+    chosen = [(tokens, grid) for its_kind, tokens, grid in media if its_kind == kind]
+    if not chosen:
+        return torch.zeros(0, 0), torch.zeros(0, 3, dtype=torch.int64)
+    tokens, grids = zip(*chosen)
+    return torch.cat(tokens), torch.tensor(grids, dtype=torch.int64)

@@ -1,0 +1,166 @@
+"""Several samples in one row without padding: what the Megatron engine trains on.
+
+A row is a micro-batch. Its samples stand one after the other; attention is told where each begins, so that no token of
+one sample sees another. Everything the model needs to know of positions is computed here, in the loader's workers.
+
+Letters used for shapes in this file:
+
+    L S    tokens of a row, samples of a row
+    T V    learned tokens, visual tokens of the language model
+    N K    vision tokens of all media of a row, floats of one token
+    M F    media of a row, time steps of all of them together
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from megatron.energon import Batch, Sample
+
+from dct_qwen2vl.data.positions import vision_positions
+from dct_qwen2vl.data.samples import IGNORE_INDEX, ConversationSample, EncodedSample
+
+
+@dataclass
+class PackedBatch(Batch):
+    """A micro-batch of the Megatron engine: one row.
+
+    input_ids int64 [L]; position_ids int64 [3, L], M-RoPE, from 0 in every sample; sample_starts int32 [S + 1], where
+    the samples begin and the last one ends. learned int64 [T]: positions that have to predict; targets int64 [T]: what.
+    visual int64 [V]: positions that hold visual tokens. tokens [N, K]: vision tokens in the order of the row, in the
+    data type of the model; token_positions int64 [N, 2]: row and column of each in its time step; step_starts int32
+    [F + 1]: where time steps begin, attention stays within one. grid_thw int64 [M, 3]. longest_sample, longest_step:
+    tokens. keys, skipped: as in `task_encoder.QwenBatch`; a row without keys stands for none.
+
+    A row without media has one blank picture, so that the vision tower has a gradient in every micro-batch: N is then
+    m * m while V and M are 0.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    sample_starts: torch.Tensor
+    learned: torch.Tensor
+    targets: torch.Tensor
+    visual: torch.Tensor
+    tokens: torch.Tensor
+    token_positions: torch.Tensor
+    step_starts: torch.Tensor
+    grid_thw: torch.Tensor
+    longest_sample: int
+    longest_step: int
+    keys: list[str]
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """The same row with its tensors on `device`; copies from pinned memory do not wait."""
+        values = {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return PackedBatch(**values)
+
+    def without_tokens(self) -> "PackedBatch":
+        """The same row for who does not need its vision tokens."""
+        return replace(self, tokens=self.tokens[:0])
+
+
+@dataclass
+class MeasuredSample(Sample):
+    """A conversation that waits for its row with its media as they are in the shard, a hundredth of what they take as
+    vision tokens. size: its tokens, its vision tokens."""
+
+    conversation: ConversationSample
+    size: tuple[int, int]
+
+
+def fit_rows(sizes: list[tuple[int, ...]], budget: tuple[int, ...]) -> list[list[int]]:
+    """Indices of `sizes`, grouped so that no group of several is over `budget` in any of its dimensions: largest first,
+    each into the fullest row that has room for it (best-fit decreasing; in one dimension at most 11/9 of the best
+    number of rows, D. S. Johnson, 1973). Large and full: the sum of the shares of the budget. Rows come in the order of
+    their first sample, and samples within a row in theirs."""
+    shares = np.array(sizes, np.float64).reshape(len(sizes), -1) / budget
+    rows: list[list[int]] = []
+    room = np.zeros((0, len(budget)), np.int64)
+    for number in np.argsort(-shares.sum(axis=1), kind="stable").tolist():
+        fitting = np.flatnonzero((room >= sizes[number]).all(axis=1))
+        if len(fitting):
+            row = int(fitting[(room[fitting] / budget).sum(axis=1).argmin()])
+        else:
+            row = len(rows)
+            rows.append([])
+            room = np.append(room, [budget], axis=0)
+        rows[row].append(number)
+        room[row] -= sizes[number]
+    return sorted(sorted(row) for row in rows)
+
+
+def pack(
+    samples: list[EncodedSample],
+    merge_size: int,
+    token_width: int,
+    token_dtype: torch.dtype,
+    visual_ids: tuple[int, ...],
+    skipped: dict[str, int] | None = None,
+) -> PackedBatch:
+    """One row of all samples. token_width: floats of a vision token, for a row without media. visual_ids: the ids that
+    stand for tokens of images and of clips."""
+    input_ids = torch.cat([sample.input_ids for sample in samples])
+    following = torch.cat([torch.cat([s.labels[1:], s.labels.new_full((1,), IGNORE_INDEX)]) for s in samples])
+    learned = (following != IGNORE_INDEX).nonzero().flatten()
+    tokens, grids = _media_in_order(samples, visual_ids)
+    grid_thw = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
+    blank = [] if grids else [(1, merge_size, merge_size)]
+    if blank:
+        tokens = [torch.zeros(merge_size**2, token_width)]
+    steps = [rows * columns for time, rows, columns in [*grids, *blank] for _ in range(time)]
+    lengths = [len(sample.input_ids) for sample in samples]
+    return PackedBatch(
+        input_ids=input_ids,
+        position_ids=torch.cat([sample.position_ids for sample in samples], dim=1),
+        sample_starts=_starts(lengths),
+        learned=learned,
+        targets=following[learned],
+        visual=torch.isin(input_ids, torch.tensor(visual_ids)).nonzero().flatten() if grids else input_ids[:0],
+        tokens=torch.cat(tokens).to(token_dtype),
+        token_positions=torch.from_numpy(np.concatenate([vision_positions(g, merge_size) for g in [*grids, *blank]])),
+        step_starts=_starts(steps),
+        grid_thw=grid_thw,
+        longest_sample=max(lengths),
+        longest_step=max(steps),
+        keys=[sample.__key__ for sample in samples],
+        skipped=skipped or {},
+    )
+
+
+def _starts(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+
+
+def _media_in_order(
+    samples: list[EncodedSample], visual_ids: tuple[int, ...]
+) -> tuple[list[torch.Tensor], list[tuple[int, int, int]]]:
+    """Vision tokens and grids of all media of a row in the order in which their placeholders stand."""
+    tokens, grids = [], []
+    image_id, video_id = visual_ids
+    for sample in samples:
+        media = {
+            image_id: _split(sample.pixel_values, sample.image_grid_thw),
+            video_id: _split(sample.pixel_values_videos, sample.video_grid_thw),
+        }
+        for visual_id in _kinds_in_order(sample.input_ids, visual_ids):
+            its_tokens, grid = media[visual_id].pop(0)
+            tokens.append(its_tokens)
+            grids.append(grid)
+    return tokens, grids
+
+
+def _split(tokens: torch.Tensor, grids: torch.Tensor) -> list[tuple[torch.Tensor, tuple[int, int, int]]]:
+    pieces = tokens.split(grids.prod(dim=1).tolist()) if len(grids) else ()
+    return [(piece, tuple(grid)) for piece, grid in zip(pieces, grids.tolist())]
+
+
+def _kinds_in_order(input_ids: torch.Tensor, visual_ids: tuple[int, ...]) -> list[int]:
+    """The id of each run of equal visual ids; media are parted by <|vision_end|>, so that each has a run of its own."""
+    ids = input_ids.numpy()
+    begins = np.flatnonzero(np.isin(ids, visual_ids) & (ids != np.concatenate([[-1], ids[:-1]])))
+    return ids[begins].tolist()

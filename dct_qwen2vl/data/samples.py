@@ -1,0 +1,193 @@
+"""Samples: from the parts of a shard to a conversation, an encoded sample, a padded batch.
+
+Letters used for shapes in this file:
+
+    B L    samples of a batch, tokens of its longest sample
+    N K    vision tokens of all media of a batch, floats of one token
+    M      media (images, or videos) of a sample or a batch
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.energon import (
+    Batch,
+    Cooker,
+    DefaultTaskEncoder,
+    Sample,
+    WorkerConfig,
+    basic_sample_keys,
+    get_loader,
+    get_val_dataset,
+    stateless,
+)
+from megatron.energon.errors import FatalSampleError
+
+from dct_qwen2vl.data.conversations import (
+    LONE_SURROGATE,
+    ROLES,
+    content_of,
+    names_media,
+    split_turns,
+    text_of,
+)
+from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, BadSample, part_order
+from dct_qwen2vl.data.media_encoder import PixelFit as PixelFit
+
+# Shards hold file bytes and decoding is done here, in media.py; this is what a dataset.yaml that does not say gets.
+DATASET_OPTIONS = {"auto_decode": False}
+
+
+IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: positions that are not learned
+
+
+class TooManyBadSamples(FatalSampleError):
+    """So many samples in a row were bad that the data set, not a sample, is the problem. Energon passes it on."""
+
+
+@dataclass
+class ConversationSample(Sample):
+    """entry: the json part. media: (kind, content) in order, kind "image" or "video", content as found in the shard."""
+
+    entry: dict[str, Any]
+    media: list[tuple[str, Any]] = field(repr=False)  # Energon writes a sample that failed into its messages
+
+
+@dataclass
+class EncodedSample(Sample):
+    """One conversation.
+
+    input_ids int64 [L]; labels int64 [L], aligned with input_ids, IGNORE_INDEX where not learned; position_ids int64
+    [3, L] (time, row, column); pixel_values float32 [N, K] and image_grid_thw int64 [M, 3] of its images, the other
+    two of its clips (N and M may be 0).
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    pixel_values: torch.Tensor
+    image_grid_thw: torch.Tensor
+    pixel_values_videos: torch.Tensor
+    video_grid_thw: torch.Tensor
+
+
+@dataclass
+class QwenBatch(Batch):
+    """A micro-batch. `keys` are the samples' keys.
+
+    labels int64 [B, L] are already shifted: labels[b, i] is the token that position i has to predict. position_ids
+    int64 [3, B, L]. attention_mask int64 [B, L]. pixel_values float32 [N, K] of all images in order, image_grid_thw
+    int64 [M, 3]; likewise for clips. skipped: samples left out since the previous batch of the same worker, by reason.
+
+    A batch without keys stands for none: its one learned token is not to be counted (`QwenTaskEncoder.blank_batch`).
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    pixel_values: torch.Tensor
+    image_grid_thw: torch.Tensor
+    pixel_values_videos: torch.Tensor
+    video_grid_thw: torch.Tensor
+    keys: list[str]
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of Qwen2VLForConditionalGeneration.forward, without labels; absent media are left out."""
+        inputs = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "position_ids")}
+        if len(self.image_grid_thw):
+            inputs.update(pixel_values=self.pixel_values, image_grid_thw=self.image_grid_thw)
+        if len(self.video_grid_thw):
+            inputs.update(pixel_values_videos=self.pixel_values_videos, video_grid_thw=self.video_grid_thw)
+        return inputs
+
+
+def cook(crude: dict[str, Any]) -> ConversationSample:
+    """Sorts the parts of a crude sample. Part names: `json`, `jpg`, `0.jpg`, `1.png`, `mp4`, ...; only the last
+    extension counts, so `jpg.jpg` + `jpg.json` (keys that held a file ending) are read as well. Media come in the order
+    of `part_order`; those of one number, or of none, in that of the shard."""
+    entry, media = None, []
+    for name, content in crude.items():
+        if name.startswith("__"):
+            continue
+        extension = name.lower().split(".")[-1]
+        if extension == "json":
+            entry = content
+        elif extension in IMAGE_EXTENSIONS:
+            media.append((part_order(name), "image", content))
+        elif extension in VIDEO_EXTENSIONS:
+            media.append((part_order(name), "video", content))
+    media.sort(key=lambda part: part[0])
+    return ConversationSample(
+        **basic_sample_keys(crude), entry=entry, media=[(kind, content) for _, kind, content in media]
+    )
+
+
+def parse_entry(entry: Any) -> Any:
+    """The json part, raw bytes or already decoded -> its value. Raises BadSample."""
+    if not isinstance(entry, (bytes, str)):
+        return entry
+    try:
+        return json.loads(entry)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("bad_json", str(error)) from error
+
+
+def parse_messages(entry: Any, has_media: bool) -> list[tuple[str, list[str]]]:
+    """(role, pieces) of the turns of an entry, LLaVA (`from`/`value`) or OpenAI (`role`/`content`), roles "system",
+    "user", "assistant"; pieces as in turns.py, those of a system turn one text. has_media: whether the sample has
+    any. Raises BadSample."""
+    turns = entry.get("conversations") or entry.get("messages") if isinstance(entry, dict) else entry
+    if not isinstance(turns, list) or not turns:
+        raise BadSample("no_conversation", "the json part holds no list of turns")
+    roles = [check_turn(turn) for turn in turns]
+    expected = ["user", "assistant"] * len(roles)
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if not spoken or len(spoken) % 2 or spoken != expected[: len(spoken)]:
+        raise BadSample("bad_roles", f"user and assistant must take turns, got {', '.join(roles)[:80]}")
+    contents = [content_of(turn) for turn in turns]
+    split = split_turns(list(zip(roles, contents)), has_media or names_media(entry))
+    if any(role == "assistant" and len(pieces) > 1 for role, pieces in zip(roles, split)):
+        raise BadSample("placeholder_in_answer")
+    return [
+        (role, [text_of(content)] if role == "system" else pieces)
+        for role, content, pieces in zip(roles, contents, split)
+    ]
+
+
+def check_turn(turn: Any) -> str:
+    """The role of a turn. Raises BadSample for a turn without a known role or text."""
+    role = ROLES.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
+    text = text_of(content_of(turn)) if role else None
+    if text is None or LONE_SURROGATE.search(text):
+        raise BadSample("bad_turn", f"a turn needs a known role and text, got {str(turn)[:80]!r}")
+    return role
+
+
+class _SampleReader(DefaultTaskEncoder):
+    """Cooks and does nothing else."""
+
+    cookers = (Cooker(cook),)
+
+    @stateless
+    def batch(self, samples: list[ConversationSample]) -> list[ConversationSample]:
+        return samples
+
+
+def read_samples(data_dir: Path, split: str) -> Iterator[ConversationSample]:
+    """The samples of a split once, in the order of its shards, media as file bytes."""
+    dataset = get_val_dataset(
+        data_dir,
+        split_part=split,
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
+        batch_size=1,
+        task_encoder=_SampleReader(),
+        **DATASET_OPTIONS,
+    )
+    for samples in get_loader(dataset):
+        yield from samples

@@ -1,0 +1,272 @@
+"""Qwen2-VL's image processor with DCT tokens.
+
+The file needs torch, numpy, transformers and Pillow only, and the files that it imports from its own folder.
+`save_pretrained` copies them all beside the weights of a converted checkpoint, from where
+`AutoImageProcessor.from_pretrained(..., trust_remote_code=True)` loads them. It imports each of them itself, since
+loading from a folder follows direct imports only.
+
+Letters as in transform_dct.py.
+"""
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import Qwen2VLImageProcessor
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling
+from transformers.utils import TensorType
+
+from .configuration_dct import DCTConfig
+from .image_inputs_dct import (
+    as_array,
+    channels_last,
+    flat_images,
+    flat_videos,
+    height_width,
+    pil_to_rgb,
+    resize,
+    to_levels,
+    to_three_channels,
+)
+from .image_sizes_dct import bounds_in, pixel_bounds, target_size
+from .transform_dct import DCTTokenizer
+
+
+class DCTImageProcessor(Qwen2VLImageProcessor):
+    """Qwen2-VL's image processor with DCT tokens: the same call, the same outputs, other numbers in `pixel_values`.
+
+    dct: a preset's name, a `DCTConfig`, its dict, or the path of a JSON file.
+    min_pixels, max_pixels: bounds of H*W after resizing, for an image and for each frame of a video. `size`,
+        {"shortest_edge": min_pixels, "longest_edge": max_pixels}, is the stock processor's second name for them.
+    do_resize: turn off for pictures whose height and width already are multiples of the resize factor.
+    do_rescale: turn off for floats in 0..1; with it, floats are in 0..255.
+    resample: Pillow's filter; what is resized has 8 bits, as in the stock processor, and gets the same pixels.
+    do_convert_rgb: turn off to have PIL pictures refused that are neither RGB nor grey.
+
+    Pictures are PIL, numpy or torch; grey ([H, W], or one channel), RGB or RGBA; channels first or last; uint8, uint16
+    (0..65535), bool, other whole numbers in 0..255, or floats. Transparency is laid on white, as `media.to_rgb` does
+    for files, and 16-bit grey is scaled to 8; the stock processor drops alpha, which shows what lies under it, and
+    clips 16-bit grey. Frames of one clip that differ in size are resized to what the first one's size asks for.
+
+    Output: `pixel_values` float32 [N, K] and `image_grid_thw` int64 [images, 3], or `pixel_values_videos` and
+    `video_grid_thw`, on the device of the pictures. The stock processor's mean, std and do_normalize have no place
+    here: the token format fixes them.
+    """
+
+    _auto_class = "AutoImageProcessor"
+
+    def __init__(
+        self,
+        dct: str | dict | DCTConfig = "x4",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        do_resize: bool = True,
+        do_rescale: bool = True,
+        resample: PILImageResampling = PILImageResampling.BICUBIC,
+        do_convert_rgb: bool = True,
+        size: dict[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        config = DCTConfig.resolve(dct)
+        if config.block[1] != config.block[2]:
+            raise ValueError(f"DCTImageProcessor needs square blocks, got {config.block[1]} x {config.block[2]} px")
+        fixed = self._take_fixed(kwargs, config)
+        if size is not None:
+            low, high = bounds_in(size)
+            min_pixels = low if min_pixels is None else min_pixels
+            max_pixels = high if max_pixels is None else max_pixels
+        min_pixels, max_pixels = pixel_bounds(min_pixels, max_pixels, 56 * 56, 28 * 28 * 1280)
+        super().__init__(
+            do_resize=do_resize,
+            do_rescale=do_rescale,
+            resample=resample,
+            do_convert_rgb=do_convert_rgb,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            **fixed,
+            **kwargs,
+        )
+        self.dct = config.to_dict()
+        self._tokenizers: dict[torch.device, DCTTokenizer] = {}
+
+    @property
+    def size(self) -> dict[str, int]:
+        """The two bounds as the stock processor calls them. Not saved: `min_pixels` and `max_pixels` say it."""
+        return {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+
+    @size.setter
+    def size(self, size: dict[str, int]) -> None:
+        self.min_pixels, self.max_pixels = bounds_in(size)
+
+    @property
+    def dct_config(self) -> DCTConfig:
+        """The token format."""
+        return self.tokenizer.config
+
+    @property
+    def tokenizer(self) -> DCTTokenizer:
+        """The transform, in float32 on the CPU."""
+        return self._tokenizer_on(torch.device("cpu"))
+
+    def _tokenizer_on(self, device: torch.device) -> DCTTokenizer:
+        if device not in self._tokenizers:
+            self._tokenizers[device] = DCTTokenizer(DCTConfig.from_dict(self.dct), device=device)
+        return self._tokenizers[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: without the transform's matrices, which follow from `dct`."""
+        return {**self.__dict__, "_tokenizers": {}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved."""
+        values = super(DCTImageProcessor, copy.copy(self)).to_dict()
+        del values["_tokenizers"]
+        return values
+
+    def __repr__(self) -> str:
+        """Short: the stock form would print every kept coefficient on a line of its own."""
+        config = self.dct_config
+        return (
+            f"DCTImageProcessor(dct={config.name!r}, block={config.block}, coefficients={config.num_coefficients}, "
+            f"min_pixels={self.min_pixels}, max_pixels={self.max_pixels}, do_resize={self.do_resize}, "
+            f"do_rescale={self.do_rescale})"
+        )
+
+    def __call__(self, images: Any = None, **kwargs: Any) -> BatchFeature:
+        """See `preprocess`; a call with videos alone needs no images=None."""
+        return self.preprocess(images, **kwargs)
+
+    def preprocess(
+        self,
+        images: Any = None,
+        videos: Any = None,
+        do_resize: bool | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        size: dict[str, int] | None = None,
+        resample: PILImageResampling | None = None,
+        do_rescale: bool | None = None,
+        do_convert_rgb: bool | None = None,
+        return_tensors: str | TensorType | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        device: str | torch.device | None = None,
+        **fixed: Any,
+    ) -> BatchFeature:
+        """Images and videos, either of which may be None -> tokens and grids; the rest for this call alone.
+
+        images: a picture, a batch [N, ...], or lists of these.
+        videos: a clip, an array [T, H, W, C] or [T, C, H, W] or a list of T frames; or lists of these. The last frame
+            is repeated until bt divides T.
+        return_tensors: "pt", "np" (the default), or another of transformers' names.
+        input_data_format: "channels_first" or "channels_last"; inferred for each picture if None.
+        device: where the transform runs and tokens of "pt" lie; where the pictures are if None.
+        fixed: further arguments of the stock processor, of which only the values that the token format has are taken.
+        """
+        if images is None and videos is None:
+            raise ValueError("DCTImageProcessor needs images or videos, got neither")
+        self._take_fixed(fixed, self.dct_config)
+        fixed.pop("data_format", None)  # tokens have no layout
+        if fixed:
+            raise TypeError(f"DCTImageProcessor has no argument {', '.join(fixed)}")
+        if size is not None:
+            min_pixels, max_pixels = bounds_in(size)
+        tensor_type = None if return_tensors is None else TensorType(return_tensors)
+        options = {
+            "bounds": pixel_bounds(min_pixels, max_pixels, self.min_pixels, self.max_pixels),
+            "do_resize": self.do_resize if do_resize is None else do_resize,
+            "resample": self.resample if resample is None else resample,
+            "do_rescale": self.do_rescale if do_rescale is None else do_rescale,
+            "do_convert_rgb": self.do_convert_rgb if do_convert_rgb is None else do_convert_rgb,
+            "layout": None if input_data_format is None else ChannelDimension(input_data_format),
+        }
+        data = {}
+        if images is not None:
+            clips = [[image] for image in flat_images(images)]
+            data["pixel_values"], data["image_grid_thw"] = self._encode_all(clips, device, options)
+        if videos is not None:
+            clips = flat_videos(videos)
+            data["pixel_values_videos"], data["video_grid_thw"] = self._encode_all(clips, device, options)
+        if tensor_type is not TensorType.PYTORCH:
+            data = {name: value.cpu().numpy() for name, value in data.items()}
+        return BatchFeature(data=data, tensor_type=tensor_type)
+
+    @staticmethod
+    def _take_fixed(arguments: dict[str, Any], config: DCTConfig) -> dict[str, Any]:
+        """Takes out of `arguments` what the stock processor can be told and the token format fixes. Returns the fixed
+        values. Raises ValueError where they contradict."""
+        fixed = {
+            "patch_size": config.block[1],
+            "temporal_patch_size": config.block[0],
+            "merge_size": config.merge,
+            "do_normalize": True,
+            "image_mean": OPENAI_CLIP_MEAN,
+            "image_std": OPENAI_CLIP_STD,
+            "rescale_factor": 1 / 255,
+        }
+        for name, value in fixed.items():
+            given = arguments.pop(name, None)
+            if given is not None and (list(given) if isinstance(given, tuple) else given) != value:
+                raise ValueError(f"{name} is {value} in the token format {config.name}, got {given}")
+        return fixed
+
+    def _encode_all(
+        self, clips: list, device: str | torch.device | None, options: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clips -> tokens [N, K] of all, grids int64 [clips, 3]."""
+        if not clips:
+            raise ValueError("expected at least one picture, got an empty list: give None where there is none")
+        encoded = []
+        for clip in clips:
+            where = getattr(clip[0] if isinstance(clip, list) else clip, "device", "cpu") if device is None else device
+            encoded.append(self._tokenizer_on(torch.device(where)).encode(self._frames(clip, **options)))
+        tokens = encoded[0][0] if len(encoded) == 1 else torch.cat([tokens for tokens, _ in encoded])
+        return tokens, torch.tensor([grid_thw for _, grid_thw in encoded])
+
+    def _frames(
+        self,
+        clip: np.ndarray | torch.Tensor | list,
+        bounds: tuple[int, int],
+        do_resize: bool,
+        resample: PILImageResampling,
+        do_rescale: bool,
+        do_convert_rgb: bool,
+        layout: ChannelDimension | None,
+    ) -> np.ndarray | torch.Tensor | list:
+        """One clip as an array [T, H, W, 3] or a list of T arrays [H, W, 3], uint8 or float in 0..255, of a size that
+        `encode` takes. Nothing is copied that can be used as it is."""
+        pictures = clip if isinstance(clip, list) else [clip]
+        pictures = [self._rgb(picture, do_rescale, do_convert_rgb, layout) for picture in pictures]
+        size = height, width = height_width(pictures[0])
+        factor = self.dct_config.resize_factor[0]
+        if do_resize:
+            size = target_size(height, width, factor, *bounds)
+        elif height % factor or width % factor:
+            raise ValueError(
+                f"without do_resize, preset {self.dct_config.name} needs a height and a width that are multiples of "
+                f"{factor} px, got {height} x {width}"
+            )
+        if all(height_width(picture) == size for picture in pictures):
+            frames = [np.array(picture) if isinstance(picture, Image.Image) else picture for picture in pictures]
+            return frames if isinstance(clip, list) else frames[0]
+        if not do_resize:
+            sizes = sorted({"{} x {}".format(*height_width(picture)) for picture in pictures})
+            raise ValueError(f"without do_resize, all frames of a clip need one size, got {', '.join(sizes)}")
+        frames = pictures if isinstance(clip, list) else pictures[0]
+        return [resize(frame, size, resample, do_rescale) for frame in frames]
+
+    @staticmethod
+    def _rgb(
+        picture: Image.Image | np.ndarray | torch.Tensor,
+        do_rescale: bool,
+        do_convert_rgb: bool,
+        layout: ChannelDimension | None,
+    ) -> Image.Image | np.ndarray | torch.Tensor:
+        """A PIL picture in mode RGB, or an array [..., H, W, 3], uint8 or float in 0..255."""
+        if not isinstance(picture, Image.Image):
+            return to_three_channels(to_levels(channels_last(as_array(picture), layout), do_rescale))
+        if not do_convert_rgb and picture.mode not in ("RGB", "L"):
+            raise ValueError(f"without do_convert_rgb, PIL pictures must be RGB or L, got {picture.mode}")
+        return pil_to_rgb(picture)

@@ -1,0 +1,73 @@
+"""The size that an image or frame is resized to, and the bounds that it keeps to. Needs the standard library only.
+
+The file is saved beside converted checkpoints, with image_processing_dct.py.
+"""
+
+import math
+
+LONGEST_ASPECT = 200  # of the sides; Qwen2-VL refuses longer ones
+
+
+def target_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width in pixels: multiples of `factor`, near the picture's aspect ratio, H*W within the two bounds.
+
+    Qwen2-VL's `smart_resize` wherever its result keeps to the bounds and to an aspect ratio of 200. Beyond it: sides
+    below `factor` are enlarged to it; where both bounds cannot be kept, max_pixels is; the least is one square of
+    factor x factor, whatever max_pixels says. A target size is its own target size.
+
+    Raises ValueError for an aspect ratio over 200 and for a picture without pixels.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"a picture must have at least one pixel, got {height} x {width}")
+    enlarge = max(1.0, factor / min(height, width))
+    size = max(factor, round(height * enlarge)), max(factor, round(width * enlarge))
+    while (target := _nearest_size(*size, factor, min_pixels, max_pixels)) != size:
+        size = target
+    return size
+
+
+def _nearest_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """One step of `target_size`, which repeats it: rounding can change the aspect ratio, and with it what fits best."""
+    rows, columns = _stock_size(height, width, factor, min_pixels, max_pixels)
+    if rows * columns > max_pixels:  # no multiple between the bounds: the largest below the upper one
+        shrink = math.sqrt(max_pixels / (height * width))
+        rows, columns = (math.floor(side * shrink / factor) * factor for side in (height, width))
+    # A long strip's short side is rounded to nothing, or to so little that the long one must give way.
+    rows, columns = max(factor, rows), max(factor, columns)
+    longest = max(factor, max_pixels // (min(rows, columns) * factor) * factor)
+    longest = min(longest, LONGEST_ASPECT * min(rows, columns))
+    return min(rows, longest), min(columns, longest)
+
+
+def _stock_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width that Qwen2-VL's `smart_resize` gives (transformers 4.51.3, image_processing_qwen2_vl.py).
+
+    Raises ValueError for an aspect ratio over LONGEST_ASPECT.
+    """
+    aspect = max(height, width) / min(height, width)
+    if aspect > LONGEST_ASPECT:
+        raise ValueError(f"absolute aspect ratio must be smaller than {LONGEST_ASPECT}, got {aspect}")
+    rows, columns = (round(side / factor) * factor for side in (height, width))
+    if rows * columns > max_pixels:
+        shrink = math.sqrt((height * width) / max_pixels)
+        return tuple(math.floor(side / shrink / factor) * factor for side in (height, width))
+    if rows * columns < min_pixels:
+        enlarge = math.sqrt(min_pixels / (height * width))
+        return tuple(math.ceil(side * enlarge / factor) * factor for side in (height, width))
+    return rows, columns
+
+
+def bounds_in(size: dict[str, int]) -> tuple[int, int]:
+    """min_pixels and max_pixels as the stock processor's `size` names them."""
+    if not isinstance(size, dict) or not {"shortest_edge", "longest_edge"} <= set(size):
+        raise ValueError(f"size must hold shortest_edge (min_pixels) and longest_edge (max_pixels), got {size}")
+    return size["shortest_edge"], size["longest_edge"]
+
+
+def pixel_bounds(low: int | None, high: int | None, own_low: int, own_high: int) -> tuple[int, int]:
+    """The bounds given or, where None, the processor's own, of which the lower one gives way to a lower upper one."""
+    high = own_high if high is None else high
+    low = min(own_low, high) if low is None else low
+    if not 1 <= low <= high:
+        raise ValueError(f"expected 1 <= min_pixels <= max_pixels, got min_pixels {low} and max_pixels {high}")
+    return low, high

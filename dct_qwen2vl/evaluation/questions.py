@@ -1,0 +1,168 @@
+"""The questions of a split, with their media as training reads them, and how far the split has been read."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dct_qwen2vl.data.media_encoder import Frames
+
+
+GREY = 128  # of 0..255
+
+
+ASKED_AT_ONCE = 256  # questions whose media are in memory together, at most
+
+
+MEDIA_AT_ONCE = 2 << 30  # bytes of them
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    pieces: text, with "image" or "video" between texts where a medium stands.
+    media: (kind, frames) in the order of the entry; frames as `media_encoder.MediaEncoder.read` gives them.
+    system: the entry's own system turn, None for the default.
+    """
+
+    key: str
+    turn: int
+    question_type: str
+    pieces: tuple[str, ...]
+    answer: str
+    media: tuple[tuple[str, "Frames"], ...]
+    system: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The question without its media."""
+        return "".join(self.pieces[::2])
+
+
+@dataclass
+class Reading:
+    """How far a split has been read. entries: those asked, the last one perhaps in part; questions: of these; turns:
+    questions of the last entry, 0 once there are no more of it; left_out: entries that cannot be used, by reason."""
+
+    entries: int = 0
+    questions: int = 0
+    turns: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "left_out": dict(self.left_out)}
+
+    @classmethod
+    def of(cls, values: dict[str, Any] | None) -> "Reading":
+        """What `as_dict` gave; None: nothing has been read."""
+        return cls(**{**values, "left_out": Counter(values["left_out"])}) if values else cls()
+
+    @property
+    def entries_read(self) -> int:
+        return self.entries + self.left_out.total()
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(self.left_out.items()))
+        left_out = f"{self.left_out.total()}{f' ({reasons})' if reasons else ''}"
+        return f"read {self.entries_read} entries = asked {self.entries} + left out {left_out}"
+
+
+def read_questions(
+    data_dir: Path,
+    split: str,
+    limit: int | None,
+    sampling,
+    fit=None,
+    special: Iterable[str] = (),
+    reading: Reading | None = None,
+    planes: bool = False,
+) -> Iterator[Question]:
+    """Questions of a split in the order of its shards; entries that cannot be used are reported on stderr.
+
+    sampling, fit, planes: how media are read, as for `media.as_array`. special: the tokenizer's special tokens, which
+    the chat template takes for what they stand for when a text spells them out. reading: where to begin; it is kept up
+    to date.
+    """
+    from dct_qwen2vl.data.media import BadSample, MediaError, as_array
+    from dct_qwen2vl.data.samples import parse_entry, parse_messages, read_samples
+
+    reading = Reading() if reading is None else reading
+    begun = reading.entries_read - (reading.turns > 0)
+    for sample in islice(read_samples(data_dir, split), begun, None):
+        if limit is not None and reading.questions >= limit:
+            return
+        try:
+            entry = parse_entry(sample.entry)
+            messages = parse_messages(entry, bool(sample.media))
+            refuse_special(messages, special)
+            media = tuple((kind, as_array(kind, content, sampling, fit, planes)) for kind, content in sample.media)
+        except (BadSample, MediaError) as error:
+            reading.left_out[getattr(error, "reason", "undecodable_media")] += 1
+            print(f"evaluate_qwen2vl.py: {sample.__key__} left out: {error}", file=sys.stderr)
+            continue
+        system = messages[0][1][0] if messages[0][0] == "system" else None
+        spoken = [pieces for role, pieces in messages if role != "system"]
+        types = entry.get("question_type", [])
+        reading.entries += not reading.turns
+        for turn, (question, (answer,)) in enumerate(zip(spoken[::2], spoken[1::2], strict=True)):
+            if turn < reading.turns:
+                continue
+            if limit is not None and reading.questions >= limit:
+                return
+            reading.questions += 1
+            reading.turns += 1
+            kind = types[turn] if turn < len(types) else "all"
+            yield Question(sample.__key__, turn, kind, place_media(question, media), answer, media, system)
+        reading.turns = 0
+
+
+def refuse_special(messages: list[tuple[str, list[str]]], special: Iterable[str]) -> None:
+    """Raises BadSample for a question or system turn with a special token in its text: training learns it as text,
+    which the chat template cannot say."""
+    from dct_qwen2vl.data.media import BadSample
+
+    for role, pieces in messages:
+        for token in special if role != "assistant" else ():
+            if any(token in text for text in pieces[::2]):
+                raise BadSample("special_token", f"its text spells out {token}")
+
+
+def place_media(pieces: list[str], media: tuple) -> tuple[str, ...]:
+    """The media of an entry stand where this turn has placeholders for all of them, or else before its text."""
+    if pieces[1::2] == [kind for kind, _ in media]:
+        return tuple(pieces)
+    before = [part for kind, _ in media for part in ("", kind)]
+    return (*before, "".join(pieces[::2]))
+
+
+def blinded(question: Question) -> Question:
+    """The same question with grey media of the same size."""
+    return replace(question, media=tuple((kind, grey_frames(frames)) for kind, frames in question.media))
+
+
+def grey_frames(frames: "Frames") -> "np.ndarray":
+    """Grey RGB of the size of an image, a video or its planes: uint8 [H, W, 3] or [T, H, W, 3]."""
+    import numpy as np
+
+    shape = frames.shape if isinstance(frames, np.ndarray) else (*frames.luma.shape, 3)
+    return np.full(shape, GREY, np.uint8)
+
+
+def in_rounds(questions: Iterable[Question], most: int) -> Iterator[list[Question]]:
+    """Lists of up to `most` questions, fewer where their media fill MEDIA_AT_ONCE."""
+    chosen, size = [], 0
+    for question in questions:
+        chosen.append(question)
+        size += sum(frames.nbytes for _, frames in question.media)
+        if len(chosen) >= most or size >= MEDIA_AT_ONCE:
+            yield chosen
+            chosen, size = [], 0
+    if chosen:
+        yield chosen

@@ -1,0 +1,311 @@
+"""Pictures and clips as a shard stores them: bytes from anywhere in, checked bytes out. Files are judged by what they
+are, never by their names.
+
+Nothing is decoded or encoded anew that training reads as it is. So these keep their bytes:
+
+    JPEG    8-bit, grey or RGB, no EXIF rotation, after a look at its structure (picture_structure.py)
+    PNG     8-bit, grey, RGB or palette, no transparency, no animation, no EXIF rotation, after the same
+    clips   mp4, mov, mkv, webm, avi: packets counted, a first, a middle and a last part decoded
+
+What looks unusual in a picture's structure is decoded to find out. All other pictures, and those with more than
+`max_pixels`, become JPEGs without chroma subsampling: first frame, EXIF rotation applied, transparency on white, 16
+bits scaled to 8. Colour values are taken as they are (an ICC profile is neither applied nor kept). Clips in other
+containers are put into an mp4, mkv or avi with the same packets. A clip that is given as picture files becomes an mp4
+of those JPEGs.
+
+What training could not read raises `UnusableSample`, with one of these reasons to count by:
+
+    broken_image, broken_clip            cut short, damaged, or nothing of the kind
+    image_too_large                      over 89,478,485 pixels, or 65,500 a side
+    clip_too_large, clip_too_long        frames of over 8192 x 4320 pixels; over a million frames
+    extreme_aspect_ratio                 one side over 200 times the other: Qwen2-VL takes none
+    unsupported_image                    pixels of no known range; a format that is not read, such as HEIC or ICO
+    unsupported_clip                     a format or codec that FFmpeg lacks; frames of several sizes; an uneven rate
+                                         where only avi, which has one rate, takes the codec
+"""
+
+import io
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from PIL import Image, UnidentifiedImageError, features
+
+from dct_qwen2vl.data.media import EXIF_ORIENTATION, decode_image, to_rgb
+from dct_qwen2vl.preparation.entries import UnusableSample
+from dct_qwen2vl.preparation.image_structure import read_layout
+from dct_qwen2vl.preparation.video_conversion import (
+    MAXIMUM_ASPECT_RATIO,
+    Probe,
+    mux_jpegs,
+    probe_clip,
+    refuse_other_times,
+    remux,
+)
+
+OPTIONAL_FORMATS = {"AVIF": "avif", "JPEG2000": "jpg_2000"}  # by the feature of Pillow's that reads them
+# Bitmap formats only: Pillow would hand EPS to Ghostscript, and vector formats have no size of their own.
+PICTURE_FORMATS = (
+    *("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"),
+    *(name for name, feature in OPTIONAL_FORMATS.items() if features.check(feature)),
+)
+OTHER_FORMATS = {  # by how their files begin
+    "AVIF": rb".{4}ftypavi[fs]",
+    "JPEG2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "HEIC": rb".{4}ftyp(hei|hev|mif|msf)",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "ICO": rb"\0\0\x01\0",
+    "PSD": rb"8BPS",
+    "EPS": rb"%!PS",
+    "PDF": rb"%PDF",
+    "SVG": rb"<svg",
+}
+MAXIMUM_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MiB of RGB
+MAXIMUM_JPEG_SIDE = 65_500  # px, libjpeg's JPEG_MAX_DIMENSION
+NOT_UPRIGHT = range(2, 9)  # of the EXIF orientations
+MEMORY_ADDRESS = re.compile(r" object at 0x[0-9a-f]+")  # in Pillow's messages; another one in every run
+
+BITS_OF_PNG = 24  # where its header says how many bits a value has
+METADATA_NAMES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # under which Pillow keeps orientations
+TREATMENTS = (
+    "images_copied",
+    "images_converted",
+    "images_downsized",
+    "clips_copied",
+    "clips_remuxed",
+    "clips_of_frames",
+)
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """max_pixels: pictures with more (height times width) are made smaller, at the same aspect ratio. jpeg_quality: of
+    what is encoded. check_pictures: decode every picture and every frame of a clip, even where the structure is sound.
+    """
+
+    max_pixels: int | None = None
+    jpeg_quality: int = 95
+    check_pictures: bool = False
+
+
+@dataclass(frozen=True)
+class StoredMedia:
+    """One media part of a shard sample.
+
+    part: the file ending in the shard, "jpg", "png", "mp4", "mov", "mkv", "webm" or "avi". treatment: one of
+    TREATMENTS. height, width: as displayed, pixels. frames: 1 for a picture. seconds: of a clip, 0 for a picture.
+    """
+
+    part: str
+    data: bytes
+    treatment: str
+    height: int
+    width: int
+    frames: int = 1
+    seconds: float = 0.0
+
+
+DEFAULTS = ConversionOptions()
+
+
+def convert_media(kind: str, name: str, data: bytes, options: ConversionOptions = DEFAULTS) -> StoredMedia:
+    """Check one picture (kind "image") or clip (kind "video") and return what the shard stores.
+
+    Raises UnusableSample with a reason of the table above and `name` in its detail.
+    """
+    with saying_which(kind, name):
+        return convert_picture(data, options) if kind == "image" else convert_clip(data, options)
+
+
+def convert_all(
+    media: Iterable[tuple[str, str]], files: Iterable[bytes], options: ConversionOptions = DEFAULTS
+) -> list[StoredMedia]:
+    """The media of an entry, (kind, name) as conversations.CheckedEntry lists them and their files -> the parts of its
+    sample, in order. Adjacent media of kind "frame" become one clip. Raises UnusableSample."""
+    stored: list[StoredMedia] = []
+    frames: list[StoredMedia] = []
+    place, first = 0, ""
+    for (kind, name), data in zip(media, files, strict=True):
+        if kind != "frame":
+            stored.append(convert_media(kind, name, data, options))
+            continue
+        if not frames:
+            place, first = len(stored), name
+        with saying_which("image", name):
+            frames.append(convert_picture(data, options, parts=("jpg",)))
+    if frames:
+        with saying_which("video", first):
+            stored.insert(place, join_frames(frames, options))
+    return stored
+
+
+@contextmanager
+def saying_which(kind: str, name: str) -> Iterator[None]:
+    """Turns whatever a decoder raises into an UnusableSample with the medium's name."""
+    try:
+        yield
+    except UnusableSample as unusable:
+        raise UnusableSample(unusable.reason, f"{name}: {unusable.detail}") from None
+    except Image.DecompressionBombError as error:
+        raise UnusableSample("image_too_large", f"{name}: {error}") from error
+    except Exception as error:
+        # The decoders meet bytes from anywhere and raise whatever they like (struct.error, KeyError, SyntaxError, ...).
+        reason = "broken_image" if kind == "image" else "broken_clip"
+        fault = MEMORY_ADDRESS.sub("", f"{type(error).__name__}: {' '.join(str(error).split())}")
+        raise UnusableSample(reason, f"{name}: {fault:.500}") from error
+
+
+# Pictures
+
+
+def convert_picture(data: bytes, options: ConversionOptions, parts: tuple[str, ...] = ("jpg", "png")) -> StoredMedia:
+    """Any picture -> the same bytes, if they are one of `parts` and training reads them as they are; else a JPEG."""
+    layout = read_layout(data)
+    if layout and layout.part in parts and not (layout.has_metadata or options.check_pictures):
+        refuse_size(layout.height, layout.width)
+        if not exceeds(layout.height, layout.width, options):
+            return StoredMedia(layout.part, data, "images_copied", layout.height, layout.width)
+    with open_picture(data) as image:
+        width, height = image.size
+        refuse_size(height, width)
+        orientation = read_orientation(image)
+        if exceeds(height, width, options):
+            return downsize(image, data, orientation, options)
+        part = copied_part(image, data, orientation)
+        if part not in parts:
+            return encode_jpeg(load_rgb(image, orientation), "images_converted", options)
+        if not layout or options.check_pictures:
+            decode_whole(image, options.check_pictures)
+        return StoredMedia(part, data, "images_copied", height, width)
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """Raises UnusableSample for formats that are not read, and whatever Pillow raises."""
+    try:
+        return Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+    except UnidentifiedImageError:
+        for name, beginning in OTHER_FORMATS.items():
+            if name not in PICTURE_FORMATS and re.match(beginning, data, re.DOTALL):
+                raise UnusableSample("unsupported_image", f"{name}, which is not read here") from None
+        raise
+
+
+def refuse_size(height: int, width: int) -> None:
+    """Raises UnusableSample for more pixels, longer sides and longer strips than can be used."""
+    if min(height, width) < 1:
+        raise UnusableSample("broken_image", f"{height} x {width} px (height, width)")
+    if width * height > MAXIMUM_PIXELS or max(width, height) > MAXIMUM_JPEG_SIDE:
+        limits = f"{MAXIMUM_PIXELS} px in all and {MAXIMUM_JPEG_SIDE} px a side"
+        raise UnusableSample("image_too_large", f"{height} x {width} px (height, width), the limits are {limits}")
+    if max(height, width) > MAXIMUM_ASPECT_RATIO * min(height, width):
+        limit = f"one side is over {MAXIMUM_ASPECT_RATIO} times the other"
+        raise UnusableSample("extreme_aspect_ratio", f"{height} x {width} px (height, width): {limit}")
+
+
+def exceeds(height: int, width: int, options: ConversionOptions) -> bool:
+    return options.max_pixels is not None and height * width > options.max_pixels
+
+
+def read_orientation(image: Image.Image) -> int | None:
+    """Of the EXIF or XMP block; 1, upright, without one; None for a block that cannot be read. A PNG is read to its end
+    for it, where such blocks may lie; others are left unread."""
+    if image.format == "PNG":
+        image.load()
+    try:
+        if "exif" in image.info:  # getexif() complains but once, and that may have been when the file was opened
+            Image.Exif().load(image.info["exif"])
+        return image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:
+        return None
+
+
+def copied_part(image: Image.Image, data: bytes, orientation: int | None) -> str | None:
+    """The file ending of a picture that training reads as it is. Over an EXIF block that cannot be read it would
+    stumble."""
+    if orientation is None or orientation in NOT_UPRIGHT:
+        return None
+    if image.format == "JPEG" and image.mode in ("L", "RGB"):
+        return "jpg"
+    is_plain = image.mode in ("L", "P", "RGB") and data[BITS_OF_PNG] == 8 and "transparency" not in image.info
+    return "png" if image.format == "PNG" and is_plain and not getattr(image, "is_animated", False) else None
+
+
+def decode_whole(image: Image.Image, every_pixel: bool) -> None:
+    """Read a picture to its end; it may have another size then. Raises whatever Pillow raises."""
+    if not every_pixel:
+        # At 1/8 size libjpeg reads every Huffman code, so a cut file is found, but skips most of the inverse DCT.
+        image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
+    image.load()
+
+
+def load_rgb(image: Image.Image, orientation: int | None) -> Image.Image:
+    """Any opened picture as displayed, RGB; with a damaged EXIF block as browsers do, as if there were none."""
+    image.load()
+    if image.mode == "F":
+        raise UnusableSample("unsupported_image", "floating-point pixels have no known range")
+    if image.mode == "I":
+        lowest, highest = image.getextrema()
+        if lowest < 0 or highest > 65_535:
+            raise UnusableSample("unsupported_image", f"integer pixels from {lowest} to {highest} have no known range")
+    if orientation is None:
+        image = image.copy()
+        for name in METADATA_NAMES:
+            image.info.pop(name, None)
+    return to_rgb(image)
+
+
+def downsize(image: Image.Image, data: bytes, orientation: int | None, options: ConversionOptions) -> StoredMedia:
+    """A new JPEG with at most `max_pixels`. A much larger JPEG is decoded at a fraction of its size (media.py)."""
+
+    def fit(height: int, width: int, _frames: int = 1) -> tuple[int, int]:
+        shrink = math.sqrt(options.max_pixels / (height * width))
+        sides = max(1, math.floor(height * shrink)), max(1, math.floor(width * shrink))
+        longest = MAXIMUM_ASPECT_RATIO * min(sides)  # which a short side that was rounded down may make too short
+        return min(sides[0], longest), min(sides[1], longest)
+
+    if image.format == "JPEG" and orientation is not None:
+        picture = Image.fromarray(decode_image(data, fit))
+    else:
+        picture = load_rgb(image, orientation)
+        height, width = fit(picture.height, picture.width)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return encode_jpeg(picture, "images_downsized", options)
+
+
+def encode_jpeg(picture: Image.Image, treatment: str, options: ConversionOptions) -> StoredMedia:
+    """RGB picture -> JPEG file; the same bytes for the same pixels and the same libjpeg."""
+    picture.info.clear()  # Pillow would write a GIF's comment into the JPEG
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=options.jpeg_quality, subsampling=0)
+    return StoredMedia("jpg", stream.getvalue(), treatment, picture.height, picture.width)
+
+
+# Clips
+
+
+def convert_clip(data: bytes, options: ConversionOptions) -> StoredMedia:
+    """Any clip -> the same bytes, or the same packets in another container."""
+    probe, treatment = probe_clip(data, options.check_pictures), "clips_copied"
+    if probe.part is None:
+        source, data, treatment = (data, probe), remux(data), "clips_remuxed"
+        probe = probe_clip(data, options.check_pictures)
+        if probe.part == "avi":
+            refuse_other_times(source, (data, probe))
+    return store_clip(data, probe, treatment)
+
+
+def join_frames(frames: list[StoredMedia], options: ConversionOptions) -> StoredMedia:
+    """JPEGs of one size -> a clip of them, as they are."""
+    sizes = {(frame.height, frame.width) for frame in frames}
+    if len(sizes) > 1:
+        raise UnusableSample(
+            "unsupported_clip", f"its frames have {len(sizes)} sizes, from {min(sizes)} to {max(sizes)}"
+        )
+    data = mux_jpegs([frame.data for frame in frames], *sizes.pop())
+    return store_clip(data, probe_clip(data, options.check_pictures), "clips_of_frames")
+
+
+def store_clip(data: bytes, probe: Probe, treatment: str) -> StoredMedia:
+    return StoredMedia(probe.part, data, treatment, probe.height, probe.width, probe.frames, probe.seconds)

@@ -1,0 +1,66 @@
+"""Energon's own metadata beside the shards: its dialogue, and the same without one."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from dct_qwen2vl.preparation.data_splits import SPLITS
+from dct_qwen2vl.preparation.metadata import PreparationError
+from dct_qwen2vl.preparation.output_folder import ENERGON_FOLDER, SHARD_NAME, remove_own_folder, replacing
+
+CRUDE_SAMPLE = "11"  # "Crude sample (plain dict for cooking)" in the dialogue of Energon 5.2.0
+DATASET_YAML = "__module__: megatron.energon\n__class__: CrudeWebdataset\nauto_decode: false\n"
+
+
+def dialogue_command(output_dir: Path, split: str) -> str:
+    """The dialogue with `energon prepare` as one line to type."""
+    beside_python = Path(sys.executable).with_name("energon")
+    energon = str(beside_python) if shutil.which("energon") is None and beside_python.exists() else "energon"
+    return f"printf '{split}\\ny\\n{CRUDE_SAMPLE}\\n' | {shlex.quote(energon)} prepare {shlex.quote(str(output_dir))}"
+
+
+def is_cut_alike(shares: tuple[int, int, int], shards: int) -> bool:
+    """Whether Energon's cut of the sorted shards is ours: it adds up rounded fractions (WebdatasetPreparator in 5.2.0),
+    which goes wrong for 7,2,1."""
+    end, shares_before = 0.0, 0
+    for share in shares:
+        end += share / sum(shares)
+        shares_before += share
+        if int(shards * end) != shards * shares_before // sum(shares):
+            return False
+    return True
+
+
+def energon_prepare(output_dir: Path, split: str, split_of: tuple[str, ...], num_workers: int) -> None:
+    """Answer this interpreter's `energon prepare`, then write the splits as they are, and a dataset.yaml that leaves
+    the media as bytes. split_of: the split of each shard."""
+    import yaml
+
+    folder = output_dir / ENERGON_FOLDER
+    remove_own_folder(folder)
+    command = [sys.executable, "-m", "megatron.energon.cli.main", "prepare", f"--num-workers={max(1, num_workers)}"]
+    answers = f"{split}\ny\n{CRUDE_SAMPLE}\n"
+    done = subprocess.run([*command, str(output_dir)], input=answers, capture_output=True, text=True)
+    if done.returncode != 0 or not (folder / "split.yaml").is_file():
+        last_line = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        command = dialogue_command(output_dir, split)
+        raise PreparationError(f"energon prepare failed: {last_line}; to see it whole: {command}")
+    shards = {name: [SHARD_NAME.format(n) for n, of in enumerate(split_of) if of == name] for name in SPLITS}
+    splits = {**yaml.safe_load((folder / "split.yaml").read_text()), "split_parts": shards}
+    for name, text in (("split.yaml", yaml.dump(splits)), ("dataset.yaml", DATASET_YAML)):
+        with replacing(folder / name) as stream:
+            stream.write(text.encode())
+    counts = ", ".join(f"{name} {count}" for name, count in count_splits(output_dir).items())
+    print(f"Energon metadata in {folder}; samples: {counts}")
+
+
+def count_splits(output_dir: Path) -> dict[str, int]:
+    """The samples of each split, as Energon counted them."""
+    import yaml
+
+    folder = output_dir / ENERGON_FOLDER
+    counts = yaml.safe_load((folder / ".info.yaml").read_text())["shard_counts"]
+    splits = yaml.safe_load((folder / "split.yaml").read_text())["split_parts"]
+    return {name: sum(counts[shard] for shard in splits.get(name, [])) for name in SPLITS}

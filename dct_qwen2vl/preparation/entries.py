@@ -1,0 +1,408 @@
+"""One entry of the metadata, checked and repaired: what passes here is what task_encoder.py can learn from.
+
+Turns are LLaVA's (`from`, `value`) or OpenAI's (`role`, `content`) and lie under `conversations` or `messages`; the
+names of the media under `image` and `video`, or `images` and `videos`, one name or a list of them. Where none is there,
+the names are those in the parts of turns that are lists, in reading order: `{"type": "image", "image": name}`,
+`{"type": "image_url", "image_url": {"url": name}}` and `{"type": "video", "video": name}`.
+
+Such a part says where its medium goes, and so does `<image>` or `<video>` in a question. Line breaks around these are
+no text in a string and are text between parts. Where media stand as parts, `<image>` and `<video>` in the text of a
+list are text. Without media they are text as well, unless one begins a question, stands alone on a line of it, or is
+all there is of another turn: that entry has lost its media (turns.py).
+
+What is wrong with an entry is repaired where there is one right way to do so, and is a reason to skip it otherwise:
+
+    finding                                                       what is done                  counted as
+    no JSON object; nested deeper than 64 levels; a media name    skipped                       malformed_entry
+      that is no text, is empty or is no Unicode
+    a media path that begins with "/" or has ".." in it           skipped                       unsafe_path
+    more than 1,024 media                                         skipped                       too_many_media
+    no list of turns, or an empty one                             skipped                       no_conversations
+    a turn that is no object; speaker or text missing or no text  skipped                       malformed_turn
+    a speaker other than human, user, gpt, assistant, system      skipped                       unknown_role
+    half a surrogate pair in a text                               skipped                       broken_text
+    an empty system turn                                          left out                      empty_system_turn
+    a last question without answer and without media              left out: nothing that is     unanswered_question
+                                                                  learned depends on it
+    other than [system] user assistant user assistant ...         skipped                       roles_out_of_order
+    a question or an answer without text                          skipped                       empty_turn
+    more than 262,144 characters in all turns                     skipped                       text_too_long
+    a placeholder in an answer, with media in the entry or        skipped                       placeholder_in_answer
+      nothing else in the answer
+    a placeholder in the system turn, likewise                    skipped                       placeholder_in_system
+    no media, and <image> or <video> within a line of text, or    kept: it is text
+      in an answer or system turn with other text
+    no media, and a question that begins with a placeholder or    skipped                       placeholder_mismatch
+      has one alone on a line
+    media and no placeholder at all                               put before the first          missing_placeholder
+                                                                  question, as many as media
+    clips and as many <image> as clips (LLaVA-Video writes so)    <video> put in their place    image_for_video
+    any other disagreement of placeholders and media              skipped                       placeholder_mismatch
+    a part that names another file than the list of media has     skipped                       media_names_disagree
+      in its place
+    NaN and infinite numbers, among them such as 1e999 and those  null put in their place       not_a_number
+      of more than 4,300 digits, which no JSON reader takes
+
+Duplicates, files that are not there and names in another letter case are found by the plan (plan.py). Of
+two values under one key the last counts, as in every use of Python's json. `video` may be a list of picture files: the
+frames of one clip.
+"""
+
+import json
+import math
+import posixpath
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dct_qwen2vl.data.conversations import (
+    LONE_SURROGATE,
+    ROLES,
+    content_of,
+    has_parts,
+    kind_of,
+    list_parts,
+    name_in,
+    names_media,
+    split_turns,
+    text_of,
+)
+
+# GIF is left out: it may be a clip itself.
+FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+MAXIMUM_CHARACTERS = 8 * 32_768  # Qwen2-VL's context is 32,768 tokens; a token of ordinary text has 1 to 6 characters
+MAXIMUM_MEDIA = 1024
+MAXIMUM_DEPTH = 64
+MAXIMUM_DIGITS = 4300  # of an integer: what CPython converts (sys.get_int_max_str_digits)
+
+
+class UnusableSample(Exception):
+    """A sample that cannot be used. `reason`: one of a fixed set of words; `detail`: which part, and what is wrong."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple:
+        return UnusableSample, (self.reason, self.detail)  # exceptions travel from worker processes by their message
+
+
+@dataclass(frozen=True)
+class CheckedEntry:
+    """An entry to learn from.
+
+    entry: with its repairs; the one that was given, if there are none. media: (kind, name) in the order of the
+    placeholders, kind "image", "video" or "frame"; adjacent frames are one clip. repairs: their names, each once.
+    """
+
+    entry: dict[str, Any]
+    media: tuple[tuple[str, str], ...]
+    repairs: tuple[str, ...]
+
+    @property
+    def part_kinds(self) -> list[str]:
+        """The kinds, "image" or "video", of the parts that a sample of this entry has, in order."""
+        kinds = [kind for kind, _ in self.media]
+        firsts = [kind for number, kind in enumerate(kinds) if kind != "frame" or kinds[number - 1 : number] != [kind]]
+        return ["video" if kind == "frame" else kind for kind in firsts]
+
+
+class Turn(NamedTuple):
+    """role: "system", "user" or "assistant"; text: with placeholders; source: the entry's own object, or the one to
+    write in its place; pieces: as in turns.py."""
+
+    role: str
+    text: str
+    source: dict[str, Any]
+    pieces: list[str]
+
+
+class Medium(NamedTuple):
+    """What one placeholder stands for. kind: "image" or "video"; names: one file, or the frames of a clip."""
+
+    kind: str
+    names: tuple[str, ...]
+    is_frames: bool = False
+
+
+def check_entry(entry: Any) -> CheckedEntry:
+    """Check and repair one entry of the metadata; `entry` stays as it is. Raises UnusableSample."""
+    if not isinstance(entry, dict):
+        raise UnusableSample("malformed_entry", f"the entry is a {type(entry).__name__}, not an object")
+    repairs: list[str] = []
+    if not has_finite_numbers(entry.values(), 1):
+        entry = replace_numbers(entry)
+        repairs.append("not_a_number")
+    media = list_media(entry)
+    given = read_turns(entry)
+    turns = check_roles(leave_out_turns(given, repairs))
+    check_texts(turns)
+    placed, media = place_media(turns, media, repairs)
+    compare_names(turns, media)
+    if placed is not given:
+        name = "conversations" if entry.get("conversations") else "messages"
+        entry = {**entry, name: [turn.source for turn in placed]}
+    return CheckedEntry(entry, flatten(media), tuple(repairs))
+
+
+# Numbers
+
+
+def read_integer(digits: str) -> int | float:
+    """For json's parse_int, which would refuse the whole file over one huge number: infinity, as for 1e999."""
+    return int(digits) if len(digits) <= MAXIMUM_DIGITS else float(digits)
+
+
+DECODER = json.JSONDecoder(parse_int=read_integer)  # how entries are read, wherever that is
+
+
+def has_finite_numbers(values: Any, depth: int) -> bool:
+    """Whether no number among `values`, and what they hold, is NaN or infinite. Raises UnusableSample at a depth over
+    MAXIMUM_DEPTH."""
+    if depth > MAXIMUM_DEPTH:
+        raise UnusableSample("malformed_entry", f"it is nested deeper than {MAXIMUM_DEPTH} levels")
+    for value in values:
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                return False
+        elif isinstance(value, dict):
+            if not has_finite_numbers(value.values(), depth + 1):
+                return False
+        elif isinstance(value, list) and not has_finite_numbers(value, depth + 1):
+            return False
+    return True
+
+
+def replace_numbers(value: Any, depth: int = 0) -> Any:
+    """A copy with None for NaN and infinite numbers. Raises UnusableSample at a depth over MAXIMUM_DEPTH."""
+    if depth > MAXIMUM_DEPTH:
+        raise UnusableSample("malformed_entry", f"it is nested deeper than {MAXIMUM_DEPTH} levels")
+    if isinstance(value, dict):
+        return {key: replace_numbers(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [replace_numbers(item, depth + 1) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# Names of media
+
+
+def list_media(entry: dict) -> list[Medium]:
+    """Images first, then clips, each in the entry's order; where it lists none, those of its parts in reading order.
+    Raises UnusableSample."""
+    media = [Medium("image", (name,)) for name in names_of(field_of(entry, "image"))]
+    given = field_of(entry, "video")
+    clips = names_of(given)
+    if isinstance(given, list) and clips and are_frames(clips):
+        media.append(Medium("video", tuple(clips), is_frames=True))
+    else:
+        media += [Medium("video", (name,)) for name in clips]
+    if not media:
+        media = [medium for medium in map(read_part, list_parts(entry)) if medium]
+        if sum(medium.is_frames for medium in media) > 1:
+            raise UnusableSample("malformed_entry", "the frames of more than one clip are listed")
+    number = max(len(media), *(len(medium.names) for medium in media), 0)
+    if number > MAXIMUM_MEDIA:
+        raise UnusableSample("too_many_media", f"{number} media in one entry, the limit is {MAXIMUM_MEDIA}")
+    return media
+
+
+def are_frames(names: list[str]) -> bool:
+    return all(name.lower().endswith(FRAME_ENDINGS) for name in names)
+
+
+def read_part(part: dict[str, Any]) -> Medium | None:
+    """The medium that a part names, None for a part without a name. Raises UnusableSample."""
+    kind, given = kind_of(part), name_in(part)
+    if given is None:
+        return None
+    names = names_of(given)
+    is_frames = kind == "video" and isinstance(given, list) and are_frames(names)
+    if len(names) > 1 and not is_frames:
+        raise UnusableSample("malformed_entry", f"one part names {len(names)} media")
+    return Medium(kind, tuple(names), is_frames)
+
+
+def field_of(entry: dict, kind: str) -> Any:
+    """What stands under `kind`, "image" or "video", or under its plural; None where nothing does."""
+    value = entry.get(kind)
+    return entry.get(f"{kind}s") if value is None else value
+
+
+def names_of(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [clean_name(name) for name in value] if isinstance(value, list) else [clean_name(value)]
+
+
+def clean_name(name: Any) -> str:
+    """The name as media are indexed by: "a/b.jpg" for "./a//b.jpg".
+
+    Raises UnusableSample for what is no name or leads out of the data folder.
+    """
+    if not isinstance(name, str) or (not name.isascii() and LONE_SURROGATE.search(name)):
+        raise UnusableSample("malformed_entry", f"{name!r:.100} is not the name of a media file")
+    if name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/")):
+        raise UnusableSample("unsafe_path", f"{name!r:.300} is not a path below the data folder")
+    name = posixpath.normpath(name)
+    if name == ".":
+        raise UnusableSample("malformed_entry", "the name of a media file is empty")
+    return name
+
+
+def flatten(media: list[Medium]) -> tuple[tuple[str, str], ...]:
+    return tuple(("frame" if medium.is_frames else medium.kind, name) for medium in media for name in medium.names)
+
+
+# Turns
+
+
+def read_turns(entry: dict) -> list[Turn]:
+    """The turns, at least one, in either style. Raises UnusableSample."""
+    turns = entry.get("conversations") or entry.get("messages")
+    if not isinstance(turns, list) or not turns:
+        raise UnusableSample("no_conversations", "conversations is missing, empty or no list")
+    read = [check_turn(number, turn) for number, turn in enumerate(turns)]
+    contents = [(role, content_of(turn)) for (role, _), turn in zip(read, turns)]
+    split = split_turns(contents, names_media(entry))
+    return [Turn(*both, turn, pieces) for both, turn, pieces in zip(read, turns, split)]
+
+
+def check_turn(number: int, turn: Any) -> tuple[str, str]:
+    """Role and text of a turn. Raises UnusableSample."""
+    speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+    text = text_of(content_of(turn)) if isinstance(speaker, str) else None
+    if text is None:
+        raise UnusableSample("malformed_turn", f"turn {number} has neither from and value nor role and content")
+    if speaker not in ROLES:
+        raise UnusableSample("unknown_role", f"turn {number} is by {speaker!r:.100}; known are {', '.join(ROLES)}")
+    if not text.isascii() and LONE_SURROGATE.search(text):
+        raise UnusableSample("broken_text", f"turn {number} has half a surrogate pair in it")
+    return ROLES[speaker], text
+
+
+def rewrite(turn: Turn, content: Any) -> Turn:
+    """The turn with other content to be written."""
+    name = "value" if "value" in turn.source else "content"
+    return turn._replace(source={**turn.source, name: content})
+
+
+def leave_out_turns(turns: list[Turn], repairs: list[str]) -> list[Turn]:
+    """Without an empty system turn, and without a last question that nobody answers."""
+    if turns[0].role == "system" and is_empty(turns[0].text):
+        turns = turns[1:]
+        repairs.append("empty_system_turn")
+    if len(turns) > 2 and [turn.role for turn in turns[-2:]] == ["assistant", "user"]:
+        if len(turns[-1].pieces) > 1:
+            raise UnusableSample("roles_out_of_order", "the last question has media and no answer")
+        turns = turns[:-1]
+        repairs.append("unanswered_question")
+    return turns
+
+
+def check_roles(turns: list[Turn]) -> list[Turn]:
+    """The same turns: a system turn or none, then user and assistant in turns, each at least once. Raises
+    UnusableSample."""
+    spoken = turns[1:] if turns and turns[0].role == "system" else turns
+    for number, turn in enumerate(spoken):
+        if turn.role != ("assistant" if number % 2 else "user"):
+            break
+    else:
+        if spoken and len(spoken) % 2 == 0:
+            return turns
+    roles = ", ".join(turn.role for turn in turns[:8]) + (", ..." if len(turns) > 8 else "")
+    raise UnusableSample("roles_out_of_order", f"user and assistant must take turns and the assistant end, got {roles}")
+
+
+def check_texts(turns: list[Turn]) -> None:
+    """Raises UnusableSample for empty turns and over-long text."""
+    characters = 0
+    for number, turn in enumerate(turns):
+        if is_empty(turn.text):
+            raise UnusableSample("empty_turn", f"turn {number}, by the {turn.role}, has no text")
+        characters += len(turn.text)
+    if characters > MAXIMUM_CHARACTERS:
+        raise UnusableSample("text_too_long", f"{characters} characters, the limit is {MAXIMUM_CHARACTERS}")
+
+
+def is_empty(text: str) -> bool:
+    return not text or text.isspace()
+
+
+# Placeholders
+
+
+def place_media(turns: list[Turn], media: list[Medium], repairs: list[str]) -> tuple[list[Turn], list[Medium]]:
+    """The turns with their placeholders repaired, the media in the order of the placeholders. Raises UnusableSample."""
+    placed = list_placeholders(turns)
+    kinds = [medium.kind for medium in media]
+    if placed == kinds:
+        return turns, media
+    if not placed:
+        repairs.append("missing_placeholder")
+        return put_before_first_question(turns, kinds), media
+    if placed == ["image"] * len(media) and kinds == ["video"] * len(media):
+        repairs.append("image_for_video")
+        return [put_videos(turn) if len(turn.pieces) > 1 else turn for turn in turns], media
+    if sorted(placed) != sorted(kinds):
+        raise UnusableSample("placeholder_mismatch", f"{count_kinds(placed)} in the turns for {count_kinds(kinds)}")
+    of_kind = {kind: iter([medium for medium in media if medium.kind == kind]) for kind in ("image", "video")}
+    return turns, [next(of_kind[kind]) for kind in placed]
+
+
+def compare_names(turns: list[Turn], media: list[Medium]) -> None:
+    """Raises UnusableSample where a part names another file than the entry's list has for it. media: in the order of
+    the placeholders, if there are any."""
+    for medium, own in zip(media, [own for turn in turns for own in name_placeholders(turn)]):
+        if own and own.names != medium.names:
+            names = [", ".join(of.names) for of in (own, medium)]
+            raise UnusableSample(
+                "media_names_disagree", f"a part is {names[0]:.300}, {names[1]:.300} in the list of media"
+            )
+
+
+def name_placeholders(turn: Turn) -> list[Medium | None]:
+    """What each placeholder of a turn names itself: a part may, one in a string does not."""
+    content = content_of(turn.source)
+    if has_parts(content):
+        return [read_part(part) for part in content if kind_of(part)]
+    return [None] * (len(turn.pieces) // 2)
+
+
+def list_placeholders(turns: list[Turn]) -> list[str]:
+    """The kinds that the questions ask for, in order. Raises UnusableSample for placeholders elsewhere."""
+    placed = []
+    for number, turn in enumerate(turns):
+        found = turn.pieces[1::2]
+        if found:
+            if turn.role != "user":
+                where = "answer" if turn.role == "assistant" else "system"
+                raise UnusableSample(f"placeholder_in_{where}", f"turn {number} has <{found[0]}> in it")
+            placed += found
+    return placed
+
+
+def put_before_first_question(turns: list[Turn], kinds: list[str]) -> list[Turn]:
+    first = next(number for number, turn in enumerate(turns) if turn.role == "user")
+    text = "".join(f"<{kind}>\n" for kind in kinds) + turns[first].text
+    return [*turns[:first], rewrite(turns[first], text), *turns[first + 1 :]]
+
+
+def put_videos(turn: Turn) -> Turn:
+    """The turn with a clip for every picture in it."""
+    content = content_of(turn.source)
+    if not has_parts(content):
+        return rewrite(turn, turn.text.replace("<image>", "<video>"))
+    return rewrite(turn, [as_video(part) if kind_of(part) else part for part in content])
+
+
+def as_video(part: dict[str, Any]) -> dict[str, Any]:
+    """The part as one of a clip, with what it says of its file."""
+    own = part["type"]
+    others = {key: value for key, value in part.items() if key not in (own, "video")}
+    return others | {"type": "video"} | ({"video": part[own]} if own in part else {})
+
+
+def count_kinds(kinds: list[str]) -> str:
+    return f"{kinds.count('image')} <image> and {kinds.count('video')} <video>"

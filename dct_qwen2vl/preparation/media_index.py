@@ -1,0 +1,430 @@
+"""Where the media of a raw data folder lie: in D/*.tar, D/*.tar.gz and D/*.tgz (archives.py), and in plain folders
+below D.
+
+Every tar is walked over once (tar_walk.py); what was found is kept in O/.work, so that a run that goes on and the other
+parts of a set need not walk again. A compressed tar is unpacked there once, as a whole, for its members cannot be
+reached otherwise. A name is looked up in the tars, of which the last counts, as it would after unpacking them all; then
+among the plain files; then in another letter case or Unicode form, if there is just one such file.
+
+Names are known by 16 bytes of their BLAKE2b hash, and so is the content, by size and both ends of a file: a picture
+that lies in two places is known as one.
+
+Letters used for shapes: M members of a tar or files of the folders, U different names that are looked up.
+"""
+
+import io
+import json
+import os
+import unicodedata
+import zipfile
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from gzip import BadGzipFile
+from gzip import open as open_gzip
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dct_qwen2vl.preparation.archives import list_tars, name_unread_below
+from dct_qwen2vl.preparation.metadata import PreparationError
+from dct_qwen2vl.preparation.output_folder import replacing
+from dct_qwen2vl.preparation.tar_walk import EDGE_BYTES, DamagedTar, Member, walk_tar
+from dct_qwen2vl.preparation.workers import WorkerPool
+
+INDEX_VERSION = 1  # of the files in O/.work
+DIGEST = np.dtype("S16")
+GZIP_MAGIC = b"\x1f\x8b"
+BAD_GZIP = (EOFError, BadGzipFile, zlib.error)
+COPY_BYTES = 1 << 20
+LEAST_BYTES = 64  # a smaller file is no picture; nothing can be told from its content
+READERS = 16  # threads that look at plain files: they wait for the disk
+NO_PLACE = -1
+
+
+class NameList:
+    """A list of byte strings in two columns: 700,000 strings would take 60 MB more."""
+
+    def __init__(self) -> None:
+        self.text = bytearray()
+        self.ends = array("q", [0])
+
+    def append(self, name: bytes) -> None:
+        self.text += name
+        self.ends.append(len(self.text))
+
+    def extend(self, other: "NameList") -> None:
+        base = len(self.text)
+        self.text += other.text
+        self.ends.extend(base + end for end in other.ends[1:])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, number: int) -> bytes:
+        return bytes(self.text[self.ends[number] : self.ends[number + 1]])
+
+
+@dataclass(frozen=True)
+class Index:
+    """The members of a tar that can be used, each name once; or the files of the plain folders.
+
+    names, folded, content S16 [M]: digests of the name, of the name in any letter case, of size and both ends. offset,
+    size int64 [M]. For plain files content and size are not known yet, and offset is the number in a NameList.
+    """
+
+    names: np.ndarray
+    folded: np.ndarray
+    content: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+
+
+@dataclass(frozen=True)
+class TarSource:
+    """A tar as it is found (path) and as it is read (readable: the same file, or the unpacked one).
+
+    members: how many can be used; `index`, which says where they lie, is None once they have been located. refused:
+    JSON lines with the other members' names, and why each is not used. damage: why what comes after some byte is not
+    used, "" if all is.
+    """
+
+    path: Path
+    readable: Path
+    members: int
+    index: Index | None
+    refused: bytes
+    damage: str
+
+
+@dataclass
+class Places:
+    """Where the files behind U names lie.
+
+    source int32 [U]: number of the tar; NO_PLACE: there is none; first_file + i: file i of `files`, names relative to
+    the data folder. offset, size int64 [U]. content S16 [U]. other_case bool [U]: the file's name differs in letter
+    case or Unicode form. sought_in_folders: some name was in no tar. unread: lines that name the archives in folders
+    below the data folder, which are not read; only where some name is nowhere.
+    """
+
+    source: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    content: np.ndarray
+    other_case: np.ndarray
+    first_file: int
+    files: NameList = field(default_factory=NameList)
+    sought_in_folders: bool = False
+    unread: list[str] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, count: int, first_file: int) -> "Places":
+        source, zeros = np.full(count, NO_PLACE, np.int32), np.zeros(count, np.int64)
+        return cls(source, zeros, zeros.copy(), np.zeros(count, DIGEST), np.zeros(count, bool), first_file)
+
+    def enter(self, rows: np.ndarray, source: int, index: Index, members: np.ndarray) -> None:
+        self.source[rows] = source
+        for name in ("offset", "size", "content"):
+            getattr(self, name)[rows] = getattr(index, name)[members]
+
+    def path_of(self, source: int, data_dir: Path, tars: tuple[Path, ...]) -> str:
+        """The file to read for a number in `source`. tars: as they are read."""
+        if source < self.first_file:
+            return str(tars[source])
+        return os.path.join(data_dir, os.fsdecode(self.files[source - self.first_file]))
+
+
+def digest_of(data: bytes) -> bytes:
+    return blake2b(data, digest_size=DIGEST.itemsize).digest()
+
+
+def digest_name(name: str) -> bytes:
+    return digest_of(name.encode("utf-8", "surrogateescape"))
+
+
+def digest_folded(name: str) -> bytes:
+    """The same for names that differ in letter case or Unicode form alone."""
+    folded = name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
+    return digest_of(folded.encode("utf-8", "surrogateescape"))
+
+
+def digest_content(name: bytes, size: int, edges: bytes) -> bytes:
+    return digest_of(size.to_bytes(8, "little") + (edges if size >= LEAST_BYTES else name))
+
+
+# Tars
+
+
+def index_tars(data_dir: Path, work: Path | None, pool: WorkerPool) -> list[TarSource]:
+    """All tars of a data folder, by name. `work`: folder of kept indexes and unpacked tars; None: keep nothing."""
+    tasks = [(path, work) for path in list_tars(data_dir)]
+    return list(pool.map(open_in_worker, tasks, lambda steps: None))
+
+
+def open_in_worker(task: tuple[Path, Path | None], advance: Callable[[int], Any]) -> TarSource:
+    return open_tar(*task)
+
+
+def open_tar(path: Path, work: Path | None) -> TarSource:
+    """Raises PreparationError for what is no tar at all."""
+    try:
+        if work is None:
+            return index_tar(path, path)
+        state = path.stat()
+        key = digest_of(f"{INDEX_VERSION} {path.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hex()
+        readable = work / f"{key}.unpacked" if is_gzip(path) else path
+        return load_index(path, readable, work / f"{key}.npz") or make_index(path, readable, work / f"{key}.npz")
+    except DamagedTar as error:
+        remedy = "fetch it again or take it out of the folder"
+        raise PreparationError(f"{path} cannot be read as a tar ({error}); {remedy}") from error
+    except OSError as error:
+        raise PreparationError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def is_gzip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == GZIP_MAGIC
+
+
+def make_index(path: Path, readable: Path, kept: Path) -> TarSource:
+    """Unpack the tar if need be, walk over it, and keep the index."""
+    source = index_tar(path, readable, unpack(path, readable) if readable != path else "")
+    columns = {name: getattr(source.index, name) for name in Index.__dataclass_fields__}
+    texts = {"refused": source.refused, "damage": source.damage.encode()}
+    with replacing(kept) as stream:
+        np.savez(stream, **columns, **{name: np.frombuffer(text, np.uint8) for name, text in texts.items()})
+    return source
+
+
+def load_index(path: Path, readable: Path, kept: Path) -> TarSource | None:
+    """The index that an earlier run kept, if there is one."""
+    try:
+        with np.load(kept, allow_pickle=False) as arrays:
+            index = Index(*(arrays[name] for name in Index.__dataclass_fields__))
+            refused, damage = arrays["refused"].tobytes(), arrays["damage"].tobytes().decode()
+            return TarSource(path, readable, len(index.names), index, refused, damage)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def make_readable(sources: list[TarSource], num_workers: int) -> None:
+    """Unpack what an earlier run has indexed and its end has removed."""
+    missing = [source for source in sources if not source.readable.exists()]
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        list(pool.map(lambda source: unpack(source.path, source.readable), missing))
+
+
+def unpack(path: Path, target: Path) -> str:
+    """Decompress a tar; returns what is wrong with it, in which case the target holds what came before."""
+    damage = ""
+    with open_gzip(path) as packed, replacing(target) as stream:
+        try:
+            while data := packed.read1(COPY_BYTES):  # read() would drop what comes before the damage
+                stream.write(data)
+        except BAD_GZIP as error:
+            damage = f"its compressed data are damaged ({error})"
+    return damage
+
+
+def index_tar(path: Path, readable: Path, damage: str = "") -> TarSource:
+    """Walk over a tar. Raises DamagedTar where nothing in it can be used."""
+    packed = readable == path and is_gzip(path)
+    walked = WalkedTar()
+    with open_gzip(path) if packed else readable.open("rb", buffering=2 * EDGE_BYTES) as stream:
+        try:
+            for member in walk_tar(stream, None if packed else readable.stat().st_size):
+                walked.add(member)
+        except (DamagedTar, *BAD_GZIP) as error:
+            if not len(walked.names):
+                raise error if isinstance(error, DamagedTar) else DamagedTar(0, str(error)) from error
+            damage = damage or str(error)
+    index, refused = walked.finish()
+    return TarSource(path, readable, len(index.names), index, refused, damage)
+
+
+class WalkedTar:
+    """Collects the members of a tar in columns."""
+
+    def __init__(self) -> None:
+        self.names = NameList()
+        self.digests = bytearray()
+        self.ranges = array("q")
+        self.refused: list[bytes] = []
+
+    def add(self, member: Member) -> None:
+        if member.refused:
+            self.refused.append(write_refusal(member.name, member.refused))
+            return
+        self.names.append(member.name)
+        self.digests += digest_of(member.name)
+        self.digests += digest_folded(member.name.decode("utf-8", "surrogateescape"))
+        self.digests += digest_content(member.name, member.size, member.edges)
+        self.ranges.extend((member.offset, member.size))
+
+    def finish(self) -> tuple[Index, bytes]:
+        """The members that count and the refused ones as JSON lines. Of one name's members the last counts."""
+        names, folded, content = np.frombuffer(bytes(self.digests), DIGEST).reshape(-1, 3).T
+        _, from_end = np.unique(names[::-1], return_index=True)
+        counts = np.zeros(len(names), bool)
+        counts[len(names) - 1 - from_end] = True
+        self.refused += [write_refusal(self.names[row], "duplicate") for row in np.flatnonzero(~counts).tolist()]
+        offset, size = np.frombuffer(self.ranges, np.int64).reshape(-1, 2).T
+        index = Index(*(np.ascontiguousarray(column[counts]) for column in (names, folded, content, offset, size)))
+        return index, b"".join(self.refused)
+
+
+def write_refusal(name: bytes, reason: str) -> bytes:
+    text = name.decode("utf-8", "backslashreplace")[:1000]
+    return (json.dumps({"member": text, "reason": reason}) + "\n").encode()
+
+
+def count_refused(source: TarSource) -> dict[str, int]:
+    """Refused members by reason."""
+    return dict(sorted(Counter(json.loads(line)["reason"] for line in source.refused.splitlines()).items()))
+
+
+# Plain files
+
+
+def index_folder(data_dir: Path, leave_out: Path) -> tuple[Index, NameList]:
+    """All plain files below the data folder, but for those below `leave_out`; links are followed, each folder once."""
+    files, digests = NameList(), bytearray()
+    for name in walk_folder(str(data_dir), str(leave_out.resolve())):
+        encoded = os.fsencode(name)
+        files.append(encoded)
+        digests += digest_of(encoded) + digest_folded(name)
+    names, folded = (np.ascontiguousarray(column) for column in np.frombuffer(bytes(digests), DIGEST).reshape(-1, 2).T)
+    count = len(files)
+    return Index(names, folded, np.zeros(count, DIGEST), np.arange(count), np.zeros(count, np.int64)), files
+
+
+def walk_folder(root: str, leave_out: str) -> Iterator[str]:
+    """Names of plain files relative to the root."""
+    for folder, _, names in walk_folders(root, leave_out):
+        yield from (os.path.join(folder, name) for name in names)
+
+
+def are_files_older(data_dir: Path, leave_out: Path, time_ns: int) -> bool:
+    """Whether no plain file below the data folder was written, added or removed after a time."""
+    root = str(data_dir)
+    for folder, changed_ns, names in walk_folders(root, str(leave_out.resolve())):
+        paths = (os.path.join(root, folder, name) for name in names)
+        if changed_ns > time_ns or any(os.stat(path).st_mtime_ns > time_ns for path in paths):
+            return False
+    return True
+
+
+def walk_folders(root: str, leave_out: str) -> Iterator[tuple[str, int, list[str]]]:
+    """(name relative to the root, when it changed, names of its plain files) of each folder."""
+    waiting, seen = [""], set()
+    while waiting:
+        folder = waiting.pop()
+        path = os.path.join(root, folder)
+        state = os.stat(path)
+        if os.path.realpath(path) == leave_out or (state.st_dev, state.st_ino) in seen:
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        names = []
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    waiting.append(os.path.join(folder, entry.name))
+                elif entry.is_file():
+                    names.append(entry.name)
+        yield folder, state.st_mtime_ns, names
+
+
+def look_at_file(root: bytes, name: bytes) -> tuple[int, bytes] | None:
+    """Size and content digest of a plain file; None if it is gone."""
+    try:
+        with io.FileIO(os.path.join(root, name)) as file:
+            size = os.fstat(file.fileno()).st_size
+            edges = os.pread(file.fileno(), EDGE_BYTES if size > 2 * EDGE_BYTES else 2 * EDGE_BYTES, 0)
+            if size > 2 * EDGE_BYTES:
+                edges += os.pread(file.fileno(), EDGE_BYTES, size - EDGE_BYTES)
+    except OSError:
+        return None
+    return size, digest_content(name, size, edges)
+
+
+# Looking up
+
+
+def locate(sources: list[TarSource], data_dir: Path, leave_out: Path, names: np.ndarray, folded: np.ndarray) -> Places:
+    """The places of U different names. names, folded S16 [U]: digests; names ascending."""
+    places = Places.empty(len(names), len(sources))
+    indexes = [source.index for source in sources]
+    for number, index in enumerate(indexes):
+        rows, members = match(names, index.names)
+        places.enter(rows, number, index, members)
+    places.sought_in_folders = bool((places.source == NO_PLACE).any())
+    if places.sought_in_folders:
+        folder, files = index_folder(data_dir, leave_out)
+        rows, members = match(names, folder.names)
+        only_there = places.source[rows] == NO_PLACE
+        places.enter(rows[only_there], places.first_file, folder, members[only_there])
+        resolve_case(places, folded, [*indexes, folder])
+        look_at_files(places, files, data_dir)
+        if (places.source == NO_PLACE).any():
+            names = (os.fsdecode(files[number]) for number in range(len(files)))
+            places.unread = name_unread_below(names, data_dir, [source.path for source in sources])
+    return places
+
+
+def match(wanted: np.ndarray, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two arrays of places: where something that is in both stands in `wanted`, and where in `digests`. The one with
+    different values, in ascending order, is `wanted`."""
+    if not len(wanted):
+        return np.zeros((2, 0), np.int64)
+    rows = np.minimum(np.searchsorted(wanted, digests), len(wanted) - 1)
+    members = np.flatnonzero(wanted[rows] == digests)
+    return rows[members], members
+
+
+def resolve_case(places: Places, folded: np.ndarray, indexes: list[Index]) -> None:
+    """Find the names that are still missing in another letter case, where just one file's name agrees."""
+    missing = np.flatnonzero(places.source == NO_PLACE)
+    hits = [np.flatnonzero(np.isin(index.folded, folded[missing])) for index in indexes]
+    numbers = np.repeat(np.arange(len(indexes)), [len(hit) for hit in hits])
+    members = np.concatenate(hits)
+    names = np.concatenate([index.names[hit] for index, hit in zip(indexes, hits)])
+    of = np.concatenate([index.folded[hit] for index, hit in zip(indexes, hits)])
+    _, from_end = np.unique(names[::-1], return_index=True)
+    last = len(names) - 1 - from_end  # of several files of one name
+    found, first, counts = np.unique(of[last], return_index=True, return_counts=True)
+    choice = last[first[counts == 1]]
+    chosen, rows = match(found[counts == 1], folded[missing])
+    rows, chosen = missing[rows], choice[chosen]
+    for number, index in enumerate(indexes):
+        here = numbers[chosen] == number
+        places.enter(rows[here], number, index, members[chosen[here]])
+    places.other_case[rows] = True
+
+
+def look_at_files(places: Places, files: NameList, data_dir: Path) -> None:
+    """Number the plain files that are used; enter size and content."""
+    root = os.fsencode(data_dir)
+
+    def look(rows: list[int]) -> list[tuple[int, bytes] | None]:
+        return [look_at_file(root, files[int(places.offset[row])]) for row in rows]
+
+    rows = np.flatnonzero(places.source == places.first_file).tolist()
+    parts = [rows[start : start + 1000] for start in range(0, len(rows), 1000)]
+    with ThreadPoolExecutor(READERS) as pool:
+        seen = [found for part in pool.map(look, parts) for found in part]
+    for row, found in zip(rows, seen):
+        enter_file(places, row, files, found)
+
+
+def enter_file(places: Places, row: int, files: NameList, seen: tuple[int, bytes] | None) -> None:
+    if seen is None:
+        places.source[row] = NO_PLACE
+        return
+    places.source[row] = places.first_file + len(places.files)
+    places.files.append(files[int(places.offset[row])])
+    places.offset[row], (places.size[row], places.content[row]) = 0, seen

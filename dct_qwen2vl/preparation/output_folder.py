@@ -1,0 +1,221 @@
+"""The output folder of data preparation: whose it is, what in it is finished, and how files get into it.
+
+O/run.json                       what the bytes of the shards depend on; marks the folder as this tool's
+O/pretrain-000000.tar            a finished shard, if its stats lie beside it
+O/pretrain-000000.stats.json
+O/*.xxxxxxxx.tmp                 a file that is being written; left over only by a run that was killed
+O/report/, O/.nv-meta/           what report.html and `energon prepare` leave, and the same of each
+O/.work                          indexes of the source tars, unpacked .tar.gz, locks; removed at the end
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dct_qwen2vl.common.locks import flock
+from dct_qwen2vl.preparation.metadata import PreparationError
+
+SHARD_NAME = "pretrain-{:06d}.tar"
+RUN_NAME, STATS_NAME, SKIPPED_NAME, REFUSED_NAME = "run.json", "stats.json", "skipped.jsonl", "refused_members.jsonl"
+REPORT_NAME = "report.html"
+WORK_FOLDER = ".work"
+TOOL = "data_preparation"
+UNFINISHED = r"\.[0-9a-f]{8}\.tmp"  # at the end of the name of a file that is being written
+# What this tool, and `energon prepare` after it, leave in an output folder.
+OWN_FILE = re.compile(
+    r"(pretrain-\d{6}\.(tar|tar\.idx|stats\.json)|(run|stats)\.json|(skipped|refused_members)\.jsonl"
+    r"|(cambrian737k|metadata)_filtered\.json|report\.html)"
+    rf"({UNFINISHED})?"
+)
+TEMPORARY = re.compile(rf".+{UNFINISHED}")
+ENERGON_FOLDER, REPORT_FOLDER = ".nv-meta", "report"
+OWN_FILE_IN = {
+    ENERGON_FOLDER: re.compile(rf"(\.info|split|dataset)\.yaml({UNFINISHED})?"),
+    REPORT_FOLDER: re.compile(rf".+\.png({UNFINISHED})?"),
+}
+NOT_HASHED = ("fingerprint", "inputs", "plain_files")  # of run.json
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file under a temporary name of its own; at the end of the block it takes its name, complete and on the
+    disk, or is removed. Raises PreparationError where the disk does not take it."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        remove(temporary)
+        if error.filename not in (None, str(temporary)):
+            raise
+        why = f"{path} could not be written ({error.strerror}); what is finished stays"
+        raise PreparationError(f"{why}; make room, then the same command goes on") from error
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with replacing(path) as stream:
+        stream.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file; None where it is missing or is no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def stats_path(shard: Path) -> Path:
+    """The file beside a shard: pretrain-000000.tar -> pretrain-000000.stats.json"""
+    return shard.with_suffix(".stats.json")
+
+
+def read_run(output_dir: Path) -> dict[str, Any] | None:
+    """What run.json holds; None if this tool did not write it."""
+    run = read_json(output_dir / RUN_NAME)
+    return run if isinstance(run, dict) and run.get("tool") == TOOL else None
+
+
+def check_output(output_dir: Path, force: bool) -> None:
+    """Raise PreparationError for a folder that is neither new nor empty nor this tool's. With `force` it may hold other
+    files, too, as long as Energon would not take them for shards."""
+    present = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
+    present = [path for path in present if path.name != WORK_FOLDER and not is_leftover(path)]
+    if not present or (read_run(output_dir) and not force):
+        return
+    if not force:
+        raise PreparationError(f"{output_dir} is not empty and holds no run of this tool; add --force, or name another")
+    own = [path for path in present if OWN_FILE.fullmatch(path.name)]
+    if own and not read_run(output_dir):
+        raise PreparationError(
+            f"{output_dir} holds {own[0].name}, which this tool did not write; move it or name another folder"
+        )
+    foreign = [path for pattern in ("*.tar", "*.tgz") for path in output_dir.rglob(pattern) if path not in own]
+    if foreign:
+        raise PreparationError(
+            f"{foreign[0]} is not this tool's, and energon would take it for a shard; move it or name another folder"
+        )
+
+
+def is_leftover(path: Path, own: re.Pattern = OWN_FILE) -> bool:
+    """Whether a run of this tool was killed while it wrote the file."""
+    return bool(TEMPORARY.fullmatch(path.name) and own.fullmatch(path.name))
+
+
+def claim(output_dir: Path, run: dict[str, Any], force: bool) -> None:
+    """Mark the folder as that of this run. Raises PreparationError if it is another run's, unless `force`."""
+    earlier = read_run(output_dir)
+    if earlier and not force:
+        if earlier.get("fingerprint") == run["fingerprint"]:
+            return
+        raise PreparationError(
+            f"{output_dir} holds shards of another run (different: {describe_difference(earlier, run)}); "
+            "name another folder, or add --force to replace them"
+        )
+    clear_output(output_dir)
+    write_json(output_dir / RUN_NAME, run)
+
+
+def describe_difference(earlier: dict[str, Any], run: dict[str, Any]) -> str:
+    """ "seed was 0, now is 1", or the kind of input that has changed."""
+    before, now = earlier.get("settings", {}), run["settings"]
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if names:
+        return ", ".join(f"{name} was {before.get(name)}, now is {now.get(name)}" for name in names)
+    return ", ".join(name for name in run if run[name] != earlier.get(name) and name not in NOT_HASHED)
+
+
+def clear_output(output_dir: Path) -> None:
+    """Remove what this tool and `energon prepare` wrote, but for .work; nothing else."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for path in sorted(output_dir.iterdir()):
+        if OWN_FILE.fullmatch(path.name) and path.name != RUN_NAME:
+            path.unlink()
+    for name in OWN_FILE_IN:
+        remove_own_folder(output_dir / name)
+    remove(output_dir / RUN_NAME)  # last: until then the folder is known to be ours
+
+
+def remove_own_folder(folder: Path) -> None:
+    """Empty it of what is ours; it stays where someone put a file of their own."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if OWN_FILE_IN[folder.name].fullmatch(path.name):
+            path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def remove_conclusions(output_dir: Path) -> None:
+    """Remove what was made from the complete set."""
+    for name in (STATS_NAME, REPORT_NAME):
+        (output_dir / name).unlink(missing_ok=True)
+    for name in OWN_FILE_IN:
+        remove_own_folder(output_dir / name)
+
+
+def remove_leftovers(output_dir: Path, prefixes: tuple[str, ...]) -> None:
+    """Remove temporary files, of those beginning with one of `prefixes`, that a killed run left behind."""
+    for path in sorted(output_dir.iterdir()):
+        if is_leftover(path) and path.name.startswith(prefixes):
+            remove(path)
+
+
+def list_leftovers(output_dir: Path) -> list[Path]:
+    """What killed runs left in the folder of a complete set and in those within it."""
+    owned = [(output_dir, OWN_FILE), *((output_dir / name, own) for name, own in OWN_FILE_IN.items())]
+    folders = [(folder, own) for folder, own in owned if folder.is_dir()]
+    paths = [path for folder, own in folders for path in sorted(folder.iterdir()) if is_leftover(path, own)]
+    work = output_dir / WORK_FOLDER
+    return [*paths, work] if work.exists() else paths
+
+
+def is_finished(shard: Path) -> bool:
+    """Whether a shard and its stats are there. Both come in by rename, the stats last."""
+    stats = read_json(stats_path(shard))
+    return isinstance(stats, dict) and shard.is_file() and shard.stat().st_size == stats.get("bytes")
+
+
+def remove_work(output_dir: Path) -> None:
+    shutil.rmtree(output_dir / WORK_FOLDER, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """Hold a lock that ends with this process, however it ends. Raises PreparationError where another process has it,
+    unless `wait`. Where the file system knows no locks, there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        try:
+            flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            folder = path.parent.parent
+            raise PreparationError(f"another run is writing to {folder}; wait until it has ended, or end it") from None
+        yield

@@ -1,0 +1,128 @@
+"""Draw up a report on a prepared set: counts, sizes, token counts and random samples, as one page to open in a browser.
+
+    python preparation_report.py O
+    python preparation_report.py O --seq-length 2048 --tokenizer /models/Qwen2-VL-2B-Instruct
+
+In:  O/stats.json, O/skipped.jsonl, O/pretrain-*.stats.json and the shards, as data_preparation.py leaves them
+Out: O/report.html      the page; it holds its pictures and loads nothing
+     O/report/*.png     the figures alone
+
+The same set and settings give the same bytes.
+"""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+REPORT_NAME = "report.html"
+NUM_SAMPLES = 30
+SEQ_LENGTHS = (1024, 2048, 4096, 8192)
+PIXEL_BOUNDS = (56 * 56, 28 * 28 * 1280)  # of a picture or frame: the image processor's defaults
+
+
+def write_report(
+    output_dir: Path,
+    num_samples: int = NUM_SAMPLES,
+    seed: int = 0,
+    seq_lengths: Sequence[int] = SEQ_LENGTHS,
+    pixel_bounds: tuple[int, int] = PIXEL_BOUNDS,
+    tokenizer_dir: Path | None = None,
+) -> Path:
+    """Write report.html and the figures of a prepared set; returns the page's path.
+
+    pixel_bounds: min_pixels and max_pixels of training. tokenizer_dir: a Hugging Face directory whose tokenizer counts
+    the text tokens; None to estimate them. Raises PreparationError where a file of the set is missing or contradicts
+    another one, OSError.
+    """
+    from dct_qwen2vl.preparation.output_folder import REPORT_FOLDER, replacing
+    from dct_qwen2vl.preparation.report.figures import Data, draw_figures
+    from dct_qwen2vl.preparation.report.page import Findings, write_page
+    from dct_qwen2vl.preparation.report.samples import choose_samples, read_conversations, read_shown_samples
+    from dct_qwen2vl.preparation.report.statistics import read_examples, read_statistics
+    from dct_qwen2vl.preparation.report.tokens import count_text_tokens, load_tokenizer, measure_lengths
+
+    statistics = read_statistics(output_dir)
+    text = None
+    if tokenizer_dir is not None:
+        from tqdm import tqdm
+
+        tokenizer, conversations = load_tokenizer(tokenizer_dir), read_conversations(output_dir, statistics)
+        bar = tqdm(conversations, "Counting text tokens", len(statistics.shards), unit="shard")
+        text = count_text_tokens(bar, tokenizer)
+    lengths = measure_lengths(statistics, text, *pixel_bounds)
+    limits, folder = sorted(set(seq_lengths)), output_dir / REPORT_FOLDER
+    findings = Findings(
+        statistics,
+        lengths,
+        limits,
+        pixel_bounds,
+        read_examples(output_dir, statistics.stats["skipped"]),
+        list(read_shown_samples(output_dir, statistics, choose_samples(statistics, num_samples, seed))),
+        draw_figures(Data(statistics, lengths, limits), folder),
+        folder,
+    )
+    path = output_dir / REPORT_NAME
+    with replacing(path) as stream:
+        stream.write(write_page(findings))
+    return path
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    low, high = PIXEL_BOUNDS
+    lengths = "token limits of a sample; the report says how many samples exceed each (default: 1024 2048 4096 8192)"
+    tokenizer = "folder of a model whose tokenizer counts all text tokens, which takes minutes (default: estimated)"
+    add("output_dir", type=Path, metavar="O", help="prepared set: the --output-dir of data_preparation.py")
+    add("--seq-length", type=int, nargs="+", default=SEQ_LENGTHS, metavar="N", help=lengths)
+    add("--tokenizer", type=Path, metavar="DIR", help=tokenizer)
+    add(
+        "--min-pixels",
+        type=int,
+        default=low,
+        metavar="N",
+        help="training's lower bound of a picture (default: %(default)s)",
+    )
+    add(
+        "--max-pixels",
+        type=int,
+        default=high,
+        metavar="N",
+        help="training's upper bound of a picture (default: %(default)s)",
+    )
+    add("--num-samples", type=int, default=NUM_SAMPLES, metavar="N", help="samples shown (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of their choice (default: %(default)s)")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    arguments = parser.parse_args(argv)
+    if min(arguments.seq_length) < 1:
+        parser.error(f"--seq-length must be 1 or more, not {min(arguments.seq_length)}")
+    if arguments.num_samples < 0:
+        parser.error(f"--num-samples must be 0 or more, not {arguments.num_samples}")
+    if not 1 <= arguments.min_pixels <= arguments.max_pixels:
+        bounds = f"{arguments.min_pixels} and {arguments.max_pixels}"
+        parser.error(f"--min-pixels and --max-pixels must be 1 or more and in this order, not {bounds}")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    from dct_qwen2vl.preparation.metadata import PreparationError
+
+    try:
+        path = write_report(
+            arguments.output_dir,
+            arguments.num_samples,
+            arguments.seed,
+            arguments.seq_length,
+            (arguments.min_pixels, arguments.max_pixels),
+            arguments.tokenizer,
+        )
+    except (PreparationError, OSError) as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"dct_qwen2vl.preparation.report: error: {error}", file=sys.stderr)
+        return 1
+    print(f"Report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return 0

@@ -1,0 +1,113 @@
+"""Processes that work through numbered tasks, and say how far they are."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from dct_qwen2vl.preparation.metadata import PreparationError
+
+POLL_SECONDS = 0.5
+
+_progress: Any = None  # in a worker process: the counter that it shares with its parent
+
+
+def start_worker(progress: Any) -> None:
+    """Prepare a worker process: it ends with its parent, leaves Ctrl-C to it, and keeps Pillow's warnings to itself."""
+    global _progress
+    _progress = progress
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def exit_with_parent() -> None:
+    """Without this, the workers of a killed run would go on and write beside those of the next one."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def count_in_worker(steps: int) -> None:
+    with _progress.get_lock():
+        _progress.value += steps
+
+
+def run_in_worker(function: Callable[[Any, Callable[[int], Any]], Any], task: Any) -> Any:
+    return function(task, count_in_worker)
+
+
+class WorkerPool:
+    """`num_workers` processes; 0: the calling one does the work. Used as a context manager.
+
+    They are forked, all at once and first of all: before this process has threads, open locks or much memory, and with
+    everything imported. Started anew they would take a second.
+    """
+
+    def __init__(self, num_workers: int):
+        self.num_workers = num_workers
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "WorkerPool":
+        if self.num_workers:
+            context = multiprocessing.get_context("fork")
+            self.progress = context.Value("q", 0)
+            # Not multiprocessing.Pool, which waits for ever when a worker is killed.
+            self.pool = ProcessPoolExecutor(self.num_workers, context, start_worker, (self.progress,))
+            self.pool.submit(os.getpid).result()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.pool:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(
+        self, function: Callable[[Any, Callable[[int], Any]], Any], tasks: Iterable[Any], advance: Callable[[int], Any]
+    ) -> Iterator[Any]:
+        """The results of function(task, count), in the order of the tasks; what they count arrives at `advance`.
+
+        Tasks are built when a worker is about to be free. After a failure no new one starts; what runs is finished,
+        then the failure of the first failed task is raised, as it would be without processes.
+        """
+        if self.pool is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield from (function(task, advance) for task in tasks)
+            return
+        try:
+            yield from self.map_in_processes(function, iter(tasks), advance)
+        except BrokenProcessPool as error:
+            why = "a worker process died, perhaps for want of memory; try fewer --num-workers"
+            raise PreparationError(f"{why}; what is finished stays") from error
+
+    def map_in_processes(
+        self, function: Callable, tasks: Iterator[Any], advance: Callable[[int], Any]
+    ) -> Iterator[Any]:
+        running: dict[Future, int] = {}
+        done: dict[int, Future] = {}
+        submitted, yielded, failed = 0, 0, False
+        while True:
+            while not failed and len(running) < 2 * self.num_workers and (task := next(tasks, None)) is not None:
+                running[self.pool.submit(run_in_worker, function, task)] = submitted
+                submitted += 1
+            if not running:
+                break
+            for future in wait(running, POLL_SECONDS, FIRST_COMPLETED)[0]:
+                done[running.pop(future)] = future
+                failed = failed or future.exception() is not None
+            self.pass_progress_on(advance)
+            while yielded in done and not failed:
+                yield done.pop(yielded).result()
+                yielded += 1
+        for number in sorted(done):
+            yield done[number].result()  # raises what the first failed task raised
+
+    def pass_progress_on(self, advance: Callable[[int], Any]) -> None:
+        with self.progress.get_lock():
+            steps, self.progress.value = self.progress.value, 0
+        if steps:
+            advance(steps)

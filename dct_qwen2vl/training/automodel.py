@@ -1,0 +1,256 @@
+"""The `automodel` engine: NeMo AutoModel on the Hugging Face model, one or more processes, CPU or GPU.
+
+What NeMo's class leaves open is done here: validation, a checkpoint that can be loaded again, text-only micro-batches.
+A checkpoint is a folder `checkpoints/step000100/`: `hf/` is a complete Hugging Face directory, `trainer.pt` holds
+optimizer, schedule, loops and loader. With --lora-rank the adapters are merged into `hf/` and stand in `trainer.pt`;
+the frozen weights behind them are read from where the run began. It is written under another name and renamed when
+whole, so a killed run leaves no half ones.
+"""
+
+import math
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Callback
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.collections.vlm import HFAutoModelForImageTextToText
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, PytorchOptimizerModule
+from safetensors.torch import load_file
+from torch.nn import functional
+from transformers import Qwen2VLForConditionalGeneration
+
+from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read, write_pixel_bounds
+from dct_qwen2vl.data.loader import EnergonDataModule, energon_state_classes
+from dct_qwen2vl.data.samples import IGNORE_INDEX, QwenBatch
+from dct_qwen2vl.training.log import NON_FINITE, StepGuard, TrainingLog, ValidationSum
+from dct_qwen2vl.training.lora import LoRA, adapt_hf, adapted_weights, adapters_of, merged_hf
+from dct_qwen2vl.training.run_folder import (
+    build_loggers,
+    count_batches_of_whole_steps,
+    is_frozen,
+    resume,
+    step_checkpoints,
+    sync_files,
+    trainer_options,
+)
+
+
+class QwenAutoModel(HFAutoModelForImageTextToText):
+    """Qwen2-VL as a LightningModule that takes `QwenBatch`es.
+
+    model_dir: HF directory. freeze: parts that are not trained ("vision" is the tower without its projector).
+    max_gradient_norm: 0 for no clipping. pixel_bounds: min_pixels, max_pixels of this run where they are not those of
+    model_dir; the processor that is saved with the weights gets them. lora: adapters in place of the language model's
+    weights. guard: stops at a loss or gradient that is no number; None for a model that is not trained.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        freeze: tuple[str, ...] = (),
+        max_gradient_norm: float = 1.0,
+        pixel_bounds: dict[str, int] | None = None,
+        lora: LoRA | None = None,
+        guard: StepGuard | None = None,
+    ) -> None:
+        super().__init__(model_name=str(model_dir))
+        self.pixel_bounds = pixel_bounds or {}
+        self.model_dir = model_dir
+        self.freeze = (*freeze, "language") if lora else freeze
+        self.lora = lora
+        self.max_gradient_norm = max_gradient_norm
+        self.guard = guard
+        self.gradient_norm = 0.0
+        self.last_learning_rate = 0.0
+        self.validation = ValidationSum()
+        self._step: list[tuple[torch.Tensor, torch.Tensor, list[str]]] = []  # loss, tokens, keys of its micro-batches
+
+    def configure_model(self) -> None:
+        """Loads the weights in fp32: the optimizer's copy; lower precision is the Trainer's autocast."""
+        if self.model is not None:
+            return
+        self.model = Qwen2VLForConditionalGeneration.from_pretrained(self.model_dir, torch_dtype=torch.float32)
+        self.model.train()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad = not is_frozen(name, self.freeze)
+        if self.lora:
+            adapt_hf(self.model, self.lora)
+
+    def forward(self, batch: QwenBatch) -> torch.Tensor:
+        """-> logits [B, L, vocabulary]."""
+        return self.model(**batch.model_inputs(), use_cache=False).logits
+
+    def training_step(self, batch: QwenBatch, batch_index: int) -> dict[str, torch.Tensor]:
+        """The sum of the losses of the learned tokens; `configure_gradient_clipping` divides by the tokens of the step.
+
+        "loss" is multiplied by the micro-batches of a step and by the processes: Lightning divides by the first, and
+        DDP averages over the second. "loss_sum" and "tokens" are the micro-batch's own.
+        """
+        loss_sum, tokens = self._loss(batch)
+        self._step.append((loss_sum.detach(), tokens, batch.keys))
+        loss = loss_sum * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        if len(batch.image_grid_thw) + len(batch.video_grid_thw) == 0:
+            loss = loss + 0.0 * self._idle_vision()
+        return {"loss": loss, "loss_sum": loss_sum.detach(), "tokens": tokens}
+
+    def _loss(self, batch: QwenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.forward(batch)
+        learned = batch.labels != IGNORE_INDEX
+        loss_sum = functional.cross_entropy(logits[learned].float(), batch.labels[learned], reduction="sum")
+        return loss_sum, learned.sum()
+
+    def _idle_vision(self) -> torch.Tensor:
+        """A text-only micro-batch still runs the vision tower on one blank picture: in data-parallel training every
+        process must have a gradient for every weight, or the others wait for ever."""
+        vision = self.model.config.vision_config
+        merge = vision.spatial_merge_size
+        floats = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        tokens = torch.zeros(merge * merge, floats, device=self.device, dtype=self.model.visual.get_dtype())
+        return self.model.visual(tokens, grid_thw=torch.tensor([[1, merge, merge]], device=self.device)).sum()
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Makes the gradient the mean over the learned tokens of the step, whatever its micro-batches and processes.
+        Clips it to max_gradient_norm (0: not at all). Keeps the norm and the rate of this step for the log. Raises
+        NonFiniteStep."""
+        step, self._step = self._step, []
+        tokens = torch.stack([tokens for _, tokens, _ in step]).sum()
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(tokens)
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        torch._foreach_div_(gradients, float(tokens.clamp(min=1)))
+        limit = self.max_gradient_norm or math.inf
+        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
+        micro_batches = [(float(loss_sum), keys) for loss_sum, _, keys in step]
+        self.guard.check(self.trainer.global_step + 1, self.gradient_norm, micro_batches)
+        self.last_learning_rate = optimizer.param_groups[0]["lr"]
+
+    def on_validation_epoch_start(self) -> None:
+        self.validation.begin(self.device)
+
+    def validation_step(self, batch: QwenBatch, batch_index: int) -> None:
+        self.validation.add(*self._loss(batch), len(batch.keys))
+
+    def on_validation_epoch_end(self) -> None:
+        """Mean over all learned tokens of the split, whatever the number of processes."""
+        self.validation.end()
+        self.log("val_loss", self.validation.loss, rank_zero_only=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """NeMo stores its constructor's arguments, functions among them; they come from the command line instead."""
+        checkpoint.pop("hyper_parameters", None)
+        checkpoint.pop("hparams_name", None)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        count_batches_of_whole_steps(checkpoint, self.trainer.accumulate_grad_batches)
+
+    def save_hf(self, output_dir: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """A complete HF directory: weights, config, tokenizer, and processor with this run's pixel bounds. Atomic.
+
+        state_dict: the model's own if None; adapters in it are merged.
+        """
+        temporary = output_dir.with_name(f".{output_dir.name}.tmp")
+        copy_all_but_weights(self.model_dir, temporary)
+        write_pixel_bounds(temporary, self.pixel_bounds)
+        weights = self.model.state_dict() if state_dict is None else state_dict
+        self.model.save_pretrained(temporary, state_dict=merged_hf(weights, self.lora))
+        let_others_read(temporary)
+        shutil.rmtree(output_dir, ignore_errors=True)
+        temporary.replace(output_dir)
+
+
+class FolderCheckpointIO(CheckpointIO):
+    """Reads and writes the checkpoint folders described at the top of this file; nothing is unpickled but plain data,
+    tensors and Energon's own state classes."""
+
+    def __init__(self, module: QwenAutoModel) -> None:
+        self.module = module
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        weights = {name.removeprefix("model."): tensor for name, tensor in checkpoint.pop("state_dict").items()}
+        self.module.save_hf(temporary / "hf", weights)
+        torch.save({**checkpoint, "adapters": adapters_of(weights)}, temporary / "trainer.pt")
+        sync_files(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+
+    def load_checkpoint(self, path: str | os.PathLike, map_location: Any = None, **unused: Any) -> dict[str, Any]:
+        path = Path(path)
+        with torch.serialization.safe_globals(energon_state_classes()):
+            checkpoint = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+        weights: dict[str, torch.Tensor] = {}
+        for file in sorted((path / "hf").glob("*.safetensors")):
+            weights.update(load_file(file))
+        if self.module.model.config.tie_word_embeddings:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        adapters = checkpoint.pop("adapters", {})
+        frozen = self.module.model.state_dict()  # as model_dir has it; hf/ has it merged with the adapters
+        weights |= adapters | {name: frozen[name] for name in adapted_weights(adapters)}
+        checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in weights.items()}
+        return checkpoint
+
+    def remove_checkpoint(self, path: str | os.PathLike) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def build_optimizer(arguments) -> PytorchOptimizerModule:
+    """AdamW, linear warm-up, cosine down to min_lr; no decay on biases and norms."""
+    optimizer = partial(
+        torch.optim.AdamW, lr=arguments.lr, betas=(0.9, arguments.adam_beta2), weight_decay=arguments.weight_decay
+    )
+    schedule = CosineAnnealingScheduler(
+        max_steps=arguments.max_steps, warmup_steps=arguments.warmup_steps, constant_steps=0, min_lr=arguments.min_lr
+    )
+    return PytorchOptimizerModule(
+        optimizer, lr_scheduler=schedule, no_weight_decay_cond=lambda name, parameter: parameter.ndim < 2
+    )
+
+
+def build_trainer(arguments, module: QwenAutoModel, callbacks: list[Callback]) -> nl.Trainer:
+    """Lightning's Trainer as NeMo wraps it. Steps are optimizer steps; Lightning counts validation in micro-batches."""
+    return nl.Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        strategy="ddp" if arguments.world_size > 1 else "auto",
+        precision=arguments.precision,
+        accumulate_grad_batches=arguments.accumulate,
+        val_check_interval=arguments.val_interval * arguments.accumulate,
+        callbacks=callbacks,
+        plugins=[FolderCheckpointIO(module)],
+        **trainer_options(arguments),
+    )
+
+
+def run(arguments, data: EnergonDataModule, merge_size: int, extra_callbacks: list[Callback]) -> None:
+    """Fine-tunes, resuming from the newest checkpoint, and writes RUN_DIR/hf."""
+    module = QwenAutoModel(
+        arguments.model_dir,
+        tuple(arguments.freeze),
+        arguments.max_gradient_norm,
+        arguments.pixel_bounds,
+        LoRA.of(arguments),
+        StepGuard(arguments.run_dir / NON_FINITE),
+    )
+    log = TrainingLog(arguments.run_dir, arguments.max_steps, arguments.log_interval, merge_size)
+    trainer = build_trainer(arguments, module, [log, *step_checkpoints(arguments, log.restart_clock), *extra_callbacks])
+    llm.finetune(
+        model=module,
+        data=data,
+        trainer=trainer,
+        log=build_loggers(arguments),
+        resume=resume(arguments),
+        optim=build_optimizer(arguments),
+        tokenizer=None,  # the loader has it; NeMo would store it in a field that this class does not have
+    )
+    if trainer.is_global_zero:
+        module.save_hf(arguments.run_dir / "hf")

@@ -1,0 +1,419 @@
+"""The `megatron` engine: NeMo's Qwen2-VL on Megatron-core, for GPUs with TransformerEngine.
+
+NeMo's `llm.finetune` drives its MegatronStrategy: bf16 weights, an fp32 optimizer spread over the data-parallel
+processes, tensor and pipeline parallelism. What this file adds: rows of samples instead of padded batches, a loss that
+is the mean over the learned tokens of a whole step whatever the rows and processes, checkpoints that are whole or not
+there, and the log.
+
+A checkpoint is a folder `checkpoints/step000100/` in Megatron-core's distributed format, which any layout of processes
+can read. It is written under another name and renamed when whole. Part of it is a pickle, as Megatron-core writes it:
+resume only from what you wrote yourself.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.collections.vlm import Qwen2VLModel
+from nemo.lightning.io.pl import MegatronCheckpointIO
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
+from nemo.lightning.pytorch.plugins import MegatronDataSampler
+from transformers import Qwen2VLConfig
+
+from dct_qwen2vl.checkpoints.hf_folder import write_pixel_bounds
+from dct_qwen2vl.data.loader import EnergonDataModule
+from dct_qwen2vl.data.packing import PackedBatch
+from dct_qwen2vl.training.flops import training_flops
+from dct_qwen2vl.training.log import NON_FINITE, OutOfMemory, StepGuard, TrainingLog, ValidationSum
+from dct_qwen2vl.training.lora import LoRA, adapt_megatron
+from dct_qwen2vl.training.megatron_model import RowQwen2VL, fuse_gradient_accumulation, model_config
+from dct_qwen2vl.training.megatron_weights import load_hf, save_hf, sources_of
+from dct_qwen2vl.training.run_folder import (
+    build_loggers,
+    count_batches_of_whole_steps,
+    is_frozen,
+    resume,
+    step_checkpoints,
+    sync_files,
+    trainer_options,
+)
+
+os.environ.setdefault("NEMO_LOG_TRAIN_LOSS", "0")  # TrainingLog has it, without a message between stages
+
+
+class TokenLoss(MegatronLossReduction):
+    """Sum over the learned tokens of a row; Megatron divides the gradients by the tokens of the whole step.
+
+    reduced: called with float32 [rows, 2], the sum and the tokens of each row.
+    """
+
+    def __init__(self, reduced: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()
+        self.reduced = reduced
+
+    def forward(self, batch: PackedBatch, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        total = losses.float().sum()
+        count = torch.full((), len(batch.learned), dtype=torch.int, device=total.device)  # without a wait of the host
+        return total, count, {"loss": torch.stack([total.detach(), count.float()])}
+
+    def reduce(self, losses_reduced_per_micro_batch: list[dict[str, torch.Tensor]]):
+        """-> mean of this process's tokens."""
+        rows = torch.stack([entry["loss"] for entry in losses_reduced_per_micro_batch])
+        self.reduced(rows)
+        total, count = rows.sum(dim=0)
+        return total / count
+
+
+class RowSampler(MegatronDataSampler):
+    """Tells Megatron how many rows a step has: the loader gives them as they are; validation takes them one by one.
+
+    A validation row is fetched before its step begins, so that all pipeline stages learn together that there is none.
+    """
+
+    def transform_dataloader(self, dataloader: Any, consumed_samples: int = 0) -> Any:
+        return dataloader
+
+    def on_megatron_step_start(self, step):
+        step = super().on_megatron_step_start(step)
+        if not step.forward_only:
+            return step
+        return replace(step, num_microbatches=1, data=iter([next(step.data)]))
+
+
+class QwenMegatronModel(Qwen2VLModel):
+    """Qwen2-VL as NeMo's LightningModule, over `PackedBatch`es.
+
+    model_dir: HF directory. row_tokens: of the longest row. freeze: parts that are not trained. recompute: activations
+    of transformer layers are computed again in the backward pass. pipeline: there are several pipeline stages. lora:
+    adapters in place of the language model's weights. guard: stops at a loss or gradient that is no number; None for a
+    model that is not trained.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        row_tokens: int,
+        freeze: tuple[str, ...] = (),
+        recompute: bool = False,
+        pipeline: bool = False,
+        lora: LoRA | None = None,
+        guard: StepGuard | None = None,
+    ) -> None:
+        hf_config = Qwen2VLConfig.from_pretrained(model_dir)
+        options: dict[str, Any] = {"calculate_per_token_loss": True}
+        if recompute:
+            options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        if pipeline:  # rows differ in length; the dispatcher, of which there is none here, is Megatron-core's condition
+            options |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+        super().__init__(model_config(hf_config, row_tokens, **options))
+        self.hf_config = hf_config
+        self.model_dir = model_dir
+        self.freeze = (*freeze, "language") if lora else freeze
+        self.lora = lora
+        self.guard = guard
+        self.gradient_norm = 0.0
+        self.last_learning_rate = 0.0
+        self.validation = ValidationSum()
+        self.rows: list[PackedBatch] = []  # of the step, without their tensors on the device
+        self.row_sums: torch.Tensor | None = None  # of the step: `TokenLoss`; None in stages before the last
+
+    def configure_model(self, vp_stage: int | None = None) -> None:
+        """Builds this process's part and fills it from model_dir."""
+        if hasattr(self, "module"):
+            return
+        self.module = self.config.configure_model(vp_stage=vp_stage)
+        load_hf(self.module, self.hf_config, self.model_dir)
+        sources = sources_of(self.module, self.hf_config)
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad = not is_frozen(sources[name].names[0], self.freeze)
+        if self.lora:
+            adapt_megatron(self.module, self.lora)
+        fuse_gradient_accumulation(self.module)
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        return self.module(batch)
+
+    def data_step(self, dataloader_iter) -> PackedBatch:
+        """The next row, on the device; tokens go to the first pipeline stage only."""
+        row = next(dataloader_iter)[0]
+        self.rows.append(row.without_tokens())
+        return row.to("cuda") if parallel_state.is_pipeline_first_stage() else self.rows[-1].to("cuda")
+
+    def forward_step(self, batch: PackedBatch) -> torch.Tensor:
+        return self(batch)
+
+    @property
+    def training_loss_reduction(self) -> TokenLoss:
+        return TokenLoss(self._keep_row_sums)
+
+    @property
+    def validation_loss_reduction(self) -> TokenLoss:
+        return TokenLoss(self._add_to_validation)
+
+    def _keep_row_sums(self, rows: torch.Tensor) -> None:
+        self.row_sums = rows
+
+    def _add_to_validation(self, rows: torch.Tensor) -> None:
+        """Validation has one row a step."""
+        (row,), ((loss_sum, tokens),) = self.take_rows(), rows
+        self.validation.add(loss_sum, tokens, len(row.keys))
+
+    def on_train_start(self) -> None:
+        """The norm is looked at between gradients and step: Megatron-core has no place for it."""
+        optimizer = self.trainer.optimizers[0].mcore_optimizer
+        measure = optimizer.get_grad_norm
+
+        def measure_and_check() -> float:
+            self.gradient_norm = measure()
+            self._check_step()
+            return self.gradient_norm
+
+        optimizer.get_grad_norm = measure_and_check
+
+    def _check_step(self) -> None:
+        """Raises NonFiniteStep for a gradient, or a row's loss, that is no number."""
+        losses = [0.0] * len(self.rows) if self.row_sums is None else self.row_sums[:, 0].tolist()
+        micro_batches = [(loss, row.keys) for loss, row in zip(losses, self.rows, strict=True)]
+        self.guard.check(self.trainer.global_step + 1, self.gradient_norm, micro_batches)
+
+    def take_rows(self) -> list[PackedBatch]:
+        """The rows since the last call."""
+        rows, self.rows = self.rows, []
+        return rows
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        self.last_learning_rate = optimizer.param_groups[0]["lr"]
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    def on_validation_epoch_start(self) -> None:
+        self.validation.begin("cuda")
+
+    def on_validation_epoch_end(self) -> None:
+        """Mean over all learned tokens of the split, whatever the rows and processes."""
+        self.take_rows()
+        self.validation.end(counts_here())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """NeMo stores its constructor's arguments; they come from the command line instead."""
+        checkpoint.pop("hyper_parameters", None)
+        checkpoint.pop("hparams_name", None)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        count_batches_of_whole_steps(checkpoint, self.trainer.accumulate_grad_batches)
+
+
+def counts_here() -> bool:
+    """Whether this process's rows are counted: those of one process among those that share them, one with losses."""
+    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+class RowTrainingLog(TrainingLog):
+    """`TrainingLog` for rows: Lightning's batch is a whole step here.
+
+    budget: most tokens and vision tokens of a packed row; a row is as full as the fuller of the two. (0, 0): rows have
+    a number of samples instead.
+    """
+
+    def __init__(self, *arguments, hf_config, budget: tuple[int, int], **options) -> None:
+        super().__init__(*arguments, **options)
+        self.hf_config = hf_config
+        self.budget = budget
+
+    def on_train_batch_end(self, trainer, pl_module: QwenMegatronModel, outputs, batch, batch_index: int) -> None:
+        rows = pl_module.take_rows()
+        if counts_here():
+            for row, (loss, count) in zip(rows, pl_module.row_sums.tolist(), strict=True):
+                self.add(loss=loss, loss_weight=count, **self._count(row))
+                self._skipped.update(row.skipped)
+        self._end_step(trainer, pl_module)
+
+    def _count(self, row: PackedBatch) -> dict[str, float]:
+        visual, tokens = len(row.visual), len(row.input_ids)
+        return {
+            "flops": training_flops(self.hf_config, row.grid_thw, row.sample_starts.diff(), len(row.learned)),
+            "samples": len(row.keys),
+            "visual_tokens": visual,
+            "text_tokens": tokens - visual,
+            "learned_tokens": len(row.learned),
+            "padding": 0,
+            "positions": tokens,
+            **({"rows": 1, "row_fill": self._fill(row)} if any(self.budget) else {}),
+        }
+
+    def _fill(self, row: PackedBatch) -> float:
+        sizes = (len(row.input_ids), len(row.visual) * self.merge_size**2)
+        return max(size / most for size, most in zip(sizes, self.budget))
+
+
+class WholeCheckpointIO(MegatronCheckpointIO):
+    """Megatron-core's distributed checkpoints, renamed to their final name when every process has written its part."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options: Any = None) -> None:
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        first = torch.distributed.get_rank() == 0
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        torch.distributed.barrier()
+        super().save_checkpoint(checkpoint, temporary, storage_options)
+        torch.distributed.barrier()
+        if first:
+            sync_files(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.replace(path)
+        torch.distributed.barrier()
+
+
+class SaveHF(Callback):
+    """Writes RUN_DIR/hf at the end of training, and also where a run resumes from its last step and trains no more."""
+
+    def __init__(self, output_dir: Path, pixel_bounds: dict[str, int]) -> None:
+        self.output_dir = output_dir
+        self.pixel_bounds = pixel_bounds
+        self._saved = False
+
+    def on_train_end(self, trainer, pl_module: QwenMegatronModel) -> None:
+        if trainer.strategy.ddp_config.overlap_param_gather:
+            trainer.strategy.megatron_parallel.force_param_sync()  # the last step's weights are still under way
+        self._save(pl_module)
+
+    def on_fit_end(self, trainer, pl_module: QwenMegatronModel) -> None:
+        if not self._saved:
+            pl_module.cuda()  # Lightning has moved it to the CPU
+            self._save(pl_module)
+
+    def _save(self, pl_module: QwenMegatronModel) -> None:
+        model = pl_module.module
+        while not isinstance(model, RowQwen2VL):
+            model = model.module
+        save_hf(
+            model,
+            pl_module.hf_config,
+            pl_module.model_dir,
+            self.output_dir,
+            edit=lambda folder: write_pixel_bounds(folder, self.pixel_bounds),
+        )
+        self._saved = True
+
+
+def build_optimizer(arguments) -> MegatronOptimizerModule:
+    """Adam with decoupled weight decay, linear warm-up, cosine down to min_lr; no decay on biases and norms."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=arguments.lr,
+        min_lr=arguments.min_lr,
+        weight_decay=arguments.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=arguments.adam_beta2,
+        clip_grad=arguments.max_gradient_norm,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        use_distributed_optimizer=True,
+    )
+    schedule = CosineAnnealingScheduler(
+        max_steps=arguments.max_steps, warmup_steps=arguments.warmup_steps, constant_steps=0, min_lr=arguments.min_lr
+    )
+    return MegatronOptimizerModule(config, lr_scheduler=schedule)
+
+
+def build_strategy(arguments) -> nl.MegatronStrategy:
+    several = arguments.data_parallel > 1
+    return nl.MegatronStrategy(
+        tensor_model_parallel_size=arguments.tensor_parallel,
+        pipeline_model_parallel_size=arguments.pipeline_parallel,
+        pipeline_dtype=torch.bfloat16,
+        ckpt_async_save=False,
+        replace_progress_bar=False,
+        checkpoint_io=WholeCheckpointIO(parallel_save=True, parallel_load=True),
+        ddp=DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=several,
+            overlap_param_gather=several,
+            check_for_nan_in_grad=False,  # StepGuard stops the run, and names the samples
+        ),
+    )
+
+
+def build_trainer(arguments, callbacks: list[Callback]) -> nl.Trainer:
+    """Lightning's Trainer as NeMo wraps it; its batch is an optimizer step."""
+    return nl.Trainer(
+        accelerator="gpu",
+        strategy=build_strategy(arguments),
+        plugins=[nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16, grad_reduce_in_fp32=True)],
+        val_check_interval=arguments.val_interval,
+        callbacks=callbacks,
+        **trainer_options(arguments),
+    )
+
+
+def run(arguments, data: EnergonDataModule, merge_size: int, extra_callbacks: list[Callback]) -> None:
+    """Fine-tunes, resuming from the newest checkpoint, and writes RUN_DIR/hf. Raises OutOfMemory."""
+    row_tokens = max(arguments.seq_length * arguments.micro_batch_size, arguments.pack_tokens)
+    module = QwenMegatronModel(
+        arguments.model_dir,
+        row_tokens,
+        tuple(arguments.freeze),
+        arguments.recompute,
+        arguments.pipeline_parallel > 1,
+        LoRA.of(arguments),
+        StepGuard(arguments.run_dir / NON_FINITE),
+    )
+    data.data_sampler = RowSampler(
+        seq_len=row_tokens,
+        micro_batch_size=arguments.micro_batch_size,
+        global_batch_size=arguments.global_batch_size,
+        output_log=False,
+    )
+    log = RowTrainingLog(
+        arguments.run_dir,
+        arguments.max_steps,
+        arguments.log_interval,
+        merge_size,
+        hf_config=module.hf_config,
+        budget=(arguments.pack_tokens, arguments.pack_vision_tokens),
+    )
+    callbacks = [
+        log,
+        *step_checkpoints(arguments, log.restart_clock),
+        SaveHF(arguments.run_dir / "hf", arguments.pixel_bounds),
+        *extra_callbacks,
+    ]
+    trainer = build_trainer(arguments, callbacks)
+    try:
+        llm.finetune(
+            model=module,
+            data=data,
+            trainer=trainer,
+            log=build_loggers(arguments),
+            resume=resume(arguments),
+            optim=build_optimizer(arguments),
+            tokenizer=None,
+        )
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(describe_full_memory(module.rows, arguments)) from error
+
+
+def describe_full_memory(rows: list[PackedBatch], arguments) -> str:
+    row = rows[-1] if rows else None
+    what = "before the first row" if row is None else (
+        f"at a row of {len(row.keys)} samples, {len(row.input_ids)} tokens, {len(row.token_positions)} vision tokens "
+        f"({', '.join(row.keys[:5])}{', ...' if len(row.keys) > 5 else ''})"
+    )  # fmt: skip
+    budget = f"--pack-tokens {arguments.pack_tokens}, --pack-vision-tokens {arguments.pack_vision_tokens}"
+    lower = budget if arguments.pack_tokens else "--micro-batch-size"
+    return (
+        f"the device's memory is full {what}: lower {lower}, --seq-length {arguments.seq_length} or --max-pixels, or "
+        f"add --recompute"
+    )

@@ -1,0 +1,270 @@
+"""Rows of packed samples: which samples share one, and what stands in it."""
+
+from itertools import combinations
+from types import SimpleNamespace
+
+import media_files
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.energon import SkipSample
+from PIL import Image
+from samples_by_hand import answer, conversation_sample
+from transformers import AutoTokenizer, Qwen2VLImageProcessor
+
+from dct_qwen2vl.data.packing import fit_rows
+from dct_qwen2vl.data.positions import vision_positions
+from dct_qwen2vl.data.samples import IGNORE_INDEX, TooManyBadSamples
+from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
+from task_encoder import PackingTaskEncoder
+
+
+@pytest.fixture(scope="module")
+def encoder(converted) -> PackingTaskEncoder:
+    folder = converted("x4")
+    processor = DCTImageProcessor.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return PackingTaskEncoder(tokenizer, processor, pack_tokens=400, pack_vision_tokens=800)
+
+
+@pytest.fixture(scope="module")
+def samples(encoder, natural_frames, image_file, clip_file) -> list:
+    """Text, one picture, a clip, two pictures and a clip between them."""
+    picture = [image_file(natural_frames(1, 112, 168, seed)[0], "PNG") for seed in range(3)]
+    clip = clip_file(natural_frames(8, 112, 112, 5))
+    made = [
+        conversation_sample(answer("What colour is the circle?", "Red."), key="text"),
+        conversation_sample(answer("<image>What is this?", "A square."), ("image", picture[0]), key="picture"),
+        conversation_sample(answer("<video>Where does it go?", "Left."), ("video", clip), key="clip"),
+        conversation_sample(
+            answer("<image><video>and<image>?", "Three."),
+            *(("image", picture[1]), ("video", clip), ("image", picture[2])),
+            key="mixed",
+        ),
+    ]
+    return [encoder.encode(sample) for sample in made]
+
+
+def test_a_row_holds_its_samples_one_after_the_other(encoder, samples):
+    row = encoder.make_row(samples)
+    lengths = [len(sample.input_ids) for sample in samples]
+    assert row.sample_starts.tolist() == [0, *np.cumsum(lengths)]
+    assert row.sample_starts.dtype == row.step_starts.dtype == torch.int32
+    assert row.longest_sample == max(lengths) and row.keys == ["text", "picture", "clip", "mixed"]
+    for sample, start, stop in zip(samples, row.sample_starts[:-1], row.sample_starts[1:]):
+        assert torch.equal(row.input_ids[start:stop], sample.input_ids)
+        assert torch.equal(row.position_ids[:, start:stop], sample.position_ids)
+        assert sample.position_ids[:, 0].tolist() == [0, 0, 0]
+
+
+def test_what_is_learned_never_crosses_a_sample(encoder, samples):
+    row = encoder.make_row(samples)
+    assert len(row.learned) == len(row.targets) == sum(int((s.labels != IGNORE_INDEX).sum()) for s in samples)
+    assert torch.equal(row.input_ids[row.learned + 1], row.targets)
+    ends = set((row.sample_starts[1:] - 1).tolist())
+    assert not ends & set(row.learned.tolist())
+
+
+def test_tokens_come_in_the_order_of_their_placeholders(encoder, samples):
+    mixed = samples[3]
+    row = encoder.make_row([mixed])
+    images, clips = mixed.image_grid_thw.tolist(), mixed.video_grid_thw.tolist()
+    assert row.grid_thw.tolist() == [images[0], clips[0], images[1]]
+    first = int(np.prod(images[0]))
+    stored = torch.cat([mixed.pixel_values[:first], mixed.pixel_values_videos, mixed.pixel_values[first:]])
+    assert torch.equal(row.tokens, stored.to(torch.bfloat16))
+    assert len(row.visual) * encoder.image_processor.merge_size**2 == len(row.tokens) == len(row.token_positions)
+    assert set(row.input_ids[row.visual].tolist()) == set(encoder._pad.values())
+    time = clips[0][0]
+    assert len(row.step_starts) == 1 + 1 + time + 1 and row.step_starts[-1] == len(row.tokens)
+
+
+def test_a_row_of_text_has_a_blank_picture(encoder, samples):
+    row = encoder.make_row(samples[:1])
+    merge = encoder.image_processor.merge_size
+    assert row.tokens.shape == (merge**2, encoder.image_processor.dct_config.num_coefficients)
+    assert not row.tokens.any() and row.step_starts.tolist() == [0, merge**2]
+    assert len(row.visual) == 0 and row.grid_thw.shape == (0, 3)
+
+
+@pytest.mark.parametrize("grid", [(1, 2, 2), (3, 4, 6), (2, 8, 2)])
+def test_positions_are_those_of_transformers(grid):
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+    class Recorder:
+        """In place of the rotary table: rot_pos_emb indexes it with the positions."""
+
+        spatial_merge_size = 2
+
+        def rotary_pos_emb(self, size):
+            return torch.arange(int(size))[:, None]
+
+    found = Qwen2VisionTransformerPretrainedModel.rot_pos_emb(Recorder(), torch.tensor([grid]))
+    assert vision_positions(grid, 2).tolist() == found.tolist()
+
+
+sizes = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 90)), min_size=1, max_size=40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes, st.tuples(st.integers(10, 60), st.integers(20, 90)))
+def test_rows_hold_every_sample_once_within_the_budget(sizes, budget):
+    def fits(numbers: list[int]) -> bool:
+        return bool((np.array([sizes[number] for number in numbers]).sum(axis=0) <= budget).all())
+
+    rows = fit_rows(sizes, budget)
+    assert sorted(number for row in rows for number in row) == list(range(len(sizes)))
+    assert rows == sorted(sorted(row) for row in rows)
+    assert all(len(row) == 1 or fits(row) for row in rows)
+    assert not any(fits(one + other) for one, other in combinations(rows, 2))  # no two rows would fit in one
+
+
+def test_few_rows_are_nearly_empty():
+    """Conversations with pictures of a quarter to a whole megapixel: 256 wait, a row takes about 40."""
+    rng = np.random.default_rng(0)
+    visual = rng.integers(80, 330, 256)
+    waiting = [(int(seen + said), int(4 * seen)) for seen, said in zip(visual, rng.lognormal(5.2, 0.7, 256))]
+    rows = fit_rows(waiting, (16384, 32768))
+    share = sum(tokens for tokens, _ in waiting) / 16384
+    assert len(rows) <= np.ceil(1.1 * share)
+
+
+def measurable(natural_frames, image_file, clip_file) -> dict:
+    """name -> (kind, content) of many shapes and makes."""
+    frames = natural_frames(9, 90, 130, 1)
+    picture = Image.fromarray(frames[0])
+    turned = picture.getexif()
+    turned[0x0112] = 6
+    return {
+        "png": ("image", image_file(frames[0], "PNG")),
+        "turned jpeg": ("image", image_file(frames[0], "JPEG", exif=turned)),
+        "thin": ("image", image_file(frames[0, :8], "PNG")),
+        "large": ("image", image_file(np.tile(frames[0], (9, 9, 1)), "JPEG")),
+        "tensor": ("image", torch.rand(3, 70, 200)),
+        "clip": ("video", clip_file(frames)),
+        "one frame": ("video", clip_file(frames[:1])),
+        "avi": ("video", media_files.clip_file("avi", "mpeg4")),
+        "turned": ("video", media_files.clip_file("mov", rotation=90)),
+        "frames": ("video", SimpleNamespace(frames=torch.zeros(7, 3, 60, 90).byte(), info={"video_fps": 4.0})),
+    }
+
+
+@pytest.mark.parametrize("name", ["x4", "exact", "none"])
+def test_what_is_measured_is_what_is_encoded(name, converted, qwen2vl_directory, natural_frames, image_file, clip_file):
+    folder = qwen2vl_directory if name == "none" else converted(name)
+    processor = (Qwen2VLImageProcessor if name == "none" else DCTImageProcessor).from_pretrained(folder)
+    encoder = PackingTaskEncoder(
+        AutoTokenizer.from_pretrained(folder), processor, pack_tokens=1, pack_vision_tokens=1, seq_length=100_000
+    )
+    for what, medium in measurable(natural_frames, image_file, clip_file).items():
+        sample = conversation_sample(answer("What is this?", "A square."), medium, medium)
+        encoded = encoder.encode(sample)
+        vision = encoded.image_grid_thw.prod(dim=1).sum() + encoded.video_grid_thw.prod(dim=1).sum()
+        assert encoder.measure(sample) == (len(encoded.input_ids), int(vision)), what
+
+
+def test_samples_that_cannot_be_decoded_are_left_out_of_their_row(encoder, natural_frames, image_file):
+    whole = image_file(natural_frames(1, 112, 168)[0], "PNG")
+    question = answer("<image>What is this?", "A square.")
+    good = conversation_sample(question, ("image", whole), key="good")
+    cut = conversation_sample(question, ("image", whole[: len(whole) // 2]), key="cut")
+    first, second = (encoder.encode_sample(sample) for sample in (cut, good))
+    assert first.size == second.size
+    before = encoder.skipped["undecodable_media"]
+    row = encoder.pack_selected_samples([first, second])
+    assert row.keys == ["good"] and row.skipped["undecodable_media"] == before + 1
+    with pytest.raises(SkipSample):
+        encoder.pack_selected_samples([first])
+    with pytest.raises(SkipSample):
+        encoder.encode_sample(conversation_sample(question, ("image", b"no picture"), key="none"))
+    assert encoder.skipped["undecodable_media"] == before + 3
+
+
+def test_a_set_of_pictures_that_cannot_be_decoded_stops_the_run(converted, natural_frames, image_file):
+    """Their headers can be read, which must not count as success."""
+    folder = converted("x4")
+    encoder = PackingTaskEncoder(
+        AutoTokenizer.from_pretrained(folder),
+        DCTImageProcessor.from_pretrained(folder),
+        pack_tokens=400,
+        pack_vision_tokens=800,
+        max_bad_in_a_row=3,
+    )
+    whole = image_file(natural_frames(1, 112, 168)[0], "PNG")
+    cut = conversation_sample(answer("<image>What is this?", "A square."), ("image", whole[: len(whole) // 2]))
+    for _ in range(2):
+        with pytest.raises(SkipSample):
+            encoder.pack_selected_samples([encoder.encode_sample(cut)])
+    with pytest.raises(TooManyBadSamples, match="3 samples in a row could not be used"):
+        encoder.pack_selected_samples([encoder.encode_sample(cut)])
+
+
+def packed_data(prepared, num_workers: int, packing_buffer_size: int = 16):
+    """The data module of the Megatron engine on the prepared set."""
+    from dct_qwen2vl.data.loader import EnergonDataModule
+
+    processor = DCTImageProcessor.from_pretrained(prepared.model)
+    tokenizer = AutoTokenizer.from_pretrained(prepared.model)
+    encoder = PackingTaskEncoder(tokenizer, processor, pack_tokens=600, pack_vision_tokens=1200)
+    return EnergonDataModule(
+        prepared.shards,
+        encoder,
+        micro_batch_size=1,
+        global_batch_size=1,
+        total_batches=12,
+        num_workers=num_workers,
+        rank=0,
+        world_size=1,
+        seed=1,
+        packing_buffer_size=packing_buffer_size,
+    )
+
+
+def test_energon_packs_a_prepared_set(prepared):
+    data = packed_data(prepared, num_workers=0)
+    rows = [row for row, _ in zip(data.train_dataloader(), range(12))]
+    assert all(row.sample_starts[-1] <= 600 or len(row.keys) == 1 for row in rows)
+    assert any(len(row.keys) > 2 for row in rows)
+    validation = list(data.val_dataloader())
+    keys = [key for row in validation for key in row.keys]
+    assert len(keys) == len(set(keys)) > 10
+
+
+@pytest.mark.parametrize(("num_workers", "packing_buffer_size"), [(0, 4), (2, 16), (3, 4)])
+def test_a_packed_loader_goes_on_where_its_state_was_saved(num_workers, packing_buffer_size, prepared):
+    first = packed_data(prepared, num_workers, packing_buffer_size)
+    rows = iter(first.train_dataloader())
+    for _ in range(4):
+        next(rows)
+    state = first.state_dict()
+    expected = [next(rows) for _ in range(5)]
+    again = packed_data(prepared, num_workers, packing_buffer_size)
+    again.load_state_dict(state)
+    for row, wanted in zip(again.train_dataloader(), expected):
+        assert row.keys == wanted.keys and torch.equal(row.tokens, wanted.tokens)
+
+
+def test_a_state_of_other_processes_is_refused_unless_data_begin_anew(prepared):
+    state = {"energon": [None, None]}
+    with pytest.raises(ValueError, match=r"loader states of 2 processes, this run has 1: .* --restart-data"):
+        packed_data(prepared, num_workers=0).load_state_dict(state)
+    data = packed_data(prepared, num_workers=0)
+    data.start_anew = True
+    data.load_state_dict(state)
+    assert next(iter(data.train_dataloader())).keys
+
+
+def test_a_state_of_before_data_were_begun_anew_is_not_restored(prepared, capsys):
+    first = packed_data(prepared, num_workers=0)
+    rows = iter(first.train_dataloader())
+    begin, following = next(rows).keys, next(rows).keys
+    state = first.state_dict()
+    for restarts, goes_on in ((0, True), (1, False)):
+        again = packed_data(prepared, num_workers=0)
+        again.restarts = restarts
+        again.load_state_dict(state)
+        row = next(iter(again.train_dataloader()))
+        assert (row.keys == begin) is not goes_on and row.keys not in ([], following)
+        assert ("before --restart-data: the data begin anew" in capsys.readouterr().out) is not goes_on

@@ -1,0 +1,550 @@
+"""evaluate_qwen2vl.py on real shards with an untrained model, and its counting by hand-made answers."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipeline import edit_json, run
+from samples_by_hand import answer, conversation_sample
+from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+import evaluate_qwen2vl
+from dct_qwen2vl.checkpoints.hf_folder import load_image_processor
+from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError
+from dct_qwen2vl.data.media import VideoSampling, YUVFrames
+from dct_qwen2vl.data.samples import IGNORE_INDEX
+from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
+from dct_qwen2vl.evaluation import questions as reading
+from dct_qwen2vl.evaluation.answer_file import AnswerFile
+from dct_qwen2vl.evaluation.answering import Answerer, answer_all, load_processor
+from dct_qwen2vl.evaluation.questions import Question, Reading, blinded, read_questions
+from dct_qwen2vl.evaluation.scoring import accuracies, describe_answers, same_answer
+from task_encoder import QwenTaskEncoder
+
+
+@pytest.fixture(scope="module")
+def questions(prepared) -> list[Question]:
+    return list(read_questions(prepared.shards, "test", None, VideoSampling()))
+
+
+def question(kind: str, answer: str) -> Question:
+    return Question("key", 0, kind, ("What?",), answer, ())
+
+
+def folders(prepared, output: Path) -> list[str]:
+    """Arguments of evaluate_qwen2vl.py."""
+    return ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(output)]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "right"),
+    [
+        ("red", "red", True),
+        (" Red.\n", "red", True),
+        ("dark  red", "dark red", True),
+        ("reddish", "red", False),
+        ("", "red", False),
+        ("3", "13", False),
+    ],
+)
+def test_same_answer(prediction, answer, right):
+    assert same_answer(prediction, answer) is right
+
+
+def test_accuracies_by_type_and_overall():
+    asked = [question("colour", "red"), question("colour", "blue"), question("count", "3"), question("count", "4")]
+    answers = describe_answers(asked, ["red", "red", "3", "4"], ["red", "red", "5", "5"])
+    assert accuracies(answers, "prediction") == {"colour": 0.5, "count": 1.0, "overall": 0.75}
+    assert accuracies(answers, "blind_prediction") == {"colour": 0.5, "count": 0.0, "overall": 0.25}
+
+
+def test_blinded_media_are_grey_of_the_same_size():
+    picture = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    seen = Question("key", 1, "colour", ("", "image", "What?"), "red", (("image", picture),))
+    blind = blinded(seen)
+    assert blind.media[0][1].shape == (2, 3, 3)
+    assert set(blind.media[0][1].ravel().tolist()) == {128}
+    assert (blind.key, blind.turn, blind.text, blind.answer) == ("key", 1, "What?", "red")
+
+
+def test_blinded_planes_are_grey_frames_of_the_same_size():
+    planes = YUVFrames(*(np.zeros((4, *size), np.uint8) for size in ((56, 112), (28, 56), (28, 56))), "bt601", False)
+    (_, frames), *_ = blinded(Question("key", 0, "all", ("", "video", "What?"), "red", (("video", planes),))).media
+    assert frames.shape == (4, 56, 112, 3) and frames.dtype == np.uint8
+    assert set(frames.ravel().tolist()) == {128}
+
+
+@pytest.mark.parametrize(
+    ("pieces", "kinds", "placed"),
+    [
+        (["", "image", "What?"], ["image"], ("", "image", "What?")),
+        (["Where does it go?", "video", ""], ["video"], ("Where does it go?", "video", "")),
+        (["And the colour?"], ["image"], ("", "image", "And the colour?")),
+        (["Both?"], ["image", "image"], ("", "image", "", "image", "Both?")),
+        (["What is two plus two?"], [], ("What is two plus two?",)),
+        (["", "video", "What?"], ["image"], ("", "image", "What?")),
+    ],
+)
+def test_media_stand_where_the_turn_puts_them_or_before_it(pieces, kinds, placed):
+    assert reading.place_media(pieces, tuple((kind, None) for kind in kinds)) == placed
+
+
+def test_questions_are_the_entries_of_the_test_split(prepared, questions):
+    entries = {entry["id"]: entry for entry in json.loads((prepared.shards / "cambrian737k_filtered.json").read_text())}
+    turns = {(q.text, q.answer) for q in questions}
+    known = set()
+    for entry in entries.values():
+        spoken = [turn.get("value", turn.get("content")) for turn in entry["conversations"]]
+        roles = [turn.get("from", turn.get("role")) for turn in entry["conversations"]]
+        spoken = spoken[1:] if roles[0] == "system" else spoken
+        known |= {
+            (q.replace("<image>\n", "").replace("<video>\n", "").replace("<image>", "").strip("\n"), a)
+            for q, a in zip(spoken[::2], spoken[1::2], strict=True)
+        }
+    assert len(questions) > 20
+    assert {kind for q in questions for kind, _ in q.media} == {"image", "video"}
+    assert turns <= known
+
+
+def test_batches_answer_as_single_questions(prepared, questions):
+    answerer = Answerer(prepared.model, max_new_tokens=4)
+    chosen = questions[:10]
+    together = answer_all(answerer, chosen, batch_size=5, blind=False)
+    alone = [answerer.answer([q])[0] for q in chosen]
+    assert together == alone
+
+
+def test_rounds_end_at_a_number_of_questions_or_of_bytes(monkeypatch):
+    monkeypatch.setattr(reading, "MEDIA_AT_ONCE", 1000)
+    plain = question("colour", "red")
+    large = Question("key", 0, "colour", ("", "image", "What?"), "red", (("image", np.zeros((10, 20, 3), np.uint8)),))
+    asked = [plain, plain, plain, large, large, plain]
+    assert [len(chosen) for chosen in reading.in_rounds(asked, 3)] == [3, 2, 1]
+
+
+def test_rounds_count_the_bytes_of_planes(monkeypatch):
+    monkeypatch.setattr(reading, "MEDIA_AT_ONCE", 2 * 150)
+    planes = YUVFrames(np.zeros((1, 10, 10), np.uint8), *[np.zeros((1, 5, 5), np.uint8)] * 2, "bt601", False)
+    asked = [Question("key", 0, "all", ("", "video", "What?"), "red", (("video", planes),))] * 5
+    assert [len(chosen) for chosen in reading.in_rounds(asked, 100)] == [2, 2, 1]
+
+
+# What the model reads
+
+
+@pytest.fixture(scope="module")
+def forms(prepared, converted_sample_model) -> dict[str, Path]:
+    """Checkpoints of one model by what they read."""
+    return {"pixels": prepared.pixel_model, "x4": prepared.model, "exact": converted_sample_model}
+
+
+@pytest.fixture(scope="module")
+def converted_sample_model(prepared, tmp_path_factory) -> Path:
+    from dct_qwen2vl.checkpoints.conversion import convert
+    from dct_tokenizer import DCTConfig
+
+    folder = tmp_path_factory.mktemp("exact") / "exact"
+    convert(prepared.pixel_model, folder, DCTConfig.preset("exact"))
+    return folder
+
+
+@pytest.fixture
+def evaluated(prepared, tmp_path, monkeypatch):
+    """evaluated(model folder, sample, *options): what the model is given for its first question, seeing and blind."""
+
+    def command(model: Path, sample, *options: str) -> list[dict[str, torch.Tensor]]:
+        given, generate = [], Qwen2VLForConditionalGeneration.generate
+        with monkeypatch.context() as patch:
+            patch.setattr("dct_qwen2vl.data.samples.read_samples", lambda *_: [sample])
+            patch.setattr(
+                Qwen2VLForConditionalGeneration,
+                "generate",
+                lambda model, **inputs: given.append(inputs) or generate(model, **inputs),
+            )
+            output = tmp_path / str(len(list(tmp_path.iterdir())))
+            arguments = ["--data-dir", str(prepared.shards), "--output-dir", str(output), "--max-new-tokens", "1"]
+            assert evaluate_qwen2vl.main(["--model-dir", str(model), *arguments, *options]) == 0
+        seen, blind = given
+        return [seen, blind]
+
+    return command
+
+
+def trained_on(model: Path, sample, sampling: VideoSampling | None = None):
+    """What training reads of the sample."""
+    processor = load_processor(model)
+    encoder = QwenTaskEncoder(processor.tokenizer, processor.image_processor, 10**6, sampling)
+    return encoder.encode(sample)
+
+
+def assert_asked_as_trained(seen: dict[str, torch.Tensor], learned) -> None:
+    length = seen["input_ids"].shape[1]
+    assert seen["input_ids"][0].tolist() == learned.input_ids[:length].tolist()
+    assert learned.labels[length] == learned.input_ids[length] != IGNORE_INDEX, "the answer comes next"
+    for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+        expected = getattr(learned, name)
+        assert (name in seen) == bool(len(expected))
+        assert name not in seen or torch.equal(seen[name], expected), name
+
+
+@pytest.mark.parametrize("form", ["pixels", "exact", "x4"])
+def test_media_are_read_as_training_reads_them(forms, form, evaluated, image_file, clip_file, natural_frames):
+    """A JPEG and a 4:2:0 video, both over the bounds, to the bit."""
+    jpeg, mp4 = image_file(natural_frames(1, 500, 740)[0], "JPEG"), clip_file(natural_frames(6, 300, 420), rate=2)
+    sample = conversation_sample(answer("<image> <video> What?", "red"), ("image", jpeg), ("video", mp4))
+    seen, blind = evaluated(forms[form], sample)
+    assert_asked_as_trained(seen, trained_on(forms[form], sample))
+    for name in ("input_ids", "image_grid_thw", "video_grid_thw"):
+        assert torch.equal(seen[name], blind[name])
+    if form != "pixels":
+        transform = DCTImageProcessor.from_pretrained(forms[form]).tokenizer
+        for tokens, grid in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+            assert set(transform.decode(blind[tokens], blind[grid][0].tolist()).ravel().tolist()) == {128}
+
+
+def test_long_videos_have_the_grid_of_training(prepared, evaluated, clip_file, natural_frames, tmp_path_factory):
+    """Between the budget of a frame and min_pixels there is no size, so the frames are smaller than both."""
+    model = Path(shutil.copytree(prepared.model, tmp_path_factory.mktemp("bounds") / "model"))
+    edit_json(model / PROCESSOR, min_pixels=168 * 168, max_pixels=448 * 448)
+    data = clip_file(np.tile(natural_frames(8, 180, 320), (24, 1, 1, 1)), rate=2)
+    sample = conversation_sample(answer("<video> What?", "red"), ("video", data))
+    sampling = VideoSampling(total_pixels=192 // 2 * 168 * 168)
+    seen, blind = evaluated(model, sample, "--video-total-pixels", str(sampling.total_pixels))
+    assert seen["video_grid_thw"].tolist() == [[96, 112 // 28, 224 // 28]]
+    assert_asked_as_trained(seen, trained_on(model, sample, sampling))
+    assert torch.equal(blind["video_grid_thw"], seen["video_grid_thw"])
+
+
+def test_an_image_keeps_max_pixels_whatever_the_budget_of_videos(prepared, evaluated, image_file, natural_frames):
+    data = image_file(natural_frames(1, 224, 224)[0], "PNG")
+    sample = conversation_sample(answer("What?", "red"), ("image", data))
+    seen, _ = evaluated(prepared.model, sample, "--video-total-pixels", str(2 * 56 * 56))
+    assert seen["image_grid_thw"].tolist() == [[1, 8, 8]]
+
+
+@pytest.mark.parametrize("form", ["pixels", "exact"])
+def test_images_are_asked_as_the_stock_processor_asks_them(forms, form, image_file, natural_frames):
+    """Ids, masks, grids and pixel values of a batch, to the bit; over the bounds, within and under them."""
+    answerer = Answerer(forms[form], max_new_tokens=1)
+    stock = AutoProcessor.from_pretrained(forms[form], trust_remote_code=True, use_fast=False)
+    stock.tokenizer.padding_side = "left"
+    images = [Image.fromarray(natural_frames(1, *size)[0]) for size in ((500, 740), (112, 224), (40, 50), (90, 1000))]
+    files = [image_file(image, "PNG") for image in images]
+    first, second, *others = [("image", answerer.media.read("image", data)) for data in files]
+    questions = [
+        Question("a", 0, "all", ("", "image", "What colour is the circle?"), "red", (first,), "Answer in French."),
+        Question("b", 0, "all", ("", "image", " and ", "image", "", "image", "?"), "red", (second, *others)),
+        Question("c", 0, "all", ("How many squares are there?",), "red", ()),
+    ]
+    texts = [answerer._prompt(question) for question in questions]
+    expected = stock(text=texts, images=images, padding=True, return_tensors="pt")
+    found = answerer.model_inputs(questions)
+    assert found.keys() == expected.keys()
+    assert {name for name, value in found.items() if torch.equal(value, expected[name])} == set(found)
+    assert found["attention_mask"].sum(dim=1).unique().numel() == 3, "the batch is padded"
+
+
+def test_a_text_that_spells_a_pad_is_refused(prepared):
+    answerer = Answerer(prepared.model, max_new_tokens=1)
+    asked = Question("a", 0, "all", ("What is <|image_pad|>?",), "red", ())
+    with pytest.raises(ValueError, match=r"a prompt has places for \['image'\], its question has \[\]: does its text"):
+        answerer.model_inputs([asked])
+
+
+def test_code_beside_a_checkpoint_is_not_run_and_the_template_may_be_the_tokenizers(prepared, questions, tmp_path):
+    """As in training; checkpoints of before transformers 4.45 have no chat_template.json."""
+    model = Path(shutil.copytree(prepared.model, tmp_path / "model"))
+    (model / "image_processing_dct.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    template = json.loads((model / "chat_template.json").read_text())["chat_template"]
+    (model / "chat_template.json").unlink()
+    edit_json(model / "tokenizer_config.json", chat_template=template)
+    found, expected = (Answerer(folder, 4).answer(questions[:4]) for folder in (model, prepared.model))
+    assert found == expected
+
+
+def test_bounds_in_place_of_the_checkpoints(prepared, image_file, natural_frames):
+    answerer = Answerer(prepared.model, 4, max_pixels=112 * 112)
+    frames = answerer.media.read("image", image_file(natural_frames(1, 224, 224)[0], "PNG"))
+    assert frames.shape == (112, 112, 3)
+    assert load_image_processor(prepared.pixel_model, None, min_pixels=100, max_pixels=200).max_pixels == 200
+
+
+def test_a_token_format_that_contradicts_itself_is_refused(prepared, tmp_path):
+    model = Path(shutil.copytree(prepared.model, tmp_path / "model"))
+    dct = json.loads((model / PROCESSOR).read_text())["dct"]
+    edit_json(model / PROCESSOR, dct={**dct, "chroma": "422"})
+    with pytest.raises(CheckpointError, match=r"preprocessor_config.json cannot be used \(DCTConfig.chroma must be"):
+        load_processor(model)
+
+
+@pytest.mark.parametrize("system", [None, "Answer in French."])
+def test_a_question_is_asked_as_training_asks_it(prepared, system):
+    answerer = Answerer(prepared.model, max_new_tokens=4)
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "red"}]
+    turns = turns if system is None else [{"from": "system", "value": system}, *turns]
+    encoder = QwenTaskEncoder(answerer.processor.tokenizer, answerer.processor.image_processor)
+    learned = encoder.encode(conversation_sample({"conversations": turns}))
+    prompt = answerer._prompt(Question("key", 0, "all", ("What is it?",), "red", (), system))
+    ids = answerer.processor.tokenizer(prompt)["input_ids"]
+    assert learned.input_ids[: len(ids)].tolist() == ids
+    assert learned.labels[len(ids) - 1] == IGNORE_INDEX and learned.labels[len(ids)] == learned.input_ids[len(ids)]
+
+
+def test_texts_that_spell_special_tokens_are_left_out_and_counted(prepared, monkeypatch, capsys):
+    texts = {"a": "What is <|image_pad|>?", "b": "What is it?", "c": "What?"}
+    samples = [
+        conversation_sample(
+            {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "x"}]}, key=key
+        )
+        for key, text in texts.items()
+    ]
+    samples.append(conversation_sample({"conversations": []}, key="d"))
+    monkeypatch.setattr("dct_qwen2vl.data.samples.read_samples", lambda *_: samples)
+    reading = Reading()
+    asked = read_questions(prepared.shards, "test", None, VideoSampling(), None, ["<|image_pad|>"], reading)
+    assert [question.key for question in asked] == ["b", "c"]
+    assert str(reading) == "read 4 entries = asked 2 + left out 2 (no_conversation 1, special_token 1)"
+    assert "a left out: its text spells out <|image_pad|>" in capsys.readouterr().err
+
+
+def spell(*texts: str) -> list:
+    """A sample for each question."""
+    turns = [[{"from": "human", "value": text}, {"from": "gpt", "value": "x"}] for text in texts]
+    return [conversation_sample({"conversations": each}, key=str(number)) for number, each in enumerate(turns)]
+
+
+def test_what_is_read_is_asked_or_left_out_for_a_reason(prepared, tmp_path, monkeypatch, capsys):
+    samples = spell("What?", "What is <|im_end|>?", "And?", "<|im_start|>", "Never read.")
+    monkeypatch.setattr("dct_qwen2vl.data.samples.read_samples", lambda *_: samples)
+    arguments = folders(prepared, tmp_path)
+    assert evaluate_qwen2vl.main([*arguments, "--limit", "2"]) == 0
+    assert "\nread 3 entries = asked 2 + left out 1 (special_token 1)\n" in capsys.readouterr().out
+    results = json.loads((tmp_path / "accuracy.json").read_text())
+    assert (results["entries_read"], results["entries_asked"], results["questions"]) == (3, 2, 2)
+    assert results["entries_left_out"] == {"special_token": 1}
+    del samples[0], samples[1:]
+    assert evaluate_qwen2vl.main(arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "has no questions to ask (read 1 entries = asked 0 + left out 1 (special_token 1))" in error
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--limit", "--max-new-tokens"])
+def test_numbers_below_one_are_refused(prepared, tmp_path, one_line_error, flag):
+    arguments = folders(prepared, tmp_path)
+    assert evaluate_qwen2vl.main([*arguments, flag, "0"]) == 1
+    assert f"{flag} must be at least 1, got 0" in one_line_error()
+
+
+def test_an_output_folder_that_cannot_be_is_refused_before_anything_is_asked(prepared, tmp_path, one_line_error):
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "out"
+    assert evaluate_qwen2vl.main(folders(prepared, output)) == 1
+    assert str(output) in one_line_error()
+
+
+def test_command_writes_predictions_and_accuracy(prepared, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_qwen2vl, "ASKED_AT_ONCE", 4)  # in two rounds
+    arguments = folders(prepared, tmp_path)
+    assert evaluate_qwen2vl.main([*arguments, "--limit", "6", "--batch-size", "3"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    results = json.loads((tmp_path / "accuracy.json").read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracy.json", "predictions.jsonl"]
+    assert len(lines) == results["questions"] == 6 and results["entries_left_out"] == {}
+    assert results["accuracy"]["overall"] == sum(line["correct"] for line in lines) / 6
+    assert set(results["blind_accuracy"]) == set(results["accuracy"]) == set(results["questions_by_type"])
+    assert results["questions_by_type"] == {**Counter(line["question_type"] for line in lines), "overall": 6}
+    assert "question type" in capsys.readouterr().out
+
+
+# Going on
+
+
+PART = "predictions.jsonl.part"
+OPTIONS = ["--limit", "18", "--batch-size", "2", "--max-new-tokens", "4"]
+KILLED = """
+import os, signal, sys
+import evaluate_qwen2vl
+from dct_qwen2vl.evaluation.answering import Answerer
+evaluate_qwen2vl.ASKED_AT_ONCE, calls, answer = 4, [], Answerer.answer
+def answer_or_die(self, questions):
+    calls.append(questions)
+    if len(calls) > 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer(self, questions)
+Answerer.answer = answer_or_die
+evaluate_qwen2vl.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def interrupted(prepared, tmp_path_factory) -> bytes:
+    """predictions.jsonl.part of a run that was killed in the third round of four questions."""
+    output = tmp_path_factory.mktemp("interrupted")
+    done = run([sys.executable, "-c", KILLED, *folders(prepared, output), *OPTIONS], check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in output.iterdir()] == [PART]
+    return (output / PART).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, tmp_path_factory) -> dict[str, bytes]:
+    """What a run that is not interrupted writes."""
+    output = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_qwen2vl, "ASKED_AT_ONCE", 4)
+        assert evaluate_qwen2vl.main([*folders(prepared, output), *OPTIONS]) == 0
+    return files_of(output)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def go_on(prepared, tmp_path, monkeypatch):
+    """go_on(bytes of predictions.jsonl.part, *options): the files that the command ends with, and how many questions it
+    asked."""
+    asked, answer = [], Answerer.answer
+    monkeypatch.setattr(evaluate_qwen2vl, "ASKED_AT_ONCE", 4)
+    monkeypatch.setattr(Answerer, "answer", lambda self, batch: asked.extend(batch) or answer(self, batch))
+
+    def command(part: bytes, *options: str) -> tuple[dict[str, bytes], int]:
+        (tmp_path / PART).write_bytes(part)
+        assert evaluate_qwen2vl.main([*folders(prepared, tmp_path), *OPTIONS, *options]) == 0
+        return files_of(tmp_path), len(asked) // 2  # seeing and blind
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("left", "answered"),
+    [
+        (lambda part: part, 8),
+        (lambda part: part + b'{"key": "pretrain-0', 8),  # half a line
+        (lambda part: part + b'{"key": "a"}\n{"key": "b"}\n', 8),  # half a round
+        (lambda part: part[:-10], 4),  # half of the last round's end
+        (lambda part: part + bytes(500), 8),  # as a machine that went down leaves it
+        (lambda part: b"".join(part.splitlines(keepends=True)[:3]), 0),
+    ],
+)
+def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(go_on, interrupted, whole, capsys, left, answered):
+    assert go_on(left(interrupted)) == (whole, 18 - answered)
+    said = capsys.readouterr()
+    assert (f"Going on after the {answered} questions answered in" in said.out) is (answered > 0)
+    assert "starting anew" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--batch-size", "3"], "--batch-size was 2, now is 3"),
+        (["--limit", "17"], "--limit was 18, now is 17"),
+    ],
+)
+def test_answers_of_other_settings_are_not_used(go_on, interrupted, capsys, change, said):
+    _, asked = go_on(interrupted, *change)
+    assert asked >= 17
+    assert f"is not used ({said}): starting anew" in capsys.readouterr().err
+
+
+def test_answers_of_another_model_or_other_data_or_without_settings_are_not_used(
+    prepared, go_on, interrupted, whole, capsys
+):
+    (shard, *_) = prepared.shards.glob("*.tar")
+    for path, name in ((prepared.model / "config.json", "--model-dir"), (shard, "--data-dir")):
+        state = path.stat()
+        os.utime(path, (1, 1))
+        assert go_on(interrupted)[0] == whole
+        assert f"is not used (other files in {name}): starting anew" in capsys.readouterr().err
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert go_on(interrupted.split(b"\n", 1)[1])[0] == whole
+    assert "is not used (does not say what its answers depend on): starting anew" in capsys.readouterr().err
+
+
+def test_answers_of_media_that_were_read_otherwise_are_not_used(go_on, interrupted, whole, capsys):
+    """Version 1 had videos as RGB and resized long ones twice."""
+    now = f'"version": {evaluate_qwen2vl.ANSWERS_VERSION}'.encode()
+    assert interrupted.count(now) == 1
+    assert go_on(interrupted.replace(now, b'"version": 1')) == (whole, 18)
+    assert "is not used (version was 1, now is 2): starting anew" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_last_step_asks_nothing_again(prepared, go_on, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_qwen2vl, "summarise", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate_qwen2vl.main([*folders(prepared, tmp_path), *OPTIONS])
+    assert go_on((tmp_path / PART).read_bytes()) == (whole, 18)  # asked before, all of them
+
+
+def test_answers_of_other_settings_stay_until_there_are_new_ones(prepared, interrupted, tmp_path, monkeypatch, capsys):
+    (tmp_path / PART).write_bytes(interrupted)
+    monkeypatch.setattr(evaluate_qwen2vl, "ask", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    command = [*folders(prepared, tmp_path), *OPTIONS]
+    assert evaluate_qwen2vl.main([*command, "--batch-size", "3"]) == 130
+    assert "starting anew" in capsys.readouterr().err and (tmp_path / PART).read_bytes() == interrupted
+
+
+@pytest.mark.parametrize("header", [b'{"settings": {"options": null}}', b'{"settings": 1}', b"{}", b"[]", b"\xff"])
+def test_a_damaged_file_of_answers_is_not_used(header, tmp_path):
+    (tmp_path / PART).write_bytes(header + b"\n" + b'{"key": "a"}\n{"read": 5}\n')
+    with AnswerFile(tmp_path / PART, {"options": {"--limit": 1}}) as file:
+        assert file.refused and (file.answers, file.read) == ([], None)
+        file.add_round([{"key": "b"}], {"questions": 1})
+    with AnswerFile(tmp_path / PART, {"options": {"--limit": 1}}) as file:
+        assert (file.refused, file.answers, file.read) == ("", [{"key": "b"}], {"questions": 1})
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(prepared, interrupted, tmp_path, one_line_error):
+    model = shutil.copytree(prepared.model, tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    (model / "merges.txt").unlink(missing_ok=True)
+    (tmp_path / PART).write_bytes(interrupted)
+    command = ["--model-dir", str(model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    assert evaluate_qwen2vl.main(command) == 1
+    assert one_line_error().startswith(f"evaluate_qwen2vl.py: {model} has no tokenizer (no tokenizer.json)")
+    assert (tmp_path / PART).read_bytes() == interrupted
+
+
+def test_a_second_run_into_the_same_folder_is_refused(prepared, tmp_path, one_line_error):
+    with AnswerFile(tmp_path / PART, {}):
+        assert evaluate_qwen2vl.main(folders(prepared, tmp_path)) == 1
+    assert f"{PART} is being written by another evaluation: wait for it or end it" in one_line_error()
+
+
+def test_reading_goes_on_within_and_between_entries(prepared, monkeypatch):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "x"}]
+    samples = [conversation_sample({"conversations": turns * count}, key=str(count)) for count in (0, 3, 1, 2, 0)]
+    samples.insert(2, conversation_sample({"conversations": turns[:1]}, key="4"))
+    monkeypatch.setattr("dct_qwen2vl.data.samples.read_samples", lambda *_: iter(samples))
+
+    def read(reading: Reading, most: int | None = None) -> list[tuple[str, int]]:
+        questions = read_questions(prepared.shards, "test", None, VideoSampling(), reading=reading)
+        return [(question.key, question.turn) for question in islice(questions, most)]
+
+    whole = Reading()
+    expected = read(whole)
+    assert len(expected) == 6 and str(whole).startswith("read 6 entries = asked 3 + left out 3 (")
+    for count in range(7):
+        reading = Reading()
+        first = read(reading, count)
+        reading = Reading.of(json.loads(json.dumps(reading.as_dict())))
+        assert [*first, *read(reading)] == expected
+        assert reading == whole
+
+
+@pytest.mark.parametrize("missing", ["--model-dir", "--data-dir"])
+def test_missing_folders_are_one_line(prepared, tmp_path, capsys, missing):
+    values = {"--model-dir": prepared.model, "--data-dir": prepared.shards, "--output-dir": tmp_path / "out"}
+    values[missing] = tmp_path
+    assert evaluate_qwen2vl.main([str(part) for pair in values.items() for part in pair]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,0 +1,175 @@
+"""The wrapper for lmms-eval on a task of our own: what lmms-eval logs is what evaluate_qwen2vl answers.
+
+lmms-eval pins versions that this repository has not, so it runs in an environment of its own, made as
+benchmarks/quality/real_models.md says: LMMS_EVAL_PYTHON=lmms/bin/python pytest tests/test_lmms_eval.py
+What the wrapper reads is looked at here, with stand-ins for what it imports of lmms-eval.
+"""
+
+import json
+import os
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from media_files import rotated_exif
+from PIL import Image
+from pipeline import REPOSITORY, run
+from samples_by_hand import answer, conversation_sample
+
+from benchmarks.quality import compare_answers
+from dct_qwen2vl.data.media import VideoSampling
+from dct_qwen2vl.evaluation.answering import Answerer, load_processor
+from dct_qwen2vl.evaluation.questions import Question
+from task_encoder import QwenTaskEncoder
+
+PYTHON = os.environ.get("LMMS_EVAL_PYTHON") or (sys.executable if find_spec("lmms_eval") else None)
+needs_lmms_eval = pytest.mark.skipif(PYTHON is None, reason="lmms-eval is not installed, LMMS_EVAL_PYTHON not set")
+
+MAX_PIXELS, MAX_NEW_TOKENS = 112 * 112, 6
+TASK = """\
+task: shapes
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function shapes.visuals
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {{max_new_tokens: {tokens}, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+FUNCTIONS = """\
+from PIL import Image
+
+
+def visuals(doc):
+    return [Image.open(path) if path.endswith(".png") else path for path in doc["media"]]
+"""
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory, natural_frames, image_file, clip_file) -> tuple[Path, list[dict]]:
+    """A folder with the task, and its questions: on one picture, on two, on a clip, on nothing."""
+    folder = tmp_path_factory.mktemp("task")
+    for number in range(2):
+        picture = natural_frames(1, 100 + 40 * number, 150, number)[0]
+        (folder / f"{number}.png").write_bytes(image_file(picture, "PNG"))
+    (folder / "clip.mp4").write_bytes(clip_file(natural_frames(8, 112, 112, 5)))
+    asked = [
+        ("What colour is the circle?", ["0.png"]),
+        ("How many squares are there?", ["0.png", "1.png"]),
+        ("What colour is the circle?", ["clip.mp4"]),
+        ("How many squares are there?", []),
+    ]
+    docs = [
+        {"question": question, "answer": "red", "media": [str(folder / name) for name in names]}
+        for question, names in asked
+    ]
+    data = folder / "shapes.jsonl"
+    data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    (folder / "shapes.yaml").write_text(TASK.format(data=data, tokens=MAX_NEW_TOKENS))
+    (folder / "shapes.py").write_text(FUNCTIONS)
+    return folder, docs
+
+
+def expected_answers(model_dir: Path, docs: list[dict]) -> list[str]:
+    answerer = Answerer(model_dir, MAX_NEW_TOKENS, VideoSampling(max_frames=64), max_pixels=MAX_PIXELS)
+    said = []
+    for doc in docs:
+        kinds = ["image" if path.endswith(".png") else "video" for path in doc["media"]]
+        data = [Path(path).read_bytes() for path in doc["media"]]
+        media = [(kind, answerer.media.read(kind, content)) for kind, content in zip(kinds, data)]
+        pieces = [piece for kind, _ in media for piece in ("", kind)]
+        said += answerer.answer([Question("", 0, "", (*pieces, doc["question"]), "", tuple(media))])
+    return [text.strip() for text in said]
+
+
+@pytest.fixture(scope="module")
+def logged(task, prepared, tmp_path_factory) -> dict[str, Path]:
+    """Folders of what lmms-eval wrote about each model."""
+    folder, folders = task[0], {}
+    for form, model_dir in (("pixels", prepared.pixel_model), ("x4", prepared.model)):
+        folders[form] = tmp_path_factory.mktemp(form) / "results"
+        model = ["--model", "qwen2_vl_dct", "--model_args", f"pretrained={model_dir},max_pixels={MAX_PIXELS}"]
+        tasks = ["--include_path", str(folder), "--tasks", "shapes", "--batch_size", "1"]
+        output = ["--log_samples", "--output_path", str(folders[form])]
+        offline = {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folders[form].parent / "cache")}
+        done = run([PYTHON, "benchmarks/quality/lmms_eval_model.py", *model, *tasks, *output], check=False, **offline)
+        written = list(folders[form].rglob("*samples*.jsonl"))  # lmms-eval's exit status is 0 after errors, too
+        assert done.returncode == 0 and len(written) == 1, (done.stdout + done.stderr)[-3000:]
+    return folders
+
+
+@needs_lmms_eval
+@pytest.mark.parametrize("form", ["pixels", "x4"])
+def test_lmms_eval_is_given_the_same_answers(form, task, prepared, logged):
+    (log,) = logged[form].rglob("*samples*.jsonl")
+    lines = sorted((json.loads(line) for line in log.read_text().splitlines()), key=lambda line: line["doc_id"])
+    found = [line["filtered_resps"] for line in lines]
+    assert found == expected_answers(prepared.model if form == "x4" else prepared.pixel_model, task[1])
+    assert len(set(found)) > 1
+
+
+@needs_lmms_eval
+def test_what_lmms_eval_logged_is_compared(logged, capsys):
+    given = [f"{form}={folder}" for form, folder in logged.items()]
+    assert compare_answers.main(["--answers", *given]) == 0
+    said = capsys.readouterr().out
+    assert "| task | questions | pixels | x4 |" in said and "| shapes | 4 |" in said
+    assert "shapes, x4 - pixels, over 4 questions:" in said
+
+
+# What the wrapper reads
+
+
+class StandIn:
+    """For lmms-eval's base class, for its requests and for accelerate's Accelerator."""
+
+    local_process_index, num_processes = 0, 1
+
+
+@pytest.fixture
+def wrapper(monkeypatch) -> type:
+    """The wrapper's class."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    modules = {"lmms_eval": "", "lmms_eval.api": "", "lmms_eval.api.instance": "Instance",
+               "lmms_eval.api.model": "lmms", "accelerate": "Accelerator"}  # fmt: skip
+    for name, wanted in modules.items():
+        module = ModuleType(name)
+        setattr(module, wanted, StandIn)
+        monkeypatch.setitem(sys.modules, name, module)
+    path = REPOSITORY / "benchmarks" / "quality" / "lmms_eval_model.py"
+    specification = spec_from_file_location("lmms_eval_model_with_stand_ins", path)
+    module = module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module.Qwen2VLWithDCT
+
+
+@pytest.mark.parametrize("form", ["pixels", "x4"])
+def test_the_wrapper_reads_media_as_training_does(
+    wrapper, prepared, form, tmp_path, image_file, clip_file, natural_frames
+):
+    """A picture that is turned and over the bounds, as PIL has it and as a file, and a 4:2:0 video."""
+    png = image_file(natural_frames(1, 100, 400)[0], "PNG", exif=rotated_exif(6))
+    mp4 = clip_file(natural_frames(6, 300, 420), rate=2)
+    (tmp_path / "a.PNG").write_bytes(png)
+    (tmp_path / "a.mp4").write_bytes(mp4)
+    visuals = [Image.open(tmp_path / "a.PNG"), str(tmp_path / "a.PNG"), str(tmp_path / "a.mp4")]
+    model_dir = prepared.pixel_model if form == "pixels" else prepared.model
+    model = wrapper(str(model_dir), max_pixels=str(MAX_PIXELS), video_max_frames=4)
+    model.task_dict = {"task": {"test": [None]}}
+    asked = model._question(SimpleNamespace(args=("What?", {}, lambda doc: visuals, 0, "task", "test")))
+    seen = model.answerer.model_inputs([asked])
+    media = [("image", png), ("image", png), ("video", mp4)]
+    processor = load_processor(model_dir, max_pixels=MAX_PIXELS)
+    encoder = QwenTaskEncoder(
+        processor.tokenizer, processor.image_processor, video_sampling=VideoSampling(max_frames=4)
+    )
+    learned = encoder.encode(conversation_sample(answer("What?", "red"), *media))
+    for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+        assert torch.equal(seen[name], getattr(learned, name)), name
+    length = seen["input_ids"].shape[1]
+    assert seen["input_ids"][0].tolist() == learned.input_ids[:length].tolist()

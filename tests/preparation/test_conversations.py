@@ -1,0 +1,553 @@
+"""Entries of the metadata: each finding of the table in conversations.py, and agreement with the task encoder."""
+
+import copy
+import json
+import pickle
+import tarfile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from media_files import clip_file, encode
+from PIL import Image
+
+from dct_qwen2vl.data.media import VideoSampling, as_array
+from dct_qwen2vl.preparation.entries import (
+    DECODER,
+    MAXIMUM_CHARACTERS,
+    MAXIMUM_DEPTH,
+    MAXIMUM_MEDIA,
+    CheckedEntry,
+    UnusableSample,
+    check_entry,
+    clean_name,
+)
+
+
+def entry(*turns: tuple[str, object], **fields) -> dict:
+    """An entry with LLaVA turns; without any, one question and its answer."""
+    turns = turns or (("human", "What is it?"), ("gpt", "noise"))
+    return {"id": "1", **fields, "conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
+
+
+def ask(question: str, answer: str = "noise", **fields) -> dict:
+    return entry(("human", question), ("gpt", answer), **fields)
+
+
+def texts(checked: CheckedEntry) -> list[str]:
+    turns = checked.entry.get("conversations") or checked.entry.get("messages")
+    return [turn.get("value", turn.get("content")) for turn in turns]
+
+
+def reason_of(bad: object) -> str:
+    with pytest.raises(UnusableSample) as caught:
+        check_entry(bad)
+    assert caught.value.detail
+    return caught.value.reason
+
+
+# Nothing to repair
+
+
+@pytest.mark.parametrize(
+    ("good", "media"),
+    [
+        (entry(), ()),
+        (entry(image=None), ()),
+        (entry(image=[]), ()),
+        (ask("<image>\nWhat?", image="a/b.jpg"), (("image", "a/b.jpg"),)),
+        (ask("What?\n<image>", image=["./a//b.jpg"]), (("image", "a/b.jpg"),)),
+        (ask("<image>", image="a.jpg"), (("image", "a.jpg"),)),
+        (ask("<video>What?", video="a.mp4"), (("video", "a.mp4"),)),
+        (ask("<video> or <image>?", images=["a.jpg"], videos=["b.mp4"]), (("video", "b.mp4"), ("image", "a.jpg"))),
+        (ask("<image>", image="a.jpg", images=["b.jpg"]), (("image", "a.jpg"),)),
+        (entry(("system", "Be brief."), ("user", "What?"), ("assistant", "noise")), ()),
+        (
+            entry(("human", "<image>One?"), ("gpt", "1"), ("human", "<image> <image>Two?"), ("gpt", "2"))
+            | {"image": ["a.jpg", "b.jpg", "c.jpg"]},
+            (("image", "a.jpg"), ("image", "b.jpg"), ("image", "c.jpg")),
+        ),
+        (
+            ask("<image> before <video> and <image>?", image=["a.jpg", "b.jpg"], video="c.mp4"),
+            (("image", "a.jpg"), ("video", "c.mp4"), ("image", "b.jpg")),
+        ),
+        (
+            ask("Is <video> after <image>?", image="a.jpg", video=["b.mp4"]),
+            (("video", "b.mp4"), ("image", "a.jpg")),
+        ),
+        (ask("<video>What?", video=["a/1.JPG", "a/2.png"]), (("frame", "a/1.JPG"), ("frame", "a/2.png"))),
+        (ask("<video> <video>?", video=["a.mp4", "b.jpg"]), (("video", "a.mp4"), ("video", "b.jpg"))),
+        (ask("<video>What?", video=["a.gif"]), (("video", "a.gif"),)),
+    ],
+)
+def test_a_sound_entry_stays_the_same_object(good, media):
+    before = copy.deepcopy(good)
+    checked = check_entry(good)
+    assert checked == CheckedEntry(before, media, ())
+    assert checked.entry is good
+
+
+def test_openai_style_turns():
+    parts = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": "a.jpg"}}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "noise"}]
+    for name in ("messages", "conversations"):
+        checked = check_entry({name: turns, "image": "a.jpg"})
+        assert (checked.media, checked.repairs) == ((("image", "a.jpg"),), ())
+
+
+def asked(*contents: object, **fields) -> dict:
+    """An entry with OpenAI's turns; the answers are all the same."""
+    turns = [[{"role": "user", "content": content}, {"role": "assistant", "content": "A."}] for content in contents]
+    return {"messages": [turn for pair in turns for turn in pair], **fields}
+
+
+WHY = {"type": "text", "text": "Why?"}
+FIRST = {"type": "image_url", "image_url": {"url": "coco/1.jpg"}}
+SECOND = {"type": "image", "image": "./coco//2.jpg"}
+CLIP = {"type": "video", "video": "file://a.mp4"}
+FRAMES = {"type": "video", "video": ["b/1.jpg", "b/2.jpg"]}
+NAMELESS = [{"type": "image"}, {"type": "image", "image": None}, {"type": "image_url", "image_url": {}}]
+NAMELESS += [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]
+
+
+@pytest.mark.parametrize(
+    ("good", "media"),
+    [
+        (asked([FIRST, WHY]), [("image", "coco/1.jpg")]),
+        (asked([{**FIRST, "image_url": "coco/1.jpg"}, WHY], image=[]), [("image", "coco/1.jpg")]),
+        (
+            asked([CLIP, WHY, SECOND], "And?", [WHY, FIRST], videos=None),
+            [("video", "a.mp4"), ("image", "coco/2.jpg"), ("image", "coco/1.jpg")],
+        ),
+        (asked([FRAMES, FIRST]), [("frame", "b/1.jpg"), ("frame", "b/2.jpg"), ("image", "coco/1.jpg")]),
+        (
+            asked([FIRST, SECOND], image=["coco/1.jpg", "coco/2.jpg"]),
+            [("image", "coco/1.jpg"), ("image", "coco/2.jpg")],
+        ),
+        (asked([CLIP, FIRST], image="coco/1.jpg", video="a.mp4"), [("video", "a.mp4"), ("image", "coco/1.jpg")]),
+        (asked([FRAMES], video=["b/1.jpg", "b/2.jpg"]), [("frame", "b/1.jpg"), ("frame", "b/2.jpg")]),
+        (asked("<image>", [SECOND], image=["a.jpg", "coco/2.jpg"]), [("image", "a.jpg"), ("image", "coco/2.jpg")]),
+        *(
+            (asked([part, SECOND], image=["a", "coco/2.jpg"]), [("image", "a"), ("image", "coco/2.jpg")])
+            for part in NAMELESS
+        ),
+    ],
+)
+def test_names_in_parts(place_media, good, media):
+    before = copy.deepcopy(good)
+    checked = check_entry(good)
+    assert checked == CheckedEntry(before, tuple(media), ())
+    place_media(json.dumps(checked.entry).encode(), checked.part_kinds)
+
+
+def test_a_clip_named_as_a_picture_keeps_its_name():
+    part = {"type": "image_url", "image_url": {"url": "a.mp4"}, "video": None}
+    checked = check_entry(asked([part, WHY], video="a.mp4"))
+    assert checked.repairs == ("image_for_video",)
+    assert checked.entry["messages"][0]["content"] == [{"type": "video", "video": {"url": "a.mp4"}}, WHY]
+    assert check_entry(checked.entry) == CheckedEntry(checked.entry, (("video", "a.mp4"),), ())
+
+
+def test_kinds_of_the_parts_of_a_sample():
+    media = ("frame", "image", "frame", "frame", "video", "frame")
+    assert CheckedEntry({}, tuple((kind, "a") for kind in media), ()).part_kinds == [
+        "video", "image", "video", "video", "video",
+    ]  # fmt: skip
+
+
+# Repairs
+
+
+def test_missing_placeholders_are_put_before_the_first_question():
+    given_entry = entry(
+        ("system", "Be brief."), ("human", "What?"), ("gpt", "1"), image=["a.jpg", "b.jpg"], video="c.mp4"
+    )
+    before = copy.deepcopy(given_entry)
+    checked = check_entry(given_entry)
+    assert texts(checked) == ["Be brief.", "<image>\n<image>\n<video>\nWhat?", "1"]
+    assert checked.media == (("image", "a.jpg"), ("image", "b.jpg"), ("video", "c.mp4"))
+    assert checked.repairs == ("missing_placeholder",)
+    assert given_entry == before and {**checked.entry, "conversations": 0} == {**before, "conversations": 0}
+
+
+def test_a_turn_of_parts_is_repaired_as_text():
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "What?"}], "n": 1},
+        {"role": "assistant", "content": "1"},
+    ]
+    checked = check_entry({"messages": turns, "image": "a.jpg"})
+    assert checked.entry["messages"] == [{"role": "user", "content": "<image>\nWhat?", "n": 1}, turns[1]]
+
+
+def test_pictures_as_parts_become_clips_and_nothing_else_of_them_changes():
+    parts = [{"type": "text", "text": "Who? <image>\n"}, {"type": "image", "n": 1}, {"type": "text", "text": "\nWhy?"}]
+    turns = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "text", "text": "<image>"}]},
+    ]
+    checked = check_entry({"messages": turns, "video": "a.mp4"})
+    assert checked.repairs == ("image_for_video",)
+    assert checked.entry["messages"] == [
+        {"role": "user", "content": [parts[0], {"type": "video", "n": 1}, parts[2]]},
+        turns[1],
+    ]
+
+
+def test_tags_in_lists_are_placeholders_only_where_no_media_stand_as_parts():
+    text = {"type": "text", "text": "<image>\nWhat is <video>?"}
+    turns = [{"role": "user", "content": [{"type": "image"}, text]}, {"role": "assistant", "content": "A."}]
+    assert check_entry({"messages": turns, "image": "a.jpg"}).repairs == ()
+    turns[0]["content"] = [text]
+    assert check_entry({"messages": turns, "image": "a.jpg", "video": "b.mp4"}).repairs == ()
+    assert reason_of({"messages": turns, "image": "a.jpg"}) == "placeholder_mismatch"
+
+
+def test_image_placeholders_of_clips_become_video_placeholders():
+    checked = check_entry(
+        entry(
+            ("human", "<image>\nWho?"), ("gpt", "1"), ("human", "And <image>?"), ("gpt", "2"), video=["a.mp4", "b.mp4"]
+        )
+    )
+    assert texts(checked) == ["<video>\nWho?", "1", "And <video>?", "2"]
+    assert checked.media == (("video", "a.mp4"), ("video", "b.mp4"))
+    assert checked.repairs == ("image_for_video",)
+
+
+def test_turns_that_are_left_out():
+    checked = check_entry(entry(("system", " "), ("human", "What?"), ("gpt", "1"), ("human", "And?")))
+    assert texts(checked) == ["What?", "1"]
+    assert checked.repairs == ("empty_system_turn", "unanswered_question")
+
+
+@pytest.mark.parametrize("text", ["NaN", '[1, {"x": -Infinity}]', "1e999", "9" * 5000, "-" + "9" * 5000])
+def test_numbers_that_are_none_become_null(text):
+    data = json.dumps({"score": 0, "turns": [{"n": 0}], **ask("What?")}).replace("0", text)
+    checked = check_entry(DECODER.decode(data))
+    assert checked.repairs == ("not_a_number",)
+    written = json.loads(json.dumps(checked.entry, allow_nan=False))
+    null = [1, {"x": None}] if text.startswith("[") else None
+    assert (written["score"], written["turns"]) == (null, [{"n": null}])
+
+
+def test_long_integers_stay():
+    assert DECODER.decode("1" * 4300) == int("1" * 4300)
+    assert check_entry(entry(score=10**300)).repairs == ()
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("What does <video> do in HTML?", "noise"),
+        ("What is this tag? <image>", "In SVG, <image> shows a picture."),
+        ([{"type": "text", "text": "What does <video> do?"}], [{"type": "text", "text": "<video>\n</video> plays."}]),
+        ("Write a page.", "<svg><image></image></svg>"),
+        ("Write a page.", "<video>\n<source>\n</video>"),
+        ("- <image>\n- <video>", "noise"),
+    ],
+)
+def test_tags_in_the_text_of_an_entry_without_media_are_text(place_media, question, answer):
+    good = entry(("system", "Explain <image>."), ("human", question), ("gpt", answer), image=[])
+    assert check_entry(good) == CheckedEntry(good, (), ())
+    texts_only = [
+        ["Explain <image>."],
+        *([content if isinstance(content, str) else content[0]["text"]] for content in (question, answer)),
+    ]
+    assert [pieces for _, pieces in place_media(json.dumps(good).encode(), [])] == texts_only
+
+
+def test_a_last_question_about_a_tag_is_left_out():
+    checked = check_entry(entry(("human", "What?"), ("gpt", "1"), ("human", "And what is <image>?")))
+    assert (texts(checked), checked.repairs) == (["What?", "1"], ("unanswered_question",))
+
+
+# What cannot be used
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (["no", "object"], "malformed_entry"),
+        (None, "malformed_entry"),
+        (entry(image={"path": "a.jpg"}), "malformed_entry"),
+        (entry(image=""), "malformed_entry"),
+        (entry(image=["a.jpg", None]), "malformed_entry"),
+        (entry(image="a\ud800.jpg"), "malformed_entry"),
+        (entry(video=3), "malformed_entry"),
+        (entry(image="/etc/hostname"), "unsafe_path"),
+        (entry(image="a/../../b.jpg"), "unsafe_path"),
+        (entry(video=["a.mp4", "../b.mp4"]), "unsafe_path"),
+        (entry(image=["a.jpg"] * (MAXIMUM_MEDIA + 1)), "too_many_media"),
+        (entry(video=["a.jpg"] * (MAXIMUM_MEDIA + 1)), "too_many_media"),
+        ({"id": 1}, "no_conversations"),
+        ({"conversations": []}, "no_conversations"),
+        ({"messages": "What?"}, "no_conversations"),
+        ({"conversations": [3]}, "malformed_turn"),
+        ({"conversations": [{"from": "human"}]}, "malformed_turn"),
+        (entry(("human", 3), ("gpt", "1")), "malformed_turn"),
+        (entry(("human", None), ("gpt", "1")), "malformed_turn"),
+        (entry(("human", [{"type": "audio"}]), ("gpt", "1")), "malformed_turn"),
+        (entry(("human", [{"type": "text", "text": 3}]), ("gpt", "1")), "malformed_turn"),
+        (entry((3, "What?"), ("gpt", "1")), "malformed_turn"),
+        (entry(("human", "What?"), ("narrator", "1")), "unknown_role"),
+        (entry(("Human", "What?"), ("gpt", "1")), "unknown_role"),
+        (ask("half a \ud83d pair"), "broken_text"),
+        (entry(("gpt", "1"), ("human", "What?"), ("gpt", "2")), "roles_out_of_order"),
+        (entry(("human", "What?"), ("human", "And?"), ("gpt", "1")), "roles_out_of_order"),
+        (entry(("human", "What?"), ("gpt", "1"), ("gpt", "2")), "roles_out_of_order"),
+        (entry(("human", "What?"), ("gpt", "1"), ("system", "Stop."), ("gpt", "2")), "roles_out_of_order"),
+        (entry(("human", "What?")), "roles_out_of_order"),
+        (entry(("system", "Be brief.")), "roles_out_of_order"),
+        (entry(("system", "")), "roles_out_of_order"),
+        (
+            entry(("human", "<image>1?"), ("gpt", "1"), ("human", "<image>2?")) | {"image": ["a", "b"]},
+            "roles_out_of_order",
+        ),
+        (ask(" \n"), "empty_turn"),
+        (ask("What?", ""), "empty_turn"),
+        (ask("What?", "\u3000"), "empty_turn"),
+        (ask("", image="a.jpg"), "empty_turn"),
+        (ask("What?", "x" * MAXIMUM_CHARACTERS), "text_too_long"),
+        (ask("What?", "see <image>", image="a.jpg"), "placeholder_in_answer"),
+        (ask("What?", "see <video>", video="a.mp4"), "placeholder_in_answer"),
+        (ask("What?", "<image>\n"), "placeholder_in_answer"),
+        (entry(("system", "<image>"), ("human", "What?"), ("gpt", "1"), image="a.jpg"), "placeholder_in_system"),
+        (entry(("system", "<image>"), ("human", "What?"), ("gpt", "1")), "placeholder_in_system"),
+        (ask("<image>What?"), "placeholder_mismatch"),
+        (ask("<image>\nWhat?"), "placeholder_mismatch"),
+        (ask("<video>\r\nWhat?"), "placeholder_mismatch"),
+        (ask("What?\n<image>"), "placeholder_mismatch"),
+        (ask("What?\r\n<image> <video>\r\nAnd now?"), "placeholder_mismatch"),
+        (
+            entry(("human", "One?"), ("gpt", "1"), ("human", "\n <image><image>Two?"), ("gpt", "2")),
+            "placeholder_mismatch",
+        ),
+        (ask([{"type": "text", "text": "<image>\nWhat?"}]), "placeholder_mismatch"),
+        (ask([{"type": "image"}, {"type": "text", "text": "What?"}]), "placeholder_mismatch"),
+        (ask("What is <image>?", image=[], images=["a.jpg", "b.jpg"]), "placeholder_mismatch"),
+        (asked([FIRST, SECOND], image=["coco/2.jpg", "coco/1.jpg"]), "media_names_disagree"),
+        (asked([FIRST], [WHY, SECOND], images=["coco/1.jpg", "coco/3.jpg"]), "media_names_disagree"),
+        (asked("<image>", [SECOND], image=["coco/2.jpg", "a.jpg"]), "media_names_disagree"),
+        (asked([FRAMES], video=["b/2.jpg", "b/1.jpg"]), "media_names_disagree"),
+        (asked([{"type": "image", "image": "b.mp4"}], video="a.mp4"), "media_names_disagree"),
+        (asked([FIRST, SECOND], image="coco/1.jpg"), "placeholder_mismatch"),
+        *((asked([part, SECOND]), "placeholder_mismatch") for part in NAMELESS),
+        (asked("<image>", [SECOND]), "placeholder_mismatch"),
+        (asked([{"type": "image", "image": "file:///etc/hostname"}]), "unsafe_path"),
+        (asked([{"type": "image", "image": "../a.jpg"}]), "unsafe_path"),
+        (asked([{"type": "image", "image": 3}]), "malformed_entry"),
+        (asked([{"type": "video", "video": ["a.mp4", "b.mp4"]}]), "malformed_entry"),
+        (asked([{"type": "video", "video": ["a.jpg", None]}]), "malformed_entry"),
+        (asked([FRAMES, FRAMES]), "malformed_entry"),
+        (asked([FIRST] * (MAXIMUM_MEDIA + 1)), "too_many_media"),
+        (asked([{"type": "video", "video": ["a.jpg"] * (MAXIMUM_MEDIA + 1)}]), "too_many_media"),
+        (ask("<image><image>What?", image="a.jpg"), "placeholder_mismatch"),
+        (ask("<image>What?", image=["a.jpg", "b.jpg"]), "placeholder_mismatch"),
+        (ask("<video>What?", image="a.jpg"), "placeholder_mismatch"),
+        (ask("<image>What?", video=["a.mp4", "b.mp4"]), "placeholder_mismatch"),
+        (ask("<image><image>What?", image="a.jpg", video="b.mp4"), "placeholder_mismatch"),
+    ],
+)
+def test_what_cannot_be_used(bad, reason):
+    assert reason_of(bad) == reason
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
+def test_nesting_is_bounded():
+    assert check_entry(entry(extra=nested(MAXIMUM_DEPTH - 1))).repairs == ()
+    assert reason_of(entry(extra=nested(MAXIMUM_DEPTH))) == "malformed_entry"
+    assert reason_of(entry(extra=nested(MAXIMUM_DEPTH), score=float("nan"))) == "malformed_entry"
+    assert reason_of(entry(score=float("nan"), extra=nested(MAXIMUM_DEPTH + 1))) == "malformed_entry"
+
+
+def test_the_last_of_two_equal_keys_counts():
+    data = json.dumps(ask("What?")).replace('"id"', '"image": "a.jpg", "image": "b.jpg", "id"')
+    assert check_entry(DECODER.decode(data)).media == (("image", "b.jpg"),)
+
+
+def test_text_of_the_greatest_length_passes():
+    assert check_entry(ask("What?", "x" * (MAXIMUM_CHARACTERS - 5))).repairs == ()
+
+
+def test_names_of_media():
+    for name, clean in (("./a//b.jpg", "a/b.jpg"), ("a..b/c.jpg", "a..b/c.jpg"), ("Grüße/世界.jpg", "Grüße/世界.jpg")):
+        assert clean_name(name) == clean
+    for name in ("../a.jpg", "a/../b.jpg", "/a.jpg", "a\0.jpg", ".."):
+        with pytest.raises(UnusableSample, match="unsafe_path"):
+            clean_name(name)
+    for name in ("", ".", "./", 3, None, {}, "\udcff.jpg"):
+        with pytest.raises(UnusableSample, match="malformed_entry"):
+            clean_name(name)
+
+
+def test_the_exception_travels_between_processes():
+    copied = pickle.loads(pickle.dumps(UnusableSample("broken_image", "x.jpg: cut")))  # noqa: S301
+    assert (copied.reason, copied.detail, str(copied)) == ("broken_image", "x.jpg: cut", "broken_image: x.jpg: cut")
+
+
+# Agreement with training
+
+WORDS = st.sampled_from(["\n", " ", "What?", "<Image>", "<image", "世界", "<|im_end|>", "> <"])
+ODD_WORDS = st.sampled_from(["<image>", "<video>", "\n", " ", "\ud800", "\u3000"])
+ODD_CONTENTS = st.one_of(
+    st.lists(ODD_WORDS, max_size=3).map("".join),
+    st.lists(st.sampled_from([{"type": "image"}, {"type": "video"}, {"type": "text", "text": " "}, {"type": 1}, 3])),
+    st.none(),
+)
+SPEAKERS = st.sampled_from(["human", "gpt", "user", "assistant", "system", "narrator", None])
+ODD_TURNS = st.one_of(
+    st.builds(lambda speaker, content: {"from": speaker, "value": content}, SPEAKERS, ODD_CONTENTS),
+    st.builds(lambda speaker, content: {"role": speaker, "content": content}, SPEAKERS, ODD_CONTENTS),
+    st.sampled_from([{}, None, {"from": "human", "content": "What?"}, {"role": "user", "value": "<image>"}]),
+)
+
+
+@st.composite
+def dialogues(draw, placeholders: list[str]) -> list[dict]:
+    """Sound turns with these placeholders in any places of the questions, in either style or both."""
+    questions = [[word] for word in draw(st.lists(WORDS, min_size=1, max_size=3))]
+    for placeholder in placeholders:
+        question = questions[draw(st.integers(0, len(questions) - 1))]
+        question.insert(draw(st.integers(0, len(question))), placeholder)
+    turns = [{"from": "system", "value": draw(WORDS)}] if draw(st.booleans()) else []
+    for words in questions:
+        as_parts = [
+            {"type": word[1:-1]} if word in ("<image>", "<video>") else {"type": "text", "text": word} for word in words
+        ]
+        question = draw(st.sampled_from(["".join(words), as_parts]))
+        turns.append(
+            draw(st.sampled_from([{"from": "human", "value": question}, {"role": "user", "content": question}]))
+        )
+        turns.append(draw(st.sampled_from([{"from": "gpt", "value": "A."}, {"role": "assistant", "content": "A."}])))
+    return turns
+
+
+@st.composite
+def entries(draw) -> dict:
+    """Entries that are sound, or can be repaired, or have a fault or two."""
+    images = draw(st.lists(st.sampled_from(["a.jpg", "./b.png"]), max_size=2))
+    clips = draw(st.lists(st.sampled_from(["c.mp4", "d.jpg", "e.jpg"]), max_size=2))
+    number = 1 if clips and all(name.endswith("jpg") for name in clips) else len(clips)  # frames are one clip
+    right = ["<image>"] * len(images) + ["<video>"] * number
+    pictures = ["<image>"] * len(right)
+    placeholders = draw(st.sampled_from([right, right, [], pictures, [*right, "<video>"], pictures, pictures]))
+    turns = draw(dialogues(draw(st.permutations(placeholders))))
+    if draw(st.integers(0, 2)) == 0:
+        place = draw(st.integers(0, len(turns) - 1))
+        turns[place : place + draw(st.integers(0, 1))] = draw(st.lists(ODD_TURNS, max_size=1))
+    return {draw(st.sampled_from(["conversations", "messages"])): turns, "image": images, "video": clips}
+
+
+@pytest.fixture(scope="module")
+def place_media():
+    """What training does with an entry and the kinds of its media parts; raises for what it would skip."""
+    from dct_qwen2vl.data.samples import parse_entry, parse_messages
+    from task_encoder import QwenTaskEncoder
+
+    def place(data: bytes, kinds: list[str]) -> list[tuple[str, list[str]]]:
+        return QwenTaskEncoder._place_media(parse_messages(parse_entry(data), bool(kinds)), kinds)
+
+    return place
+
+
+@settings(max_examples=500, deadline=None)
+@given(entries())
+def test_training_takes_what_passes(place_media, generated):
+    before = copy.deepcopy(generated)
+    try:
+        checked = check_entry(generated)
+    except UnusableSample:
+        return
+    finally:
+        assert generated == before
+    messages = place_media(json.dumps(checked.entry).encode(), checked.part_kinds)
+    assert messages[-1][0] == "assistant" and all("".join(pieces).strip() for _, pieces in messages)
+    again = check_entry(checked.entry)
+    assert again == CheckedEntry(checked.entry, checked.media, ())
+
+
+def test_the_entries_of_the_last_test_pass_often_enough():
+    """Otherwise it would say little."""
+    outcomes: dict[str, int] = {}
+
+    @settings(max_examples=600, deadline=None, database=None, derandomize=True)
+    @given(entries())
+    def count(generated):
+        try:
+            repairs = check_entry(generated).repairs or ("none",)
+        except UnusableSample as unusable:
+            repairs = (unusable.reason,)
+        for name in repairs:
+            outcomes[name] = outcomes.get(name, 0) + 1
+
+    count()
+    for name in ("none", "missing_placeholder", "image_for_video", "placeholder_mismatch", "roles_out_of_order"):
+        assert outcomes.get(name, 0) >= 5, outcomes
+
+
+def test_clips_frames_and_mixed_media_reach_training(tmp_path, place_media):
+    """From a raw folder through shards to the cooker: kinds, order and pixels."""
+    import data_preparation
+    from dct_qwen2vl.data.samples import cook
+
+    data, output = tmp_path / "data", tmp_path / "shards"
+    data.mkdir()
+    greys = [0, 80, 160, 240]
+    for number, grey in enumerate(greys):
+        picture = Image.new("RGB", (48, 32), (grey, grey, grey))
+        (data / f"{number}.jpg").write_bytes(encode(picture, "JPEG", quality=95))
+    (data / "a.mkv").write_bytes(clip_file("matroska"))
+    mixed = {"image": ["0.jpg", "3.jpg"], "video": "a.mkv"}
+    entries = {
+        "clip": ask("<image>\nWhat?", video="a.mkv"),
+        "frames": ask("<image>\nWhat?", video=[f"{number}.jpg" for number in range(4)]),
+        "mixed": ask("<image> <video> <image>?", **mixed),
+        "unplaced": ask("What?", **mixed),
+        "parts": asked(
+            [
+                WHY,
+                {"type": "image", "image": "2.jpg"},
+                {"type": "video", "video": "a.mkv"},
+                {"type": "image_url", "image_url": {"url": "1.jpg"}},
+            ]
+        ),
+        "two": entry(
+            ("human", "<image>1?"), ("gpt", "1"), ("human", "<image>2?"), ("gpt", "2"), image=["3.jpg", "0.jpg"]
+        ),
+    }
+    texts_only = [entry(("human", f"{number}?"), ("gpt", "1")) for number in range(20)]
+    (data / "cambrian737k.json").write_text(
+        json.dumps([*({**item, "id": name} for name, item in entries.items()), *texts_only])
+    )
+    arguments = ["--data-dir", str(data), "--output-dir", str(output), "--num-workers", "0", "--no-report"]
+    assert data_preparation.main(arguments) == 0
+    samples = {}
+    for path in output.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            crude: dict[str, dict] = {}
+            for member in tar:
+                key, _, ending = member.name.partition(".")
+                basics = {"__key__": key, "__restore_key__": (), "__subflavor__": None, "__subflavors__": {}}
+                crude.setdefault(key, basics)[ending] = tar.extractfile(member).read()
+            samples.update({json.loads(sample.entry)["id"]: sample for sample in map(cook, crude.values())})
+    shown = {}
+    for name in entries:
+        sample = samples[name]
+        place_media(sample.entry, [kind for kind, _ in sample.media])
+        shown[name] = [
+            (kind, as_array(kind, content, VideoSampling()).reshape(-1, 3).mean().round())
+            for kind, content in sample.media
+        ]
+    clip = shown["clip"][0]
+    assert shown["clip"] == [("video", clip[1])]
+    assert shown["frames"] == [("video", 120)]
+    assert shown["mixed"] == [("image", 0), clip, ("image", 240)]
+    assert shown["unplaced"] == [("image", 0), ("image", 240), clip]
+    assert shown["parts"] == [("image", 160), clip, ("image", 80)]
+    assert shown["two"] == [("image", 240), ("image", 0)]
+    assert samples["frames"].media[0][1][4:8] == b"ftyp"

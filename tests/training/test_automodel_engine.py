@@ -1,0 +1,54 @@
+"""The automodel engine's step: whose mean the gradient is."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gradient_process import ANSWERS, gradient_of_a_step
+from pipeline import run
+
+
+@pytest.fixture(scope="module")
+def in_one(converted, tmp_path_factory) -> torch.Tensor:
+    """The gradient of one micro-batch of all samples."""
+    return gradient_of_a_step(converted("x4"), tmp_path_factory.mktemp("one"), len(ANSWERS))
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("per_micro_batch", [1, 2])
+def test_the_gradient_is_the_mean_over_the_tokens_of_all_micro_batches(per_micro_batch, in_one, converted, tmp_path):
+    found = gradient_of_a_step(converted("x4"), tmp_path, per_micro_batch)
+    assert relative_difference(found, in_one) < 1e-5
+
+
+def test_the_gradient_is_that_of_the_model_s_own_mean_loss(in_one, converted):
+    """transformers' loss over one batch without media is the mean over its learned tokens."""
+    from samples_by_hand import answer, conversation_sample
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+    from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
+    from task_encoder import QwenTaskEncoder
+
+    folder = converted("x4")
+    encoder = QwenTaskEncoder(AutoTokenizer.from_pretrained(folder), DCTImageProcessor.from_pretrained(folder))
+    batch = encoder.batch([encoder.encode(conversation_sample(answer("What is there?", text))) for text in ANSWERS])
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float32).train()
+    labels = torch.nn.functional.pad(batch.labels[:, :-1], (1, 0), value=-100)
+    model(**batch.model_inputs(), labels=labels).loss.backward()
+    own = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    assert relative_difference(in_one[-len(own) :], own) < 1e-5
+    assert not in_one[: -len(own)].any()  # of the vision tower, which comes first and has seen a blank picture
+
+
+@pytest.mark.launch
+def test_the_gradient_is_the_mean_over_the_tokens_of_all_processes(in_one, converted, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = str(Path(__file__).parents[1] / "gradient_process.py")
+    run([*launcher, script, str(converted("x4")), str(tmp_path)], OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")
+    for micro_batches in (2, 4):
+        found = torch.load(tmp_path / f"{micro_batches}.pt", weights_only=True)
+        assert relative_difference(found, in_one) < 1e-5

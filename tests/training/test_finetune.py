@@ -1,0 +1,667 @@
+"""qwen_launch.sh and finetune_qwen2vl.py: real torchrun with one and two processes, a real kill -9, the refusals.
+
+The launches are shared by the tests: nearly all of their time is NeMo's import.
+"""
+
+import gzip
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from faulty_gradient import write_interpreter
+from pipeline import REPOSITORY, Prepared, metrics, run
+from safetensors.torch import load_file
+
+import finetune_qwen2vl
+from dct_qwen2vl.checkpoints.inspection import CheckpointError
+from dct_qwen2vl.training import checks, config, run_file, run_lock
+
+STEPS, SAVE_INTERVAL, VAL_INTERVAL = 24, 8, 12
+KILL_AFTER = 14  # steps: well past a checkpoint, before the next
+SEQ_LENGTH = 66  # tokens; one sample in eight is longer
+CODE = "image_processing_dct.py"  # beside the weights
+FAULT_STEP, SAMPLES_PER_STEP = 4, 8
+
+
+def launch_environment(prepared: Prepared, output_dir: Path, name: str, processes: int) -> dict[str, str]:
+    """The variables of qwen_launch.sh for a short run."""
+    values = {
+        "EXPERIMENT_NAME": name, "MODEL_DIR": prepared.model, "DATASET_DIR": prepared.shards, "OUTPUT_DIR": output_dir,
+        "MAXPIXELS": 112 * 112, "NUM_PROC_PER_NODE": processes, "MBS": 2, "GBS": 8, "SEQ_LENGTH": SEQ_LENGTH,
+        "MAX_STEPS": STEPS, "LR": "1e-3", "WARMUP_STEPS": 2, "VAL_INTERVAL": VAL_INTERVAL,
+        "SAVE_INTERVAL": SAVE_INTERVAL, "NUM_WORKERS": 1, "PYTHON": sys.executable, "OMP_NUM_THREADS": 1,
+        "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+    return {**os.environ, **{key: str(value) for key, value in values.items()}}
+
+
+def start(environment: dict[str, str], *arguments: str) -> subprocess.Popen:
+    log = Path(environment["OUTPUT_DIR"]) / f"{environment['EXPERIMENT_NAME']}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        return subprocess.Popen(
+            ["bash", "qwen_launch.sh", "--log-interval", "1", *arguments],
+            cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, environment: dict[str, str]) -> str:
+    """Waits for a launch; returns its log."""
+    code = process.wait(timeout=390)
+    log = (Path(environment["OUTPUT_DIR"]) / f"{environment['EXPERIMENT_NAME']}.log").read_text()
+    assert code == 0, log[-3000:]
+    return log
+
+
+def kill_when_under_way(process: subprocess.Popen, run_dir: Path) -> None:
+    """kill -9 of every process of a launch once KILL_AFTER steps are logged."""
+    deadline = time.monotonic() + 390
+    while not any(line["step"] >= KILL_AFTER for line in whole_lines(run_dir)):
+        assert process.poll() is None, "the launch ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.send_signal(signal.SIGKILL)
+    psutil.wait_procs(family[:-1], timeout=20)
+    process.wait(timeout=20)
+
+
+def whole_lines(run_dir: Path) -> list[dict]:
+    """What a run that is still going, or was killed, has logged."""
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
+
+
+@pytest.fixture(scope="module")
+def broken_shards(prepared: Prepared, tmp_path_factory) -> Path:
+    """Prepared shards whose every picture has been overwritten."""
+    shards = tmp_path_factory.mktemp("broken") / "shards"
+    shutil.copytree(prepared.shards, shards)
+    for tar in shards.glob("*.tar"):
+        data = bytearray(tar.read_bytes())
+        data = data.replace(b'"conversations"', b'"conversationz"')  # same length: offsets stay
+        tar.write_bytes(data)
+    return shards
+
+
+@pytest.fixture(scope="module")
+def one_process(prepared, broken_shards, tmp_path_factory) -> dict:
+    """An uninterrupted run, a run killed and started again, and a run on unusable data; one process each."""
+    output = tmp_path_factory.mktemp("one")
+    whole = launch_environment(prepared, output, "whole", 1)
+    killed = launch_environment(prepared, output, "killed", 1)
+    unusable = {**launch_environment(prepared, output, "unusable", 1), "DATASET_DIR": str(broken_shards)}
+    first, second = start(killed), start(whole, "--profile", "3")
+    kill_when_under_way(first, output / "killed")
+    finish(second, whole)
+    third, fourth = start(killed), start(unusable, "--max-bad-in-a-row", "20")
+    log = finish(third, killed)
+    code = fourth.wait(timeout=390)
+    return {"output": output, "log": log, "unusable": (code, (output / "unusable.log").read_text()), "whole": whole}
+
+
+@pytest.fixture(scope="module")
+def two_processes(prepared, tmp_path_factory) -> dict:
+    """A run killed and started again, and what it had logged when it was killed; two processes, adapters in the
+    language model, projector frozen."""
+    output = tmp_path_factory.mktemp("two")
+    killed = launch_environment(prepared, output, "killed", 2)
+    parts = ("--lora-rank", "4", "--freeze", "projector")
+    kill_when_under_way(start(killed, *parts), output / "killed")
+    before = whole_lines(output / "killed")
+    log = finish(start(killed, *parts), killed)
+    return {"output": output, "log": log, "before": before}
+
+
+def figures(lines: list[dict]) -> list[list]:
+    """Everything of a run that must not depend on an interruption, bit for bit."""
+    keys = (
+        *("step", "loss", "learning_rate", "gradient_norm", "samples", "visual_tokens", "text_tokens"),
+        *("skipped_samples", "val_loss", "val_samples", "val_left_out"),
+    )
+    return [[line.get(key) for key in keys] for line in lines]
+
+
+def resumed_step(log: str) -> int:
+    """The step of the checkpoint from which the second launch went on."""
+    return int(re.search(r"Resuming from .*step(\d{6})", log)[1])
+
+
+@pytest.mark.launch
+def test_killed_run_goes_on_bit_for_bit_one_process(one_process):
+    whole, killed = (metrics(one_process["output"] / name) for name in ("whole", "killed"))
+    assert SAVE_INTERVAL <= resumed_step(one_process["log"]) < STEPS
+    assert figures(killed) == figures(whole)
+
+
+@pytest.mark.launch
+def test_killed_run_goes_on_bit_for_bit_two_processes(two_processes):
+    before, after = two_processes["before"], metrics(two_processes["output"] / "killed")
+    repeated = [line for line in before if line["step"] > resumed_step(two_processes["log"])]
+    assert len(repeated) >= 3, "the launch was killed too early to compare anything"
+    assert figures(after[: len(before)]) == figures(before)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("launched", ["one_process", "two_processes"])
+def test_log_is_complete_and_finite(launched, request):
+    lines = metrics(request.getfixturevalue(launched)["output"] / "killed")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "val_loss" in line] == [VAL_INTERVAL, STEPS]
+    assert all(math.isfinite(line.get("loss", line.get("val_loss"))) for line in lines)
+    assert {line["samples"] for line in lines if "loss" in line} == {SAMPLES_PER_STEP}
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("launched", ["one_process", "two_processes"])
+def test_validation_sees_the_whole_split(launched, request, prepared):
+    val = {"val_samples": 0, "val_left_out": 0}
+    lines = [line for line in metrics(request.getfixturevalue(launched)["output"] / "killed") if "val_loss" in line]
+    too_long = sum(length > SEQ_LENGTH for length in lengths_of(prepared, "val"))
+    assert too_long > 0
+    for line in lines:
+        seen, left_out = (line[name] for name in val)
+        assert left_out == too_long and seen + left_out == len(lengths_of(prepared, "val"))
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("launched", ["one_process", "two_processes"])
+def test_skipped_samples_are_those_of_all_processes_and_starts(launched, request):
+    run = request.getfixturevalue(launched)
+    lines = [line for line in metrics(run["output"] / "killed") if "loss" in line]
+    counts = [line["skipped_samples"] for line in lines]
+    assert counts == sorted(counts) and counts[-1] > counts[resumed_step(run["log"]) - 1] > 0
+    assert re.findall(r"^Skipped (\d+) samples: too_long (\d+)$", run["log"], re.MULTILINE) == [(str(counts[-1]),) * 2]
+
+
+def lengths_of(prepared: Prepared, split: str) -> list[int]:
+    """Tokens of every sample."""
+    from transformers import AutoTokenizer
+
+    from dct_qwen2vl.data.samples import read_samples
+    from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
+    from task_encoder import QwenTaskEncoder
+
+    processor = DCTImageProcessor.from_pretrained(prepared.model, max_pixels=112 * 112)
+    encoder = QwenTaskEncoder(AutoTokenizer.from_pretrained(prepared.model), processor, seq_length=10_000)
+    return [encoder.measure(sample)[0] for sample in read_samples(prepared.shards, split)]
+
+
+@pytest.fixture(scope="module")
+def faulty(prepared, tmp_path_factory) -> dict:
+    """Two processes, of which one has a gradient that is no number in FAULT_STEP; checkpoints every two steps."""
+    output = tmp_path_factory.mktemp("faulty")
+    python = str(write_interpreter(output))
+    environment = launch_environment(prepared, output, "faulty", 2) | {"PYTHON": python, "PYTHON_EXEC": python}
+    process = start(environment | {"FAULT_STEP": str(FAULT_STEP), "SAVE_INTERVAL": "2"})
+    code = process.wait(timeout=390)
+    return {"run_dir": output / "faulty", "code": code, "log": (output / "faulty.log").read_text()}
+
+
+@pytest.mark.launch
+def test_a_gradient_that_is_no_number_stops_the_run_and_names_the_samples_of_its_step(faulty):
+    (line,) = [line for line in faulty["log"].splitlines() if line.startswith("finetune_qwen2vl.py: ")]
+    assert faulty["code"] != 0
+    assert f"the gradient norm is nan at step {FAULT_STEP}, which has changed no weight; its samples: " in line
+    samples = json.loads((faulty["run_dir"] / "non_finite_step.json").read_text())["samples"]
+    assert len(set(samples)) == SAMPLES_PER_STEP and ", ".join(samples) in line
+
+
+@pytest.mark.launch
+def test_a_gradient_that_is_no_number_is_never_saved(faulty):
+    (checkpoint,) = (faulty["run_dir"] / "checkpoints").iterdir()
+    assert checkpoint.name == f"step{FAULT_STEP - 2:06d}"
+    assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "hf" / "model.safetensors").values())
+    assert [line["step"] for line in metrics(faulty["run_dir"])] == list(range(1, FAULT_STEP))
+
+
+@pytest.mark.launch
+def test_weights_of_both_runs_are_equal(one_process):
+    whole, killed = (
+        load_file(one_process["output"] / name / "hf" / "model.safetensors") for name in ("whole", "killed")
+    )
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+@pytest.mark.launch
+def test_training_moved_every_part(one_process, prepared):
+    before = load_file(prepared.model / "model.safetensors")
+    after = load_file(one_process["output"] / "whole" / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert still == []
+
+
+@pytest.mark.launch
+def test_adapters_and_the_vision_tower_move_what_they_should_and_nothing_else(two_processes, prepared):
+    run_dir = two_processes["output"] / "killed"
+    before, after = (load_file(folder / "model.safetensors") for folder in (prepared.model, run_dir / "hf"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert moved == {
+        name for name in before
+        if (name.startswith("visual.") and not name.startswith("visual.merger."))
+        or re.fullmatch(r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight", name)
+    }  # fmt: skip
+    settings = json.loads((run_dir / "run.json").read_text())
+    assert (settings["lora_rank"], settings["lora_alpha"], settings["freeze"]) == (4, 32, ["projector"])
+
+
+@pytest.mark.launch
+def test_a_checkpoint_s_model_is_the_one_with_its_adapters(two_processes):
+    run_dir = two_processes["output"] / "killed"
+    newest = load_file(run_dir / "checkpoints" / f"step{STEPS:06d}" / "hf" / "model.safetensors")
+    final = load_file(run_dir / "hf" / "model.safetensors")
+    assert newest.keys() == final.keys() and all(torch.equal(newest[name], final[name]) for name in final)
+
+
+@pytest.mark.launch
+def test_run_with_other_adapters_is_not_continued(two_processes, prepared):
+    settings = launch_environment(prepared, two_processes["output"], "killed", 2)
+    result = run(["bash", "qwen_launch.sh", "--lora-rank", "8", "--freeze", "projector"], check=False, **settings)
+    assert result.returncode == 1
+    assert "was started with --lora-rank 4, now it is 8" in result.stderr
+
+
+@pytest.mark.launch
+def test_result_is_a_complete_hf_directory(one_process, prepared):
+    from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+    folder = one_process["output"] / "whole" / "hf"
+    model, info = Qwen2VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert info["missing_keys"] == info["unexpected_keys"] == info["mismatched_keys"] == []
+    assert model.visual.patch_embed.proj.weight.shape[1:] == (1764, 1, 1, 1)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, use_fast=False)
+    assert processor.image_processor.dct["name"] == "x4"
+    assert processor.image_processor.max_pixels == 112 * 112  # of the run, not of the checkpoint it started from
+    assert (folder / CODE).read_bytes() == (prepared.model / CODE).read_bytes()
+
+
+@pytest.mark.launch
+def test_only_the_newest_checkpoints_are_kept_and_whole(one_process):
+    folder = one_process["output"] / "killed" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step000016", "step000024"]
+    assert (folder / "step000016" / "hf" / "model.safetensors").is_file()
+
+
+@pytest.mark.launch
+def test_weights_can_be_read_by_others(one_process):
+    """safetensors lets the owner only."""
+    files = sorted((one_process["output"] / "whole").rglob("*.safetensors"))
+    assert len(files) == 3  # hf/ and two checkpoints
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+
+
+@pytest.fixture(scope="module")
+def restarted(one_process, prepared) -> dict:
+    """A checkpoint of steps of four micro-batches goes on with three a step and the data anew; 16 x 4 is no multiple of
+    3. Killed before its first checkpoint, and started again without the flag. None is saved on the way."""
+    whole, run_dir = (one_process["output"] / name for name in ("whole", "restarted"))
+    shutil.copytree(whole / "checkpoints" / "step000016", run_dir / "checkpoints" / "step000016")
+    shutil.copyfile(whole / "run.json", run_dir / "run.json")
+    environment = launch_environment(prepared, one_process["output"], "restarted", 1)
+    environment |= {"GBS": "6", "VAL_INTERVAL": "3", "SAVE_INTERVAL": "0"}
+    kill_when_under_way(start(environment, "--restart-data"), run_dir)
+    before = whole_lines(run_dir)
+    log = finish(start(environment), environment)
+    return {"run_dir": run_dir, "before": before, "log": log}
+
+
+@pytest.mark.launch
+def test_data_begun_anew_in_other_batches_come_in_whole_steps(restarted):
+    lines = metrics(restarted["run_dir"])
+    assert resumed_step(restarted["log"]) == 16
+    steps = [(line["step"], line["samples"]) for line in lines if "loss" in line]
+    assert steps == [(step, 6) for step in range(17, STEPS + 1)]
+    assert [line["step"] for line in lines if "val_loss" in line] == [18, 21, 24]
+    assert [path.name for path in (restarted["run_dir"] / "checkpoints").iterdir()] == ["step000016"]
+
+
+@pytest.mark.launch
+def test_data_begun_anew_begin_anew_once_more_after_a_kill_before_a_checkpoint(restarted):
+    before, after = restarted["before"], metrics(restarted["run_dir"])
+    assert len(re.findall(r"Resuming from .*step000016", restarted["log"])) == 2
+    assert restarted["log"].count("The checkpoint is of before --restart-data: the data begin anew") == 1
+    assert before and figures(after[: len(before)]) == figures(before)
+
+
+@pytest.mark.launch
+def test_unusable_data_stops_the_run_with_one_clear_line(one_process):
+    code, log = one_process["unusable"]
+    assert code != 0
+    lines = [line for line in log.splitlines() if line.startswith("finetune_qwen2vl.py: ")]
+    assert len(lines) == 1
+    assert "20 samples in a row could not be used (no_conversation 20)" in lines[0]
+
+
+@pytest.mark.launch
+def test_finished_run_is_not_repeated(one_process):
+    environment = one_process["whole"]
+    log = finish(start(environment), environment)
+    assert log.splitlines()[-1].endswith(f"its model is in {one_process['output'] / 'whole' / 'hf'}")
+
+
+@pytest.mark.launch
+def test_run_folder_of_other_settings_is_refused(one_process):
+    environment = {**one_process["whole"], "LR": "5e-4"}
+    result = run(["bash", "qwen_launch.sh"], check=False, **environment)
+    assert result.returncode == 1
+    assert "was started with --lr 0.001, now it is 0.0005" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--precision", "bf16-mixed"], "was started with --precision 32, now it is bf16-mixed: use the same value"),
+        (["--engine", "megatron"], "was started with --engine automodel, now it is megatron: use the same value"),
+    ],
+)
+def test_precision_and_engine_stay_when_a_run_goes_on(changed, said, prepared, tmp_path, monkeypatch, one_line_error):
+    monkeypatch.setattr(checks, "megatron_refusal", lambda: None)
+    monkeypatch.setattr(finetune_qwen2vl, "train", run_file.write_run_file)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    known = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    begun = [*known, "--engine", "automodel"]
+    assert finetune_qwen2vl.main(begun) == 0
+    assert finetune_qwen2vl.main([*begun, "--precision", "32", "--check"]) == 0
+    assert finetune_qwen2vl.main([*begun, *changed, "--restart-data"]) == 1
+    assert said in one_line_error()
+
+
+def test_run_that_is_being_trained_is_not_started_twice(prepared, tmp_path):
+    run_lock.lock(tmp_path / "refused")
+    assert f"is being trained by another process (pid {os.getpid()} on" in refused(prepared, tmp_path)
+
+
+def refused(prepared: Prepared, tmp_path: Path, *arguments: str, **settings: str) -> str:
+    """The one line with which qwen_launch.sh refuses."""
+    environment = {**launch_environment(prepared, tmp_path, "refused", 2), **settings}
+    result = run(["bash", "qwen_launch.sh", *arguments], check=False, **environment)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    return result.stderr
+
+
+def test_indivisible_batch_is_refused(prepared, tmp_path):
+    assert "GBS 10 is not divisible by MBS 2 x 2 processes = 4" in refused(prepared, tmp_path, GBS="10")
+
+
+def test_flags_of_the_other_engine_are_refused(prepared, tmp_path):
+    line = refused(prepared, tmp_path, PP="2")
+    assert "--pipeline-parallel is of the megatron engine, but --engine megatron needs" in line
+    assert "--pack-tokens is of the megatron engine" in refused(prepared, tmp_path, PACK_TOKENS="512", MBS="")
+
+
+@pytest.mark.parametrize(
+    ("engine", "typed", "expected"),
+    [
+        ("automodel", [], (1, 0, 0, 32)),
+        ("automodel", ["--micro-batch-size", "4", "--global-batch-size", "8"], (4, 0, 0, 8)),
+        ("megatron", [], (1, 8192, 16384, 18)),  # rows, a multiple of three data-parallel processes
+        ("megatron", ["--pack-tokens", "4096", "--global-batch-size", "6"], (1, 4096, 8192, 6)),
+        ("megatron", ["--micro-batch-size", "2"], (2, 0, 0, 32)),
+        ("megatron", ["--pack-tokens", "0"], (1, 0, 0, 32)),
+    ],
+)
+def test_what_the_command_line_leaves_open_of_a_batch(engine, typed, expected):
+    arguments = config.parse_arguments(["--model-dir", "m", "--data-dir", "d", *typed])
+    arguments.data_parallel = 3
+    checks.settle_batch(arguments, engine)
+    names = ("micro_batch_size", "pack_tokens", "pack_vision_tokens", "global_batch_size")
+    assert tuple(getattr(arguments, name) for name in names) == expected
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--pack-tokens", "4096", "--micro-batch-size", "2"], "so --micro-batch-size is 1, got 2"),
+        (["--pack-vision-tokens", "4096", "--micro-batch-size", "1"], "rows as --pack-tokens 0: both must be over 0"),
+        (["--pack-tokens", "4096", "--pack-vision-tokens", "0"], "--pack-vision-tokens 0 bounds the same rows"),
+        (["--tensor-parallel", "3"], "--tensor-parallel 3 x --pipeline-parallel 1 = 3 does not divide 4 processes"),
+        (["--tensor-parallel", "2", "--global-batch-size", "3"], "GBS 3 is not divisible by MBS 1 x 2 processes"),
+    ],
+)
+def test_numbers_of_the_megatron_engine_that_do_not_fit(typed, said):
+    arguments = config.parse_arguments(["--model-dir", "m", "--data-dir", "d", "--devices", "4", *typed])
+    arguments.world_size = 4
+    arguments.data_parallel = max(1, 4 // (arguments.tensor_parallel * arguments.pipeline_parallel))
+    checks.settle_batch(arguments, "megatron")
+    with pytest.raises(checks.RunError, match=re.escape(said)):
+        checks.check_numbers(arguments)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--lora-rank", "-1"], "--lora-rank must be at least 0, got -1"),
+        (["--freeze", "vision", "language"], "--lora-rank 4 trains adapters of the language model, --freeze language "),
+        (["--tensor-parallel", "8"], "--lora-rank 4 is not divisible by --tensor-parallel 8: change one of them"),
+        (
+            ["--pipeline-parallel", "2"],
+            "cannot resume --lora-rank 4 under --pipeline-parallel 2: use --tensor-parallel",
+        ),
+    ],
+)
+def test_adapters_that_cannot_be(typed, said):
+    known = ["--model-dir", "m", "--data-dir", "d", "--lora-rank", "4"]
+    with pytest.raises(checks.RunError, match=re.escape(said)):
+        checks.check_lora(config.parse_arguments([*known, *typed]))
+    checks.check_lora(config.parse_arguments([*known, "--tensor-parallel", "2"]))
+    checks.check_lora(config.parse_arguments([*known[:4], "--freeze", "language"]))
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--lora-alpha", "0"], "--lora-alpha must be at least 1, got 0"),
+        (["--tensor-parallel", "0"], "--tensor-parallel must be at least 1, got 0"),
+        (["--max-pixels", "0"], "--max-pixels must be at least 1, got 0"),
+        (["--min-pixels", "-1"], "--min-pixels must be at least 1, got -1"),
+        (["--val-batches", "0"], "--val-batches must be at least 1, got 0"),
+        (["--save-interval", "-1"], "--save-interval must be at least 0, got -1"),
+        (["--max-gradient-norm", "-1"], "--max-gradient-norm must be at least 0, got -1.0"),
+        (["--num-workers", "255"], "holds 254 samples, fewer than 1 processes have loader processes (255): lower"),
+        (["--num-workers", "-1"], "--num-workers must be at least 0, got -1"),
+        (["--weight-decay", "inf"], "--weight-decay must be at least 0, got inf"),
+        (["--lr", "nan"], "--lr must be over 0, got nan"),
+        (["--lr", "0"], "--lr must be over 0, got 0.0"),
+        (["--adam-beta2", "1"], "--adam-beta2 must be below 1, got 1.0"),
+        (["--min-lr", "1"], "--min-lr 1.0 is over --lr 1e-05: change one of them"),
+        (["--video-min-frames", "800"], "--video-min-frames 800 is over --video-max-frames 768"),
+        (["--profile", "2000"], "--profile 2000 is over --max-steps 1000"),
+        (["--devices", "2"], "2 processes are torchrun's to start: bash qwen_launch.sh"),
+        (["--recompute"], "--recompute is of the megatron engine, but --engine automodel was asked for"),
+        (["--freeze", "vision", "language", "--freeze", "projector"], "leaves nothing to train"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_in_one_line(typed, said, prepared, tmp_path, monkeypatch, one_line_error):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    known = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    assert finetune_qwen2vl.main([*known, "--engine", "automodel", "--global-batch-size", "8", *typed]) == 1
+    assert said in one_line_error()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_a_checkpoint_may_start_with_other_settings(prepared, tmp_path):
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "run.json").write_text('{"lr": 5.0}')
+    known = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    command = [*known, "--experiment-name", "e", "--engine", "automodel", "--check"]
+    assert finetune_qwen2vl.main(command) == 0
+    (tmp_path / "e" / "checkpoints" / "step000005").mkdir(parents=True)
+    assert finetune_qwen2vl.main(command) == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_broken_run_file_is_refused_in_one_line(content, prepared, tmp_path, one_line_error):
+    (tmp_path / "e" / "checkpoints" / "step000005").mkdir(parents=True)
+    (tmp_path / "e" / "run.json").write_text(content)
+    known = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    command = [*known, "--experiment-name", "e", "--engine", "automodel", "--check"]
+    assert finetune_qwen2vl.main(command) == 1
+    line = one_line_error()
+    assert f"{tmp_path / 'e' / 'run.json'} is " in line and line.endswith(", or another --experiment-name")
+    with pytest.raises(CheckpointError):
+        finetune_qwen2vl.main([*command, "--debug"])
+
+
+def test_each_beginning_of_the_data_has_its_number(tmp_path):
+    def number(*typed: str) -> int:
+        """What this start counts, and leaves in run.json."""
+        arguments = config.parse_arguments(["--model-dir", "m", "--data-dir", "d", *typed])
+        arguments.run_dir = tmp_path
+        arguments.data_restarts = run_file.count_data_restarts(arguments)
+        run_file.write_run_file(arguments, checks.ModelInfo("x4", None))
+        return arguments.data_restarts
+
+    assert [number("--restart-data"), number("--restart-data"), number()] == [1, 1, 0]  # there is nothing to go on from
+    (tmp_path / "checkpoints" / "step000005").mkdir(parents=True)
+    counted = [number(), number("--restart-data"), number(), number("--restart-data"), number()]
+    assert counted == [0, 1, 1, 2, 2]
+    (tmp_path / "run.json").write_text('{"lr": 1.0}')  # of before there were numbers
+    assert [number(), number("--restart-data")] == [0, 1]
+    (tmp_path / "run.json").write_text('{"data_restarts": "1"}')
+    with pytest.raises(CheckpointError, match=r"run.json has data_restarts '1', which is no whole number: put back"):
+        number()
+
+
+def test_parts_frozen_one_by_one_are_all_frozen():
+    known = ["--model-dir", "m", "--data-dir", "d"]
+    for typed in (["--freeze", "vision", "language"], ["--freeze", "vision", "--freeze", "language"]):
+        assert config.parse_arguments([*known, *typed]).freeze == ["language", "vision"]
+
+
+def test_stages_with_nothing_to_train_are_refused():
+    known = ["--model-dir", "m", "--data-dir", "d", "--freeze", "language", "--pipeline-parallel", "2"]
+    with pytest.raises(checks.RunError, match="nothing to train, got --pipeline-parallel 2: use --tensor"):
+        checks.check_parts(config.parse_arguments(known))
+
+
+def test_missing_model_is_refused(prepared, tmp_path):
+    assert "no model in /nowhere" in refused(prepared, tmp_path, MODEL_DIR="/nowhere")
+
+
+def test_relative_folders_are_those_of_the_caller(tmp_path):
+    """Only the default of OUTPUT_DIR is a folder of the repository."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    folders = {"MODEL_DIR": "models/x4", "DATASET_DIR": "/data/set", "PYTHON": str(tmp_path / "python")}
+
+    def launched(folder: Path, **settings: str) -> dict[str, str]:
+        environment = {"PATH": os.environ["PATH"], **folders, **settings}
+        command = ["bash", os.path.relpath(REPOSITORY / "qwen_launch.sh", folder)]
+        words = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        return dict(re.findall(r"--(model-dir|data-dir|output-dir) (\S+)", words.stdout.splitlines()[-1]))
+
+    data = {"data-dir": "/data/set"}
+    assert launched(tmp_path) == {"model-dir": f"{tmp_path}/models/x4", **data, "output-dir": "experiments"}
+    assert launched(tmp_path, OUTPUT_DIR="runs")["output-dir"] == f"{tmp_path}/runs"
+    assert launched(REPOSITORY, OUTPUT_DIR="r") == {"model-dir": "models/x4", **data, "output-dir": "r"}
+
+
+def test_unprepared_data_is_refused(prepared, tmp_path):
+    assert "no shards in" in refused(prepared, tmp_path, DATASET_DIR=str(tmp_path))
+    shutil.copy(next(prepared.shards.glob("*.tar")), tmp_path)
+    assert "is not prepared" in refused(prepared, tmp_path, DATASET_DIR=str(tmp_path))
+
+
+def test_contradicting_dct_flag_is_refused_naming_both(prepared, tmp_path):
+    line = refused(prepared, tmp_path, "--dct", "x16")
+    assert "--dct x16 contradicts the checkpoint" in line
+    assert "converted with x4" in line
+
+
+def test_pixel_checkpoint_is_refused_unless_asked_for(prepared, tmp_path):
+    line = refused(prepared, tmp_path, MODEL_DIR=str(prepared.pixel_model))
+    assert "reads pixels, not DCT tokens" in line
+    info = checks.check_model(prepared.pixel_model, "none")
+    assert (info.dct_name, info.dct) == ("none", None)
+
+
+def test_unequal_devices_are_refused(prepared, tmp_path):
+    assert "DEVICES=3, but NUM_PROC_PER_NODE=2" in refused(prepared, tmp_path, DEVICES="3")
+
+
+def test_pixel_bounds_the_wrong_way_round_are_refused(prepared, tmp_path):
+    assert "is over max_pixels" in refused(prepared, tmp_path, MINPIXELS="200000", MAXPIXELS="100000")
+
+
+FAKE_SRUN = """#!/usr/bin/env bash
+# Two nodes on one machine: the command of srun twice, each with a number of its own.
+while [[ "$1" == --* ]]; do shift; done
+SLURM_NODEID=1 "$@" > "$OUTPUT_DIR/node1.log" 2>&1 &
+SLURM_NODEID=0 "$@"
+code=$?
+wait $! && exit $code
+"""
+
+
+def test_two_nodes_through_slurm(prepared, tmp_path):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in {"srun": FAKE_SRUN, "scontrol": "#!/usr/bin/env bash\nprintf '127.0.0.1\\nother\\n'\n"}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    environment = {
+        **launch_environment(prepared, tmp_path, "nodes", 1),
+        **{"PATH": f"{folder}:{os.environ['PATH']}", "MAX_STEPS": "2", "SAVE_INTERVAL": "0", "ENGINE": "automodel"},
+        **{"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": str(os.getpid())},
+    }
+    done = run(["bash", "slurm/train_slurm.sh", "--log-interval", "1"], check=False, **environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "2 process(es)" in done.stdout
+    steps = [line for line in metrics(tmp_path / "nodes") if "loss" in line]
+    assert [line["samples"] for line in steps] == [8, 8]
+    assert not (tmp_path / "nodes" / "checkpoints").exists() and (tmp_path / "nodes" / "hf").is_dir()
+
+
+def test_slurm_s_task_has_the_cores_of_its_processes_and_loaders(tmp_path):
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$SRUN_CPUS_PER_TASK"\n')
+    (tmp_path / "srun").chmod(0o755)
+    (asked,) = re.findall(
+        r"^#SBATCH --cpus-per-task=(\d+)$", (REPOSITORY / "slurm/train_slurm.sh").read_text(), re.MULTILINE
+    )
+    defaults = dict(re.findall(r"^(\w+)=\$\{\1:-(\d+)\}", (REPOSITORY / "qwen_launch.sh").read_text(), re.MULTILINE))
+    assert int(asked) == int(defaults["NUM_PROC_PER_NODE"]) * (1 + int(defaults["NUM_WORKERS"]))
+    job = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "MASTER_ADDR": "n1", "SLURM_CPUS_PER_TASK": asked}
+    assert run(["bash", "slurm/train_slurm.sh"], PATH=f"{tmp_path}:{os.environ['PATH']}", **job).stdout == f"{asked}\n"
+
+
+def test_profile_is_a_trace_of_one_step(one_process):
+    trace = json.loads(gzip.decompress((one_process["output"] / "whole" / "profile" / "rank0.json.gz").read_bytes()))
+    names = {event.get("name", "") for event in trace["traceEvents"]}
+    assert any("backward" in name.lower() for name in names) and "aten::addmm" in names
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_megatron_without_cuda_is_refused(prepared, tmp_path):
+    assert "--engine megatron needs a CUDA device" in refused(prepared, tmp_path, ENGINE="megatron")
+
+
+def test_unknown_argument_is_a_usage_error(prepared, tmp_path):
+    environment = launch_environment(prepared, tmp_path, "usage", 1)
+    result = run(["bash", "qwen_launch.sh", "--no-such-flag"], check=False, **environment)
+    assert result.returncode == 2
+
+
+def test_too_many_bad_samples_are_explained_with_and_without_loader_processes():
+    from dct_qwen2vl.data.samples import TooManyBadSamples
+
+    wrapped = ValueError("Sample failed")  # as Energon leaves it without loader processes
+    wrapped.__context__ = TooManyBadSamples("20 samples in a row")
+    from_process = RuntimeError("Caught it in process 0.\ntask_encoder.TooManyBadSamples: 20 samples in a row\nmore")
+    assert finetune_qwen2vl.explain(wrapped) == "20 samples in a row"
+    assert finetune_qwen2vl.explain(from_process) == "20 samples in a row"
+    assert finetune_qwen2vl.explain(KeyError("a bug")) is None

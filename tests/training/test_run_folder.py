@@ -1,0 +1,150 @@
+"""What a run keeps in its folder: its lock, the checkpoint it goes on from, the loggers it was asked for."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from pipeline import REPOSITORY
+
+from dct_qwen2vl.training import run_lock
+
+
+def arguments(folder: Path, **changes) -> Namespace:
+    return Namespace(**{"run_dir": folder, "experiment_name": "first", "wandb_project": None, **changes})
+
+
+@pytest.mark.parametrize("project", [None, "tokens"])
+def test_wandb_is_written_if_asked_for(project, tmp_path, monkeypatch):
+    import wandb
+
+    from dct_qwen2vl.training.run_folder import build_loggers
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = build_loggers(arguments(tmp_path, wandb_project=project))
+    assert logger.tensorboard is not None
+    if project is None:
+        assert logger.wandb is None
+        return
+    logger.wandb.log_metrics({"train/loss": 1.25}, step=3)
+    logger.wandb.experiment.finish()
+    wandb.teardown()  # waits for what it has written
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    written = file.read_bytes()
+    assert b"tokens" in written and b"first" in written
+    assert b"train/loss" in written and b"1.25" in written
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", '{"loss": 1.0}', "\0\0"])
+def test_a_broken_line_of_metrics_is_named(broken, tmp_path):
+    from dct_qwen2vl.training.log import read_metrics
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 2}}\n{{"st')
+    with pytest.raises(run_lock.RunFolderError, match=r"metrics.jsonl is broken in line 2: take that line out"):
+        read_metrics(path)
+    path.write_text('{"step": 1}\n{"step": 2, "loss": NaN}\n{"st')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+
+
+# Holds a run folder, and leaves behind a process that outlives it, as a loader process may.
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from dct_qwen2vl.training import run_lock
+run_lock.lock(Path(sys.argv[1]))
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A run folder, the process that holds it, and the id of that one's child."""
+    folder = tmp_path / "first"
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    holder = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    child = int(holder.stdout.readline())
+    yield folder, holder
+    holder.kill()
+    holder.wait(timeout=20)
+    holder.stdout.close()
+    os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("take", [run_lock.lock, run_lock.check_unlocked])
+def test_run_folder_is_held_by_one_process_and_free_when_it_is_killed(take, held):
+    folder, holder = held
+    with pytest.raises(run_lock.RunFolderError) as refusal:
+        take(folder)
+    line = f"{folder} is being trained by another process (pid {holder.pid} on {socket.gethostname()}): wait or end it"
+    assert str(refusal.value) == line
+    holder.kill()
+    holder.wait(timeout=20)
+    take(folder)
+
+
+def test_looking_at_a_run_folder_makes_none(tmp_path):
+    run_lock.check_unlocked(tmp_path / "first")
+    assert not (tmp_path / "first").exists()
+
+
+@pytest.mark.parametrize("save_interval", [0, 8])
+def test_a_run_goes_on_from_its_checkpoint_whether_it_saves_or_not(save_interval, tmp_path):
+    from nemo import lightning as nl
+
+    from dct_qwen2vl.training.run_folder import resume, step_checkpoints, trainer_options
+
+    checkpoint = tmp_path / "checkpoints" / "step000008"
+    checkpoint.mkdir(parents=True)
+    limits = {"devices": 1, "num_nodes": 1, "world_size": 1, "rank": 0, "max_steps": 24, "keep": 2}
+    settings = arguments(tmp_path, save_interval=save_interval, **limits)
+    trainer = nl.Trainer(accelerator="cpu", callbacks=step_checkpoints(settings, print), **trainer_options(settings))
+    resume(settings).setup(trainer)
+    assert Path(trainer.ckpt_path) == checkpoint
+    assert (trainer.checkpoint_callback is None) is (save_interval == 0)
+
+
+def resume_on_nodes(*folders: Path) -> list:
+    """What the process of each node finds in its folder of checkpoints: a path, None or the error."""
+    import torch.distributed
+
+    from dct_qwen2vl.training.run_folder import agree_on_checkpoint
+
+    def node(rank: int):
+        try:
+            return agree_on_checkpoint(folders[rank], store, rank, len(folders))
+        except run_lock.RunFolderError as error:
+            return error
+
+    store = torch.distributed.HashStore()
+    store.set_timeout(timedelta(seconds=20))
+    with ThreadPoolExecutor(len(folders)) as pool:
+        return list(pool.map(node, range(len(folders))))
+
+
+def test_the_first_node_chooses_the_checkpoint(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for name in ("first/step000008", "second/step000008", "second/step000016"):
+        (tmp_path / name).mkdir(parents=True)
+    assert resume_on_nodes(first, first) == [first / "step000008"] * 2
+    assert resume_on_nodes(first, second) == [first / "step000008", second / "step000008"]
+    assert resume_on_nodes(tmp_path / "empty", second) == [None, None]
+
+
+def test_all_nodes_end_where_one_does_not_see_the_checkpoint(tmp_path):
+    (tmp_path / "first" / "step000008").mkdir(parents=True)
+    said = f"{socket.gethostname()} does not see .*step000008: OUTPUT_DIR must be one folder that all nodes share"
+    errors = resume_on_nodes(tmp_path / "first", tmp_path / "second", tmp_path / "first")
+    assert len(errors) == 3
+    assert all(re.fullmatch(said, str(error)) for error in errors)

@@ -1,0 +1,117 @@
+"""What a run writes while it goes: whose seconds a step's are, and how a step that is no number ends a run."""
+
+import json
+import math
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from dct_qwen2vl.training.log import NonFiniteStep, StepGuard, TrainingLog, ValidationSum
+from dct_qwen2vl.training.run_folder import step_checkpoints
+
+
+class Clock:
+    """In place of time.perf_counter."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def trainer_at(step: int, **changes) -> SimpleNamespace:
+    """What TrainingLog looks at of a Lightning trainer that has made `step` steps."""
+    loader = SimpleNamespace(wait_seconds=0.0)
+    strategy = SimpleNamespace(root_device="cpu", broadcast=lambda value: value)
+    return SimpleNamespace(
+        **{
+            "global_step": step, "is_global_zero": True, "world_size": 1, "accumulate_grad_batches": 1,
+            "datamodule": SimpleNamespace(train_loader=loader), "strategy": strategy, "val_check_interval": 10,
+            **changes,
+        }
+    )  # fmt: skip
+
+
+MODULE = SimpleNamespace(last_learning_rate=1e-3, gradient_norm=1.0, log_dict=lambda *_, **options: None)
+
+
+def test_writing_a_checkpoint_is_not_part_of_the_next_step(tmp_path, monkeypatch):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    monkeypatch.setattr(ModelCheckpoint, "_save_checkpoint", lambda *_: setattr(clock, "now", clock.now + 50))
+    log = TrainingLog(tmp_path, 3, 1, 2)
+    (saving,) = step_checkpoints(SimpleNamespace(run_dir=tmp_path, save_interval=1, keep=1), log.restart_clock)
+    log.on_train_start(trainer_at(0), MODULE)
+    for step in (1, 2, 3):
+        clock.now += step
+        log._end_step(trainer_at(step), MODULE)
+        saving._save_checkpoint(trainer_at(step), "step")
+    assert [json.loads(line)["seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("lines", "step", "validated"),
+    [
+        ([{"step": 10, "loss": 1.0}], 10, True),  # ended while it validated
+        ([{"step": 10, "loss": 1.0}, {"step": 10, "val_loss": 1.0}], 10, False),
+        ([{"step": 10, "loss": 1.0}], 9, False),
+        ([], 0, False),
+    ],
+)
+def test_a_validation_that_was_cut_off_is_made_up_for(lines, step, validated, tmp_path, monkeypatch):
+    from dct_qwen2vl.training import log
+
+    done = []
+    monkeypatch.setattr(log, "validate", done.append)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trainer = trainer_at(step, val_check_interval=20, accumulate_grad_batches=2)
+    TrainingLog(tmp_path, 100, 1, 2).on_train_start(trainer, MODULE)
+    assert done == [trainer] * validated
+
+
+def test_skipped_samples_go_on_counting_after_a_restart(tmp_path):
+    first = TrainingLog(tmp_path, 3, 1, 2)
+    first._skipped.update({"too_long": 2})
+    second = TrainingLog(tmp_path, 3, 1, 2)
+    second.load_state_dict(first.state_dict())
+    second._skipped.update({"too_long": 1, "broken": 4})
+    assert second.state_dict() == {"skipped": {"too_long": 3, "broken": 4}}
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+@pytest.mark.parametrize("norm", [1.0, math.nan])
+def test_a_loss_that_is_no_number_is_named_with_its_own_micro_batch(loss, norm, tmp_path):
+    guard = StepGuard(tmp_path / "refused.json")
+    guard.check(1, 2.5, [(1.0, ["a"]), (0.0, ["b"])])
+    with pytest.raises(NonFiniteStep) as refusal:
+        guard.check(7, norm, [(1.0, ["a"]), (loss, ["b", "c"])])
+    assert str(refusal.value).startswith(
+        f"the loss is {loss} at step 7, which has changed no weight; its samples: b, c. "
+    )
+    assert json.loads((tmp_path / "refused.json").read_text()) == {"step": 7, "loss": str(loss), "samples": ["b", "c"]}
+
+
+def test_of_many_samples_the_first_are_named_and_all_are_listed(tmp_path):
+    keys = [f"k{number}" for number in range(64)]
+    with pytest.raises(NonFiniteStep, match=r"k0, k1.* k9, \.\.\. \(64 in all, listed in .*refused\.json\)") as refusal:
+        StepGuard(tmp_path / "refused.json").check(7, math.inf, [(1.0, keys[:32]), (1.0, keys[32:])])
+    assert "k10" not in str(refusal.value) and "\n" not in str(refusal.value)
+    assert json.loads((tmp_path / "refused.json").read_text())["samples"] == keys
+
+
+def test_a_validation_s_loss_is_the_mean_over_its_tokens_without_blanks():
+    import torch
+
+    total = ValidationSum()
+    total.begin("cpu")
+    for loss_sum, tokens, samples in ((3.0, 2, 1), (6.0, 1, 2), (100.0, 1, 0)):
+        total.add(torch.tensor(loss_sum), tokens, samples)
+    total.end()
+    assert (total.loss, total.samples) == (3.0, 3)
+    total.begin("cpu")
+    total.end()
+    assert math.isnan(total.loss) and total.samples == 0
