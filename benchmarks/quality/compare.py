@@ -2,6 +2,8 @@
 
     python -m benchmarks.quality.compare --results results --figures figures
 
+Results are result files (.jsonl) or folders with them. PATH also stands for the file PATH.jsonl.
+
 Runs are compared within an experiment: same task and knobs, model, batch, steps, tests and learning rate, and for warm
 starts the same arm and training of the model they start from; only arm and seed differ. Times are those of steps of
 runs that had the device to themselves, of whatever number of steps.
@@ -25,10 +27,10 @@ import numpy as np
 
 from benchmarks.quality.figures import draw_budgets, draw_by_level, draw_learning
 from benchmarks.quality.paired import LEAST_SEEDS, describe, paired_difference, spread, verdict_over_seeds
+from benchmarks.quality.result_files import SUFFIX, Result, result_files
 from benchmarks.quality.run_results import (
     Arms,
     Limits,
-    Result,
     Times,
     cost_key,
     experiments,
@@ -203,19 +205,40 @@ def draw(name: str, number: int, arms: Arms, times: Times, limits: Limits, folde
     print(f"\nfigures: {', '.join(map(str, paths.values()))}")
 
 
-def main(argv: list[str] | None = None) -> int:
+def place(text: str) -> Path:
+    """A result file or a folder. A path that is neither stands for the file PATH.jsonl, if that is there."""
+    path, named = Path(text), Path(text + SUFFIX)
+    return named if named.is_file() and not path.exists() else path
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--results", type=Path, nargs="+", required=True, metavar="DIR", help="JSON files of runs")
-    parser.add_argument("--times", type=Path, nargs="+", default=[], metavar="DIR", help="more, for times alone")
-    parser.add_argument("--limits", type=Path, metavar="DIR", help="results of legibility.py, for the figures")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw three figures for each experiment there")
-    arguments = parser.parse_args(argv)
-    results = load(*arguments.results)
+    add = parser.add_argument
+    add("--results", type=place, nargs="+", required=True, metavar="PATH", help="result files, or folders with them")
+    add("--times", type=place, nargs="+", default=[], metavar="PATH", help="more, for times alone")
+    add("--limits", type=place, metavar="PATH", help="results of legibility.py, for the figures")
+    add("--figures", type=Path, metavar="DIR", help="draw three figures for each experiment there")
+    return parser.parse_args(argv)
+
+
+def read(arguments: argparse.Namespace) -> tuple[list[Result], Times, Limits]:
+    """Raises ValueError for places without results and for damaged files."""
+    limits = [] if arguments.limits is None else [arguments.limits]
+    empty = [str(path) for path in [*arguments.results, *arguments.times, *limits] if not result_files(path)]
+    results = [] if empty else load(*arguments.results)
     if not results:
-        folders = " ".join(map(str, arguments.results))
-        print(f"compare.py: no results in {folders}: run run_experiments.py --output there", file=sys.stderr)
+        where = " ".join(empty or map(str, arguments.results))
+        raise ValueError(f"no results in {where}: expected .jsonl files of run_experiments.py or legibility.py")
+    return results, step_times(results + load(*arguments.times)), load_limits(arguments.limits)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        results, times, limits = read(arguments)
+    except ValueError as error:
+        print(f"compare.py: {error}", file=sys.stderr)
         return 1
-    times, limits = step_times(results + load(*arguments.times)), load_limits(arguments.limits)
     for number, (name, arms) in enumerate(experiments(results).items()):
         tested = [len(runs[0]["by_picture"]["right"]) for runs in arms.values()]
         chance = 100 * next(iter(arms.values()))[0]["chance"]

@@ -4,8 +4,9 @@
 
 It is trained on single cells of the reading task, one digit in each, and has nothing else to learn: no tokens, no
 language, no looking for a place, no blanks. What it reads can be read, and what a language model misses beyond that is
-left to training; a better reader may read more. One JSON file per arm and seed; finished ones are skipped. The table is
-accuracy by height of print, mean over seeds.
+left to training; a better reader may read more. Results go to legibility/legibility.jsonl, one line for each arm and
+seed; --output FILE.jsonl names the file itself. What is finished there is skipped. The table is accuracy by height of
+print, mean over seeds.
 """
 
 import argparse
@@ -21,8 +22,9 @@ from torch import nn
 from benchmarks.quality.arms import MERGE, Encoder, downscale, make_arm
 from benchmarks.quality.cells import DIGITS, TOKEN
 from benchmarks.quality.reading import Reading
+from benchmarks.quality.result_files import Output, Result
 from benchmarks.quality.run_results import level_accuracy, levels_of
-from benchmarks.quality.runs import chosen_device, environment, finished, write_result
+from benchmarks.quality.runs import chosen_device, environment
 from benchmarks.quality.scoring import by_level
 from benchmarks.quality.tasks import Source, make_task
 from benchmarks.quality.trainer import DRAWN_AT_ONCE
@@ -131,13 +133,22 @@ class Reader:
         return torch.cat(right)[tested].cpu(), torch.cat(levels)[tested].cpu()
 
 
-def run(settings: dict[str, Any], path: Path, device: torch.device, commit: str) -> dict[str, Any]:
-    """Trains and tests; writes and returns the result."""
+def run_name(settings: dict[str, Any]) -> str:
+    """Of a run's line."""
+    return f"legibility_{settings['arm']}_seed{settings['seed']}"
+
+
+def run(settings: dict[str, Any], output: Output, device: torch.device, commit: str) -> Result:
+    """Trains and tests; writes and returns the result. A finished run of the same settings is read."""
+    result = output.finished(run_name(settings))
+    if result is not None and result["classifier"] == settings:
+        return result
     started = time.perf_counter()
     reader = Reader(settings, device)
     loss = reader.train()
     right, level = reader.test()
     result = {
+        "name": run_name(settings),
         "finished": True,
         "classifier": settings,
         "environment": environment(device, commit),
@@ -146,11 +157,11 @@ def run(settings: dict[str, Any], path: Path, device: torch.device, commit: str)
         "by_level": by_level(right, level),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    write_result(path, result)
+    output.record(result)
     return result
 
 
-def table(results: list[dict[str, Any]]) -> list[str]:
+def table(results: list[Result]) -> list[str]:
     """Markdown lines: percent right by height, mean over seeds."""
     levels = levels_of(results)
     lines = [f"| what is read | {' | '.join(f'{level} px' for level in levels)} | all | seeds |"]
@@ -171,7 +182,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--arms", nargs="+", default=["exact", "x4", "x4-corner", "quarter"], help="(default: %(default)s)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and samples (default: %(default)s)")
-    add("--output", type=Path, required=True, metavar="DIR", help="where results are written")
+    add("--output", type=Path, required=True, metavar="PATH", help="FILE.jsonl, or FOLDER for FOLDER/legibility.jsonl")
     add("--steps", type=int, default=3000, help="(default: %(default)s)")
     add("--pictures", type=int, default=64, help="of 16 cells, in a step (default: %(default)s)")
     add("--width", type=int, default=48, help="channels of the first layers (default: %(default)s)")
@@ -185,19 +196,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    device, results = chosen_device(arguments.device), []
+    device, output, results = chosen_device(arguments.device), Output.at(arguments.output, "legibility"), []
     shared = {name: getattr(arguments, name) for name in ("steps", "pictures", "width", "heights", "patch", "test")}
     for arm in arguments.arms:
         for seed in arguments.seeds:
             settings = {"arm": arm, "seed": seed, **shared}
-            path = arguments.output / f"legibility_{arm}_seed{seed}.json"
-            result = finished(path)
-            if result is None or result["classifier"] != settings:
-                try:
-                    result = run(settings, path, device, arguments.commit)
-                except (ValueError, OSError) as error:
-                    print(f"legibility.py: {error}", file=sys.stderr)
-                    return 1
+            try:
+                result = run(settings, output, device, arguments.commit)
+            except (ValueError, OSError) as error:
+                print(f"legibility.py: {error}", file=sys.stderr)
+                return 1
             print(f"{arm} seed {seed}: right {result['accuracy']:.1%} after {result['seconds']} s", flush=True)
             results.append(result)
     print("\n".join(["", *table(results)]))

@@ -1,10 +1,12 @@
-"""Runs a suite of experiments on one device, one JSON file per run, and prints the comparison.
+"""Runs a suite of experiments on one device, writes one line for each run, and prints the comparison.
 
     python -m benchmarks.quality.run_experiments --suite warm --output results --minutes 30 --jobs 2
 
-What is finished in the output folder is not done again, so the same command goes on where it was stopped. A run that
-fails is named on stderr and the others go on. --part 1/4 ... 4/4 spread a suite over devices; runs that start from the
-same model stay together. --tasks, --arms and --seeds leave out others, but not what those that are left start from.
+The suite `warm` writes results/warm.jsonl; --output FILE.jsonl names the file itself. Runs that are finished in the
+file, or in any result file of the output folder, are not done again. So the same command continues after a stop; an
+unfinished run begins again and its line is replaced. A run that fails is named on stderr and the others go on.
+--part 1/4 ... 4/4 spread a suite over devices; runs that start from the same model stay together. --tasks, --arms and
+--seeds select runs; the base models that they start from are always included.
 
 --jobs N does N runs at once, each in a process of its own. On a GPU two hide each other's start and tests; more bring
 something only under NVIDIA MPS (nvidia-cuda-mps-control -d), where four do 1.3 times the steps (LOG.md). Times of such
@@ -25,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.result_files import Output
 from benchmarks.quality.settings import FAILURES, Settings, add_run_flags, first_line
 from benchmarks.quality.suites import STEPS, SUITES, Plan
 
@@ -35,7 +38,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add_run_flags(parser)
+    add_run_flags(parser, experiment="SUITE")
     add("--suite", choices=tuple(SUITES), required=True)
     add("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
     add("--minutes", type=float, help="after which no run begins and those under way stop (default: no limit)")
@@ -64,7 +67,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 class Work:
     """What a process needs beside a run's settings. deadline: of time.monotonic(), which processes share."""
 
-    output: Path
+    output: Output
     device: str
     commit: str
     graphs: bool
@@ -179,9 +182,9 @@ def chosen(runs: Sequence[Settings], choice: dict[str, Sequence[Any] | None]) ->
     return [settings for settings in runs if settings.name in wanted]
 
 
-def to_do(runs: Sequence[Settings], output: Path) -> list[Settings]:
+def to_do(runs: Sequence[Settings], output: Output) -> list[Settings]:
     """Those that are not done, and models that any of these starts from and that are not there, such as in a folder
-    with results alone. Raises ValueError for results of another version of a task."""
+    with results alone. Raises ValueError for results of another version of a task and for a damaged result file."""
     from benchmarks.quality.runs import done
 
     open_runs = [settings for settings in runs if done(settings, output, model_needed=False) is None]
@@ -199,8 +202,9 @@ def main(argv: list[str] | None = None) -> int:
     from benchmarks.quality import compare
     from benchmarks.quality.runs import chosen_device
 
-    suite, device, output = SUITES[arguments.suite], chosen_device(arguments.device).type, arguments.output
-    output.mkdir(parents=True, exist_ok=True)
+    suite, device = SUITES[arguments.suite], chosen_device(arguments.device).type
+    output = Output.at(arguments.output, arguments.suite)
+    output.file.parent.mkdir(parents=True, exist_ok=True)
     deadline = None if arguments.minutes is None else started + 60 * arguments.minutes
     work = Work(output, device, arguments.commit, arguments.graphs == "on", deadline, arguments.jobs == 1)
     runs = suite(Plan(arguments.steps or STEPS[arguments.suite], arguments.tiny, arguments.batch))
@@ -215,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{' '.join(suite.__doc__.split())} {len(runs)} runs to do.", flush=True)
     renew = Here if arguments.jobs == 1 else (lambda: new_process(device))
     failed = do_runs(runs, work, [renew() for _ in range(arguments.jobs)], renew)
-    status = compare.main(["--results", str(output)])
+    status = compare.main(["--results", str(output.place)])
     return 1 if failed else status
 
 

@@ -1,4 +1,4 @@
-"""Results of runs: read from their files, grouped into experiments, and what their numbers are."""
+"""Results of runs: read from result files, grouped into experiments, and what their numbers are."""
 
 import json
 import math
@@ -9,34 +9,34 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.quality.result_files import Result, read_results
+
 STARTED = ", start"  # after the arm's name: a model that warm starts began from
 NOT_COMPARED = ("arm", "seed", "save", "start_from")
 COSTS = ("task", "arm", "batch", "patch", "size")  # the settings that decide, with SHAPES, what a step costs
 SHAPES = ("size", "cells")  # the knobs on which the length of a sample depends; all others change only what is drawn
 OLD_PATCH = 14  # px, of results that do not say
 
-Result = dict[str, Any]  # of a run: what its JSON file holds, and `name`, that of the file
 Arms = dict[str, list[Result]]  # {arm: its runs by seed}
 Limits = dict[str, dict[int, float]]  # {arm: {level: percent that legibility.py reads}}
 Times = dict[str, dict[str, float]]  # {cost_key: milliseconds of each part of a step}
 
 
-def load(*folders: Path) -> list[Result]:
-    """All results of runs in some folders, finished or not, in the order of their names; of those of one name that of
-    the first folder."""
-    paths = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.json")}
-    results = [{"name": name, **json.loads(path.read_text())} for name, path in sorted(paths.items())]
-    results = [result for result in results if "settings" in result]
+def load(*places: Path) -> list[Result]:
+    """Results of runs, finished or not, of result files and of folders with them, in the order of their names.
+
+    Each name occurs once: read_results says which result counts. Raises ValueError for a damaged file.
+    """
+    results = [result for result in read_results(*places).values() if "settings" in result]
     for result in results:
         result["settings"].setdefault("patch", OLD_PATCH)
     return results
 
 
-def load_limits(folder: Path | None) -> Limits:
-    """Means over seeds of what legibility.py wrote in a folder."""
+def load_limits(place: Path | None) -> Limits:
+    """Means over seeds of what legibility.py wrote to a result file or folder. Raises ValueError for a damaged file."""
     read: Arms = {}
-    for path in sorted(folder.glob("*.json")) if folder else ():
-        result = json.loads(path.read_text())
+    for result in read_results(place).values() if place else ():
         if "classifier" in result:
             read.setdefault(result["classifier"]["arm"], []).append(result)
     return {arm: {level: 100 * level_accuracy(runs, level) for level in levels_of(runs)} for arm, runs in read.items()}

@@ -1,4 +1,4 @@
-"""One run: trains, tests, writes one JSON file."""
+"""One run: trains, tests, writes its line of a result file."""
 
 import gc
 import json
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.quality.result_files import Output, Result
 from benchmarks.quality.scoring import accuracies, by_level, by_picture
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.tasks import make_task
@@ -25,22 +26,21 @@ TIMED_EVERY = 10  # steps
 
 def run(
     settings: Settings,
-    output: Path,
+    output: Output,
     device: torch.device | str = "cpu",
     commit: str = "",
     graphs: bool = True,
     deadline: float | None = None,
     alone: bool = True,
-) -> dict[str, Any]:
-    """Trains and tests; writes output/NAME.json after each evaluation and returns what it holds. A finished run, whose
-    model is there if it is one to save, is read.
+) -> Result:
+    """Trains and tests; writes the run's line after each evaluation and returns what the line holds. A finished run,
+    whose model is there if it is one to save, is read.
 
     deadline: of time.monotonic(), after which the run stops at its next evaluation; it then stays unfinished, unless
     its last step is done.
     alone: nothing else uses the device meanwhile, so that its times mean something; noted in the result.
     Raises RuntimeError if the step cannot be captured, FloatingPointError if the loss is no number.
     """
-    path = output / f"{settings.name}.json"
     if (result := done(settings, output, settings.save)) is not None:
         return result
     device, spent = torch.device(device), Spent()
@@ -51,7 +51,7 @@ def run(
     if settings.start_from is not None:
         with spent.on("test"):
             result["curve"].append(curve_point(trainer, 0, 0.0, None))
-    write_result(path, result)
+    output.record(result)
     clock, losses, started = StepClock(device), [], time.perf_counter()
     every = max(1, settings.steps // CURVE_POINTS)
     for number in range(settings.steps):
@@ -64,7 +64,7 @@ def run(
         with spent.on("test"):
             result["curve"].append(curve_point(trainer, number + 1, trained, train_loss))
         result["milliseconds"] = clock.medians()
-        write_result(path, result)
+        output.record(result)
         print(f"{progress_line(settings, result['curve'][-1])}\n", end="", flush=True)  # at once: runs share the output
         if not math.isfinite(train_loss):
             raise FloatingPointError(f"{settings.name}: the loss is {train_loss} after {number + 1} steps")
@@ -75,12 +75,12 @@ def run(
         result["peak_memory_bytes"] = peak
     finish(trainer, result, spent)
     if settings.save:
-        save(trainer, path.with_suffix(".pt"))
-    write_result(path, result)
+        save(trainer, output.model(settings.name))
+    output.record(result)
     return result
 
 
-def prepare(settings: Settings, output: Path, device: torch.device, graphs: bool) -> Trainer:
+def prepare(settings: Settings, output: Output, device: torch.device, graphs: bool) -> Trainer:
     """Model, data and, on CUDA, the captured step of a run."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -92,25 +92,17 @@ def prepare(settings: Settings, output: Path, device: torch.device, graphs: bool
     return trainer
 
 
-def finished(path: Path) -> dict[str, Any] | None:
-    """The result of a run, if it is there and finished."""
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text())
-    return result if result["finished"] else None
-
-
-def done(settings: Settings, output: Path, model_needed: bool) -> dict[str, Any] | None:
+def done(settings: Settings, output: Output, model_needed: bool) -> Result | None:
     """The result of a run that need not be done again: it is finished and, where it is needed, its model is there.
 
     Raises ValueError for a result of a task whose pictures are drawn otherwise now.
     """
-    path = output / f"{settings.name}.json"
-    result = finished(path)
-    if result is None or (model_needed and not path.with_suffix(".pt").is_file()):
+    result = output.finished(settings.name)
+    if result is None or (model_needed and not output.model(settings.name).is_file()):
         return None
     if result.get("task", now := task_fields(settings)) != now:
-        raise ValueError(f"{path} is of task {settings.task} as it was before a change: choose another --output")
+        what = f"{settings.name} in {output.place}"
+        raise ValueError(f"{what} is of task {settings.task} as it was before a change: choose another --output")
     return result
 
 
@@ -132,20 +124,21 @@ def save(trainer: Trainer, path: Path) -> None:
     temporary.replace(path)
 
 
-def start_weights(settings: Settings, output: Path) -> dict[str, torch.Tensor] | None:
+def start_weights(settings: Settings, output: Output) -> dict[str, torch.Tensor] | None:
     """What the run that `start_from` names has saved. Raises FileNotFoundError if it has not."""
     if settings.start_from is None:
         return None
-    path = output / f"{settings.start_from}.pt"
+    path = output.model(settings.start_from)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run the arm pixels or exact there with --save first")
     return torch.load(path, weights_only=True)
 
 
-def describe(trainer: Trainer, commit: str, alone: bool) -> dict[str, Any]:
+def describe(trainer: Trainer, commit: str, alone: bool) -> Result:
     """The head of a result."""
     settings, encoder = trainer.settings, trainer.encoder
     return {
+        "name": settings.name,
         "finished": False,
         "settings": asdict(settings),
         "task": task_fields(settings),
@@ -170,7 +163,7 @@ def curve_point(trainer: Trainer, step: int, seconds: float, loss: float | None)
     return {"step": step, "seconds": seconds, "loss": loss, **measured}
 
 
-def finish(trainer: Trainer, result: dict[str, Any], spent: "Spent") -> None:
+def finish(trainer: Trainer, result: Result, spent: "Spent") -> None:
     """Adds the final test."""
     with spent.on("test"):
         right, level = trainer.test(trainer.settings.test)
@@ -235,14 +228,6 @@ class Spent:
         started = time.perf_counter()
         yield
         self.add(what, time.perf_counter() - started)
-
-
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """As JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.part")
-    temporary.write_text(json.dumps(result) + "\n")
-    temporary.replace(path)
 
 
 def chosen_device(name: str | None) -> torch.device:

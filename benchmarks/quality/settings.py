@@ -81,10 +81,11 @@ class Settings:
         return self.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that train.py and run_experiments.py share."""
+def add_run_flags(parser: argparse.ArgumentParser, experiment: str) -> None:
+    """Flags that train.py and run_experiments.py share. experiment: what a result file in a folder is named after."""
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="DIR", help="where results are written, one JSON file per run")
+    text = f"where results are written: FILE.jsonl, or FOLDER for FOLDER/{experiment}.jsonl"
+    add("--output", type=Path, required=True, metavar="PATH", help=text)
     add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
     add("--commit", default="", help="noted in the results")
     add("--graphs", choices=("on", "off"), default="on", help="CUDA graphs (default: %(default)s)")

@@ -1,22 +1,24 @@
-"""Trains one arm on one task from one seed, and writes what came out as one JSON file.
+"""Trains one arm on one task from one seed, and writes what came out as one line of a result file.
 
     python -m benchmarks.quality.train --task reading --arm x4 --seed 0 --steps 2000 --output results
 
-A finished run is skipped. Steps, samples and their order depend on the settings alone; on a CUDA device the step is
-captured in a CUDA graph (--graphs off: not), as models this small otherwise wait for launches.
+The line goes to results/train.jsonl; --output FILE.jsonl names the file itself. A finished run is skipped. Steps,
+samples and their order depend on the settings alone; on a CUDA device the step is captured in a CUDA graph
+(--graphs off: not), as models this small otherwise wait for launches.
 """
 
 import argparse
 import json
 import sys
 
+from benchmarks.quality.result_files import Output
 from benchmarks.quality.settings import FAILURES, ModelSize, Settings, add_run_flags, first_line
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add, default = parser.add_argument, Settings()
-    add_run_flags(parser)
+    add_run_flags(parser, experiment="train")
     add("--task", default=default.task, help="(default: %(default)s)")
     add("--arm", default=default.arm, help="(default: %(default)s)")
     add("--seed", type=int, default=default.seed, help="of weights and samples (default: %(default)s)")
@@ -31,7 +33,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         add(f"--{part}", type=int, nargs=2, default=(width, layers), metavar=("WIDTH", "LAYERS"), help=text)
     add("--test", type=int, default=default.test, help="samples tested at the end (default: %(default)s)")
     add("--unseen", choices=("zero", "random"), default=default.unseen, help="see Settings (default: %(default)s)")
-    add("--start-from", metavar="RUN", help="name of a run of arm pixels or exact in --output, done with --save")
+    add("--start-from", metavar="RUN", help="name of a run of arm pixels or exact in the output folder, with --save")
     add("--save", action="store_true", help="keep the trained model beside the result")
     return parser.parse_args(argv)
 
@@ -55,10 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         unseen=arguments.unseen,
         save=arguments.save,
     )
+    output, device = Output.at(arguments.output, "train"), chosen_device(arguments.device)
     try:
-        result = run(
-            settings, arguments.output, chosen_device(arguments.device), arguments.commit, arguments.graphs == "on"
-        )
+        result = run(settings, output, device, arguments.commit, arguments.graphs == "on")
     except FAILURES as error:
         print(f"train.py: {first_line(error)}", file=sys.stderr)
         return 1

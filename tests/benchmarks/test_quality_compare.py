@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.quality import compare, figures, paired, run_results
+from benchmarks.quality.result_files import write_file
 
 CURVE = [{"step": step, "seconds": step / 10, "loss": 1.0, "accuracy": 0.1, "hard_accuracy": 0.1} for step in (5, 10)]
 
@@ -117,9 +118,8 @@ def results(tmp_path):
     rows += [result("x4", seed, [4 + g, 5 + g, 5 + g, 5 + g], [3, 3, 2, 3]) for seed, g in enumerate((3, 2, 4))]
     rows += [result("pixels", 0, [9, 9, 8, 9], [4, 3, 3, 4]), result("x4", 0, [5, 5], [1, 1], learning_rate=3e-3)]
     rows += [result("x4-raw", 0, [0, 0], [0, 0], finished=False)]
-    for number, row in enumerate(rows):
-        (tmp_path / f"{number}.json").write_text(json.dumps(row))
-    (tmp_path / "notes.json").write_text('{"steps": 10}')  # no result of a run
+    notes = {"name": "notes", "classifier": {"arm": "x4"}}  # no result of a run
+    write_file(tmp_path / "suite.jsonl", [notes, *named(*rows)])
     return tmp_path
 
 
@@ -162,10 +162,14 @@ def test_tables_show_mean_and_spread_and_levels(results):
     assert "| x4 | 68.8 | 83.3 |" in compare.level_table(arms)
 
 
+def named(*rows: dict) -> list[dict]:
+    """Results named run00, run01, ..."""
+    return [{"name": f"run{number:02}", **row} for number, row in enumerate(rows)]
+
+
 def written(folder, *rows: dict) -> list[dict]:
-    """Results as `load` gives them: files named run00.json, run01.json, ..."""
-    for number, row in enumerate(rows):
-        (folder / f"run{number:02}.json").write_text(json.dumps(row))
+    """Results as `load` gives them, named run00, run01, ..."""
+    write_file(folder / "suite.jsonl", named(*rows))
     return run_results.load(folder)
 
 
@@ -303,18 +307,19 @@ def test_times_may_come_from_another_folder(tmp_path, capsys):
 def test_limits_are_means_over_seeds_and_drawn(results, tmp_path, monkeypatch, capsys):
     from matplotlib.axes import Axes
 
-    for seed, right in enumerate((4, 8)):
-        run = {"classifier": {"arm": "x4", "seed": seed}, "by_level": {"4": [right, 10], "9": [9, 10]}}
-        (tmp_path / f"legibility_x4_seed{seed}.json").write_text(json.dumps(run))
-    (tmp_path / "other.json").write_text(json.dumps(result("x4", 0, [5, 5], [1, 1])))
-    assert run_results.load_limits(tmp_path) == {"x4": {4: pytest.approx(60), 9: pytest.approx(90)}}
+    read = [
+        {"classifier": {"arm": "x4", "seed": seed}, "by_level": {"4": [right, 10], "9": [9, 10]}}
+        for seed, right in enumerate((4, 8))
+    ]
+    write_file(tmp_path / "limits.jsonl", named(*read, result("x4", 0, [5, 5], [1, 1])))
+    assert run_results.load_limits(tmp_path / "limits.jsonl") == {"x4": {4: pytest.approx(60), 9: pytest.approx(90)}}
     assert run_results.load_limits(None) == {}
     drawn, plot = [], Axes.plot
     monkeypatch.setattr(
         Axes, "plot", lambda axis, *data, **style: drawn.append((data, style)) or plot(axis, *data, **style)
     )
-    flags = ["--limits", str(tmp_path), "--figures", str(tmp_path / "figures")]
-    assert compare.main(["--results", str(results), *flags]) == 0
+    flags = ["--limits", str(tmp_path / "limits.jsonl"), "--figures", str(tmp_path / "figures")]
+    assert compare.main(["--results", str(results / "suite.jsonl"), *flags]) == 0
     dotted = [data for data, style in drawn if style.get("linestyle") == ":"]
     assert dotted and all(data == ((4, 9), pytest.approx((60, 90))) for data in dotted)
 
@@ -333,13 +338,13 @@ def test_the_limit_of_a_start_and_its_arm_is_drawn_once(tmp_path, monkeypatch):
         assert list(colours) == list(arms) and dotted.get_color() == colours[limited]
 
 
-def test_results_may_be_in_several_folders_the_first_of_which_counts(tmp_path, capsys):
+@pytest.mark.parametrize("second", ["two", "two/suite.jsonl", "two/suite"])
+def test_results_may_be_in_several_places_the_first_of_which_counts(second, tmp_path, capsys):
     for folder, arms in (("one", ("x4", "quarter")), ("two", ("exact", "quarter"))):
         (tmp_path / folder).mkdir()
-        for arm in arms:
-            run = result(arm, 0, [5, 5] if folder == "one" else [9, 9], [1, 1])
-            (tmp_path / folder / f"{arm}.json").write_text(json.dumps(run))
-    assert compare.main(["--results", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+        right = [5, 5] if folder == "one" else [9, 9]
+        write_file(tmp_path / folder / "suite.jsonl", [{"name": arm, **result(arm, 0, right, [1, 1])} for arm in arms])
+    assert compare.main(["--results", str(tmp_path / "one"), str(tmp_path / second)]) == 0
     cells = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "10 of 20" in line]
     assert [(row[0], row[3]) for row in cells] == [("| exact", "90.0"), ("| quarter", "50.0"), ("| x4", "50.0")]
 
@@ -347,3 +352,22 @@ def test_results_may_be_in_several_folders_the_first_of_which_counts(tmp_path, c
 def test_an_empty_folder_is_one_line(tmp_path, one_line_error):
     assert compare.main(["--results", str(tmp_path)]) == 1
     assert "no results in" in one_line_error()
+
+
+@pytest.mark.parametrize("flag", ["--results", "--times", "--limits"])
+def test_a_place_that_is_not_there_is_one_line(flag, results, one_line_error):
+    assert compare.main(["--results", str(results), flag, str(results / "missing")]) == 1
+    assert one_line_error().startswith(f"compare.py: no results in {results / 'missing'}: expected .jsonl files")
+
+
+def test_a_damaged_file_is_one_line(results, one_line_error):
+    (results / "suite.jsonl").write_text('{"name": "x4"')
+    assert compare.main(["--results", str(results)]) == 1
+    assert one_line_error().startswith(f"compare.py: {results / 'suite.jsonl'}:1 is not a result")
+
+
+def test_the_recorded_results_are_compared(capsys, pytestconfig):
+    recorded = pytestconfig.rootpath / "benchmarks" / "results"
+    results = [str(recorded / f"{card}_reading.jsonl") for card in ("h200", "h100")]
+    assert compare.main(["--results", *results, "--times", str(recorded / "h200_cost.jsonl")]) == 0
+    assert "x4 - quarter, all: over 1024 pictures of seed 0" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """What the classifier is shown is what an arm's tokens hold, and it learns to read."""
 
-import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +8,19 @@ import torch
 from benchmarks.quality import legibility
 from benchmarks.quality.arms import cut, downscale
 from benchmarks.quality.legibility import KNOBS, Rebuild, join, table
+from benchmarks.quality.result_files import Output, read_file
 from benchmarks.quality.tasks import Source, make_task
 
 CPU = torch.device("cpu")
 LUMA = torch.tensor([0.299, 0.587, 0.114])
 EASY = ["--heights", "22", "--width", "8", "--pictures", "8", "--test", "64", "--device", "cpu"]
+
+
+def line_of(path: Path) -> dict:
+    """Of the one run that a result file holds: arm x4, seed 0."""
+    ((name, result),) = read_file(path).items()
+    assert name == "legibility_x4_seed0"
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +59,21 @@ def test_the_corner_of_x4_shows_less_than_x4(frames):
 def test_large_digits_are_learned_and_a_finished_run_is_kept(tmp_path, capsys):
     command = ["--arms", "x4", "--seeds", "0", "--steps", "60", *EASY, "--output", str(tmp_path)]
     assert legibility.main(command) == 0
-    path = tmp_path / "legibility_x4_seed0.json"
-    result = json.loads(path.read_text())
+    output = Output.at(tmp_path, "legibility")
+    result = line_of(output.file)
     assert result["accuracy"] > 0.5 and list(result["by_level"]) == ["22"] and result["by_level"]["22"][1] == 64 * 16
     assert f"| x4 | {100 * result['accuracy']:.1f} |" in capsys.readouterr().out
-    path.write_text(json.dumps({**result, "note": "kept"}))
-    assert legibility.main(command) == 0 and "note" in json.loads(path.read_text())
-    assert legibility.main([*command, "--steps", "1"]) == 0 and "note" not in json.loads(path.read_text())
+    output.record({**result, "note": "kept"})
+    assert legibility.main(command) == 0 and "note" in line_of(output.file)
+    assert legibility.main([*command, "--steps", "1"]) == 0 and "note" not in line_of(output.file)
+    assert [path.name for path in tmp_path.iterdir()] == ["legibility.jsonl"]
 
 
 def test_as_many_pictures_are_tested_as_asked_for(tmp_path):
-    command = ["--arms", "x4", "--seeds", "0", "--steps", "1", *EASY, "--test", "70", "--output", str(tmp_path)]
+    file = tmp_path / "mine.jsonl"
+    command = ["--arms", "x4", "--seeds", "0", "--steps", "1", *EASY, "--test", "70", "--output", str(file)]
     assert legibility.main(command) == 0
-    assert json.loads((tmp_path / "legibility_x4_seed0.json").read_text())["by_level"]["22"][1] == 70 * 16
+    assert line_of(file)["by_level"]["22"][1] == 70 * 16
 
 
 def test_an_arm_that_cannot_be_rebuilt_is_one_line(tmp_path, capsys):

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.quality import run_experiments, runs
+from benchmarks.quality.result_files import Output, read_file, write_file
 from benchmarks.quality.run_experiments import Here, Work, chosen, do_runs, part_of
 from benchmarks.quality.settings import ModelSize, Settings
 from benchmarks.quality.suites import CORE, SEEDS, Plan, first, stills, warm
@@ -36,7 +37,12 @@ WARM = replace(TINY, steps=2, start_from=PIXELS.name)
 ALONE = replace(TINY, arm="quarter")
 UNSAVABLE = replace(TINY, arm="x4-raw", save=True)
 LOST = replace(TINY, start_from=UNSAVABLE.name)
-WORK = Work(Path("unused"), "cpu", "", True, None, True)
+WORK = Work(Output.at(Path("unused"), "suite"), "cpu", "", True, None, True)
+
+
+@pytest.fixture
+def output(tmp_path) -> Output:
+    return Output.at(tmp_path, "suite")
 
 
 def few(plan) -> tuple[Settings, ...]:
@@ -44,9 +50,14 @@ def few(plan) -> tuple[Settings, ...]:
     return PIXELS, WARM, ALONE, UNSAVABLE, LOST
 
 
-def kept(folder: Path, settings: Settings) -> dict:
-    """What a run wrote, without times."""
-    result = json.loads((folder / f"{settings.name}.json").read_text())
+def pair(plan) -> tuple[Settings, ...]:
+    """Two that do not wait for each other."""
+    return PIXELS, ALONE
+
+
+def kept(path: Path, settings: Settings) -> dict:
+    """What a run wrote to a result file, without times."""
+    result = read_file(path)[settings.name]
     for point in result["curve"]:
         del point["seconds"]
     del result["milliseconds"], result["seconds"], result["alone"]
@@ -64,38 +75,91 @@ def test_runs_at_once_give_what_runs_in_turn_give(tmp_path, monkeypatch, capfd):
         assert f"{LOST.name}: left out, as {UNSAVABLE.name} failed" in wrong
         assert ("no times of" in said) == (jobs == "2")
     for settings in (PIXELS, WARM, ALONE):
-        one, two = (kept(tmp_path / jobs, settings) for jobs in ("1", "2"))
+        one, two = (kept(tmp_path / jobs / "first.jsonl", settings) for jobs in ("1", "2"))
         assert one == two and one["finished"] and one["by_picture"]["right"]
         for jobs in ("1", "2"):
-            assert json.loads((tmp_path / jobs / f"{settings.name}.json").read_text())["alone"] == (jobs == "1")
-    assert [point["step"] for point in kept(tmp_path / "2", WARM)["curve"]] == [0, 1, 2]
-    assert len(list((tmp_path / "2").iterdir())) == 4  # three results and the start; nothing of those that failed
+            assert read_file(tmp_path / jobs / "first.jsonl")[settings.name]["alone"] == (jobs == "1")
+    assert [point["step"] for point in kept(tmp_path / "2" / "first.jsonl", WARM)["curve"]] == [0, 1, 2]
+    assert sorted(path.name for path in (tmp_path / "2").iterdir()) == ["first.jsonl", f"{PIXELS.name}.pt"]
+    done = sorted(settings.name for settings in (PIXELS, WARM, ALONE))  # nothing of those that failed
+    assert list(read_file(tmp_path / "2" / "first.jsonl")) == done
 
 
-def test_a_warm_start_is_tested_before_it_is_trained(tmp_path):
-    start = runs.run(PIXELS, tmp_path)
-    warm = runs.run(replace(WARM, arm="pixels"), tmp_path)
+def test_a_warm_start_is_tested_before_it_is_trained(output):
+    start = runs.run(PIXELS, output)
+    warm = runs.run(replace(WARM, arm="pixels"), output)
     assert [point["step"] for point in start["curve"]] == [1, 2, 3, 4]
     first = warm["curve"][0]
     assert (first["step"], first["seconds"], first["loss"]) == (0, 0.0, None)
     assert first["accuracy"] == start["curve"][-1]["accuracy"]  # the model is the one that was saved
 
 
-def test_a_model_is_there_when_its_run_is_finished(tmp_path, monkeypatch):
+def test_a_model_is_there_when_its_run_is_finished(output, monkeypatch):
     monkeypatch.setattr(runs, "save", lambda trainer, path: (_ for _ in ()).throw(OSError("no space")))
     with pytest.raises(OSError, match="no space"):
-        runs.run(PIXELS, tmp_path)
-    assert runs.finished(tmp_path / f"{PIXELS.name}.json") is None
+        runs.run(PIXELS, output)
+    assert output.finished(PIXELS.name) is None and not read_file(output.file)[PIXELS.name]["finished"]
 
 
-def test_a_start_is_done_again_where_its_model_is_gone_and_needed(tmp_path):
+def test_a_start_is_done_again_where_its_model_is_gone_and_needed(output):
     for settings in (PIXELS, WARM):
-        runs.run(settings, tmp_path)
-    assert run_experiments.to_do((PIXELS, WARM, ALONE), tmp_path) == [ALONE]
-    (tmp_path / f"{PIXELS.name}.pt").unlink()  # a folder with results alone
-    assert run_experiments.to_do((PIXELS, WARM), tmp_path) == []
-    (tmp_path / f"{WARM.name}.json").unlink()
-    assert run_experiments.to_do((PIXELS, WARM), tmp_path) == [PIXELS, WARM]
+        runs.run(settings, output)
+    assert run_experiments.to_do((PIXELS, WARM, ALONE), output) == [ALONE]
+    output.model(PIXELS.name).unlink()  # a folder with results alone
+    assert run_experiments.to_do((PIXELS, WARM), output) == []
+    write_file(output.file, [read_file(output.file)[PIXELS.name]])
+    assert run_experiments.to_do((PIXELS, WARM), output) == [PIXELS, WARM]
+
+
+def test_a_suite_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch, capsys, pytestconfig):
+    program = """
+import os, signal, sys
+sys.path.append(sys.argv.pop(1))
+from benchmarks.quality import run_experiments, runs
+from test_quality_runs import ALONE, pair
+measure = runs.curve_point
+
+def measure_or_end(trainer, step, *rest):
+    if trainer.settings == ALONE and step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return measure(trainer, step, *rest)
+
+runs.curve_point = measure_or_end
+run_experiments.SUITES = {"first": pair}
+run_experiments.main(sys.argv[1:])
+"""
+    command, file = ["--suite", "first", "--device", "cpu", "--output", str(tmp_path)], tmp_path / "first.jsonl"
+    here = str(Path(__file__).parent)
+    python = [sys.executable, "-c", program, here]
+    assert subprocess.run([*python, *command], cwd=pytestconfig.rootpath, timeout=120).returncode == -signal.SIGKILL
+    before = read_file(file)
+    assert {name: result["finished"] for name, result in before.items()} == {PIXELS.name: True, ALONE.name: False}
+    assert [point["step"] for point in before[ALONE.name]["curve"]] == [1, 2]
+    monkeypatch.setattr(run_experiments, "SUITES", {"first": pair})
+    assert run_experiments.main(command) == 0
+    said, after = capsys.readouterr().out, read_file(file)
+    assert "1 runs to do" in said and f"{PIXELS.name} | step" not in said
+    assert after[PIXELS.name] == before[PIXELS.name] and after[ALONE.name]["finished"]
+    assert [point["step"] for point in after[ALONE.name]["curve"]] == [1, 2, 3, 4]
+    assert file.read_text() == "".join(f"{json.dumps(after[name])}\n" for name in sorted(after))
+
+
+def test_a_file_as_output_holds_the_suite_and_counts_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_experiments, "SUITES", {"first": pair})
+    for path in (tmp_path, tmp_path / "mine.jsonl"):
+        command = ["--suite", "first", "--arms", ALONE.arm, "--device", "cpu", "--output", str(path)]
+        assert run_experiments.main(command) == 0
+    assert capsys.readouterr().out.count(f"{ALONE.name} | step 4/4") == 2
+    one, two = (kept(tmp_path / f"{name}.jsonl", ALONE) for name in ("first", "mine"))
+    assert one == two
+
+
+def test_a_damaged_result_file_is_one_line(tmp_path, one_line_error):
+    (tmp_path / "warm.jsonl").write_text('{"name": "reading_x4')
+    assert run_experiments.main(["--suite", "warm", "--device", "cpu", "--output", str(tmp_path)]) == 1
+    assert one_line_error() == (
+        f"run_experiments.py: {tmp_path / 'warm.jsonl'}:1 is not a result: expected a JSON object with a name"
+    )
 
 
 def test_a_run_waits_for_its_start_and_others_go_ahead(monkeypatch):

@@ -1,6 +1,5 @@
 """The experiments' model is Qwen2-VL, whichever way it is run; a run learns, repeats itself and is done once."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import Qwen2VLForConditionalGeneration
 
-from benchmarks.quality import run_experiments
+from benchmarks.quality import run_experiments, runs, train
 from benchmarks.quality.arms import Encoder, make_arm
 from benchmarks.quality.model import (
     Layout,
@@ -18,6 +17,7 @@ from benchmarks.quality.model import (
     generate,
     scale_patch_embedding,
 )
+from benchmarks.quality.result_files import Output, read_file
 from benchmarks.quality.runs import run
 from benchmarks.quality.settings import ModelSize, Settings
 from benchmarks.quality.trainer import PATCH_EMBEDDING, Trainer, pixel_embedding
@@ -34,6 +34,16 @@ TRIVIAL = Settings(
     fit=16,
     generated=2,
 )
+
+
+@pytest.fixture
+def output(tmp_path) -> Output:
+    return Output.at(tmp_path, "single")
+
+
+def line_of(output: Output, settings: Settings) -> dict:
+    """What the result file holds of a run."""
+    return read_file(output.file)[settings.name]
 
 
 def stock_logits(model, layout: Layout, tokens, question, answer) -> torch.Tensor:
@@ -115,10 +125,10 @@ def test_the_rate_of_a_matrix_goes_with_one_over_its_inputs():
     assert rates[id(parameters["visual.blocks.0.norm1.weight"])] == 1e-3
 
 
-def test_a_trivial_task_is_learned(tmp_path):
+def test_a_trivial_task_is_learned(output):
     one_digit = {"size": 112, "cells": 1, "heights": [100], "noise": 0.0, "blank": 0.0}
     settings = replace(TRIVIAL, arm="sixteenth", knobs=one_digit, size=ModelSize(160, 1, 128, 1), learning_rate=1e-3)
-    result = run(replace(settings, steps=100, batch=32, test=64, generated=8), tmp_path)
+    result = run(replace(settings, steps=100, batch=32, test=64, generated=8), output)
     assert result["finished"] and result["accuracy"] > 5 * result["chance"]
     assert result["curve"][-1]["loss"] < 0.2 * result["curve"][0]["loss"]
     assert list(result["by_level"]) == ["100"]
@@ -127,14 +137,14 @@ def test_a_trivial_task_is_learned(tmp_path):
 
 
 def test_the_same_settings_give_the_same_result(tmp_path):
-    one, two = (run(TRIVIAL, tmp_path / name) for name in ("one", "two"))
+    one, two = (run(TRIVIAL, Output.at(tmp_path / name, "single")) for name in ("one.jsonl", "two.jsonl"))
     for result in (one, two):
         for point in result["curve"]:
             del point["seconds"]
         assert set(result["seconds"]) == {"prepare", "train", "test", "generation"}
         del result["milliseconds"], result["seconds"]
     assert one == two
-    other = run(replace(TRIVIAL, seed=1), tmp_path / "one")
+    other = run(replace(TRIVIAL, seed=1), Output.at(tmp_path / "one.jsonl", "single"))
     assert other["curve"][0]["loss"] != one["curve"][0]["loss"]
 
 
@@ -145,47 +155,52 @@ def test_arms_see_the_same_samples_in_the_same_order():
         assert torch.equal(one.frames, two.frames) and torch.equal(one.answer, two.answer)
 
 
-def test_a_finished_run_is_not_done_again_and_an_unfinished_one_is(tmp_path):
-    first = run(TRIVIAL, tmp_path)
-    path = tmp_path / f"{TRIVIAL.name}.json"
-    path.write_text(json.dumps({**first, "note": "kept"}))
-    assert run(TRIVIAL, tmp_path)["note"] == "kept"
-    path.write_text(json.dumps({**first, "finished": False, "note": "lost"}))
-    assert "note" not in run(TRIVIAL, tmp_path)
+def test_a_finished_run_is_not_done_again_and_an_unfinished_one_is(output):
+    first = run(TRIVIAL, output)
+    output.record({**first, "note": "kept"})
+    assert run(TRIVIAL, output)["note"] == "kept"
+    output.record({**first, "finished": False, "note": "lost"})
+    assert "note" not in run(TRIVIAL, output)
+    assert "note" not in line_of(output, TRIVIAL)
 
 
-def test_results_of_a_task_that_was_changed_are_refused(tmp_path):
-    result = run(TRIVIAL, tmp_path)
+def test_a_run_that_another_suite_did_in_the_same_folder_is_not_done_again(tmp_path):
+    Output.at(tmp_path, "warm").record({**run(TRIVIAL, Output.at(tmp_path / "warm.jsonl", "")), "note": "kept"})
+    assert run(TRIVIAL, Output.at(tmp_path, "tokens"))["note"] == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["warm.jsonl"]
+
+
+def test_results_of_a_task_that_was_changed_are_refused(output):
+    result = run(TRIVIAL, output)
     assert result["task"]["heights"] == [22] and result["task"]["cells"] == 4
-    changed = {**result, "task": {**result["task"], "noise": 9.0}}
-    (tmp_path / f"{TRIVIAL.name}.json").write_text(json.dumps(changed))
+    output.record({**result, "task": {**result["task"], "noise": 9.0}})
     with pytest.raises(ValueError, match="is of task reading as it was before a change: choose another --output"):
-        run(TRIVIAL, tmp_path)
+        run(TRIVIAL, output)
 
 
-def test_a_model_to_save_that_is_gone_is_trained_again(tmp_path):
+def test_a_model_to_save_that_is_gone_is_trained_again(tmp_path, output):
     saved = replace(TRIVIAL, arm="exact", save=True, steps=1)
-    run(saved, tmp_path)
+    run(saved, output)
     model = tmp_path / f"{saved.name}.pt"
     model.unlink()
-    run(saved, tmp_path)
+    run(saved, output)
     assert model.is_file()
 
 
-def test_a_run_that_is_stopped_stays_unfinished(tmp_path):
-    result = run(TRIVIAL, tmp_path, deadline=0.0)
-    saved = json.loads((tmp_path / f"{TRIVIAL.name}.json").read_text())
+def test_a_run_that_is_stopped_stays_unfinished(output):
+    result = run(TRIVIAL, output, deadline=0.0)
+    saved = line_of(output, TRIVIAL)
     assert saved == result and not saved["finished"] and [point["step"] for point in saved["curve"]] == [1]
 
 
-def test_a_run_at_its_last_step_is_finished_whatever_the_time(tmp_path):
-    assert run(replace(TRIVIAL, steps=1), tmp_path, deadline=0.0)["finished"]
+def test_a_run_at_its_last_step_is_finished_whatever_the_time(output):
+    assert run(replace(TRIVIAL, steps=1), output, deadline=0.0)["finished"]
 
 
-def test_dct_arms_start_as_the_pixel_model_on_the_downscaled_picture(tmp_path):
+def test_dct_arms_start_as_the_pixel_model_on_the_downscaled_picture(output):
     pixels = replace(TRIVIAL, arm="pixels", save=True)
-    run(pixels, tmp_path)
-    start = torch.load(tmp_path / f"{pixels.name}.pt", weights_only=True)
+    run(pixels, output)
+    start = torch.load(output.model(pixels.name), weights_only=True)
 
     def logits(arm: str) -> torch.Tensor:
         trainer = Trainer(replace(TRIVIAL, arm=arm), start=start)
@@ -205,13 +220,13 @@ def test_dct_arms_start_as_the_pixel_model_on_the_downscaled_picture(tmp_path):
     assert Encoder(make_arm("x4-weighted", 7, pixel_embedding(start, 7)), (112, 112), 1).tokens == 64
 
 
-def test_a_warm_start_runs_from_the_name_of_a_run(tmp_path):
+def test_a_warm_start_runs_from_the_name_of_a_run(output):
     pixels = replace(TRIVIAL, arm="pixels", save=True)
     warm = replace(TRIVIAL, start_from=pixels.name)
     with pytest.raises(FileNotFoundError, match="run the arm pixels or exact there with --save first"):
-        run(warm, tmp_path)
-    run(pixels, tmp_path)
-    assert run(warm, tmp_path)["settings"]["start_from"] == pixels.name
+        run(warm, output)
+    run(pixels, output)
+    assert run(warm, output)["settings"]["start_from"] == pixels.name
 
 
 def test_a_suite_runs_from_the_command_line_and_goes_on(tmp_path, capsys):
@@ -220,10 +235,20 @@ def test_a_suite_runs_from_the_command_line_and_goes_on(tmp_path, capsys):
     assert run_experiments.main(command) == 0
     said = capsys.readouterr().out
     assert "reading_quarter_seed0_" in said and "| step 2/2 |" in said and "| quarter | " in said
-    results = sorted(tmp_path.glob("*.json"))
-    assert results and all(json.loads(path.read_text())["finished"] for path in results)
+    assert [path.name for path in tmp_path.iterdir()] == ["first.jsonl"]
+    results = read_file(tmp_path / "first.jsonl")
+    assert results and all(result["finished"] for result in results.values())
     assert run_experiments.main(command) == 0
     assert "step 2/2" not in capsys.readouterr().out
+
+
+def test_a_single_run_is_written_to_the_folder_or_the_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "run", lambda settings, output, *_: run(TRIVIAL, output))
+    assert train.main(["--output", str(tmp_path)]) == 0
+    assert train.main(["--output", str(tmp_path / "mine.jsonl")]) == 0
+    assert "right " in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.jsonl", "train.jsonl"]
+    assert list(read_file(tmp_path / "train.jsonl")) == [TRIVIAL.name]
 
 
 def test_a_part_that_cannot_be_is_refused(capsys):
