@@ -12,6 +12,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -328,6 +329,14 @@ def test_make_test_lints_first():
         "hadolint Dockerfile",
         "python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -k lock",
     ]
+
+
+def test_pre_commit_runs_what_lint_runs():
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert {hook["language"] for hook in hooks} == {"system"}
+    entries = [hook["entry"].removeprefix(".venv/bin/").removesuffix(" --force-exclude") for hook in hooks]
+    commands = re.findall(r":\$PATH\" (.+)", make("--dry-run", "lint"))
+    assert [command.startswith(entry) for command, entry in zip(commands, entries, strict=True)] == [True] * 4
 
 
 def test_continuous_integration_passes_on_arguments_and_status(tmp_path):
