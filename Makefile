@@ -58,4 +58,4 @@ clean:  ## remove what demo and test made
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove .venv, too
-	rm -rf "$(VENV)" "$(VENV).old" "$(VENV).begun"
+	rm -rf "$(VENV)" "$(VENV).old" "$(VENV).uv"

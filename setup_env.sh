@@ -1,195 +1,80 @@
 #!/usr/bin/env bash
-# Makes .venv, the virtual environment of this repository, from requirements.lock. `make demo` and `make test` call it.
+# Makes .venv, the virtual environment of this repository, from requirements.lock. `make setup` calls it.
 #
-#   ./setup_env.sh            nothing to do (0.1 s) when .venv already holds this lock for a Python that still runs
+# Needs Linux x86_64, a package index, and CPython 3.10 to 3.12; where there is none, uv tries to download one.
+# Installs with uv. Where there is no uv, pip first fetches it into .venv.uv. uv does not read pip's configuration,
+# so this script passes pip's indexes, proxy and certificates on; uv's own environment variables come first.
+# One to two minutes from an empty cache (3 GB to download), ten seconds from a full one, nothing once it is done.
+# If the set-up fails or is interrupted, the environment from before is put back.
 #
-# Takes the first CPython 3.10 to 3.12 it finds and installs with uv where there is one (half a minute when uv has the
-# packages in its cache), or else with pip (5 to 10 minutes), both with the settings (index, proxy, certificates) they
-# have on this machine. A set-up that was cut off is done again; an environment that this script did not make is left
-# alone, and one that it did make is back if the set-up of the next fails.
-#
-#   PYTHON=/path/to/python3.11   this interpreter, or none
-#   INSTALLER=uv|pip             this installer, or none
+#   PYTHON=/path/to/python3.11   this interpreter
 #   VENV=.venv                   where to
 #   MIN_FREE_GB=8                refuse to start with less free space (the environment takes 7 GB)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-
-readonly LOCK=requirements.lock
 VENV=$(realpath -m "${VENV:-.venv}")
-readonly VENV
-readonly STAMP=$VENV/setup.stamp
-readonly LOG=$VENV/setup.log
-readonly BEGUN=$VENV.begun OLD=$VENV.old # there while this script fills .venv
-readonly MIN_FREE_GB=${MIN_FREE_GB:-8}
+STAMP=$VENV/setup.stamp # empty until the environment is complete
 
-fail() {
-    printf 'setup_env.sh: %s\n' "$*" >&2
-    exit 1
+fail() { printf 'setup_env.sh: %s\n' "$*" >&2; exit 1; }
+
+probe() { # INTERPRETER. Prints its version, and its path behind shims and virtual environments.
+    "$1" -IS -c 'import os, sys; print("%d.%d.%d" % sys.version_info[:3], os.path.realpath(sys.executable))' 2>/dev/null
 }
 
-# What .venv was made from: the lock, the interpreter, and the place, since scripts in bin/ name it.
-stamp_for() { # VERSION
-    printf '%s python%s %s\n' "$(sha256sum <"$LOCK" | cut -d ' ' -f 1)" "$1" "$VENV"
+stamp() { # VERSION. Prints what .venv is made from: the lock, the Python, and the place, since scripts in bin/ name it.
+    printf '%s python%s %s\n' "$(sha256sum <requirements.lock | cut -d ' ' -f 1)" "$1" "$VENV"
 }
 
-version_of() { # INTERPRETER
-    "$1" -S -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null
-}
+[[ ${1:-} != --help ]] || exec sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' setup_env.sh
+(($# == 0)) || fail "unknown argument '$1'; ./setup_env.sh --help says what it takes"
+exec 9<requirements.lock
+flock 9 # of two commands started at once, the second waits here
 
-is_up_to_date() {
-    local version
-    [[ -f $STAMP ]] || return 1
-    version=$(version_of "$VENV/bin/python") || return 1
-    [[ -z ${PYTHON:-} || $version == "$(version_of "$PYTHON")" ]] || return 1
-    [[ $(<"$STAMP") == "$(stamp_for "$version")" ]]
-}
-
-# One line: "ok PATH", the interpreter behind shims and virtual environments, or else why it will not do.
-probe() { # INTERPRETER
-    "$1" -I - 2>/dev/null <<'PYTHON_CODE' || printf 'does not run\n'
-import os, platform, sys
-
-found = "%s %d.%d.%d" % ((platform.python_implementation(),) + sys.version_info[:3])
-if platform.python_implementation() != "CPython" or not (3, 10) <= sys.version_info[:2] <= (3, 12):
-    print("is " + found)
-elif sys.platform != "linux" or platform.machine() != "x86_64" or sys.maxsize < 2**32:
-    print("is for %s %s, not Linux x86_64" % (sys.platform, platform.machine()))
-else:
-    print("ok " + (sys.executable if sys.prefix == sys.base_prefix else os.path.realpath(sys.executable)))
-PYTHON_CODE
-}
-
-candidates() {
-    if [[ -n ${PYTHON:-} ]]; then
-        printf '%s\n' "$PYTHON"
-        return
-    fi
-    local name path
-    for name in python3 python3.12 python3.11 python3.10 python; do
-        if path=$(command -v "$name"); then printf '%s\n' "$path"; fi
-    done
-    # A pyenv shim runs only the versions that are switched on; the others are here.
-    for path in "${PYENV_ROOT:-${HOME:-/nonexistent}/.pyenv}"/versions/3.1[012].*/bin/python3; do
-        if [[ -x $path ]]; then printf '%s\n' "$path"; fi
-    done
-}
-
-find_python() {
-    local candidate answer refused=""
-    while IFS= read -r candidate; do
-        answer=$(probe "$candidate")
-        if [[ $answer == "ok "* ]]; then
-            printf '%s\n' "${answer#ok }"
-            return
-        fi
-        refused+="; $candidate $answer"
-    done < <(candidates)
-    fail "no CPython 3.10, 3.11 or 3.12 for Linux x86_64${refused:-; no python3 on PATH}." \
-        "Install one, or name it: make setup PYTHON=/path/to/python3.11"
-}
-
-find_installers() {
-    if [[ -n ${INSTALLER:-} ]]; then
-        [[ $INSTALLER == uv || $INSTALLER == pip ]] || fail "INSTALLER is '$INSTALLER'; it must be uv or pip"
-        printf '%s\n' "$INSTALLER"
-        return
-    fi
-    if uv --version >/dev/null 2>&1; then printf 'uv\n'; fi
-    printf 'pip\n'
-}
-
-is_ours() {
-    [[ -f $STAMP || -f $LOG || -f $BEGUN ]]
-}
-
-check_place() {
-    local parent free_kb
-    if [[ -e $VENV && ! -f $VENV/pyvenv.cfg && -n $(ls -A "$VENV" 2>/dev/null) ]]; then
-        fail "$VENV is in the way and is no virtual environment; move it, or choose another place with VENV=..."
-    fi
-    if [[ -f $VENV/pyvenv.cfg ]] && ! is_ours; then
-        fail "$VENV is a virtual environment that this script did not finish; remove it, or choose another place with VENV=..."
-    fi
-    parent=$(dirname "$VENV")
-    mkdir -p "$parent"
-    free_kb=$(df -Pk "$parent" | awk 'NR == 2 { print $4 }')
-    if ((free_kb < MIN_FREE_GB * 1024 * 1024)); then
-        fail "$((free_kb / 1024 / 1024)) GB are free in $parent, $MIN_FREE_GB GB are needed;" \
-            "free some, or try with less: make setup MIN_FREE_GB=$((free_kb / 1024 / 1024))"
-    fi
-}
-
-# The old .venv waits under another name. One that waits already is that of a set-up that was cut off.
-set_aside() {
-    : >"$BEGUN"
-    if [[ -e $VENV && ! -e $OLD ]]; then mv "$VENV" "$OLD"; fi
-}
-
-put_back() {
-    rm -rf "$VENV"
-    if [[ -e $OLD ]]; then mv "$OLD" "$VENV"; fi
-    rm -f "$BEGUN"
-}
-
-install_with_uv() { # INTERPRETER
-    uv venv --python "$1" "$VENV" && uv pip sync --python "$VENV/bin/python" "$LOCK"
-}
-
-# The lock is the whole set, so pip need not look for dependencies. What is never imported need not be compiled.
-install_with_pip() { # INTERPRETER
-    "$1" -m venv "$VENV" &&
-        "$VENV/bin/python" -m pip install --disable-pip-version-check --no-compile --no-deps --use-pep517 \
-            --requirement "$LOCK"
-}
-
-# True if INSTALLER filled an empty .venv. Its output goes to a log, and its end to the terminal if that went wrong.
-install() { # INSTALLER INTERPRETER
-    local log
-    log=$(mktemp)
-    rm -rf "$VENV"
-    printf 'setup_env.sh: %s packages for Python %s into %s with %s; to watch: tail -f %s\n' \
-        "$(grep -c '^[a-z]' "$LOCK")" "$(version_of "$2")" "$VENV" "$1" "$log" >&2
-    if "install_with_$1" "$2" >"$log" 2>&1; then
-        mv "$log" "$LOG"
-        return
-    fi
-    tail -n 15 "$log" >&2
-    printf 'setup_env.sh: %s failed; all it said: %s\n' "$1" "$log" >&2
-    return 1
-}
-
-install_with_any() { # INTERPRETER
-    local installer installers
-    installers=$(find_installers)
-    for installer in $installers; do
-        if install "$installer" "$1"; then return; fi
-    done
-    put_back
-    fail "could not install $LOCK with ${installers//$'\n'/ or }; see above, then run the same command again"
-}
-
-main() {
-    local python started=$SECONDS
-    case ${1:-} in
-        -h | --help) exec sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" ;;
-        ?*) fail "unknown argument '$1'; ./setup_env.sh --help tells what it takes" ;;
-    esac
-    if is_up_to_date; then return; fi
-    [[ -f $LOCK ]] || fail "$LOCK is missing from $PWD; a complete checkout has it: git checkout $LOCK"
-    python=$(find_python)
-    check_place
-    set_aside
-    install_with_any "$python"
-    stamp_for "$(version_of "$VENV/bin/python")" >"$STAMP.new"
-    mv "$STAMP.new" "$STAMP"
-    rm -rf "$OLD" "$BEGUN"
-    printf 'setup_env.sh: %s is ready after %d s\n' "$VENV" "$((SECONDS - started))" >&2
-}
-
-# Two commands started at once wait for each other here.
-if command -v flock >/dev/null; then
-    exec 9<"${BASH_SOURCE[0]}"
-    flock 9
+wanted="" request='cpython>=3.10,<3.13'
+if [[ -n ${PYTHON:-} ]]; then
+    read -r wanted request < <(probe "$PYTHON") || fail "PYTHON=$PYTHON does not run; name a Python 3.10, 3.11 or 3.12"
+    [[ $wanted =~ ^3\.1[012]\. ]] || fail "PYTHON=$PYTHON is Python $wanted; name a Python 3.10, 3.11 or 3.12"
 fi
-main "$@"
+if [[ -f $STAMP ]] && read -r found _ < <(probe "$VENV/bin/python"); then
+    if [[ ${wanted:-$found} == "$found" && $(<"$STAMP") == "$(stamp "$found")" ]]; then exit; fi
+fi
+
+[[ $(uname -sm) == "Linux x86_64" ]] || fail "requirements.lock is for Linux x86_64; this is $(uname -sm)"
+[[ ! -e $VENV || -f $STAMP || -z $(ls -A "$VENV") ]] ||
+    fail "$VENV was not made by this script; move it, or choose another place with VENV=..."
+mkdir -p "${VENV%/*}"
+free_gb=$(df -Pk "${VENV%/*}" | awk 'NR == 2 { print int($4 / 1024 / 1024) }')
+((free_gb >= ${MIN_FREE_GB:-8})) ||
+    fail "$free_gb GB are free for $VENV, it needs ${MIN_FREE_GB:-8}; to try with less: make setup MIN_FREE_GB=$free_gb"
+
+uv=uv
+"$uv" --version &>/dev/null || uv=$VENV.uv/bin/uv
+"$uv" --version &>/dev/null || { "${PYTHON:-python3}" -m venv --clear "$VENV.uv" &&
+    "$VENV.uv/bin/python" -m pip install --quiet --disable-pip-version-check 'uv>=0.8,<1'; } >&2 ||
+    fail "pip could not fetch uv, see above; install uv, or name a Python with venv and pip: make setup PYTHON=..."
+pip_settings=$({ pip config list || pip3 config list || "${PYTHON:-python3}" -m pip config list; } 2>/dev/null || true)
+for pair in UV_INDEX_URL=index-url UV_EXTRA_INDEX_URL=extra-index-url UV_FIND_LINKS=find-links UV_NO_INDEX=no-index \
+    UV_INSECURE_HOST=trusted-host UV_HTTP_TIMEOUT=default-timeout SSL_CERT_FILE=cert ALL_PROXY=proxy; do
+    name=${pair%=*}
+    # pip's variables (:env:) are listed before its files (global); \n stands between the lines of a list.
+    value=$(sed -nE "/^(:env:|global)\.${pair#*=}='(\\\\n)?(.*)'$/{s//\3/;s/\\\\n/ /g;p;q}" <<<"$pip_settings")
+    if [[ $name == UV_FIND_LINKS ]]; then value=${value// /,}; fi
+    if [[ -n $value && -z ${!name:-} ]]; then export "$name=$value"; fi
+done
+# pip takes the best version of all its indexes; uv by default looks only into the first that has the package.
+[[ $pip_settings != *extra-index-url=* ]] || export UV_INDEX_STRATEGY="${UV_INDEX_STRATEGY:-unsafe-best-match}"
+
+rm -rf "$VENV.old"
+trap 'rm -rf "$VENV"; [[ ! -e $VENV.old ]] || mv "$VENV.old" "$VENV"' EXIT
+[[ ! -e $VENV ]] || mv "$VENV" "$VENV.old"
+mkdir "$VENV"
+: >"$STAMP"
+printf 'setup_env.sh: installing requirements.lock into %s\n' "$VENV" >&2
+"$uv" venv --allow-existing --python "$request" "$VENV" ||
+    fail "no CPython 3.10, 3.11 or 3.12, see above; install one, or name it: make setup PYTHON=/path/to/python3.11"
+"$uv" pip sync --python "$VENV/bin/python" requirements.lock ||
+    fail "could not install requirements.lock, see above; run the same command again"
+stamp "$(probe "$VENV/bin/python" | cut -d ' ' -f 1)" >"$STAMP"
+trap - EXIT
+rm -rf "$VENV.old"
+printf 'setup_env.sh: %s is ready after %d s\n' "$VENV" "$SECONDS" >&2
