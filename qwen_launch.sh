@@ -23,7 +23,7 @@ fi
 
 EXPERIMENT_NAME=${EXPERIMENT_NAME:-qwen2vl_2b_dct_x4}
 MODEL_DIR=${MODEL_DIR:-/models/Qwen2-VL-2B-Instruct-x4}    # from convert_checkpoint.py
-DATASET_DIR=${DATASET_DIR:-/datasets/cambrian737k-shards}  # from data_preparation.py and energon prepare
+DATASET_DIR=${DATASET_DIR:-/datasets/Cambrian737k-wds}     # from data_preparation.py and energon prepare
 OUTPUT_DIR=${OUTPUT_DIR:-experiments}                      # results go to OUTPUT_DIR/EXPERIMENT_NAME
 
 NUM_PROC_PER_NODE=${NUM_PROC_PER_NODE:-8}  # processes that torchrun starts on this node

@@ -6,7 +6,8 @@
 All flags are lmms-eval's (written against 0.7.3). `pretrained` may be any Qwen2-VL directory, of pixels or of DCT
 tokens. Media are read as in training (media_encoder.py). lmms-eval's own `qwen2_vl` turns pictures into JPEGs of
 quality 85 first, which would blur the detail that is to be measured. Tasks hand over pictures decoded; a large JPEG is
-thus scaled down from its whole size, where training with DCT tokens has libjpeg decode less of it. See real_models.md.
+thus scaled down from its whole size, where training with DCT tokens has libjpeg decode less of it. See
+docs/real_models.md.
 """
 
 from collections.abc import Iterator

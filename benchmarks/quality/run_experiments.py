@@ -9,9 +9,9 @@ unfinished run begins again and its line is replaced. A run that fails is named 
 --seeds select runs; the base models that they start from are always included.
 
 --jobs N does N runs at once, each in a process of its own. On a GPU two hide each other's start and tests; more bring
-something only under NVIDIA MPS (nvidia-cuda-mps-control -d), where four do 1.3 times the steps (LOG.md). Times of such
-runs say nothing about an arm: they are marked, and compare.py takes times from runs that had the device to themselves,
-as with --jobs 1.
+something only under NVIDIA MPS (nvidia-cuda-mps-control -d), where four do 1.3 times the steps
+(docs/experiment_log.md). Times of such runs say nothing about an arm: they are marked, and compare.py takes times from
+runs that had the device to themselves, as with --jobs 1.
 """
 
 import argparse

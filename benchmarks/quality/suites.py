@@ -19,17 +19,19 @@ FORMATS = (
     *("x4-loud", "x4-floor", "x4-444"),  # x4-all is x4 in stills
 )
 BUDGETS = ("quarter", "x4", "exact", "sixteenth", "x16", "pixels")
-# Steps of the pixel model of each task, after which little is left to gain for pictures (LOG.md); clips were not tried.
+# Steps of the pixel model of each task, after which little is left to gain for images (docs/experiment_log.md); videos
+# were not tried.
 STILLS = {"texture": 1000, "words": 2000, "numbers": 4000, "counting": 1500, "odd-one": 4000, "chart": 1000}
 CLIPS = {"motion": 1500, "order": 2000, "flashes": 2000, "ticker": 4000}
-TUNING_RATE = 2e-3  # of fine-tuning; LOG.md has what `rates` said
+TUNING_RATE = 2e-3  # of fine-tuning; docs/experiment_log.md has what `rates` said
 HIGHEST_RATE = 4e-3  # at which reading still gains; other tasks break
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 LOW_RATES = (1e-4, 5e-4)
 SCRATCH_RATES = (5e-4, 2e-3, 4e-3)  # beside the 1e-3 of `speed`
 SLOW = ("quarter", "quarter-unit", "x4-raw", "x4")  # what learns slowly in `speed`, and x4
 GAINS = ("quarter", "x4", "x4-loud", "x4-louder")
-# In pictures of 224 px, in proportion to those of 112 px; no model of that size has learned them yet (LOG.md).
+# In images of 224 px, in proportion to those of 112 px; no model of that size has learned them yet
+# (docs/experiment_log.md).
 WIDE = {"size": 224, "heights": [4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 28, 32]}
 LARGE = {"heights": [9, 10, 11, 12]}  # digits that are whole at half the sides, too
 COST = {"test": 64, "probe": 64, "generated": 0}
