@@ -13,8 +13,6 @@ import os
 import sys
 from pathlib import Path
 
-from dct_qwen2vl.training import checks
-
 SCRIPT = "finetune_qwen2vl.py"
 
 
@@ -105,6 +103,7 @@ def fine_tune(arguments: list[str]) -> int:
     """Imports come late: a process that Megatron-core starts for a checkpoint imports this file, too."""
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
     import finetune_qwen2vl
+    from dct_qwen2vl.training import checks
 
     checks.megatron_refusal = lambda: None
     if "--check" not in arguments:

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from file_lock import flock
+from dct_qwen2vl.common.locks import flock
 
 SUFFIX = ".jsonl"
 

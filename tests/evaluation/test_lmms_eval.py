@@ -1,7 +1,7 @@
 """The wrapper for lmms-eval on a task of our own: what lmms-eval logs is what evaluate_qwen2vl answers.
 
 lmms-eval pins versions that this repository has not, so it runs in an environment of its own, made as
-benchmarks/quality/real_models.md says: LMMS_EVAL_PYTHON=lmms/bin/python pytest tests/test_lmms_eval.py
+docs/real_models.md says: LMMS_EVAL_PYTHON=lmms/bin/python pytest tests/test_lmms_eval.py
 What the wrapper reads is looked at here, with stand-ins for what it imports of lmms-eval.
 """
 

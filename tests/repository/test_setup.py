@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+SLURM_FILES = [str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "slurm").glob("*.sh")]
 BASE_PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 # Records its arguments and settings; makes an environment without pip; "installs" unless told to fail.
 UV = f"""#!/bin/bash
@@ -315,13 +316,13 @@ def test_make_demo_command():
     assert f'PATH="{REPOSITORY}/.venv/bin:$PATH"' in commands[-1]
     assert "HF_HUB_OFFLINE=1" in commands[-1]
     command = make("--dry-run", "demo", "DEMO_DIR=/data/a b", "SEED=7", "DEMO_ARGS=--debug").splitlines()[-1]
-    assert command.endswith(' python demo.py --output-dir "/data/a b" --seed 7 --debug')
+    assert command.endswith(' python -m dct_qwen2vl.toy.demo --output-dir "/data/a b" --seed 7 --debug')
 
 
 def test_make_test_lints_first():
     commands = make("--dry-run", "test", "TEST_ARGS=-k lock").splitlines()
     tools = [re.search(r"/bin:\$PATH\" (?:[A-Z_]+=\S+ )*(.+)", command) for command in commands]
-    shell_files = sorted(path.name for path in REPOSITORY.glob("*.sh"))
+    shell_files = [*sorted(path.name for path in REPOSITORY.glob("*.sh")), *sorted(SLURM_FILES)]
     assert [tool.group(1) for tool in tools if tool] == [
         "ruff check .",
         "ruff format --check .",
@@ -356,23 +357,33 @@ def test_continuous_integration_passes_on_arguments_and_status(tmp_path):
 
 # Every script answers --help at once.
 
+
 HEAVY = {"torch", "transformers", "nemo", "megatron", "lightning", "datasets", "av", "scipy"}
 LIST_HEAVY_MODULES = """
 import json, runpy, sys
 heavy, sys.argv = json.loads(sys.argv[1]), sys.argv[2:]
 try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    run = runpy.run_path if sys.argv[0].endswith(".py") else runpy.run_module
+    run(sys.argv[0], run_name="__main__")
 finally:
     print(json.dumps(sorted(set(heavy) & set(sys.modules))), file=sys.stderr)
 """
 
 
 def scripts() -> list[str]:
-    return sorted(path.name for path in REPOSITORY.glob("*.py") if 'if __name__ == "__main__"' in path.read_text())
+    """Scripts at the top by file, those of the package by module."""
+    found = []
+    for path in [*REPOSITORY.glob("*.py"), *(REPOSITORY / "dct_qwen2vl").rglob("*.py")]:
+        if 'if __name__ == "__main__"' in path.read_text():
+            name = path.relative_to(REPOSITORY)
+            module = ".".join(name.with_suffix("").parts).removesuffix(".__main__")
+            found.append(name.name if name.parent == Path(".") else module)
+    return sorted(found)
 
 
 def test_scripts_are_there():
-    assert {"data_preparation.py", "sample_data.py", "convert_checkpoint.py", "finetune_qwen2vl.py"} <= set(scripts())
+    package = {f"dct_qwen2vl.{name}" for name in ("toy.demo", "toy.sample_data", "preparation.report")}
+    assert package | {"data_preparation.py", "convert_checkpoint.py", "finetune_qwen2vl.py"} <= set(scripts())
 
 
 @pytest.mark.parametrize("script", scripts())
