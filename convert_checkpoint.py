@@ -21,6 +21,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     CheckpointError,
     safetensors_files,
 )
+from dct_qwen2vl.common.scripts import run_main
 
 if TYPE_CHECKING:
     import torch
@@ -122,27 +123,18 @@ def read_format(path: str):
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    dct = arguments.dct
-    try:
-        if isinstance(dct, str):
-            dct = read_format(dct)
-        if arguments.block and arguments.order == "weighted":
-            read_config(arguments.model_dir)
-            dct = own_format(arguments, patch_embedding(safetensors_files(arguments.model_dir)))
-        dct = dct.with_detail_gain(arguments.detail_gain)
-        total = convert(
-            arguments.model_dir,
-            arguments.output_dir,
-            dct,
-            arguments.min_pixels,
-            arguments.max_pixels,
-            arguments.force,
-        )
-    except (ValueError, OSError) as error:
-        if arguments.debug:
-            raise
-        print(f"convert_checkpoint.py: {error}", file=sys.stderr)
-        return 1
+    errors = (ValueError, OSError)
+    return run_main("convert_checkpoint.py", lambda: convert_and_say(arguments), arguments.debug, errors=errors)
+
+
+def convert_and_say(arguments: argparse.Namespace) -> int:
+    dct = read_format(arguments.dct) if isinstance(arguments.dct, str) else arguments.dct
+    if arguments.block and arguments.order == "weighted":
+        read_config(arguments.model_dir)
+        dct = own_format(arguments, patch_embedding(safetensors_files(arguments.model_dir)))
+    dct = dct.with_detail_gain(arguments.detail_gain)
+    folders, bounds = (arguments.model_dir, arguments.output_dir), (arguments.min_pixels, arguments.max_pixels)
+    total = convert(*folders, dct, *bounds, arguments.force)
     side = dct.block[1] * dct.merge
     print(f"Folded the patch embedding: {dct.name}, blocks of {dct.block} -> {dct.num_coefficients} coefficients.")
     print(f"One token of the language model now covers {side}x{side} px of {dct.block[0]} frames (was 28x28 px of 2).")

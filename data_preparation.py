@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dct_qwen2vl.common.files import read_json, remove
+from dct_qwen2vl.common.scripts import UserError, run_main
 from dct_qwen2vl.preparation import data_splits
 from dct_qwen2vl.preparation.config import parse_arguments
 from dct_qwen2vl.preparation.conversion import ConversionOptions
@@ -51,8 +52,6 @@ from dct_qwen2vl.preparation.output_folder import (
     is_finished,
     list_leftovers,
     locked,
-    read_json,
-    remove,
     remove_conclusions,
     remove_leftovers,
     remove_work,
@@ -146,7 +145,7 @@ def lay_out(plan: Plan, arguments: argparse.Namespace) -> Layout:
     copies = data_splits.count_copies(split, source, digest, weights, seed)
     try:
         return data_splits.lay_out(split, copies, digest, shares, arguments.maxcount, seed)
-    except PreparationError as error:
+    except UserError as error:
         reasons = ", ".join(f"{reason} {count}" for reason, count in plan.skipped.reasons().items()) or "none skipped"
         example = f"; the first skipped: {plan.skipped.first_detail()}" if len(plan.skipped) else ""
         read = sum(plan.read.values())
@@ -269,16 +268,8 @@ def verify_set(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        return verify_set(arguments) if arguments.verify else prepare(arguments)
-    except (PreparationError, OSError) as error:
-        if arguments.debug:
-            traceback.print_exc()
-        print(f"data_preparation.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("data_preparation.py: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    work = verify_set if arguments.verify else prepare
+    return run_main("data_preparation.py", lambda: work(arguments), arguments.debug, goes_on=True)
 
 
 if __name__ == "__main__":

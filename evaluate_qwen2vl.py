@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dct_qwen2vl.checkpoints.inspection import check_checkpoint
+from dct_qwen2vl.common.files import write_bytes
+from dct_qwen2vl.common.scripts import run_main
 from dct_qwen2vl.data.energon_files import read_splits
-from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines, digest_files, replace_file
+from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines, digest_files
 from dct_qwen2vl.evaluation.answering import Answerer, answer_all
 from dct_qwen2vl.evaluation.questions import ASKED_AT_ONCE, Reading, in_rounds, read_questions
 from dct_qwen2vl.evaluation.scoring import accuracies, describe_answers, table
@@ -115,8 +117,8 @@ def evaluate(arguments: argparse.Namespace) -> dict:
             where = f"the {arguments.split} split of {arguments.data_dir}"
             raise ValueError(f"{where} has no questions to ask ({reading}): choose another --split")
         summary = summarise(arguments, file.answers, reading)
-        replace_file(path, as_lines(file.answers))  # earlier results stay whole until there are new ones
-        replace_file(arguments.output_dir / "accuracy.json", (json.dumps(summary, indent=2) + "\n").encode())
+        write_bytes(path, as_lines(file.answers))  # earlier results stay whole until there are new ones
+        write_bytes(arguments.output_dir / "accuracy.json", (json.dumps(summary, indent=2) + "\n").encode())
         file.remove()
     print(table(summary))
     print(reading)
@@ -156,17 +158,13 @@ def summarise(arguments: argparse.Namespace, answers: list[dict[str, Any]], read
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        check(arguments)
-        evaluate(arguments)
-    except (ValueError, OSError) as error:
-        if arguments.debug:
-            raise
-        print(f"evaluate_qwen2vl.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("evaluate_qwen2vl.py: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    errors = (ValueError, OSError)
+    return run_main("evaluate_qwen2vl.py", lambda: answer(arguments), arguments.debug, goes_on=True, errors=errors)
+
+
+def answer(arguments: argparse.Namespace) -> int:
+    check(arguments)
+    evaluate(arguments)
     print(f"Predictions are in {arguments.output_dir / 'predictions.jsonl'}")
     return 0
 

@@ -43,11 +43,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.media import MediaError, VideoSampling, decode_image, decode_video
 from dct_qwen2vl.preparation import conversion
 from dct_qwen2vl.preparation.conversion import ConversionOptions, convert_media
 from dct_qwen2vl.preparation.entries import UnusableSample, check_entry
-from dct_qwen2vl.preparation.metadata import MetadataReader, PreparationError, parse_entries
+from dct_qwen2vl.preparation.metadata import MetadataReader, parse_entries
 
 # Of 100 inputs, in this order.
 KINDS = {"picture": 48, "clip": 22, "json": 16, "tar": 11, "set": 3}
@@ -408,7 +409,7 @@ def run_json(rng: random.Random) -> str:
         try:
             reader = MetadataReader([path])
             outcomes = Counter(check(value) for ranges in reader for _, value in parse_entries(ranges))
-        except PreparationError as error:
+        except UserError as error:
             if "\n" in str(error):
                 raise Finding(f"an error of several lines: {error}") from error
             return "skipped: the file is refused"
@@ -444,7 +445,7 @@ def run_tar(rng: random.Random) -> str:
         path.write_bytes(data)
         try:
             source = open_tar(path, None)
-        except PreparationError as error:
+        except UserError as error:
             if "\n" in str(error):
                 raise Finding(f"an error of several lines: {error}") from error
             return "skipped: the tar is refused"
@@ -469,7 +470,7 @@ def run_set(rng: random.Random) -> str:
         if status not in (0, 1):
             raise Finding(f"exit status {status}")
         if status == 1:
-            errors = [line for line in said.getvalue().splitlines() if "error: " in line]
+            errors = [line for line in said.getvalue().splitlines() if line.startswith("data_preparation.py: ")]
             if len(errors) != 1:
                 raise Finding(f"{len(errors)} lines of error: {errors}")
             return "skipped: the set is refused"

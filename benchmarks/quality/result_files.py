@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+from dct_qwen2vl.common.files import remove, write_text
 from dct_qwen2vl.common.locks import flock
 
 SUFFIX = ".jsonl"
@@ -61,12 +62,10 @@ def is_finished(result: Result) -> bool:
 
 def write_file(path: Path, results: Iterable[Result]) -> None:
     """Writes the whole file or nothing. The order of the results does not matter."""
-    temporary = path.with_name(f"{path.name}.part")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(f"{json.dumps(result)}\n" for result in sorted(results, key=lambda result: result["name"]))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    ordered = sorted(results, key=lambda result: result["name"])
+    for left_over in path.parent.glob(f"{path.name}.*.tmp"):  # by a writer that was killed; the lock is held
+        remove(left_over)
+    write_text(path, "".join(f"{json.dumps(result)}\n" for result in ordered))
 
 
 @contextmanager

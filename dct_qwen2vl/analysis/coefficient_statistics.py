@@ -18,7 +18,6 @@ Values are 0..1, less the CLIP mean colour, in Y, Cb, Cr. Letters: T H W, frames
 
 import argparse
 import json
-import os
 import re
 import shlex
 import sys
@@ -26,6 +25,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dct_qwen2vl.common.files import write_text
+from dct_qwen2vl.common.scripts import UserError, run_main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +47,7 @@ DEFAULT_PIXELS = (448 * 448, 320 * 320, 224 * 224)
 DEFAULT_OUTPUT = Path("dct_qwen2vl/dct/coefficient_table.json")
 
 
-class StatisticsError(ValueError):
+class StatisticsError(UserError):
     """Nothing could be measured. The message is one line: what, where, what to type next."""
 
 
@@ -452,24 +454,20 @@ def measure(images: list[Path], clips: list[Path], pixels: tuple[int, ...], seed
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        if arguments.output.exists() and not arguments.force:
-            raise StatisticsError(f"{arguments.output} exists: choose another --output, or --force to replace it")
-        found = measure(*choose_files(arguments), tuple(arguments.pixels), arguments.seed)
-        for line in found.skipped:
-            print(f"skipped {line}")
-        table = fit_table(found.square(arguments.directions))
-        print(report(found))
-        temporary = arguments.output.with_name(f".{arguments.output.name}.tmp")
-        temporary.write_text(table_text(found, table, made_by(arguments)), encoding="utf-8")
-        os.replace(temporary, arguments.output)
-        if arguments.plot:
-            plot(found, table, arguments.plot)
-    except (StatisticsError, OSError) as error:
-        if arguments.debug:
-            raise
-        print(f"coefficient_statistics.py: {error}", file=sys.stderr)
-        return 1
+    return run_main("coefficient_statistics.py", lambda: make_table(arguments), arguments.debug)
+
+
+def make_table(arguments: argparse.Namespace) -> int:
+    if arguments.output.exists() and not arguments.force:
+        raise StatisticsError(f"{arguments.output} exists: choose another --output, or --force to replace it")
+    found = measure(*choose_files(arguments), tuple(arguments.pixels), arguments.seed)
+    for line in found.skipped:
+        print(f"skipped {line}")
+    table = fit_table(found.square(arguments.directions))
+    print(report(found))
+    write_text(arguments.output, table_text(found, table, made_by(arguments)))
+    if arguments.plot:
+        plot(found, table, arguments.plot)
     print(f"wrote {' and '.join(str(path) for path in (arguments.output, arguments.plot) if path)}")
     return 0
 

@@ -13,7 +13,6 @@ Letters used for shapes in this file: T H W frames, rows and columns of the sour
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from dct_qwen2vl.common.files import replacing
+from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.media import VIDEO_EXTENSIONS, MediaError, VideoSampling, decode_image, decode_video
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ ERROR_COLOURS = "inferno"
 ERROR_WORDS = ["error: absolute difference from the source, in", "levels of 0 to 255, mean of R, G and B"]
 
 
-class SheetError(ValueError):
+class SheetError(UserError):
     """The sheet cannot be drawn. The message is one line: what, where, what to type next."""
 
 
@@ -244,12 +245,8 @@ class Canvas:
 
     def save(self, path: Path) -> None:
         """Writes a PNG, whole or not at all; the same sheet gives the same bytes."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            self.figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as stream:
+            self.figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
 
 
 def fit_cell(height: int, width: int, cell: int) -> tuple[int, int]:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dct_qwen2vl.common.scripts import UserError
+
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 PROCESSOR = "preprocessor_config.json"
 INDEX = "model.safetensors.index.json"
@@ -20,7 +22,7 @@ TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # files of one
 FORMAT_DEFAULTS = {"merge": 2, "name": "custom"}  # of a DCTConfig, whose other fields are needed
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A file is not what it should be. The message is one line: what, where, what to do next."""
 
 

@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dct_qwen2vl.common.scripts import UserError
+
 FOLDER = ".nv-meta"
 DATASET, SPLIT, INFO = "dataset.yaml", "split.yaml", ".info.yaml"
 
 
-class PreparedSetError(ValueError):
+class PreparedSetError(UserError):
     """A folder of shards cannot be read. The message is one line: what, where, what to type next."""
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from dct_qwen2vl.common.scripts import UserError
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi")
 # FFmpeg's names of what is opened. Playlists and other formats that make it open further files are not among them.
@@ -50,7 +52,7 @@ LIMITED, FULL = 1, 2
 Fit = Callable[[int, int, int], tuple[int, int]]
 
 
-class MediaError(ValueError):
+class MediaError(UserError):
     """The bytes are no readable picture or clip. The message says why, in one line."""
 
 

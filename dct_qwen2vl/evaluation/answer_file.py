@@ -10,7 +10,6 @@ asked again as a whole, so that its batches, and with them its answers, are thos
 
 import fcntl
 import json
-import os
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -121,10 +120,3 @@ def digest_files(folder: Path, *patterns: str) -> str:
     paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     states = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return sha256(repr(states).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file that takes its name when it is whole."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

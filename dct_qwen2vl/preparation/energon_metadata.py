@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dct_qwen2vl.common.files import replacing
 from dct_qwen2vl.preparation.data_splits import SPLITS
 from dct_qwen2vl.preparation.metadata import PreparationError
-from dct_qwen2vl.preparation.output_folder import ENERGON_FOLDER, SHARD_NAME, remove_own_folder, replacing
+from dct_qwen2vl.preparation.output_folder import ENERGON_FOLDER, SHARD_NAME, remove_own_folder
 
 CRUDE_SAMPLE = "11"  # "Crude sample (plain dict for cooking)" in the dialogue of Energon 5.2.0
 DATASET_YAML = "__module__: megatron.energon\n__class__: CrudeWebdataset\nauto_decode: false\n"

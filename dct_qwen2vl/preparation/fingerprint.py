@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import features
 
+from dct_qwen2vl.common.files import read_json
 from dct_qwen2vl.preparation.archives import list_tars
 from dct_qwen2vl.preparation.data_splits import Layout
 from dct_qwen2vl.preparation.media_index import TarSource, are_files_older
 from dct_qwen2vl.preparation.metadata import MetadataReader
-from dct_qwen2vl.preparation.output_folder import RUN_NAME, STATS_NAME, TOOL, is_finished, read_json, read_run
+from dct_qwen2vl.preparation.output_folder import RUN_NAME, STATS_NAME, TOOL, is_finished, read_run
 from dct_qwen2vl.preparation.plan import Plan
 
 SET_VERSION = 3  # raised when other bytes would be written from the same data and settings

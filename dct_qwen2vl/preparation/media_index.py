@@ -31,9 +31,9 @@ from typing import Any
 
 import numpy as np
 
+from dct_qwen2vl.common.files import replacing
 from dct_qwen2vl.preparation.archives import list_tars, name_unread_below
 from dct_qwen2vl.preparation.metadata import PreparationError
-from dct_qwen2vl.preparation.output_folder import replacing
 from dct_qwen2vl.preparation.tar_walk import EDGE_BYTES, DamagedTar, Member, walk_tar
 from dct_qwen2vl.preparation.workers import WorkerPool
 

@@ -12,9 +12,7 @@ from dct_qwen2vl.preparation.data_splits import SPLITS, Layout
 from dct_qwen2vl.preparation.fingerprint import say_shares
 from dct_qwen2vl.preparation.media_index import TarSource, count_refused
 from dct_qwen2vl.preparation.metadata import PreparationError
-from dct_qwen2vl.preparation.output_folder import (
-    REFUSED_NAME,
-)
+from dct_qwen2vl.preparation.output_folder import REFUSED_NAME
 from dct_qwen2vl.preparation.plan import Plan
 
 

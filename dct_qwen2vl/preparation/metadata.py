@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.preparation.entries import DECODER, UnusableSample
 
 METADATA_NAME = "cambrian737k.json"
@@ -27,7 +28,7 @@ STRUCTURE = np.zeros(256, np.uint8)
 STRUCTURE[[*b"[{"]], STRUCTURE[[*b"]}"]], STRUCTURE[[*b","]] = OPEN, CLOSE, COMMA
 
 
-class PreparationError(Exception):
+class PreparationError(UserError):
     """Data or environment is wrong: one line that says what, where and what to do."""
 
 

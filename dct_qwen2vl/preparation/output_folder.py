@@ -10,15 +10,13 @@ O/.work                          indexes of the source tars, unpacked .tar.gz, l
 
 import contextlib
 import fcntl
-import json
-import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from dct_qwen2vl.common.files import UNFINISHED, read_json, remove, write_json
 from dct_qwen2vl.common.locks import flock
 from dct_qwen2vl.preparation.metadata import PreparationError
 
@@ -27,7 +25,6 @@ RUN_NAME, STATS_NAME, SKIPPED_NAME, REFUSED_NAME = "run.json", "stats.json", "sk
 REPORT_NAME = "report.html"
 WORK_FOLDER = ".work"
 TOOL = "data_preparation"
-UNFINISHED = r"\.[0-9a-f]{8}\.tmp"  # at the end of the name of a file that is being written
 # What this tool, and `energon prepare` after it, leave in an output folder.
 OWN_FILE = re.compile(
     r"(pretrain-\d{6}\.(tar|tar\.idx|stats\.json)|(run|stats)\.json|(skipped|refused_members)\.jsonl"
@@ -41,56 +38,6 @@ OWN_FILE_IN = {
     REPORT_FOLDER: re.compile(rf".+\.png({UNFINISHED})?"),
 }
 NOT_HASHED = ("fingerprint", "inputs", "plain_files")  # of run.json
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file under a temporary name of its own; at the end of the block it takes its name, complete and on the
-    disk, or is removed. Raises PreparationError where the disk does not take it."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        remove(temporary)
-        if error.filename not in (None, str(temporary)):
-            raise
-        why = f"{path} could not be written ({error.strerror}); what is finished stays"
-        raise PreparationError(f"{why}; make room, then the same command goes on") from error
-    except BaseException:
-        remove(temporary)
-        raise
-
-
-def remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    with replacing(path) as stream:
-        stream.write((json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """The value of a JSON file; None where it is missing or is no JSON."""
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
 
 
 def stats_path(shard: Path) -> Path:

@@ -24,11 +24,12 @@ from zlib import crc32
 
 import numpy as np
 
+from dct_qwen2vl.common.files import replacing
 from dct_qwen2vl.preparation.conversion import ConversionOptions, StoredMedia, convert_all
 from dct_qwen2vl.preparation.data_splits import Layout
 from dct_qwen2vl.preparation.entries import UnusableSample, check_entry
 from dct_qwen2vl.preparation.metadata import PreparationError, parse_entry
-from dct_qwen2vl.preparation.output_folder import replacing, stats_path
+from dct_qwen2vl.preparation.output_folder import stats_path
 from dct_qwen2vl.preparation.plan import KINDS, OTHER_CASE, Plan, SkippedEntry, be_strict, describe_skip
 
 WINDOW_BYTES = 128 << 20  # of media files

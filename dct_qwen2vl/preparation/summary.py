@@ -14,19 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from dct_qwen2vl.common.files import replacing, write_json
 from dct_qwen2vl.preparation.data_splits import SPLITS, Layout
 from dct_qwen2vl.preparation.media_index import TarSource, count_refused
 from dct_qwen2vl.preparation.metadata import METADATA_NAME, read_range
-from dct_qwen2vl.preparation.output_folder import (
-    REFUSED_NAME,
-    SHARD_NAME,
-    SKIPPED_NAME,
-    STATS_NAME,
-    TOOL,
-    replacing,
-    stats_path,
-    write_json,
-)
+from dct_qwen2vl.preparation.output_folder import REFUSED_NAME, SHARD_NAME, SKIPPED_NAME, STATS_NAME, TOOL, stats_path
 from dct_qwen2vl.preparation.plan import Plan, SkipList, SkippedEntry
 
 # Always said, even where there are none.

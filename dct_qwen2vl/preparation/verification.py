@@ -22,6 +22,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dct_qwen2vl.common.files import read_json
+from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.media import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
@@ -32,7 +34,7 @@ from dct_qwen2vl.data.media import (
 )
 from dct_qwen2vl.preparation.entries import DECODER, UnusableSample, check_entry, read_turns
 from dct_qwen2vl.preparation.metadata import MetadataReader, PreparationError
-from dct_qwen2vl.preparation.output_folder import ENERGON_FOLDER, SKIPPED_NAME, STATS_NAME, read_json, stats_path
+from dct_qwen2vl.preparation.output_folder import ENERGON_FOLDER, SKIPPED_NAME, STATS_NAME, stats_path
 from dct_qwen2vl.preparation.video_conversion import probe_clip
 from dct_qwen2vl.preparation.workers import WorkerPool
 
@@ -386,7 +388,7 @@ def verify_filtered(output_dir: Path, entries: set[str]) -> list[str]:
     try:
         for _ in reader:
             pass
-    except PreparationError as error:
+    except UserError as error:
         return [str(error)]
     return [] if reader.count == len(entries) else [f"{paths[0].name}: {reader.count} entries, {len(entries)} written"]
 

@@ -6,11 +6,12 @@ import socket
 from pathlib import Path
 
 from dct_qwen2vl.common.locks import flock
+from dct_qwen2vl.common.scripts import UserError
 
 LOCK_NAME = ".lock"
 
 
-class RunFolderError(ValueError):
+class RunFolderError(UserError):
     """The run folder cannot be used. The message is one line: what, where, what to do."""
 
 

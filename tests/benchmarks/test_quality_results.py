@@ -122,7 +122,7 @@ os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)  # the lines are wr
 Output.at(Path(sys.argv[1]), "warm").record({"name": "b", "finished": True})
 """
     assert start_python(program, tmp_path).wait(60) == -signal.SIGKILL
-    assert (tmp_path / "warm.jsonl.part").is_file() and lines_of(output.file) == [run("a")]
+    assert list(tmp_path.glob("warm.jsonl.*.tmp")) and lines_of(output.file) == [run("a")]
     assert read_results(tmp_path) == {"a": run("a")}
     output.record(run("b"))
     assert [path.name for path in tmp_path.iterdir()] == ["warm.jsonl"]

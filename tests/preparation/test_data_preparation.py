@@ -499,7 +499,7 @@ def fails_with(capsys, data: Path, output: Path, message: str, *options: str, wo
     capsys.readouterr()
     assert run(data, output, *options, workers=workers) == 1
     lines = capsys.readouterr().err.splitlines()
-    errors = [line for line in lines if line.startswith("data_preparation.py: error: ")]
+    errors = [line for line in lines if line.startswith("data_preparation.py: ")]
     assert len(errors) == 1 and message in errors[0], lines
     assert not any("Traceback" in line for line in lines)
 

@@ -318,7 +318,7 @@ def test_hostile_entries_are_repaired_or_skipped_one_by_one(tmp_path, as_lines):
 def test_metadata_that_is_no_list_is_refused_in_one_line(tmp_path, text, capsys):
     assert prepare(tmp_path, text) == 1
     *progress, error = capsys.readouterr().err.splitlines()
-    assert "error: " in error and "cambrian737k.json" in error
+    assert error.startswith("data_preparation.py: ") and "cambrian737k.json" in error
     assert not any("error" in line for line in progress)
     assert not list((tmp_path / "shards").glob("*.tar"))
 

@@ -516,7 +516,7 @@ def test_missing_and_contradictory_files_are_one_line(prepared_set, tmp_path, on
     change(folder)
     assert writing.main([str(folder)]) == 1
     error = one_line_error()
-    assert error.startswith(f"dct_qwen2vl.preparation.report: error: {folder}") and message in error
+    assert error.startswith(f"dct_qwen2vl.preparation.report: {folder}") and message in error
     assert not (folder / "report.html").exists()
 
 

@@ -28,9 +28,10 @@ from raw_sets import (
 )
 
 import data_preparation
+from dct_qwen2vl.common.files import replacing
 from dct_qwen2vl.preparation import output_folder, shards
 from dct_qwen2vl.preparation.metadata import PreparationError
-from dct_qwen2vl.preparation.output_folder import is_finished, locked, replacing
+from dct_qwen2vl.preparation.output_folder import is_finished, locked
 from dct_qwen2vl.preparation.shards import (
     PlannedSample,
     SourceReader,
@@ -263,7 +264,7 @@ def whole(raw_set, tmp_path_factory) -> dict[str, bytes]:
 def one_error(capsys) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("Checking", "Processing"))]
     lines = [line.split("\r")[-1] for line in lines if "error:" in line or "it/s" not in line]
-    errors = [line for line in lines if line.startswith("data_preparation.py: error: ")]
+    errors = [line for line in lines if line.startswith("data_preparation.py: ")]
     assert len(errors) == 1 and "Traceback" not in "".join(lines), lines
     return errors[0]
 

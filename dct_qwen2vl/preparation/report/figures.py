@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dct_qwen2vl.common.files import replacing
 from dct_qwen2vl.preparation.data_splits import SPLITS
-from dct_qwen2vl.preparation.output_folder import replacing
 from dct_qwen2vl.preparation.report.statistics import Statistics
 from dct_qwen2vl.preparation.report.tokens import Lengths
 

@@ -11,10 +11,10 @@ The same set and settings give the same bytes.
 """
 
 import argparse
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
+
+from dct_qwen2vl.common.scripts import run_main
 
 REPORT_NAME = "report.html"
 NUM_SAMPLES = 30
@@ -36,7 +36,8 @@ def write_report(
     the text tokens; None to estimate them. Raises PreparationError where a file of the set is missing or contradicts
     another one, OSError.
     """
-    from dct_qwen2vl.preparation.output_folder import REPORT_FOLDER, replacing
+    from dct_qwen2vl.common.files import replacing
+    from dct_qwen2vl.preparation.output_folder import REPORT_FOLDER
     from dct_qwen2vl.preparation.report.figures import Data, draw_figures
     from dct_qwen2vl.preparation.report.page import Findings, write_page
     from dct_qwen2vl.preparation.report.samples import choose_samples, read_conversations, read_shown_samples
@@ -108,21 +109,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    from dct_qwen2vl.preparation.metadata import PreparationError
+    return run_main("dct_qwen2vl.preparation.report", lambda: write_and_say(arguments), arguments.debug)
 
-    try:
-        path = write_report(
-            arguments.output_dir,
-            arguments.num_samples,
-            arguments.seed,
-            arguments.seq_length,
-            (arguments.min_pixels, arguments.max_pixels),
-            arguments.tokenizer,
-        )
-    except (PreparationError, OSError) as error:
-        if arguments.debug:
-            traceback.print_exc()
-        print(f"dct_qwen2vl.preparation.report: error: {error}", file=sys.stderr)
-        return 1
+
+def write_and_say(arguments: argparse.Namespace) -> int:
+    path = write_report(
+        arguments.output_dir,
+        arguments.num_samples,
+        arguments.seed,
+        arguments.seq_length,
+        (arguments.min_pixels, arguments.max_pixels),
+        arguments.tokenizer,
+    )
     print(f"Report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0

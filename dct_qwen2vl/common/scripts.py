@@ -1,0 +1,35 @@
+"""What every command of this repository does with errors: one line for the user's, a traceback for a bug."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Something that the user can mend. The message is one line: what, where, what to type next."""
+
+
+def run_main(
+    program: str,
+    work: Callable[[], int],
+    debug: bool = False,
+    goes_on: bool = False,
+    errors: tuple[type[Exception], ...] = (UserError, OSError),
+) -> int:
+    """Calls `work` and returns its exit status: 1 after one of `errors`, 130 after Ctrl-C.
+
+    program: as the user typed it; the line on stderr begins with it.
+    debug: the error is raised, so that its traceback is shown.
+    goes_on: the same command continues what was interrupted, and Ctrl-C says so.
+    """
+    try:
+        return work()
+    except errors as error:
+        if debug:
+            raise
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if not goes_on:
+            raise
+        print(f"{program}: interrupted; the same command goes on", file=sys.stderr)
+        return 130
