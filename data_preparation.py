@@ -14,9 +14,9 @@ Out: O/pretrain-000000.tar, ...    WebDataset samples: KEY.jpg, KEY.mp4 or KEY.0
 The same data and settings give the same bytes, whatever the number of workers, in one run, in several after crashes, or
 in parts on several machines (--part 1/4 ... --part 4/4, then the same command without --part; prepare_slurm.sh).
 
-The work is done in preparation/: first everything is planned (raw_metadata.py, conversations.py, media_index.py,
-plan.py, data_splits.py), then workers write the shards (shard_writing.py, media_conversion.py), then the counts are put
-together (set_summary.py).
+The work is done in dct_qwen2vl/preparation/. First everything is planned (metadata.py, entries.py, media_index.py,
+plan.py, data_splits.py). Then workers write the shards (shards.py, conversion.py). Then the counts are put together
+(summary.py).
 """
 
 import argparse

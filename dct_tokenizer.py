@@ -1,6 +1,8 @@
 """DCT-coefficient tokens for Qwen2-VL: the names to use from Python, and a command line.
 
-    python dct_tokenizer.py show FILE      draws what tokens keep of an image or a video
+    python dct_tokenizer.py show FILE                                   draws what tokens keep of an image or a video
+    python dct_tokenizer.py encode FILE --output tokens.safetensors
+    python dct_tokenizer.py decode tokens.safetensors --output FILE     a .png or .mp4 file
 
 A token of stock Qwen2-VL is a patch of 2 frames x 14 x 14 pixels. Here a token is the orthonormal DCT-II of a larger
 block of pixels, of which K coefficients are kept in a fixed order. The map is linear, so a pretrained patch embedding
@@ -13,6 +15,7 @@ Where it is done: dct_qwen2vl/dct/ (configuration_dct.py: the format; transform_
 image_processing_dct.py: the processor that is saved with a checkpoint).
 """
 
+import argparse
 import importlib
 import sys
 from typing import Any
@@ -26,6 +29,11 @@ _NAMES = {
     "fold_patch_embedding": "folding",
     "target_size": "image_sizes_dct",
 }
+_COMMANDS = {
+    "show": "dct_qwen2vl.analysis.token_sheet",
+    "encode": "dct_qwen2vl.analysis.token_files",
+    "decode": "dct_qwen2vl.analysis.token_files",
+}
 __all__ = [*_NAMES]
 
 
@@ -38,9 +46,14 @@ def __getattr__(name: str) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    from dct_qwen2vl.analysis.token_sheet import main as show
-
-    return show(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in _COMMANDS:
+        return importlib.import_module(_COMMANDS[argv[0]]).main(argv)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("command", choices=_COMMANDS, help="show draws what tokens keep, encode writes the tokens of a "
+                        "file, decode turns tokens into an image or a video; each has a --help of its own")  # fmt: skip
+    parser.parse_args(argv)
+    return 2
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **pixel_bounds: int) -> Qwen2VLImageProcessor:
     """The image processor of a checkpoint, by this repository's code: a copy that lies beside the weights is not run.
 
-    dct: the checkpoint's token format as `checkpoint_files.token_format` gives it, None for pixels. pixel_bounds:
+    dct: the checkpoint's token format as `inspection.token_format` gives it, None for pixels. pixel_bounds:
     min_pixels and max_pixels in place of the checkpoint's. Raises CheckpointError for a format that contradicts itself.
     """
     processor_class = Qwen2VLImageProcessor if dct is None else DCTImageProcessor
