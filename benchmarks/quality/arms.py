@@ -7,8 +7,8 @@ Letters used for shapes:
     N K       tokens of a sample, t*h*w in Qwen2-VL's order; floats of a token
 
 Pixel arms cut a picture, downscaled or not, into blocks and scale the values; DCT arms apply the analysis of a
-`DCTConfig`, whose matrix is put together from configuration_dct.py and tested against `DCTTokenizer.encode`. What is measured
-on data (unit variance, PCA) is measured on pictures of a split of their own, never on the test set.
+`DCTConfig`, whose matrix is put together from configuration_dct.py and tested against `DCTTokenizer.encode`. What is
+measured on data (unit variance, PCA) is measured on pictures of a split of their own, never on the test set.
 """
 
 import math

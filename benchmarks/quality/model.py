@@ -18,8 +18,8 @@ from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from benchmarks.quality.cells import TOKEN, WORDS
 from benchmarks.quality.settings import LANGUAGE_HEAD, VISION_HEAD, ModelSize
+from benchmarks.quality.tasks.cells import TOKEN, WORDS
 
 # Qwen2-VL's base of 1,000,000 turns the width part of the position by 1/1000 rad a token and less at this size of head,
 # and small models then do not find the place that is asked for; with 10 it is 1/10 to 1/4 rad.

@@ -198,7 +198,7 @@ def report(settings: Settings, why: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     arguments = parse_arguments(argv)
-    from benchmarks.quality import compare
+    from benchmarks.quality.analysis import compare
     from benchmarks.quality.runs import chosen_device
 
     suite, device = SUITES[arguments.suite], chosen_device(arguments.device).type

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.quality.analysis.scoring import accuracies, by_level, by_picture
 from benchmarks.quality.result_files import Output, Result
-from benchmarks.quality.scoring import accuracies, by_level, by_picture
 from benchmarks.quality.settings import Settings
-from benchmarks.quality.tasks import make_task
+from benchmarks.quality.tasks.registry import make_task
 from benchmarks.quality.trainer import STARTS, StepClock, Trainer
 
 CURVE_POINTS = 20  # evaluations during training

@@ -15,8 +15,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # repeatable sums; 
 import torch
 from torch.nn.functional import cross_entropy
 
+from benchmarks.quality.analysis.scoring import share
 from benchmarks.quality.arms import FRAMES, Arm, Encoder, make_arm, unfold_patch_embedding
-from benchmarks.quality.cells import NOT_SCORED
 from benchmarks.quality.model import (
     PLAIN,
     Layout,
@@ -28,9 +28,9 @@ from benchmarks.quality.model import (
     set_patch_embedding,
     zero_columns,
 )
-from benchmarks.quality.scoring import share
 from benchmarks.quality.settings import Settings
-from benchmarks.quality.tasks import Source, make_task
+from benchmarks.quality.tasks.cells import NOT_SCORED
+from benchmarks.quality.tasks.registry import Source, make_task
 from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING
 from dct_qwen2vl.dct.folding import fold_patch_embedding
 

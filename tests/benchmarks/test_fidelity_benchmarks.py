@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import feature_fidelity, patch_weights, rate_distortion
+from benchmarks.quality.analysis import feature_fidelity, patch_weights, rate_distortion
 from dct_qwen2vl.analysis.coefficient_statistics import resized
 from dct_qwen2vl.analysis.natural_images import HELD_OUT_PICTURES, load, moving_view
 from dct_qwen2vl.dct import configuration_dct

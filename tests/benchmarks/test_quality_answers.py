@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from benchmarks.quality import compare_answers
-from benchmarks.quality.compare_answers import mcnemar, read_answers, sample_files, scores_of
+from benchmarks.quality.analysis import compare_answers
+from benchmarks.quality.analysis.compare_answers import mcnemar, read_answers, sample_files, scores_of
 
 
 def write(folder: Path, task: str, scores: list, metric: str = "exact_match", date: str = "20260101_000000") -> Path:

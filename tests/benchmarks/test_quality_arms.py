@@ -7,8 +7,8 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessor
 
 from benchmarks.quality.arms import ARMS, Encoder, downscale, make_arm, preset, unfold_patch_embedding
-from benchmarks.quality.reading import Reading
-from benchmarks.quality.tasks import Source
+from benchmarks.quality.tasks.reading import Reading
+from benchmarks.quality.tasks.registry import Source
 from dct_qwen2vl.dct.configuration_dct import PRESETS
 from dct_qwen2vl.dct.folding import fold_patch_embedding
 from dct_qwen2vl.dct.transform_dct import DCTTokenizer

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.quality import compare, figures, paired, run_results
+from benchmarks.quality.analysis import compare, figures, paired, run_results
 from benchmarks.quality.result_files import write_file
 
 CURVE = [{"step": step, "seconds": step / 10, "loss": 1.0, "accuracy": 0.1, "hard_accuracy": 0.1} for step in (5, 10)]

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.quality import legibility
+from benchmarks.quality.analysis import legibility
+from benchmarks.quality.analysis.legibility import KNOBS, Rebuild, join, table
 from benchmarks.quality.arms import cut, downscale
-from benchmarks.quality.legibility import KNOBS, Rebuild, join, table
 from benchmarks.quality.result_files import Output, read_file
-from benchmarks.quality.tasks import Source, make_task
+from benchmarks.quality.tasks.registry import Source, make_task
 
 CPU = torch.device("cpu")
 LUMA = torch.tensor([0.299, 0.587, 0.114])

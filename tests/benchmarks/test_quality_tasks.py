@@ -12,7 +12,7 @@ import torch
 from scipy import ndimage
 from torch.nn.functional import conv2d
 
-from benchmarks.quality.cells import (
+from benchmarks.quality.tasks.cells import (
     CELL_NAMES,
     DIGITS,
     DIRECTIONS,
@@ -24,9 +24,9 @@ from benchmarks.quality.cells import (
     WORDS,
     Batch,
 )
-from benchmarks.quality.drawing import PHASES, GlyphAtlas
-from benchmarks.quality.reading import LETTERS, Reading
-from benchmarks.quality.tasks import TASKS, Source, make_task
+from benchmarks.quality.tasks.drawing import PHASES, GlyphAtlas
+from benchmarks.quality.tasks.reading import LETTERS, Reading
+from benchmarks.quality.tasks.registry import TASKS, Source, make_task
 
 LUMA = torch.tensor([0.299, 0.587, 0.114])
 # Without grain, and large enough for the simple ways in which this file reads.

@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline import REPOSITORY, run
 from samples_by_hand import answer, conversation_sample
 
-from benchmarks.quality import compare_answers
+from benchmarks.quality.analysis import compare_answers
 from dct_qwen2vl.data.media import VideoSampling
 from dct_qwen2vl.evaluation.answering import Answerer, load_processor
 from dct_qwen2vl.evaluation.questions import Question

@@ -1,6 +1,6 @@
 """What can be read at all? A convolutional classifier reads digits from pictures put together from an arm's tokens.
 
-    python -m benchmarks.quality.legibility --arms exact x4 x4-corner quarter --output legibility
+    python -m benchmarks.quality.analysis.legibility --arms exact x4 x4-corner quarter --output legibility
 
 It is trained on single cells of the reading task, one digit in each, and has nothing else to learn: no tokens, no
 language, no looking for a place, no blanks. What it reads can be read, and what a language model misses beyond that is
@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.quality.analysis.run_results import level_accuracy, levels_of
+from benchmarks.quality.analysis.scoring import by_level
 from benchmarks.quality.arms import MERGE, Encoder, downscale, make_arm
-from benchmarks.quality.cells import DIGITS, TOKEN
-from benchmarks.quality.reading import Reading
 from benchmarks.quality.result_files import Output, Result
-from benchmarks.quality.run_results import level_accuracy, levels_of
 from benchmarks.quality.runs import chosen_device, environment
-from benchmarks.quality.scoring import by_level
-from benchmarks.quality.tasks import Source, make_task
+from benchmarks.quality.tasks.cells import DIGITS, TOKEN
+from benchmarks.quality.tasks.reading import Reading
+from benchmarks.quality.tasks.registry import Source, make_task
 from benchmarks.quality.trainer import DRAWN_AT_ONCE
 
 KNOBS = {"cells": 4, "blank": 0.0}

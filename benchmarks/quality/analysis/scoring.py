@@ -5,7 +5,7 @@ Letters used for shapes: B samples, S tokens of their answers that may count.
 
 import torch
 
-from benchmarks.quality.cells import NOT_SCORED
+from benchmarks.quality.tasks.cells import NOT_SCORED
 
 
 def share(right: torch.Tensor, counts: torch.Tensor) -> float:

@@ -1,6 +1,6 @@
 """Reads the results of runs: tables, paired tests, figures.
 
-    python -m benchmarks.quality.compare --results results --figures figures
+    python -m benchmarks.quality.analysis.compare --results results --figures figures
 
 Results are result files (.jsonl) or folders with them. PATH also stands for the file PATH.jsonl.
 
@@ -25,10 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.quality.figures import draw_budgets, draw_by_level, draw_learning
-from benchmarks.quality.paired import LEAST_SEEDS, describe, paired_difference, spread, verdict_over_seeds
-from benchmarks.quality.result_files import SUFFIX, Result, result_files
-from benchmarks.quality.run_results import (
+from benchmarks.quality.analysis.figures import draw_budgets, draw_by_level, draw_learning
+from benchmarks.quality.analysis.paired import LEAST_SEEDS, describe, paired_difference, spread, verdict_over_seeds
+from benchmarks.quality.analysis.run_results import (
     Arms,
     Limits,
     Times,
@@ -46,6 +45,7 @@ from benchmarks.quality.run_results import (
     title,
     without_starts,
 )
+from benchmarks.quality.result_files import SUFFIX, Result, result_files
 
 # What is compared with what: (arm, against).
 PAIRS = (

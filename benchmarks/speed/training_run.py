@@ -1,6 +1,6 @@
 """The whole of a training run at real size, on one GPU and on two: files in shards -> loader -> Megatron engine.
 
-    python -m benchmarks.training_run --work clips --gpus 1 2 --json training_run.json
+    python -m benchmarks.speed.training_run --work clips --gpus 1 2 --json training_run.json
 
 Makes a Qwen2-VL-2B in DCT tokens with random weights, draws pictures (JPEG, 640 x 480 to 1024 x 768) or clips (H.264,
 16 frames of 448 x 448) with conversations, prepares shards, and starts qwen_launch.sh as a user would. The figures are
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 WORDS = (
     "the",
     "of",
@@ -59,7 +59,7 @@ def draw_picture(number: int, folder: Path, seed: int) -> dict:
     """A crop of a photograph of its own size, as a JPEG file; returns its entry."""
     from PIL import Image
 
-    from benchmarks.tokenizer import picture
+    from benchmarks.speed.tokenizer import picture
 
     rng = np.random.default_rng((seed, number))
     height, width = PICTURES[rng.integers(len(PICTURES))]
@@ -74,7 +74,7 @@ def draw_clip(number: int, folder: Path, seed: int) -> dict:
     """A window that wanders over a photograph, as an mp4 file; returns its entry."""
     import av
 
-    from benchmarks.tokenizer import clip
+    from benchmarks.speed.tokenizer import clip
 
     rng = np.random.default_rng((seed, number))
     frames = clip(CLIP_FRAMES, CLIP_SIDE, CLIP_SIDE, step=int(rng.integers(1, 6)))
@@ -107,7 +107,7 @@ def make_model(preset: str, folder: Path, seed: int) -> Path:
     import torch
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
-    from benchmarks.training import real_config
+    from benchmarks.speed.training import real_config
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
     from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
     from dct_qwen2vl.toy.model import write_checkpoint
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     if torch.cuda.device_count() < max(arguments.gpus):
-        print(f"benchmarks/training_run.py: {torch.cuda.device_count()} CUDA devices, not {max(arguments.gpus)}",
+        print(f"benchmarks/speed/training_run.py: {torch.cuda.device_count()} CUDA devices, not {max(arguments.gpus)}",
               file=sys.stderr)  # fmt: skip
         return 1
     lines = []

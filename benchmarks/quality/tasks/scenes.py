@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from benchmarks.quality.cells import DIGITS, TILTS, Batch, CellTask, constant, words
-from benchmarks.quality.drawing import Backgrounds, Random, compose, discs, ink_on, paint
-from benchmarks.quality.reading import Tools
+from benchmarks.quality.tasks.cells import DIGITS, TILTS, Batch, CellTask, constant, words
+from benchmarks.quality.tasks.drawing import Backgrounds, Random, compose, discs, ink_on, paint
+from benchmarks.quality.tasks.reading import Tools
 
 
 class SceneTask(CellTask):

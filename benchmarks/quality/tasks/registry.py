@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality.cells import Batch, CellTask
-from benchmarks.quality.clips import Flashes, Motion, Order, Ticker
-from benchmarks.quality.drawing import Random, generator_for
-from benchmarks.quality.reading import Numbers, OddOne, Reading, ShortWords
-from benchmarks.quality.scenes import Chart, Counting, Texture
+from benchmarks.quality.tasks.cells import Batch, CellTask
+from benchmarks.quality.tasks.clips import Flashes, Motion, Order, Ticker
+from benchmarks.quality.tasks.drawing import Random, generator_for
+from benchmarks.quality.tasks.reading import Numbers, OddOne, Reading, ShortWords
+from benchmarks.quality.tasks.scenes import Chart, Counting, Texture
 
 TASKS: dict[str, type[CellTask]] = {
     task.name: task

@@ -1,6 +1,6 @@
 """Training speed of Qwen2-VL-2B on one GPU: NeMo's recipe as it ships against this repository's engine, in one run.
 
-    python -m benchmarks.training --json training.json
+    python -m benchmarks.speed.training --json training.json
 
 Random weights at the real size, all of them trained, bf16, Megatron-core's distributed optimizer; the tokens are random
 and in memory, in the layout that the loader gives. An optimizer step sees the same samples in every way.
@@ -409,7 +409,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("benchmarks/training.py needs a CUDA device and there is none", file=sys.stderr)
+        print("benchmarks/speed/training.py needs a CUDA device and there is none", file=sys.stderr)
         return 1
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     set_up()

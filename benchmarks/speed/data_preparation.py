@@ -1,6 +1,6 @@
 """Speed and memory of data preparation against the plain way and against copying, side by side in one run.
 
-    python -m benchmarks.data_preparation --json preparation.json
+    python -m benchmarks.speed.data_preparation --json preparation.json
 
 The same generated raw data (tars of 640x480 photographs, conversations of two turns) go through all ways in turns,
 round after round; a table shows images a second, and the median over the rounds of how many times faster ours is.
@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from PIL import Image
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 HEIGHT, WIDTH = 480, 640
 DIFFERENT = 48  # pictures; each file has a comment of its own, so that no two are the same
 TARS = 4
@@ -237,7 +237,7 @@ def time_in_process(way: str, data: Path, output: Path, workers: int) -> float:
     command = [
         sys.executable,
         "-m",
-        "benchmarks.data_preparation",
+        "benchmarks.speed.data_preparation",
         "--way",
         way,
         str(data),

@@ -1,6 +1,7 @@
 """Compares arms on public benchmarks, question by question, from what lmms-eval logged with --log_samples.
 
-    python -m benchmarks.quality.compare_answers --answers pixels=results/pixels quarter=results/quarter x4=results/x4
+    python -m benchmarks.quality.analysis.compare_answers \
+      --answers pixels=results/pixels quarter=results/quarter x4=results/x4
 
 Prints a table: the score of each arm in each task (mean over questions, in percent) and what the last arm keeps of the
 first; below it the last arm's paired difference from each other one, with a 95 % interval. An arm may be given several
@@ -22,7 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.paired import LEAST_SEEDS, Difference, describe, paired_difference, spread, verdict_over_seeds
+from benchmarks.quality.analysis.paired import (
+    LEAST_SEEDS,
+    Difference,
+    describe,
+    paired_difference,
+    spread,
+    verdict_over_seeds,
+)
 
 # The score of each task, as lmms-eval 0.7.3 names it; other tasks need --metric, if they have more than one.
 METRICS = {

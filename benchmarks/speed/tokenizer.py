@@ -1,6 +1,6 @@
 """Speed and memory of DCT tokens against transformers' own image processors, side by side in one run.
 
-    python -m benchmarks.tokenizer --json tokenizer.json
+    python -m benchmarks.speed.tokenizer --json tokenizer.json
 
 Every case gives all its ways the same input and the same output size in pixels. The ways take turns, round after round;
 a table shows each way's median time and the median over the rounds of (its time / ours): how many times faster ours is.
@@ -166,7 +166,7 @@ def check(case: str, ways: Ways) -> None:
 
     counts = {name: pixels(name, way()) for name, way in ways.items()}
     if len(set(counts.values())) != 1:
-        raise SystemExit(f"benchmarks/tokenizer.py: {case}: the ways differ in their output size: {counts}")
+        raise SystemExit(f"benchmarks/speed/tokenizer.py: {case}: the ways differ in their output size: {counts}")
 
 
 def measure(ways: Ways, rounds: int) -> dict[str, list[float]]:
@@ -260,7 +260,7 @@ def run_memory() -> dict[str, dict]:
     """The input is there already; `growth` is the output and what is needed to make it."""
     results = {}
     for name in ("slow", "fast", "exact", "x4", "x16"):
-        command = [sys.executable, "-m", "benchmarks.tokenizer", "--memory-probe", name]
+        command = [sys.executable, "-m", "benchmarks.speed.tokenizer", "--memory-probe", name]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         sizes = json.loads(done.stdout.splitlines()[-1])
         sizes["peak / (input + output)"] = round(

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import torch
 
-from benchmarks.quality.cells import DIGITS, DIRECTIONS, PLACES, Batch, constant, words
-from benchmarks.quality.drawing import GlyphAtlas, Random, discs, paint
-from benchmarks.quality.reading import SMALL, Tools
-from benchmarks.quality.scenes import SceneTask
+from benchmarks.quality.tasks.cells import DIGITS, DIRECTIONS, PLACES, Batch, constant, words
+from benchmarks.quality.tasks.drawing import GlyphAtlas, Random, discs, paint
+from benchmarks.quality.tasks.reading import SMALL, Tools
+from benchmarks.quality.tasks.scenes import SceneTask
 
 DOTS = 6  # of a moving group
 

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from benchmarks.quality.cells import DIGITS, NOT_SCORED, SHORT_WORDS, TOKEN, Batch, CellTask, constant, words
-from benchmarks.quality.drawing import Backgrounds, GlyphAtlas, Random, compose, ink_on, paint
+from benchmarks.quality.tasks.cells import DIGITS, NOT_SCORED, SHORT_WORDS, TOKEN, Batch, CellTask, constant, words
+from benchmarks.quality.tasks.drawing import Backgrounds, GlyphAtlas, Random, compose, ink_on, paint
 
 LETTERS = "".join(sorted(set("".join(SHORT_WORDS))))
 SMALL = 8  # pixels; print up to this height is hard: the half-size picture has lost some of it

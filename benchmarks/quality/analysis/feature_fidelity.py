@@ -1,7 +1,7 @@
 """How near the embedding of DCT tokens is to the pixel model's: per preset, order of coefficients and number format.
 
-    python -m benchmarks.feature_fidelity --json feature_fidelity.json
-    python -m benchmarks.feature_fidelity --model-dir Qwen2-VL-2B-Instruct
+    python -m benchmarks.quality.analysis.feature_fidelity --json feature_fidelity.json
+    python -m benchmarks.quality.analysis.feature_fidelity --model-dir Qwen2-VL-2B-Instruct
 
 The embedding is what the vision tower's first layer makes of a token: [N, E], E = 1280. Its error is relative, in the
 Frobenius norm, over stills and clips that are not in the table of coefficient statistics, against the pixel model in
@@ -216,8 +216,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    from benchmarks.patch_weights import patch_weight
-    from benchmarks.rate_distortion import chosen_material
+    from benchmarks.quality.analysis.patch_weights import patch_weight
+    from benchmarks.quality.analysis.rate_distortion import chosen_material
 
     try:
         weight, source = patch_weight(arguments.model_dir, arguments.seed)

@@ -1,6 +1,6 @@
 """How much of a picture is left: DCT tokens, by order of coefficients, against downscaling at the same tokens.
 
-    python -m benchmarks.rate_distortion --plot rate_distortion.png --json rate_distortion.json
+    python -m benchmarks.quality.analysis.rate_distortion --plot rate_distortion.png --json rate_distortion.json
 
 Stills and clips (pans, a zoom, a cut) are made from photographs that are not in the table of coefficient statistics.
 Each is encoded and decoded with the real tokenizer, for every block side, chroma format, order and number of floats.
@@ -391,7 +391,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    from benchmarks.patch_weights import patch_weight
+    from benchmarks.quality.analysis.patch_weights import patch_weight
 
     try:
         weight, source = patch_weight(arguments.model_dir, arguments.seed)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.run_results import (
+from benchmarks.quality.analysis.run_results import (
     STARTED,
     Arms,
     Limits,
