@@ -29,7 +29,7 @@ setup:  ## make .venv from requirements.lock, if it is not there yet
 	@VENV=$(VENV) ./setup_env.sh
 
 demo: setup  ## the whole pipeline on drawn sample data, into DEMO_DIR
-	$(IN_VENV) $(OFFLINE) python -m dct_qwen2vl.toy.demo --output-dir "$(DEMO_DIR)" $(if $(SEED),--seed $(SEED)) $(DEMO_ARGS)
+	@$(IN_VENV) $(OFFLINE) python -m dct_qwen2vl.toy.demo --output-dir "$(DEMO_DIR)" $(if $(SEED),--seed $(SEED)) $(DEMO_ARGS)
 
 test: lint  ## lint, then all tests; TEST_ARGS="tests/repository/test_setup.py -k lock" for some
 	$(IN_VENV) $(OFFLINE) python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)

@@ -81,7 +81,7 @@ def write_set(arguments: argparse.Namespace, metadata: list[Path]) -> dict[str, 
     """Plan, write, summarise; returns the set's stats, or None where it is not complete: after a dry run or a part."""
     with WorkerPool(arguments.num_workers) as pool:
         reader = MetadataReader(metadata, arguments.limit)
-        with tqdm(desc="Checking entries", unit="entry") as bar:
+        with tqdm(desc="Checking entries", unit="entry", leave=False) as bar:
             collector = check_all(reader, pool, arguments.strict, bar.update)
         with run_lock(arguments):
             tars, plan, layout, run = plan_set(pool, arguments, reader, collector)

@@ -126,7 +126,9 @@ def evaluate(arguments: argparse.Namespace) -> dict:
 
 
 def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> None:
-    """Ask what has not been answered yet."""
+    """Ask what has not been answered yet, with one progress bar: every question has two answers, seeing and blind."""
+    from tqdm import tqdm
+
     from dct_qwen2vl.data.media import VideoSampling
 
     sampling = VideoSampling(
@@ -136,9 +138,14 @@ def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> No
     special, media = answerer.processor.tokenizer.get_added_vocab(), answerer.media
     source = (arguments.data_dir, arguments.split, arguments.limit)
     questions = read_questions(*source, sampling, media.fit, special, reading, media.reads_planes)
-    for chosen in in_rounds(questions, max(ASKED_AT_ONCE, arguments.batch_size)):
-        seen, blind = (answer_all(answerer, chosen, arguments.batch_size, blind) for blind in (False, True))
-        file.add_round(describe_answers(chosen, seen, blind), reading.as_dict())
+    most, begun = arguments.limit and 2 * arguments.limit, 2 * len(file.answers)
+    with tqdm(desc="Answering", total=most, initial=begun, unit="answer") as bar:
+        for chosen in in_rounds(questions, max(ASKED_AT_ONCE, arguments.batch_size)):
+            seen, blind = (
+                answer_all(answerer, chosen, arguments.batch_size, blind, bar.update) for blind in (False, True)
+            )
+            file.add_round(describe_answers(chosen, seen, blind), reading.as_dict())
+        bar.total = bar.n  # known only now: the shards say how many entries there are, not how many questions
 
 
 def summarise(arguments: argparse.Namespace, answers: list[dict[str, Any]], reading: Reading) -> dict[str, Any]:

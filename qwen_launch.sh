@@ -77,6 +77,10 @@ arguments+=("$@")
 
 # Rows differ in length; without this the freed pieces of the device's memory do not fit the next row.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+# What torchrun would set with a banner of its own where it starts several processes.
+if [ "$NUM_PROC_PER_NODE" != 1 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
+# NeMo requires it, and PyTorch warns of it in every process.
+export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore:The pynvml package is deprecated:FutureWarning}
 
 # What cannot work is refused here, once and in one line, before any process starts.
 "$PYTHON" finetune_qwen2vl.py "${arguments[@]}" --check

@@ -8,8 +8,11 @@ Letters used for shapes in this file:
 """
 
 import json
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -181,13 +184,24 @@ class _SampleReader(DefaultTaskEncoder):
 
 def read_samples(data_dir: Path, split: str) -> Iterator[ConversationSample]:
     """The samples of a split once, in the order of its shards, media as file bytes."""
-    dataset = get_val_dataset(
-        data_dir,
-        split_part=split,
-        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
-        batch_size=1,
-        task_encoder=_SampleReader(),
-        **DATASET_OPTIONS,
-    )
-    for samples in get_loader(dataset):
+    with _quiet_energon():
+        dataset = get_val_dataset(
+            data_dir,
+            split_part=split,
+            worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
+            batch_size=1,
+            task_encoder=_SampleReader(),
+            **DATASET_OPTIONS,
+        )
+        batches = iter(get_loader(dataset))
+    for samples in batches:
         yield from samples
+
+
+@contextmanager
+def _quiet_energon() -> Iterator[None]:
+    """Without the line that Energon prints on each worker's shards: here one worker reads all. And without the warning
+    that there is no GPU to pin memory for, which Energon always asks of PyTorch."""
+    with redirect_stdout(StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'pin_memory' argument is set as true", UserWarning)
+        yield

@@ -1,6 +1,7 @@
 """A model and its answers: questions become the tokens that training makes of the same media."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,16 +111,23 @@ def load_processor(model_dir: Path, **pixel_bounds: int) -> "Qwen2VLProcessor":
     return Qwen2VLProcessor(image_processor, tokenizer, chat_template=template)
 
 
-def answer_all(answerer: Answerer, questions: list[Question], batch_size: int, blind: bool) -> list[str]:
-    """Predictions in the order of `questions`; batches hold questions of like length, so little is padded."""
-    from tqdm import tqdm
+def answer_all(
+    answerer: Answerer,
+    questions: list[Question],
+    batch_size: int,
+    blind: bool,
+    update: Callable[[int], object] = lambda count: None,
+) -> list[str]:
+    """Predictions in the order of `questions`; batches hold questions of like length, so little is padded.
 
+    update: is called after each batch with the number of its questions.
+    """
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].media), len(questions[i].text)))
     predictions = [""] * len(questions)
-    label = "Answering blind" if blind else "Answering"
-    for start in tqdm(range(0, len(order), batch_size), desc=label, unit="batch"):
+    for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = [blinded(questions[i]) if blind else questions[i] for i in chosen]
         for i, prediction in zip(chosen, answerer.answer(batch), strict=True):
             predictions[i] = prediction
+        update(len(batch))
     return predictions

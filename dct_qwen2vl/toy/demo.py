@@ -8,10 +8,14 @@ Leaves summary.json, loss.png, samples.png, accuracy.txt, the shards, both check
 import argparse
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +29,41 @@ TRAINING = {
     "WARMUP_STEPS": "40", "SEQ_LENGTH": "256", "NUM_WORKERS": "1", "VAL_INTERVAL": "200", "SAVE_INTERVAL": "200",
 }  # fmt: skip
 TRAINING_ARGUMENTS = ["--weight-decay", "0.01", "--adam-beta2", "0.99", "--log-interval", "50"]
+TO_SEE = {
+    "samples.png": "images and videos as the model receives them, and the text that it learns",
+    "loss.png": "training and validation loss",
+    "evaluation/predictions.jsonl": "every question with its answers, seeing and blind",
+    "shards/report.html": "what the prepared set holds: sources, sizes, tokens, samples",
+}
+TO_RUN = {
+    "make test": "all tests, 7 to 13 minutes on two cores",
+    "README.md, Setup Instructions": "the same stages for Qwen2-VL-2B and Cambrian-737k",
+}
+WIDTH = 118  # characters of a printed command
+HELD = "\0"  # a space at which no line ends
+CLEAR_REST = "\x1b[K"  # of the line, on a terminal
+BAR = re.compile(r"\[(\d+:)?\d+:\d\d[<,].*\]\s*$")  # tqdm's: [00:01<00:02, 5.0it/s]
+# What NeMo, Lightning, Energon and PyTorch say at each start of a training. Each beginning is written out: errors, also
+# those that torchrun marks with [rank0]:, stay on the screen. The log of a stage has everything.
+NOISE = re.compile(
+    "|".join(
+        [
+            r"\[NeMo [IW] ",
+            r"Cannot import zarr, ",
+            r"WARNING: transformer_engine not installed",
+            r"WARNING:root:The package `decord` was not installed",
+            r"No CUDA runtime is found",
+            r"(GPU|TPU|HPU) available: ",
+            r"\[rank: \d+\] Seed set to ",
+            r"Initializing distributed: GLOBAL_RANK: ",
+            r"distributed_backend=",
+            r"All distributed processes registered",
+            r"-+$",
+            r"`Trainer\.fit` stopped: `max_steps=",
+            r"rank=\d+, worker=\d+: shard_range=",  # Energon, for each loader process
+        ]
+    )
+)
 
 
 class StageError(RuntimeError):
@@ -40,14 +79,54 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
 
     def shown(self) -> str:
-        """The command as one would type it."""
-        settings = [f"{name}={value}" for name, value in self.environment.items()]
-        command = ["python" if part == sys.executable else part for part in self.command]
-        return " ".join([*settings, *command])
+        """The command as one would type it, on lines of WIDTH characters. qwen_launch.sh finds Python itself."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items() if name != "PYTHON"]
+        command = ["python" if part == sys.executable else shlex.quote(part) for part in self.command]
+        text = " ".join(part.replace(" ", HELD) for part in [*settings, *command])
+        text = re.sub(r"( --[\w-]+) (?!-)", rf"\1{HELD}", text)  # a value stays on the line of its flag
+        lines = textwrap.wrap(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        lines = [line.replace(HELD, " ") for line in lines]
+        return " \\\n".join(lines)
+
+
+class Screen:
+    """What a stage says, without the noise of its libraries, and the last state alone of each progress bar.
+
+    A terminal also shows the states in between, one over the other.
+    """
+
+    def __init__(self) -> None:
+        self.bar = ""
+        self.is_live = sys.stdout.isatty()
+
+    def show(self, line: str) -> None:
+        if BAR.search(line):
+            if line.partition(":")[0] != self.bar.partition(":")[0]:
+                self.end_bar()
+            self.bar = line.rstrip()
+            if self.is_live:
+                print(f"\r{self.bar}{CLEAR_REST}", end="", flush=True)
+        elif line.isspace():
+            if line != "\n":  # spaces over a bar, which its stage takes away
+                self._erase()
+        elif not NOISE.match(line):
+            self.end_bar()
+            print(line, end="", flush=True)
+
+    def end_bar(self) -> None:
+        if self.bar:
+            bar = self.bar
+            self._erase()
+            print(bar, flush=True)
+
+    def _erase(self) -> None:
+        self.bar = ""
+        if self.is_live:
+            print(f"\r{CLEAR_REST}", end="", flush=True)
 
 
 def stages(folder: Path, seed: int) -> list[Stage]:
-    """Raw data to answers, in order."""
+    """Raw data to answers, in order. folder: absolute, or from the repository, where all stages run."""
     shards, model = str(folder / "shards"), str(folder / "tiny-qwen2-vl-x4")
     source = str(folder / "sample" / "model" / "tiny-qwen2-vl")
     run = folder / "experiments" / EXPERIMENT
@@ -73,9 +152,10 @@ def stages(folder: Path, seed: int) -> list[Stage]:
 
 
 def run_stage(stage: Stage, log: Path) -> float:
-    """Runs it with its output on the screen and in `log`; returns seconds. Raises StageError."""
+    """Runs it with its output in `log` and, without noise, on the screen; returns seconds. Raises StageError."""
     print(f"\n=== {stage.name}\n$ {stage.shown()}", flush=True)
-    start = time.perf_counter()
+    start, screen = time.perf_counter(), Screen()
+    # Libraries warn of each other at import. What the pipeline has to say it prints.
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", **stage.environment}
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
@@ -89,18 +169,21 @@ def run_stage(stage: Stage, log: Path) -> float:
         )
         for line in process.stdout:
             file.write(line)
-            if is_news(line):
-                print(line, end="", flush=True)
+            screen.show(line)
+    screen.end_bar()
     if process.wait():
-        raise StageError(f"the stage {stage.name} failed with exit code {process.returncode}: see {log}")
+        reason = find_reason(log.read_text(encoding="utf-8").splitlines())
+        said = f": {reason}" if reason else ""
+        raise StageError(f"the stage {stage.name} failed with exit code {process.returncode}{said}; its log: {log}")
     return time.perf_counter() - start
 
 
-def is_news(line: str) -> bool:
-    """NeMo, Lightning and progress bars talk a lot; the screen gets the rest, the log file all of it."""
-    noise = ("[NeMo", "rank=", "WARNING:", "GPU available", "TPU available", "HPU available", "No CUDA runtime", "---")
-    unfinished_bar = "%|" in line and "100%|" not in line
-    return bool(line.strip()) and not unfinished_bar and not line.startswith((*noise, "[rank"))
+def find_reason(lines: list[str]) -> str:
+    """Why a stage failed: its script's last message, or the first exception of a traceback; "" if there is neither."""
+    messages = [line for line in lines if re.match(r"\w+\.(py|sh): ", line)]
+    exceptions = [re.match(r"(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception): .+)", line) for line in lines]
+    errors = [found[1] for found in exceptions if found]
+    return (errors[:1] or messages[-1:] or [""])[0]
 
 
 def fresh_folder(folder: Path) -> None:
@@ -152,6 +235,8 @@ def summarise(folder: Path, seconds: dict[str, float], pictures: dict[str, Path]
 
 def draw_pictures(folder: Path) -> tuple[dict[str, Path], dict[str, float]]:
     """Loss curve, sheet of samples, table of accuracies; and the tokens of an image for pixels and DCT."""
+    # PyTorch imports it, and NeMo requires it.
+    warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
     from dct_qwen2vl.toy.demo_figures import draw_loss, draw_samples, tokens_per_image, write_table
 
     run = folder / "experiments" / EXPERIMENT
@@ -161,6 +246,27 @@ def draw_pictures(folder: Path) -> tuple[dict[str, Path], dict[str, float]]:
         "accuracy_table": write_table(folder / "evaluation" / "accuracy.json", folder / "accuracy.txt"),
     }
     return pictures, tokens_per_image(folder / "sample" / "model" / "tiny-qwen2-vl", run / "hf", folder / "shards")
+
+
+def last_words(folder: Path, summary: dict) -> list[str]:
+    """What the demo has shown, where to look, what to run next."""
+    accuracy, blind = summary["accuracy"]["overall"], summary["blind_accuracy"]["overall"]
+    pixels, dct = (summary["tokens_per_image"][name] for name in ("pixels", "dct"))
+    seconds = sum(summary["seconds"].values())
+    to_see = {str(folder / name): words for name, words in TO_SEE.items()}
+    width = max(map(len, [*to_see, *TO_RUN]))
+    return [
+        "",
+        f"Shown: a tiny model, fine-tuned on DCT tokens, answers {accuracy:.1%} of the test questions right;",
+        f"blind, with every image made grey, {blind:.1%}. An image takes {dct:.1f} tokens; pixels take {pixels:.1f}.",
+        "",
+        "Look at:",
+        *(f"  {path:{width}}  {words}" for path, words in to_see.items()),
+        f"All numbers are in {folder / 'summary.json'}, all output is in {folder / 'logs'}. It took {seconds:.0f} s.",
+        "",
+        "Next:",
+        *(f"  {what:{width}}  {words}" for what, words in TO_RUN.items()),
+    ]
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -179,21 +285,22 @@ def main(argv: list[str] | None = None) -> int:
     seconds = {}
     try:
         fresh_folder(folder)
-        for stage in stages(folder, arguments.seed):
+        named = folder.relative_to(REPOSITORY) if folder.is_relative_to(REPOSITORY) else folder
+        for stage in stages(named, arguments.seed):
             seconds[stage.name] = run_stage(stage, folder / "logs" / f"{stage.name}.log")
     except StageError as error:
         if arguments.debug:
             raise
         print(f"demo.py: {error}", file=sys.stderr)
         return 1
+    print("\n=== pictures", flush=True)
     start = time.perf_counter()
     pictures, tokens = draw_pictures(folder)
     seconds["pictures"] = time.perf_counter() - start
     summary = summarise(folder, seconds, pictures, tokens)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{(folder / 'accuracy.txt').read_text(encoding='utf-8')}")
-    print(f"{sum(seconds.values()):.0f} s in all. Look at {folder / 'samples.png'} and {folder / 'loss.png'};")
-    print(f"all figures are in {folder / 'summary.json'}.")
+    print("Drew samples.png and loss.png")
+    print("\n".join(last_words(arguments.output_dir, summary)))
     return 0
 
 

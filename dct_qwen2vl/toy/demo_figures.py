@@ -18,10 +18,18 @@ from dct_qwen2vl.evaluation.scoring import table
 from dct_qwen2vl.training.log import read_metrics
 from task_encoder import QwenTaskEncoder
 
-CELL = 224  # px, the side of a picture on the sheet
-TEXT_WIDTH = 560  # px
-LINE = 17  # px of a line of text
-LEARNED, GIVEN = (0, 120, 40), (90, 90, 90)
+CELL = 232  # px, the side of a picture on the sheet
+GAP = 12  # px between pictures, and around a row
+MOST_PICTURES = 4  # of a row
+TEXT_WIDTH = 660  # px
+TEXT_SIZE, LINE = 15, 19  # px of the font and of a line
+LEARNED, GIVEN, FAINT = (0, 120, 40), (70, 70, 70), (200, 200, 200)
+LEGEND = [
+    ("Samples as the model receives them. Source: the file's image, or the first frame of a video.", GIVEN),
+    ("Received: what the DCT tokens hold, decoded. White lines separate the tokens of the language model.", GIVEN),
+    ("Text: what the model reads; tokens of an image or video are counted.", GIVEN),
+    ("Green text: the answers that it learns to give.", LEARNED),
+]
 FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 
 
@@ -29,14 +37,19 @@ def draw_loss(metrics: Path, output: Path) -> Path:
     """Training and validation loss against optimizer steps."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     lines = read_metrics(metrics)
     training = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     validation = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120, layout="constrained")
-    axes.plot(*zip(*training, strict=True), linewidth=0.8, label="training, each step")
-    axes.plot(*zip(*validation, strict=True), "o-", label="validation split")
-    axes.set(xlabel="optimizer step", ylabel="loss of learned tokens, nats", yscale="log", title="Fine-tuning loss")
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=150, layout="constrained")
+    axes.plot(*zip(*training, strict=True), linewidth=0.8, label="training, one batch")
+    axes.plot(*zip(*validation, strict=True), "o-", label="validation, whole split")
+    axes.set(xlabel="optimizer step", ylabel="loss of learned tokens, nats", yscale="log")
+    axes.set_title("Demo: loss while fine-tuning (logarithmic axis)")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(output)
@@ -73,12 +86,17 @@ def draw_samples(model_dir: Path, shards: Path, output: Path, count: int = 8) ->
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     processor = DCTImageProcessor.from_pretrained(model_dir)
     encoder = QwenTaskEncoder(tokenizer, processor)
-    rows = [_sample_row(sample, encoder) for sample in _choose(shards, count)]
+    encoded = [(sample, encoder.encode(sample)) for sample in _choose(shards, count)]
+    pictures = [_pictures(sample, tokens, processor) for sample, tokens in encoded]
+    columns = max(map(len, pictures))
+    rows = [_draw_row(row, columns, _pieces(tokens, encoder)) for row, (_, tokens) in zip(pictures, encoded)]
+    rows.insert(0, _draw_legend(rows[0].width))
     sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:
         sheet.paste(row, (0, top))
         top += row.height
+        ImageDraw.Draw(sheet).line([(0, top - 1), (sheet.width, top - 1)], fill=FAINT)
     sheet.save(output)
     return output
 
@@ -92,26 +110,50 @@ def _choose(shards: Path, count: int) -> list[ConversationSample]:
     return [*images[: count - len(clips) - len(texts)], *clips, *texts]
 
 
-def _sample_row(sample: ConversationSample, encoder: QwenTaskEncoder) -> Image.Image:
-    encoded = encoder.encode(sample)
-    pictures = []
-    if sample.media:
-        kind, content = sample.media[0]
-        source = as_array(kind, content, VideoSampling())
-        pictures.append(("source", _fit(Image.fromarray(source if kind == "image" else source[0]))))
-        pictures += [(name, _fit(picture)) for name, picture in _received(encoded, encoder.image_processor)]
-    pictures, font = pictures[:4], ImageFont.truetype(FONT, 12)
-    left, right = len(pictures) * (CELL + 8) + 12, 4 * (CELL + 8) + TEXT_WIDTH - 8
-    words = _wrap(_pieces(encoded, encoder), left, right, font)
-    height = max((CELL if pictures else 0) + 26, max(y for _, y, _, _ in words) + 2 * LINE)
-    row = Image.new("RGB", (right + 8, height), "white")
+def _draw_legend(width: int) -> Image.Image:
+    legend = Image.new("RGB", (width, len(LEGEND) * LINE + 2 * GAP), "white")
+    for number, (words, colour) in enumerate(LEGEND):
+        ImageDraw.Draw(legend).text((GAP, GAP + number * LINE), words, fill=colour, font=_font())
+    return legend
+
+
+def _pictures(
+    sample: ConversationSample, encoded: EncodedSample, processor: DCTImageProcessor
+) -> list[tuple[str, Image.Image]]:
+    """(caption, picture) of the first medium: the source, then what its tokens hold."""
+    if not sample.media:
+        return []
+    kind, content = sample.media[0]
+    source = as_array(kind, content, VideoSampling())
+    height, width = source.shape[-3:-1]
+    caption = f"source: {width} x {height} px" if kind == "image" else f"source: first of {len(source)} frames"
+    pictures = [(caption, Image.fromarray(source if kind == "image" else source[0]))]
+    pictures += _received(encoded, processor)
+    return [(name, _fit(picture)) for name, picture in pictures[:MOST_PICTURES]]
+
+
+def _draw_row(pictures: list[tuple[str, Image.Image]], columns: int, pieces: list[tuple[str, bool]]) -> Image.Image:
+    """A row of the sheet. columns: for as many pictures there is room. pieces: of the text, as from `_pieces`."""
+    left = GAP + columns * (CELL + GAP) + GAP
+    width, top, font = left + TEXT_WIDTH + GAP, GAP + LINE + 4, _font()
+    words = _wrap(pieces, left, width - GAP, font)
+    height = max(top + (CELL if pictures else 0), max(y for _, y, word, _ in words if word) + LINE) + GAP
+    row = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(row)
     for column, (name, picture) in enumerate(pictures):
-        row.paste(picture, (column * (CELL + 8) + 4, 20))
-        draw.text((column * (CELL + 8) + 4, 2), name, fill="black", font=font)
+        x = GAP + column * (CELL + GAP)
+        row.paste(picture, (x, top))
+        draw.text((x, GAP), name, fill="black", font=font)
+    if not pictures:
+        draw.text((GAP, GAP), "text only", fill="black", font=font)
     for x, y, word, is_learned in words:
         draw.text((x, y), word, fill=LEARNED if is_learned else GIVEN, font=font)
     return row
+
+
+@lru_cache
+def _font() -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(FONT, TEXT_SIZE)
 
 
 def _received(encoded: EncodedSample, processor: DCTImageProcessor) -> list[tuple[str, Image.Image]]:
@@ -125,7 +167,7 @@ def _received(encoded: EncodedSample, processor: DCTImageProcessor) -> list[tupl
     t, h, w = grids[0].tolist()
     frames = processor.tokenizer.decode(tokens[: t * h * w], (t, h, w))
     step, count = processor.temporal_patch_size, h * w // processor.merge_size**2
-    names = [f"received: {count} tokens" + (f", time {i}" if clip else "") for i in range(t)]
+    names = [f"received: {count} tokens" + (f", time step {i + 1}" if clip else "") for i in range(t)]
     return [(name, _with_grid(frames[i * step], processor)) for i, name in enumerate(names)]
 
 
@@ -176,7 +218,7 @@ def _characters() -> frozenset[int]:
 
 def _wrap(pieces: list[tuple[str, bool]], left: int, right: int, font) -> list[tuple[float, int, str, bool]]:
     """(x, y, word, learned) of every word in px, wrapped at `right`."""
-    placed, x, y = [], float(left), 20
+    placed, x, y = [], float(left), GAP
     for text, is_learned in pieces:
         for number, paragraph in enumerate(text.split("\n")):
             if number:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -362,7 +363,11 @@ def test_command_writes_predictions_and_accuracy(prepared, tmp_path, monkeypatch
     assert results["accuracy"]["overall"] == sum(line["correct"] for line in lines) / 6
     assert set(results["blind_accuracy"]) == set(results["accuracy"]) == set(results["questions_by_type"])
     assert results["questions_by_type"] == {**Counter(line["question_type"] for line in lines), "overall": 6}
-    assert "question type" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "question type" in printed.out and "shard_range" not in printed.out
+    states = [state for state in re.split(r"[\r\n]+", printed.err) if state.startswith("Answering: ")]
+    assert sum("   0%|" in state for state in states) == 1  # one bar for both rounds, seeing and blind
+    assert "100%|" in states[-1] and " 12/12 [" in states[-1]
 
 
 # Going on

@@ -24,7 +24,7 @@ DPI = 200
 LEAST_ROOM = 3  # bars: fewer are not drawn thicker
 MOST_BARS = 12  # sources or reasons; the rest is one bar
 LONGEST_NAME = 24  # characters
-BINS = 60
+BINS, FEW_BINS = 60, 30  # of a histogram, of each side of a map and of a narrow histogram
 
 INK, FAINT, GRID = "#1a1a1a", "#5f5f5f", "#e4e4e4"
 # The sources with most entries have a colour each, the others share one.
@@ -65,10 +65,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Figure:
-    """name: of the file, without ending. alt: for readers who cannot see it. draw: puts it on a matplotlib figure."""
+    """name: of the file, without ending. caption: what is on the axes. draw: puts it on a matplotlib figure."""
 
     name: str
-    alt: str
+    caption: str
     draw: Callable[["Drawing", Data], None]
 
 
@@ -201,7 +201,7 @@ def count_ticks(axis) -> None:
     axis.set_major_formatter(short_number)
 
 
-def edges_of(values: np.ndarray, least_ratio: float = 8) -> tuple[np.ndarray, bool]:
+def edges_of(values: np.ndarray, least_ratio: float = 8, bins: int = BINS) -> tuple[np.ndarray, bool]:
     """-> edges of bins for values above 0, whether they are logarithmic: where the values span `least_ratio`.
 
     No bin is narrower than the steps of whole numbers, which would leave gaps between them.
@@ -209,10 +209,10 @@ def edges_of(values: np.ndarray, least_ratio: float = 8) -> tuple[np.ndarray, bo
     low, high = float(values.min()), float(values.max())
     is_logarithmic = high >= low * least_ratio
     if is_logarithmic:
-        edges = np.geomspace(low / 1.05, high * 1.05, BINS + 1)
+        edges = np.geomspace(low / 1.05, high * 1.05, bins + 1)
     else:
         margin = max(0.05 * (high - low), 0.1 * low)
-        edges = np.linspace(low - margin, high + margin, BINS + 1)
+        edges = np.linspace(low - margin, high + margin, bins + 1)
     if values.dtype.kind == "i":
         edges = np.unique(np.concatenate([[low - 1], edges, [high]]).round().clip(0, None)) + 0.5
     return edges, is_logarithmic
@@ -243,9 +243,9 @@ def scale_axis(axes, name: str, is_logarithmic: bool, is_whole: bool = False) ->
         count_ticks(axis)
 
 
-def draw_histogram(axes, values: np.ndarray, colour: str, xlabel: str, ylabel: str) -> None:
-    edges, is_logarithmic = edges_of(values)
-    axes.stairs(np.histogram(values, edges)[0], edges, fill=True, color=colour)
+def draw_histogram(axes, values: np.ndarray, xlabel: str, ylabel: str, bins: int = BINS) -> None:
+    edges, is_logarithmic = edges_of(values, bins=bins)
+    axes.stairs(np.histogram(values, edges)[0], edges, fill=True, color=SERIES[0])
     axes.set(xlabel=xlabel, ylabel=ylabel, xlim=(edges[0], edges[-1]))
     axes.grid(axis="y")
     count_ticks(axes.yaxis)
@@ -258,7 +258,7 @@ def draw_sizes(drawing: "Drawing", data: Data) -> None:
 
     statistics, axes = data.statistics, drawing.subplots()
     height, width = statistics.height, statistics.width
-    (x, log_x), (y, log_y) = edges_of(width, 4), edges_of(height, 4)
+    (x, log_x), (y, log_y) = edges_of(width, 4, FEW_BINS), edges_of(height, 4, FEW_BINS)
     counts, _, _ = np.histogram2d(height, width, (y, x))
     colours = LinearSegmentedColormap.from_list("counts", [FEW, SERIES[0], MANY])
     scale = LogNorm(1, max(2, counts.max()))
@@ -292,13 +292,13 @@ def draw_clips(drawing: "Drawing", data: Data) -> None:
     statistics, (left, right) = data.statistics, drawing.subplots(1, 2, sharey=False)
     seconds = statistics.seconds[statistics.is_clip & (statistics.seconds > 0)]
     if seconds.size:
-        draw_histogram(left, seconds, SERIES[0], "duration, s", "clips")
-    draw_histogram(right, statistics.frames[statistics.is_clip], SERIES[0], "frames", "clips")
+        draw_histogram(left, seconds, "duration, s", "clips", FEW_BINS)
+    draw_histogram(right, statistics.frames[statistics.is_clip], "frames", "clips", FEW_BINS)
 
 
 def draw_text_lengths(drawing: "Drawing", data: Data) -> None:
     text = np.maximum(1, data.statistics.text)
-    draw_histogram(drawing.subplots(), text, SERIES[0], "characters of all turns", "samples")
+    draw_histogram(drawing.subplots(), text, "characters of all turns", "samples")
 
 
 def draw_visual_tokens(drawing: "Drawing", data: Data) -> None:
@@ -327,7 +327,7 @@ def draw_sequence_lengths(drawing: "Drawing", data: Data) -> None:
         ends += [float(lengths[0]), float(lengths[-1])]
     for seq_length in data.seq_lengths:
         axes.axvline(seq_length, color=FAINT, linewidth=0.6, linestyle=(0, (4, 3)), zorder=0)
-        axes.text(seq_length, 101, f"{seq_length:,}", fontsize=7, color=FAINT, ha="center", va="bottom")
+        axes.text(seq_length, 101, f"{seq_length:,}", fontsize=8, color=FAINT, ha="center", va="bottom")
     low, high = max(1, min(ends)) / 1.15, max(ends) * 1.3
     axes.set(xlabel="tokens, text and visual", ylabel="samples that are longer, %", xscale="log")
     axes.set(xlim=(low, high), ylim=(0, 100))
@@ -337,13 +337,17 @@ def draw_sequence_lengths(drawing: "Drawing", data: Data) -> None:
 
 
 FIGURES = (
-    Figure("sources", "Entries of each source, written and skipped", draw_sources),
-    Figure("skips", "Skipped entries by reason and source", draw_skips),
-    Figure("splits", "Share of each source in the samples of each split", draw_splits),
-    Figure("sizes", "Number of samples by height and width of their first picture or clip", draw_sizes),
-    Figure("aspect_ratios", "Number of samples by width to height of their first picture or clip", draw_aspect_ratios),
-    Figure("clips", "Number of clips by duration and by frames", draw_clips),
-    Figure("text_lengths", "Number of samples by characters of all turns", draw_text_lengths),
-    Figure("visual_tokens", "Number of samples by visual tokens, for each preset", draw_visual_tokens),
-    Figure("sequence_lengths", "Share of samples above each length in tokens, by preset", draw_sequence_lengths),
+    Figure("sources", "Samples written and entries skipped of each source.", draw_sources),
+    Figure("skips", "Skipped entries by reason; colours are sources.", draw_skips),
+    Figure("splits", "Sources in each split, in percent of its samples.", draw_splits),
+    Figure("sizes", "Pictures and clips by width and height; darker: more of them (logarithmic scale).", draw_sizes),
+    Figure("aspect_ratios", "Pictures and clips by width to height; 2:1 is twice as wide as high.", draw_aspect_ratios),
+    Figure("clips", "Clips by duration in seconds (left) and by number of frames (right).", draw_clips),
+    Figure("text_lengths", "Samples by characters of all turns.", draw_text_lengths),
+    Figure("visual_tokens", "Samples by visual tokens; a colour for each token format.", draw_visual_tokens),
+    Figure(
+        "sequence_lengths",
+        "Percent of samples longer than a number of tokens, for each token format. Dashed: usual sequence lengths.",
+        draw_sequence_lengths,
+    ),
 )

@@ -146,7 +146,8 @@ def picture(findings: Findings, name: str) -> Element | None:
         if figure.name == name:
             data = figure_path(findings.folder, figure).read_bytes()
             size = {"width": round(WIDTH * DPI), "height": round(HEIGHT * DPI)}
-            return node("figure", node("img", src=data_uri(data, "png"), alt=figure.alt, **size))
+            image = node("img", src=data_uri(data, "png"), alt=figure.caption, **size)
+            return node("figure", image, node("figcaption", figure.caption))
     return None
 
 
