@@ -44,7 +44,7 @@ HELD = "\0"  # a space at which no line ends
 CLEAR_REST = "\x1b[K"  # of the line, on a terminal
 BAR = re.compile(r"\[(\d+:)?\d+:\d\d[<,].*\]\s*$")  # tqdm's: [00:01<00:02, 5.0it/s]
 # What NeMo, Lightning, Energon and PyTorch say at each start of a training. Each beginning is written out: errors, also
-# those that torchrun marks with [rank0]:, stay on the screen. The log of a stage has everything.
+# those that torchrun marks with [rank0]:, stay on the screen. The log of a stage has what it prints.
 NOISE = re.compile(
     "|".join(
         [
@@ -262,7 +262,7 @@ def last_words(folder: Path, summary: dict) -> list[str]:
         "",
         "Look at:",
         *(f"  {path:{width}}  {words}" for path, words in to_see.items()),
-        f"All numbers are in {folder / 'summary.json'}, all output is in {folder / 'logs'}. It took {seconds:.0f} s.",
+        f"All numbers are in {folder / 'summary.json'}, what each stage printed is in {folder / 'logs'}. It took {seconds:.0f} s.",
         "",
         "Next:",
         *(f"  {what:{width}}  {words}" for what, words in TO_RUN.items()),
