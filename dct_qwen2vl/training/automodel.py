@@ -29,6 +29,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read, write_pixel_bounds
 from dct_qwen2vl.data.loader import EnergonDataModule, energon_state_classes
 from dct_qwen2vl.data.samples import IGNORE_INDEX, QwenBatch
+from dct_qwen2vl.training.config import TrainingConfig
 from dct_qwen2vl.training.log import NON_FINITE, StepGuard, TrainingLog, ValidationSum
 from dct_qwen2vl.training.lora import LoRA, adapt_hf, adapted_weights, adapters_of, merged_hf
 from dct_qwen2vl.training.run_folder import (
@@ -204,53 +205,53 @@ class FolderCheckpointIO(CheckpointIO):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def build_optimizer(arguments) -> PytorchOptimizerModule:
+def build_optimizer(config: TrainingConfig) -> PytorchOptimizerModule:
     """AdamW, linear warm-up, cosine down to min_lr; no decay on biases and norms."""
     optimizer = partial(
-        torch.optim.AdamW, lr=arguments.lr, betas=(0.9, arguments.adam_beta2), weight_decay=arguments.weight_decay
+        torch.optim.AdamW, lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay
     )
     schedule = CosineAnnealingScheduler(
-        max_steps=arguments.max_steps, warmup_steps=arguments.warmup_steps, constant_steps=0, min_lr=arguments.min_lr
+        max_steps=config.max_steps, warmup_steps=config.warmup_steps, constant_steps=0, min_lr=config.min_lr
     )
     return PytorchOptimizerModule(
         optimizer, lr_scheduler=schedule, no_weight_decay_cond=lambda name, parameter: parameter.ndim < 2
     )
 
 
-def build_trainer(arguments, module: QwenAutoModel, callbacks: list[Callback]) -> nl.Trainer:
+def build_trainer(config: TrainingConfig, module: QwenAutoModel, callbacks: list[Callback]) -> nl.Trainer:
     """Lightning's Trainer as NeMo wraps it. Steps are optimizer steps; Lightning counts validation in micro-batches."""
     return nl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
-        strategy="ddp" if arguments.world_size > 1 else "auto",
-        precision=arguments.precision,
-        accumulate_grad_batches=arguments.accumulate,
-        val_check_interval=arguments.val_interval * arguments.accumulate,
+        strategy="ddp" if config.world_size > 1 else "auto",
+        precision=config.precision,
+        accumulate_grad_batches=config.accumulate,
+        val_check_interval=config.val_interval * config.accumulate,
         callbacks=callbacks,
         plugins=[FolderCheckpointIO(module)],
-        **trainer_options(arguments),
+        **trainer_options(config),
     )
 
 
-def run(arguments, data: EnergonDataModule, merge_size: int, extra_callbacks: list[Callback]) -> None:
+def run(config: TrainingConfig, data: EnergonDataModule, merge_size: int, extra_callbacks: list[Callback]) -> None:
     """Fine-tunes, resuming from the newest checkpoint, and writes RUN_DIR/hf."""
     module = QwenAutoModel(
-        arguments.model_dir,
-        tuple(arguments.freeze),
-        arguments.max_gradient_norm,
-        arguments.pixel_bounds,
-        LoRA.of(arguments),
-        StepGuard(arguments.run_dir / NON_FINITE),
+        config.model_dir,
+        config.freeze,
+        config.max_gradient_norm,
+        config.pixel_bounds,
+        LoRA.of(config),
+        StepGuard(config.run_dir / NON_FINITE),
     )
-    log = TrainingLog(arguments.run_dir, arguments.max_steps, arguments.log_interval, merge_size)
-    trainer = build_trainer(arguments, module, [log, *step_checkpoints(arguments, log.restart_clock), *extra_callbacks])
+    log = TrainingLog(config.run_dir, config.max_steps, config.log_interval, merge_size)
+    trainer = build_trainer(config, module, [log, *step_checkpoints(config, log.restart_clock), *extra_callbacks])
     llm.finetune(
         model=module,
         data=data,
         trainer=trainer,
-        log=build_loggers(arguments),
-        resume=resume(arguments),
-        optim=build_optimizer(arguments),
+        log=build_loggers(config),
+        resume=resume(config),
+        optim=build_optimizer(config),
         tokenizer=None,  # the loader has it; NeMo would store it in a field that this class does not have
     )
     if trainer.is_global_zero:
-        module.save_hf(arguments.run_dir / "hf")
+        module.save_hf(config.run_dir / "hf")

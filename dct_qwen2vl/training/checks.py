@@ -1,10 +1,12 @@
 """Everything that can be wrong before a heavy import, each refused in one line."""
 
-import argparse
 import math
 import os
+from collections.abc import Mapping
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dct_qwen2vl.checkpoints.inspection import (
     FORMAT_DEFAULTS,
@@ -13,32 +15,8 @@ from dct_qwen2vl.checkpoints.inspection import (
     saved_pixel_bounds,
 )
 from dct_qwen2vl.data.energon_files import read_counts, read_splits
-from dct_qwen2vl.training.config import PARTS, ROW_TOKENS, ROWS_PER_STEP, ModelInfo, RunError
+from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig, flag_of
 from dct_qwen2vl.training.run_file import check_run_folder
-
-POSITIVE = (
-    *("max_steps", "micro_batch_size", "global_batch_size", "devices", "num_nodes", "val_interval", "val_batches"),
-    *("keep", "log_interval", "seq_length", "max_bad_in_a_row", "shuffle_buffer", "profile"),
-    *("min_pixels", "max_pixels", "video_min_frames", "video_max_frames", "video_total_pixels"),
-    *("tensor_parallel", "pipeline_parallel", "packing_buffer", "lora_alpha"),
-)
-
-
-NOT_NEGATIVE = (
-    "save_interval",
-    "num_workers",
-    "warmup_steps",
-    "min_lr",
-    "weight_decay",
-    "max_gradient_norm",
-    "adam_beta2",
-)
-
-
-OVER_ZERO = ("lr", "video_fps")
-
-
-MEGATRON_ONLY = ("tensor_parallel", "pipeline_parallel", "pack_tokens", "pack_vision_tokens", "recompute")
 
 
 def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
@@ -65,19 +43,19 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
     return info
 
 
-def check_pixel_bounds(arguments: argparse.Namespace) -> None:
+def check_pixel_bounds(config: TrainingConfig) -> None:
     """The command line's bounds, and the checkpoint's where it gives none, must leave room for a picture. Raises
     RunError, or CheckpointError for those of the checkpoint."""
-    bounds = {**saved_pixel_bounds(arguments.model_dir), **arguments.pixel_bounds}
+    bounds = {**saved_pixel_bounds(config.model_dir), **config.pixel_bounds}
     low, high = bounds["min_pixels"], bounds["max_pixels"]
     if low is not None and high is not None and low > high:
         raise RunError(f"min_pixels {low} is over max_pixels {high}: change --min-pixels or --max-pixels")
 
 
-def check_data(arguments: argparse.Namespace) -> None:
+def check_data(config: TrainingConfig) -> None:
     """Raises RunError or PreparedSetError unless `energon prepare` has been run, both splits that training reads hold
     shards, and each loader process has a sample to train on."""
-    data_dir, loaders = arguments.data_dir, arguments.data_parallel * max(1, arguments.num_workers)
+    data_dir, loaders = config.data_dir, config.data_parallel * max(1, config.num_workers)
     if not data_dir.is_dir() or not any(data_dir.glob("*.tar")):
         raise RunError(f"no shards in {data_dir}: python data_preparation.py --data-dir RAW --output-dir {data_dir}")
     splits, counts = read_splits(data_dir, ("train", "val")), read_counts(data_dir)
@@ -85,7 +63,7 @@ def check_data(arguments: argparse.Namespace) -> None:
     samples = sum(counts[name] for name in splits["train"])
     if not empty and samples < loaders:
         raise RunError(
-            f"the train split of {data_dir} holds {samples} samples, fewer than {arguments.data_parallel} processes "
+            f"the train split of {data_dir} holds {samples} samples, fewer than {config.data_parallel} processes "
             f"have loader processes ({loaders}): lower --num-workers or --devices"
         )
     if empty:
@@ -94,105 +72,93 @@ def check_data(arguments: argparse.Namespace) -> None:
         )
 
 
-def settle_batch(arguments: argparse.Namespace, engine: str) -> None:
-    """Fills in what the command line leaves open of micro-batch, rows and step."""
-    packs = engine == "megatron" and arguments.micro_batch_size is None
-    if arguments.pack_tokens is None:
-        arguments.pack_tokens = ROW_TOKENS if packs else 0
-    if arguments.pack_vision_tokens is None:
-        arguments.pack_vision_tokens = 2 * arguments.pack_tokens
-    if arguments.micro_batch_size is None:
-        arguments.micro_batch_size = 1
-    if arguments.global_batch_size is None:
-        rows = -(-ROWS_PER_STEP // arguments.data_parallel) * arguments.data_parallel
-        arguments.global_batch_size = rows if arguments.pack_tokens else 32
-
-
-def check_ranges(arguments: argparse.Namespace) -> None:
+def check_ranges(config: TrainingConfig) -> None:
     """Raises RunError for a number that is outside what it can be."""
-    for name in POSITIVE:
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in NOT_NEGATIVE:
-        if not 0 <= getattr(arguments, name) < math.inf:
-            raise RunError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(arguments, name)}")
-    for name in OVER_ZERO:
-        if not 0 < getattr(arguments, name) < math.inf:
-            raise RunError(f"--{name.replace('_', '-')} must be over 0, got {getattr(arguments, name)}")
-    if not arguments.adam_beta2 < 1:
-        raise RunError(f"--adam-beta2 must be below 1, got {arguments.adam_beta2}")
-    for low, high in (("min_lr", "lr"), ("video_min_frames", "video_max_frames"), ("profile", "max_steps")):
-        low_value, high_value = getattr(arguments, low), getattr(arguments, high)
-        if low_value is not None and low_value > high_value:
-            low, high = (name.replace("_", "-") for name in (low, high))
-            raise RunError(f"--{low} {low_value} is over --{high} {high_value}: change one of them")
+    given = [each for each in fields(config) if getattr(config, each.name) is not None]
+    for each in given:
+        check_bounds(flag_of(each.name), getattr(config, each.name), each.metadata)
+    for each in given:
+        high = each.metadata["not_over"]
+        if high and getattr(config, each.name) > getattr(config, high):
+            raise RunError(
+                f"{flag_of(each.name)} {getattr(config, each.name)} is over {flag_of(high)} {getattr(config, high)}: "
+                "change one of them"
+            )
 
 
-def check_numbers(arguments: argparse.Namespace) -> None:
+def check_bounds(flag: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    """bounds: metadata of a field. Raises RunError."""
+    at_least, over, below = (bounds[name] for name in ("at_least", "over", "below"))
+    if at_least is not None and not at_least <= value < math.inf:
+        raise RunError(f"{flag} must be at least {at_least}, got {value}")
+    if over is not None and not over < value < math.inf:
+        raise RunError(f"{flag} must be over {over}, got {value}")
+    if below is not None and not value < below:
+        raise RunError(f"{flag} must be below {below}, got {value}")
+
+
+def check_numbers(config: TrainingConfig) -> None:
     """Raises RunError for batch sizes and counts that do not fit each other."""
-    model_parallel = arguments.tensor_parallel * arguments.pipeline_parallel
-    if arguments.world_size % model_parallel:
+    model_parallel = config.tensor_parallel * config.pipeline_parallel
+    if config.world_size % model_parallel:
         raise RunError(
-            f"--tensor-parallel {arguments.tensor_parallel} x --pipeline-parallel {arguments.pipeline_parallel} = "
-            f"{model_parallel} does not divide {arguments.world_size} processes: change them or --devices"
+            f"--tensor-parallel {config.tensor_parallel} x --pipeline-parallel {config.pipeline_parallel} = "
+            f"{model_parallel} does not divide {config.world_size} processes: change them or --devices"
         )
-    if arguments.pack_tokens < 0 or (arguments.pack_tokens and arguments.micro_batch_size != 1):
+    if config.pack_tokens < 0 or (config.pack_tokens and config.micro_batch_size != 1):
         raise RunError(
-            f"--pack-tokens {arguments.pack_tokens} fills rows with samples up to it, so --micro-batch-size is 1, got "
-            f"{arguments.micro_batch_size}: leave one of them out"
+            f"--pack-tokens {config.pack_tokens} fills rows with samples up to it, so --micro-batch-size is 1, got "
+            f"{config.micro_batch_size}: leave one of them out"
         )
-    if bool(arguments.pack_tokens) != bool(arguments.pack_vision_tokens) or arguments.pack_vision_tokens < 0:
+    if bool(config.pack_tokens) != bool(config.pack_vision_tokens) or config.pack_vision_tokens < 0:
         raise RunError(
-            f"--pack-vision-tokens {arguments.pack_vision_tokens} bounds the same rows as --pack-tokens "
-            f"{arguments.pack_tokens}: both must be over 0, or leave both out"
+            f"--pack-vision-tokens {config.pack_vision_tokens} bounds the same rows as --pack-tokens "
+            f"{config.pack_tokens}: both must be over 0, or leave both out"
         )
-    per_step = arguments.micro_batch_size * arguments.data_parallel
-    if arguments.global_batch_size % per_step:
+    per_step = config.micro_batch_size * config.data_parallel
+    if config.global_batch_size % per_step:
         raise RunError(
-            f"GBS {arguments.global_batch_size} is not divisible by MBS {arguments.micro_batch_size} x "
-            f"{arguments.data_parallel} processes = {per_step}: change --global-batch-size or --micro-batch-size"
+            f"GBS {config.global_batch_size} is not divisible by MBS {config.micro_batch_size} x "
+            f"{config.data_parallel} processes = {per_step}: change --global-batch-size or --micro-batch-size"
         )
-    if os.environ.get("WORLD_SIZE") and int(os.environ["WORLD_SIZE"]) != arguments.world_size:
+    if os.environ.get("WORLD_SIZE") and int(os.environ["WORLD_SIZE"]) != config.world_size:
         raise RunError(
-            f"torchrun started {os.environ['WORLD_SIZE']} processes, --devices {arguments.devices} x --num-nodes "
-            f"{arguments.num_nodes} says {arguments.world_size}: make them equal"
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, --devices {config.devices} x --num-nodes "
+            f"{config.num_nodes} says {config.world_size}: make them equal"
         )
 
 
-def check_parts(arguments: argparse.Namespace) -> None:
+def check_parts(config: TrainingConfig) -> None:
     """Raises RunError for parts that cannot be frozen or adapted as asked."""
-    if set(arguments.freeze) == set(PARTS):
+    if set(config.freeze) == set(PARTS):
         raise RunError(f"--freeze {' '.join(PARTS)} leaves nothing to train: leave one of them out")
-    if "language" in arguments.freeze and arguments.pipeline_parallel > 1:
+    if "language" in config.freeze and config.pipeline_parallel > 1:
         raise RunError(f"--freeze language leaves pipeline stages nothing to train, got --pipeline-parallel "
-                       f"{arguments.pipeline_parallel}: use --tensor-parallel")  # fmt: skip
-    check_lora(arguments)
+                       f"{config.pipeline_parallel}: use --tensor-parallel")  # fmt: skip
+    check_lora(config)
 
 
-def check_lora(arguments: argparse.Namespace) -> None:
+def check_lora(config: TrainingConfig) -> None:
     """Raises RunError for adapters that cannot be."""
-    rank, size = arguments.lora_rank, arguments.tensor_parallel
-    if rank < 0:
-        raise RunError(f"--lora-rank must be at least 0, got {rank}")
-    if rank and "language" in arguments.freeze:
+    rank, size = config.lora_rank, config.tensor_parallel
+    if rank and "language" in config.freeze:
         raise RunError(f"--lora-rank {rank} trains adapters of the language model, --freeze language nothing of it: "
                        "leave one of them out (with adapters its own weights are frozen anyway)")  # fmt: skip
-    if rank and arguments.pipeline_parallel > 1:  # it wants weights with and without decay in every stage
+    if rank and config.pipeline_parallel > 1:  # it wants weights with and without decay in every stage
         raise RunError(f"Megatron-core cannot resume --lora-rank {rank} under --pipeline-parallel "
-                       f"{arguments.pipeline_parallel}: use --tensor-parallel")  # fmt: skip
+                       f"{config.pipeline_parallel}: use --tensor-parallel")  # fmt: skip
     if rank % size:
         raise RunError(f"--lora-rank {rank} is not divisible by --tensor-parallel {size}: change one of them")
 
 
-def check(arguments: argparse.Namespace) -> ModelInfo:
+def check(config: TrainingConfig) -> ModelInfo:
     """Everything that can be wrong before a heavy import. Raises RunError, CheckpointError or PreparedSetError."""
-    check_numbers(arguments)
-    check_parts(arguments)
-    info = check_model(arguments.model_dir, arguments.dct)
-    check_pixel_bounds(arguments)
-    check_data(arguments)
-    check_run_folder(arguments)
+    check_numbers(config)
+    check_parts(config)
+    info = check_model(config.model_dir, config.dct)
+    check_pixel_bounds(config)
+    check_data(config)
+    check_run_folder(config)
     return info
 
 
@@ -207,26 +173,25 @@ def megatron_refusal() -> str | None:
     return None
 
 
-def choose_engine(arguments: argparse.Namespace) -> str:
+def choose_engine(config: TrainingConfig) -> str:
     """ "auto" becomes what can run here. Raises RunError if what was asked for cannot."""
-    reason = megatron_refusal() if arguments.engine != "automodel" else "--engine automodel was asked for"
-    if arguments.engine == "megatron" and reason:
+    reason = megatron_refusal() if config.engine != "automodel" else "--engine automodel was asked for"
+    if config.engine == "megatron" and reason:
         raise RunError(reason)
     if not reason:
-        if arguments.precision not in (None, "bf16-mixed"):
-            raise RunError(f"--engine megatron trains in bf16-mixed, not {arguments.precision}: leave --precision out")
+        if config.precision not in (None, "bf16-mixed"):
+            raise RunError(f"--engine megatron trains in bf16-mixed, not {config.precision}: leave --precision out")
         return "megatron"
-    for name in MEGATRON_ONLY:
-        value = getattr(arguments, name)
-        if value is True or value not in (None, 0, 1):
-            raise RunError(f"--{name.replace('_', '-')} is of the megatron engine, but {reason}")
+    for each in fields(config):
+        if each.metadata["engine"] == "megatron" and getattr(config, each.name) not in (each.default, 0):
+            raise RunError(f"{flag_of(each.name)} is of the megatron engine, but {reason}")
     return "automodel"
 
 
-def choose_precision(arguments: argparse.Namespace) -> str:
-    """What is asked for, or else what suits the device."""
-    if arguments.precision:
-        return arguments.precision
+def choose_precision(config: TrainingConfig, engine: str) -> str:
+    """What is asked for, or else what suits the engine and the device."""
+    if config.precision:
+        return config.precision
     import torch
 
-    return "bf16-mixed" if arguments.chosen_engine == "megatron" or torch.cuda.is_available() else "32"
+    return "bf16-mixed" if engine == "megatron" or torch.cuda.is_available() else "32"

@@ -1,9 +1,24 @@
-"""The command line of finetune_qwen2vl.py."""
+"""The settings of a training run, and the command line that is made from them.
+
+A new setting is one new field of `TrainingConfig`. Its metadata gives it a flag, bounds and a rule for resumed runs:
+
+    lr: float = setting("how", 1e-5, "peak learning rate", over=0)
+"""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+PARTS = ("vision", "projector", "language")
+ROW_TOKENS, ROWS_PER_STEP = 8192, 16  # of packed sequences, where the command line does not say
+
+# What a resumed run may do with a setting. It repeats the samples and losses of an uninterrupted run only if the
+# settings under SAME and DATA are what they were.
+SAME = "same"  # keep it
+DATA = "data"  # keep it, unless --restart-data restarts the data
+FREE = "free"  # change it
 
 
 class RunError(ValueError):
@@ -18,112 +33,270 @@ class ModelInfo:
     dct: dict[str, Any] | None
 
 
-PARTS = ("vision", "projector", "language")
+def setting(
+    group: str | None,
+    default: Any,
+    help: str = "",
+    *,
+    at_least: float | None = None,
+    over: float | None = None,
+    below: float | None = None,
+    not_over: str | None = None,
+    choices: tuple[str, ...] | None = None,
+    metavar: str | None = None,
+    engine: str | None = None,
+    resume: str = SAME,
+    flag: str | None = None,
+    recorded: bool = True,
+) -> Any:
+    """A field of `TrainingConfig` with its metadata. Its type is that of the flag; the flag of a bool turns it on.
+
+    group: title of its flag's group in --help. None: it has no flag, the program sets it.
+    default: MISSING makes the flag required.
+    help, choices, metavar: as argparse has them.
+    at_least, over, below: bounds of a number. With at_least or over it must also be finite.
+    not_over: name of another field. The value must not exceed that field's value.
+    engine: the only engine that knows it. With the other engine it must keep its default or be 0.
+    resume: what a resumed run may do with it.
+    flag: what messages call it (default: its own flag).
+    recorded: whether run.json holds it.
+    """
+    metadata = dict(locals())
+    return field(default=metadata.pop("default"), metadata=metadata)
 
 
-ROW_TOKENS, ROWS_PER_STEP = 8192, 16  # of packed rows, where the command line does not say
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What the engines, the run folder and LoRA take; run.json is `asdict` of it and the numbers derived from it.
 
+    None means that a setting was not given. `resolved` replaces the None of engine, precision and batch.
+    """
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    model_dir: Path = setting("what", MISSING, "Hugging Face directory from convert_checkpoint.py")
+    data_dir: Path = setting("what", MISSING, "folder of shards after `energon prepare`", resume=DATA)
+    output_dir: Path = setting("what", Path("experiments"), "holds one folder for each experiment", resume=FREE)
+    experiment_name: str = setting("what", "qwen2vl_dct", "name of the run's folder", resume=FREE)
+    dct: str | None = setting(
+        "what",
+        None,
+        "refuse a checkpoint of another token format: exact, x4, x16, FILE.json, or none to train a pixel model",
+        resume=FREE,
     )
-    paths = parser.add_argument_group("what")
-    paths.add_argument(
-        "--model-dir", type=Path, required=True, help="Hugging Face directory from convert_checkpoint.py"
+    min_pixels: int | None = setting(
+        "what", None, "least pixels of a picture (default: the checkpoint's)", at_least=1, resume=DATA
     )
-    paths.add_argument("--data-dir", type=Path, required=True, help="folder of shards after `energon prepare`")
-    paths.add_argument(
-        "--output-dir", type=Path, default=Path("experiments"), help="holds one folder for each experiment"
+    max_pixels: int | None = setting(
+        "what", None, "most pixels of a picture (default: the checkpoint's)", at_least=1, resume=DATA
     )
-    paths.add_argument("--experiment-name", default="qwen2vl_dct", help="name of the run's folder")
-    paths.add_argument("--dct", help="refuse a checkpoint of another token format: exact, x4, x16, FILE.json, or "
-                       "none to train a pixel model")  # fmt: skip
-    paths.add_argument("--min-pixels", type=int, help="least pixels of a picture (default: the checkpoint's)")
-    paths.add_argument("--max-pixels", type=int, help="most pixels of a picture (default: the checkpoint's)")
-    paths.add_argument("--video-fps", type=float, default=2.0, help="frames read from a second of a clip")
-    paths.add_argument("--video-min-frames", type=int, default=4, help="least frames read from a clip that has them")
-    paths.add_argument("--video-max-frames", type=int, default=768, help="most frames read from a clip")
-    paths.add_argument(
-        "--video-total-pixels",
-        type=int,
-        default=24_576 * 28 * 28,
-        help="most pixels of a clip, two frames counted as one",
+    video_fps: float = setting("what", 2.0, "frames read from a second of a clip", over=0, resume=DATA)
+    video_min_frames: int = setting(
+        "what", 4, "least frames read from a clip that has them", at_least=1, not_over="video_max_frames", resume=DATA
     )
-    paths.add_argument("--seq-length", type=int, default=2048, help="longer samples are skipped and counted, tokens")
-    parser_optimizer(parser)
-    parser_machine(parser)
-    arguments = parser.parse_args(argv)
-    arguments.freeze = sorted(set(arguments.freeze))
-    return arguments
+    video_max_frames: int = setting("what", 768, "most frames read from a clip", at_least=1, resume=DATA)
+    video_total_pixels: int = setting(
+        "what", 24_576 * 28 * 28, "most pixels of a clip, two frames counted as one", at_least=1, resume=DATA
+    )
+    seq_length: int = setting("what", 2048, "longer samples are skipped and counted, tokens", at_least=1, resume=DATA)
 
-
-def parser_optimizer(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how")
-    group.add_argument("--max-steps", type=int, default=1000, help="optimizer steps")
-    group.add_argument("--micro-batch-size", type=int, help="samples of one forward pass of one process (default: 1; "
-                       "megatron: packed rows)")  # fmt: skip
-    group.add_argument("--global-batch-size", type=int, help="samples of one optimizer step, or packed rows (default: "
-                       f"32 samples, {ROWS_PER_STEP} rows)")  # fmt: skip
-    group.add_argument("--lr", type=float, default=1e-5, help="peak learning rate")
-    group.add_argument("--min-lr", type=float, default=1e-6, help="learning rate at the end of the cosine")
-    group.add_argument("--warmup-steps", type=int, default=30, help="steps of linear warm-up")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="of weight matrices")
-    group.add_argument("--adam-beta2", type=float, default=0.98, help="AdamW's second momentum")
-    group.add_argument(
-        "--max-gradient-norm", type=float, default=1.0, help="gradients are clipped to it; 0: not clipped"
+    max_steps: int = setting("how", 1000, "optimizer steps", at_least=1)
+    micro_batch_size: int | None = setting(
+        "how",
+        None,
+        "samples of one forward pass of one process (default: 1; megatron: packed rows)",
+        at_least=1,
+        resume=DATA,
     )
-    group.add_argument(
-        "--freeze",
-        nargs="*",
-        action="extend",
-        default=[],
-        choices=PARTS,
-        help="parts that are not trained",
+    global_batch_size: int | None = setting(
+        "how",
+        None,
+        f"samples of one optimizer step, or packed rows (default: 32 samples, {ROWS_PER_STEP} rows)",
+        at_least=1,
+        resume=DATA,
     )
-    group.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank (arXiv 2106.09685) in "
-                       "place of the language model's weights; 0: the weights")  # fmt: skip
-    group.add_argument("--lora-alpha", type=int, default=32, help="what the adapters add is multiplied by it and "
-                       "divided by --lora-rank")  # fmt: skip
-    group.add_argument("--seed", type=int, default=42, help="of shuffling and of adapters")
+    lr: float = setting("how", 1e-5, "peak learning rate", over=0)
+    min_lr: float = setting("how", 1e-6, "learning rate at the end of the cosine", at_least=0, not_over="lr")
+    warmup_steps: int = setting("how", 30, "steps of linear warm-up", at_least=0)
+    weight_decay: float = setting("how", 0.05, "of weight matrices", at_least=0)
+    adam_beta2: float = setting("how", 0.98, "AdamW's second momentum", at_least=0, below=1)
+    max_gradient_norm: float = setting("how", 1.0, "gradients are clipped to it; 0: not clipped", at_least=0)
+    freeze: tuple[str, ...] = setting("how", (), "parts that are not trained", choices=PARTS)
+    lora_rank: int = setting(
+        "how",
+        0,
+        "train adapters of this rank (arXiv 2106.09685) in place of the language model's weights; 0: the weights",
+        at_least=0,
+    )
+    lora_alpha: int = setting(
+        "how", 32, "what the adapters add is multiplied by it and divided by --lora-rank", at_least=1
+    )
+    seed: int = setting("how", 42, "of shuffling and of adapters", resume=DATA)
 
-
-def parser_machine(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("where")
-    group.add_argument(
-        "--engine",
+    engine: str = setting(
+        "where",
+        "auto",
+        "auto: megatron where it can run, else automodel",
         choices=("auto", "automodel", "megatron"),
-        default="auto",
-        help="auto: megatron where it can run, else automodel",
+        resume=FREE,
     )
-    group.add_argument("--pack-tokens", type=int, help="megatron: a micro-batch is one row of samples with at most so "
-                       f"many tokens together; 0: a row of --micro-batch-size samples (default: {ROW_TOKENS}, or 0 "
-                       "where --micro-batch-size is given)")  # fmt: skip
-    group.add_argument("--pack-vision-tokens", type=int, help="megatron: and so many tokens of the vision tower "
-                       "(default: twice --pack-tokens)")  # fmt: skip
-    group.add_argument("--packing-buffer", type=int, default=512, help="samples among which a loader fills rows")
-    group.add_argument("--tensor-parallel", type=int, default=1, help="megatron: processes that share each layer")
-    group.add_argument("--pipeline-parallel", type=int, default=1, help="megatron: processes that share the layers")
-    group.add_argument("--recompute", action="store_true", help="megatron: less memory, a third more arithmetic")
-    group.add_argument("--profile", type=int, metavar="STEP", help="write a trace of this step to RUN/profile")
-    group.add_argument("--devices", type=int, default=1, help="processes of one node")
-    group.add_argument("--num-nodes", type=int, default=1, help="nodes")
-    group.add_argument("--precision", choices=("32", "bf16-mixed"), help="default: 32 on a CPU, bf16-mixed on a GPU")
-    group.add_argument("--num-workers", type=int, default=2, help="loader processes of one process")
-    group.add_argument("--shuffle-buffer", type=int, default=1000, help="samples among which a worker shuffles")
-    group.add_argument(
-        "--max-bad-in-a-row", type=int, default=100, help="consecutive unusable samples that stop the run"
+    # "auto" resolved; this must stay when a run goes on, whatever was typed.
+    chosen_engine: str | None = setting(None, None, flag="--engine")
+    pack_tokens: int | None = setting(
+        "where",
+        None,
+        "megatron: a micro-batch is one row of samples with at most so many tokens together; 0: a row of "
+        f"--micro-batch-size samples (default: {ROW_TOKENS}, or 0 where --micro-batch-size is given)",
+        engine="megatron",
+        resume=DATA,
     )
-    group.add_argument("--val-interval", type=int, default=200, help="steps between validations")
-    group.add_argument("--val-batches", type=int, help="micro-batches of one validation (default: the whole val split)")
-    group.add_argument("--save-interval", type=int, default=200, help="steps between checkpoints; 0: none are written")
-    group.add_argument("--keep", type=int, default=2, help="newest checkpoints that are kept")
-    group.add_argument("--log-interval", type=int, default=10, help="steps between progress lines")
-    group.add_argument(
-        "--restart-data",
-        action="store_true",
-        help="resume weights and optimizer, and begin the data anew: its settings may then differ from before",
+    pack_vision_tokens: int | None = setting(
+        "where",
+        None,
+        "megatron: and so many tokens of the vision tower (default: twice --pack-tokens)",
+        engine="megatron",
+        resume=DATA,
     )
-    group.add_argument("--wandb-project", help="log to this Weights & Biases project as well")
-    group.add_argument("--check", action="store_true", help="only check that the run can start")
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    packing_buffer: int = setting("where", 512, "samples among which a loader fills rows", at_least=1, resume=DATA)
+    tensor_parallel: int = setting(
+        "where", 1, "megatron: processes that share each layer", at_least=1, engine="megatron", resume=FREE
+    )
+    pipeline_parallel: int = setting(
+        "where", 1, "megatron: processes that share the layers", at_least=1, engine="megatron", resume=FREE
+    )
+    recompute: bool = setting(
+        "where", False, "megatron: less memory, a third more arithmetic", engine="megatron", resume=FREE
+    )
+    profile: int | None = setting(
+        "where",
+        None,
+        "write a trace of this step to RUN/profile",
+        at_least=1,
+        not_over="max_steps",
+        metavar="STEP",
+        resume=FREE,
+    )
+    devices: int = setting("where", 1, "processes of one node", at_least=1, resume=FREE)
+    num_nodes: int = setting("where", 1, "nodes", at_least=1, resume=FREE)
+    precision: str | None = setting(
+        "where", None, "default: 32 on a CPU, bf16-mixed on a GPU", choices=("32", "bf16-mixed")
+    )
+    num_workers: int = setting("where", 2, "loader processes of one process", at_least=0, resume=DATA)
+    shuffle_buffer: int = setting("where", 1000, "samples among which a worker shuffles", at_least=1, resume=DATA)
+    max_bad_in_a_row: int = setting(
+        "where", 100, "consecutive unusable samples that stop the run", at_least=1, resume=FREE
+    )
+    val_interval: int = setting("where", 200, "steps between validations", at_least=1, resume=FREE)
+    val_batches: int | None = setting(
+        "where", None, "micro-batches of one validation (default: the whole val split)", at_least=1, resume=FREE
+    )
+    save_interval: int = setting(
+        "where", 200, "steps between checkpoints; 0: none are written", at_least=0, resume=FREE
+    )
+    keep: int = setting("where", 2, "newest checkpoints that are kept", at_least=1, resume=FREE)
+    log_interval: int = setting("where", 10, "steps between progress lines", at_least=1, resume=FREE)
+    restart_data: bool = setting(
+        "where",
+        False,
+        "resume weights and optimizer, and begin the data anew: its settings may then differ from before",
+        resume=FREE,
+    )
+    wandb_project: str | None = setting("where", None, "log to this Weights & Biases project as well", resume=FREE)
+    check: bool = setting("where", False, "only check that the run can start", resume=FREE, recorded=False)
+    debug: bool = setting("where", False, "show the traceback of an error", resume=FREE, recorded=False)
+    rank: int = setting(None, 0, resume=FREE)  # of this process, from torchrun
+    data_restarts: int = setting(None, 0, resume=FREE)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / self.experiment_name
+
+    @property
+    def pixel_bounds(self) -> dict[str, int]:
+        """Those given; the others are the checkpoint's."""
+        bounds = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        return {name: value for name, value in bounds.items() if value is not None}
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.num_nodes
+
+    @property
+    def data_parallel(self) -> int:
+        """Processes that read different samples."""
+        return max(1, self.world_size // (self.tensor_parallel * self.pipeline_parallel))
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches of one process in one optimizer step, once resolved."""
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
+
+    def resolved(self, engine: str, precision: str) -> "TrainingConfig":
+        """For this engine, with what was left open of micro-batch, packed sequence and step."""
+        packs = engine == "megatron" and self.micro_batch_size is None
+        pack_tokens = _given(self.pack_tokens, ROW_TOKENS if packs else 0)
+        rows = -(-ROWS_PER_STEP // self.data_parallel) * self.data_parallel
+        return replace(
+            self,
+            chosen_engine=engine,
+            precision=precision,
+            micro_batch_size=_given(self.micro_batch_size, 1),
+            global_batch_size=_given(self.global_batch_size, rows if pack_tokens else 32),
+            pack_tokens=pack_tokens,
+            pack_vision_tokens=_given(self.pack_vision_tokens, 2 * pack_tokens),
+        )
+
+
+def _given(value: int | None, otherwise: int) -> int:
+    return otherwise if value is None else value
+
+
+# Properties that run.json holds as well.
+DERIVED: dict[str, dict[str, Any]] = {
+    "world_size": {"resume": FREE},
+    "run_dir": {"resume": FREE},
+    "pixel_bounds": {"resume": FREE},
+    "data_parallel": {"resume": DATA, "flag": "--devices x --num-nodes"},
+    "accumulate": {"resume": FREE},
+}
+
+
+def metadata_of(kind: type[TrainingConfig]) -> dict[str, dict[str, Any]]:
+    """Name -> metadata of every field and derived number."""
+    return {**{each.name: dict(each.metadata) for each in fields(kind)}, **DERIVED}
+
+
+def flag_of(name: str) -> str:
+    """min_lr -> --min-lr."""
+    return f"--{name.replace('_', '-')}"
+
+
+def parse_arguments(argv: list[str] | None, kind: type[TrainingConfig] = TrainingConfig) -> TrainingConfig:
+    """kind: `TrainingConfig`, or one with more fields."""
+    parser = argparse.ArgumentParser(
+        description="The command line of finetune_qwen2vl.py.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    groups: dict[str, Any] = {}
+    for each in fields(kind):
+        group = each.metadata["group"]
+        if group is None:
+            continue
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        groups[group].add_argument(flag_of(each.name), **_flag_options(each))
+    values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        if isinstance(value, list):  # several words; their order and repetition mean nothing
+            values[name] = tuple(sorted(set(value)))
+    return kind(**values)
+
+
+def _flag_options(each: Field) -> dict[str, Any]:
+    """What argparse is told about a field."""
+    about = each.metadata
+    if each.type is bool:
+        return {"action": "store_true", "help": about["help"]}
+    options = {name: about[name] for name in ("help", "choices", "metavar") if about[name] is not None}
+    if get_origin(each.type) is tuple:
+        return {**options, "nargs": "*", "action": "extend", "default": list(each.default)}
+    value_type = get_args(each.type)[0] if isinstance(each.type, UnionType) else each.type
+    required = each.default is MISSING
+    return {**options, "type": value_type, **({"required": True} if required else {"default": each.default})}

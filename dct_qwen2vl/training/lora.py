@@ -14,6 +14,8 @@ from megatron.core import parallel_state
 from nemo.collections.llm.peft.lora import LoRALinear, patch_linear_module
 from nemo.collections.llm.peft.utils import ParallelLinearAdapter, get_adapter_attributes_from_linear
 
+from dct_qwen2vl.training.config import TrainingConfig
+
 HF_LAYERS = tuple(f".{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 MEGATRON_LAYERS = {"self_attention": ("linear_qkv", "linear_proj"), "mlp": ("linear_fc1", "linear_fc2")}
 
@@ -26,9 +28,9 @@ class LoRA(NamedTuple):
     seed: int
 
     @classmethod
-    def of(cls, arguments) -> "LoRA | None":
+    def of(cls, config: TrainingConfig) -> "LoRA | None":
         """As the command line has it; None where all weights are trained."""
-        return cls(arguments.lora_rank, arguments.lora_alpha, arguments.seed) if arguments.lora_rank else None
+        return cls(config.lora_rank, config.lora_alpha, config.seed) if config.lora_rank else None
 
     def initial(self, layer: str, width: int) -> torch.Tensor:
         """A of a layer, float32 [R, width], uniform within 1 / sqrt(width) as in the paper's own code. The same on

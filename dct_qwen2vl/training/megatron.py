@@ -34,6 +34,7 @@ from transformers import Qwen2VLConfig
 from dct_qwen2vl.checkpoints.hf_folder import write_pixel_bounds
 from dct_qwen2vl.data.loader import EnergonDataModule
 from dct_qwen2vl.data.packing import PackedBatch
+from dct_qwen2vl.training.config import TrainingConfig
 from dct_qwen2vl.training.flops import training_flops
 from dct_qwen2vl.training.log import NON_FINITE, OutOfMemory, StepGuard, TrainingLog, ValidationSum
 from dct_qwen2vl.training.lora import LoRA, adapt_megatron
@@ -307,31 +308,31 @@ class SaveHF(Callback):
         self._saved = True
 
 
-def build_optimizer(arguments) -> MegatronOptimizerModule:
+def build_optimizer(config: TrainingConfig) -> MegatronOptimizerModule:
     """Adam with decoupled weight decay, linear warm-up, cosine down to min_lr; no decay on biases and norms."""
-    config = OptimizerConfig(
+    optimizer = OptimizerConfig(
         optimizer="adam",
-        lr=arguments.lr,
-        min_lr=arguments.min_lr,
-        weight_decay=arguments.weight_decay,
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
         adam_beta1=0.9,
-        adam_beta2=arguments.adam_beta2,
-        clip_grad=arguments.max_gradient_norm,
+        adam_beta2=config.adam_beta2,
+        clip_grad=config.max_gradient_norm,
         bf16=True,
         params_dtype=torch.bfloat16,
         use_distributed_optimizer=True,
     )
     schedule = CosineAnnealingScheduler(
-        max_steps=arguments.max_steps, warmup_steps=arguments.warmup_steps, constant_steps=0, min_lr=arguments.min_lr
+        max_steps=config.max_steps, warmup_steps=config.warmup_steps, constant_steps=0, min_lr=config.min_lr
     )
-    return MegatronOptimizerModule(config, lr_scheduler=schedule)
+    return MegatronOptimizerModule(optimizer, lr_scheduler=schedule)
 
 
-def build_strategy(arguments) -> nl.MegatronStrategy:
-    several = arguments.data_parallel > 1
+def build_strategy(config: TrainingConfig) -> nl.MegatronStrategy:
+    several = config.data_parallel > 1
     return nl.MegatronStrategy(
-        tensor_model_parallel_size=arguments.tensor_parallel,
-        pipeline_model_parallel_size=arguments.pipeline_parallel,
+        tensor_model_parallel_size=config.tensor_parallel,
+        pipeline_model_parallel_size=config.pipeline_parallel,
         pipeline_dtype=torch.bfloat16,
         ckpt_async_save=False,
         replace_progress_bar=False,
@@ -346,74 +347,74 @@ def build_strategy(arguments) -> nl.MegatronStrategy:
     )
 
 
-def build_trainer(arguments, callbacks: list[Callback]) -> nl.Trainer:
+def build_trainer(config: TrainingConfig, callbacks: list[Callback]) -> nl.Trainer:
     """Lightning's Trainer as NeMo wraps it; its batch is an optimizer step."""
     return nl.Trainer(
         accelerator="gpu",
-        strategy=build_strategy(arguments),
+        strategy=build_strategy(config),
         plugins=[nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16, grad_reduce_in_fp32=True)],
-        val_check_interval=arguments.val_interval,
+        val_check_interval=config.val_interval,
         callbacks=callbacks,
-        **trainer_options(arguments),
+        **trainer_options(config),
     )
 
 
-def run(arguments, data: EnergonDataModule, merge_size: int, extra_callbacks: list[Callback]) -> None:
+def run(config: TrainingConfig, data: EnergonDataModule, merge_size: int, extra_callbacks: list[Callback]) -> None:
     """Fine-tunes, resuming from the newest checkpoint, and writes RUN_DIR/hf. Raises OutOfMemory."""
-    row_tokens = max(arguments.seq_length * arguments.micro_batch_size, arguments.pack_tokens)
+    row_tokens = max(config.seq_length * config.micro_batch_size, config.pack_tokens)
     module = QwenMegatronModel(
-        arguments.model_dir,
+        config.model_dir,
         row_tokens,
-        tuple(arguments.freeze),
-        arguments.recompute,
-        arguments.pipeline_parallel > 1,
-        LoRA.of(arguments),
-        StepGuard(arguments.run_dir / NON_FINITE),
+        config.freeze,
+        config.recompute,
+        config.pipeline_parallel > 1,
+        LoRA.of(config),
+        StepGuard(config.run_dir / NON_FINITE),
     )
     data.data_sampler = RowSampler(
         seq_len=row_tokens,
-        micro_batch_size=arguments.micro_batch_size,
-        global_batch_size=arguments.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        global_batch_size=config.global_batch_size,
         output_log=False,
     )
     log = RowTrainingLog(
-        arguments.run_dir,
-        arguments.max_steps,
-        arguments.log_interval,
+        config.run_dir,
+        config.max_steps,
+        config.log_interval,
         merge_size,
         hf_config=module.hf_config,
-        budget=(arguments.pack_tokens, arguments.pack_vision_tokens),
+        budget=(config.pack_tokens, config.pack_vision_tokens),
     )
     callbacks = [
         log,
-        *step_checkpoints(arguments, log.restart_clock),
-        SaveHF(arguments.run_dir / "hf", arguments.pixel_bounds),
+        *step_checkpoints(config, log.restart_clock),
+        SaveHF(config.run_dir / "hf", config.pixel_bounds),
         *extra_callbacks,
     ]
-    trainer = build_trainer(arguments, callbacks)
+    trainer = build_trainer(config, callbacks)
     try:
         llm.finetune(
             model=module,
             data=data,
             trainer=trainer,
-            log=build_loggers(arguments),
-            resume=resume(arguments),
-            optim=build_optimizer(arguments),
+            log=build_loggers(config),
+            resume=resume(config),
+            optim=build_optimizer(config),
             tokenizer=None,
         )
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(describe_full_memory(module.rows, arguments)) from error
+        raise OutOfMemory(describe_full_memory(module.rows, config)) from error
 
 
-def describe_full_memory(rows: list[PackedBatch], arguments) -> str:
+def describe_full_memory(rows: list[PackedBatch], config: TrainingConfig) -> str:
     row = rows[-1] if rows else None
     what = "before the first row" if row is None else (
         f"at a row of {len(row.keys)} samples, {len(row.input_ids)} tokens, {len(row.token_positions)} vision tokens "
         f"({', '.join(row.keys[:5])}{', ...' if len(row.keys) > 5 else ''})"
     )  # fmt: skip
-    budget = f"--pack-tokens {arguments.pack_tokens}, --pack-vision-tokens {arguments.pack_vision_tokens}"
-    lower = budget if arguments.pack_tokens else "--micro-batch-size"
+    budget = f"--pack-tokens {config.pack_tokens}, --pack-vision-tokens {config.pack_vision_tokens}"
+    lower = budget if config.pack_tokens else "--micro-batch-size"
     return (
-        f"the device's memory is full {what}: lower {lower}, --seq-length {arguments.seq_length} or --max-pixels, or "
+        f"the device's memory is full {what}: lower {lower}, --seq-length {config.seq_length} or --max-pixels, or "
         f"add --recompute"
     )

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from nemo import lightning as nl
 
+from dct_qwen2vl.training.config import TrainingConfig
 from dct_qwen2vl.training.run_lock import RunFolderError
 
 CHECKPOINT_NAME = re.compile(r"step(\d{6,})")
@@ -66,11 +67,11 @@ class StepCheckpoint(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
-def step_checkpoints(arguments, saved: Callable[[], None]) -> list[StepCheckpoint]:
+def step_checkpoints(config: TrainingConfig, saved: Callable[[], None]) -> list[StepCheckpoint]:
     """The callback that saves, or none where --save-interval is 0. saved: called after each checkpoint."""
-    if not arguments.save_interval:
+    if not config.save_interval:
         return []
-    return [StepCheckpoint(arguments.run_dir / "checkpoints", arguments.save_interval, arguments.keep, saved)]
+    return [StepCheckpoint(config.run_dir / "checkpoints", config.save_interval, config.keep, saved)]
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -89,16 +90,16 @@ class ResumeFrom(nl.AutoResume):
             super().setup(trainer, model)
 
 
-def resume(arguments) -> ResumeFrom | None:
+def resume(config: TrainingConfig) -> ResumeFrom | None:
     """From the newest checkpoint of the run, where there is one. Collective. Raises RunFolderError."""
-    checkpoint = latest_checkpoint(arguments.run_dir / "checkpoints")
-    if arguments.world_size > 1 and torch.distributed.is_torchelastic_launched():
+    checkpoint = latest_checkpoint(config.run_dir / "checkpoints")
+    if config.world_size > 1 and torch.distributed.is_torchelastic_launched():
         store, rank, processes = next(torch.distributed.rendezvous("env://"))
         store = torch.distributed.PrefixStore("newest_checkpoint", store)
-        checkpoint = agree_on_checkpoint(arguments.run_dir / "checkpoints", store, rank, processes)
+        checkpoint = agree_on_checkpoint(config.run_dir / "checkpoints", store, rank, processes)
     if checkpoint is None:
         return None
-    if arguments.rank == 0:
+    if config.rank == 0:
         print(f"Resuming from {checkpoint}", flush=True)
     return ResumeFrom(resume_from_path=str(checkpoint))
 
@@ -122,16 +123,16 @@ def agree_on_checkpoint(folder: Path, store: torch.distributed.Store, rank: int,
     return folder / name if name else None
 
 
-def trainer_options(arguments) -> dict[str, Any]:
+def trainer_options(config: TrainingConfig) -> dict[str, Any]:
     """Of NeMo's Trainer: how long, and that this repository's own callbacks show and save."""
     return {
-        "devices": arguments.devices,
-        "num_nodes": arguments.num_nodes,
-        "max_steps": arguments.max_steps,
+        "devices": config.devices,
+        "num_nodes": config.num_nodes,
+        "max_steps": config.max_steps,
         "max_epochs": -1,
         "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,
-        "enable_checkpointing": bool(arguments.save_interval),
+        "enable_checkpointing": bool(config.save_interval),
         "use_distributed_sampler": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -159,14 +160,14 @@ def count_batches_of_whole_steps(checkpoint: dict, accumulate: int) -> None:
             counts.update(dict.fromkeys(counts, batches))
 
 
-def build_loggers(arguments) -> nl.NeMoLogger:
+def build_loggers(config: TrainingConfig) -> nl.NeMoLogger:
     wandb = None
-    if arguments.wandb_project:
-        wandb = WandbLogger(project=arguments.wandb_project, name=arguments.experiment_name, save_dir=arguments.run_dir)
+    if config.wandb_project:
+        wandb = WandbLogger(project=config.wandb_project, name=config.experiment_name, save_dir=config.run_dir)
     return nl.NeMoLogger(
-        name=arguments.experiment_name,
-        explicit_log_dir=str(arguments.run_dir / "logs"),
+        name=config.experiment_name,
+        explicit_log_dir=str(config.run_dir / "logs"),
         update_logger_directory=False,
-        tensorboard=TensorBoardLogger(save_dir=arguments.run_dir, name="tensorboard", version=""),
+        tensorboard=TensorBoardLogger(save_dir=config.run_dir, name="tensorboard", version=""),
         wandb=wandb,
     )

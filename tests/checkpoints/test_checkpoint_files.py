@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     check_checkpoint,
     safetensors_files,
 )
-from dct_qwen2vl.training import checks
+from dct_qwen2vl.training import checks, config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -163,9 +162,9 @@ def test_a_token_format_that_contradicts_itself_is_refused_when_it_is_read(copy_
     damaged = copy_of()
     dct = json.loads((damaged / PROCESSOR).read_text())["dct"]
     edit_json(damaged / PROCESSOR, dct={**dct, "chroma": "422"})
-    arguments = Namespace(model_dir=damaged, pixel_bounds={})
+    settings = config.TrainingConfig(model_dir=damaged, data_dir=Path("d"))
     with pytest.raises(CheckpointError, match=r"preprocessor_config.json cannot be used \(DCTConfig.chroma must be"):
-        finetune_qwen2vl.load_processor(arguments, checks.check_model(damaged, None))
+        finetune_qwen2vl.load_processor(settings, checks.check_model(damaged, None))
 
 
 @pytest.mark.parametrize(

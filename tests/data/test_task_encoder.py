@@ -37,7 +37,7 @@ from dct_qwen2vl.data.positions import mrope_positions
 from dct_qwen2vl.data.samples import ConversationSample, EncodedSample, QwenBatch, TooManyBadSamples, cook, read_samples
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.dct.transform_dct import DCTTokenizer
-from dct_qwen2vl.training import config, run_file
+from dct_qwen2vl.training import config
 from dct_tokenizer import target_size
 from task_encoder import BadSample, PixelFit, QwenTaskEncoder
 
@@ -583,7 +583,8 @@ def test_both_commands_read_clips_as_the_sampling_does_by_default():
         assert VideoSampling(*(getattr(found, name) for name in names)) == VideoSampling()
     changed = config.parse_arguments([*required, "--video-min-frames", "8", "--video-total-pixels", "9"])
     assert (changed.video_min_frames, changed.video_total_pixels) == (8, 9)
-    assert set(names) <= set(run_file.FIXED_ON_RESUME)
+    metadata = config.metadata_of(config.TrainingConfig)
+    assert {metadata[name]["resume"] for name in names} == {config.DATA}
 
 
 @pytest.mark.parametrize("flag", ["--video-fps", "--video-min-frames", "--video-max-frames", "--video-total-pixels"])

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -416,11 +417,10 @@ def test_flags_of_the_other_engine_are_refused(prepared, tmp_path):
     ],
 )
 def test_what_the_command_line_leaves_open_of_a_batch(engine, typed, expected):
-    arguments = config.parse_arguments(["--model-dir", "m", "--data-dir", "d", *typed])
-    arguments.data_parallel = 3
-    checks.settle_batch(arguments, engine)
+    known = ["--model-dir", "m", "--data-dir", "d", "--devices", "3"]
+    resolved = config.parse_arguments([*known, *typed]).resolved(engine, "32")
     names = ("micro_batch_size", "pack_tokens", "pack_vision_tokens", "global_batch_size")
-    assert tuple(getattr(arguments, name) for name in names) == expected
+    assert tuple(getattr(resolved, name) for name in names) == expected
 
 
 @pytest.mark.parametrize(
@@ -434,18 +434,15 @@ def test_what_the_command_line_leaves_open_of_a_batch(engine, typed, expected):
     ],
 )
 def test_numbers_of_the_megatron_engine_that_do_not_fit(typed, said):
-    arguments = config.parse_arguments(["--model-dir", "m", "--data-dir", "d", "--devices", "4", *typed])
-    arguments.world_size = 4
-    arguments.data_parallel = max(1, 4 // (arguments.tensor_parallel * arguments.pipeline_parallel))
-    checks.settle_batch(arguments, "megatron")
+    known = ["--model-dir", "m", "--data-dir", "d", "--devices", "4"]
+    resolved = config.parse_arguments([*known, *typed]).resolved("megatron", "bf16-mixed")
     with pytest.raises(checks.RunError, match=re.escape(said)):
-        checks.check_numbers(arguments)
+        checks.check_numbers(resolved)
 
 
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (["--lora-rank", "-1"], "--lora-rank must be at least 0, got -1"),
         (["--freeze", "vision", "language"], "--lora-rank 4 trains adapters of the language model, --freeze language "),
         (["--tensor-parallel", "8"], "--lora-rank 4 is not divisible by --tensor-parallel 8: change one of them"),
         (
@@ -465,6 +462,7 @@ def test_adapters_that_cannot_be(typed, said):
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
+        (["--lora-rank", "-1"], "--lora-rank must be at least 0, got -1"),
         (["--lora-alpha", "0"], "--lora-alpha must be at least 1, got 0"),
         (["--tensor-parallel", "0"], "--tensor-parallel must be at least 1, got 0"),
         (["--max-pixels", "0"], "--max-pixels must be at least 1, got 0"),
@@ -520,19 +518,19 @@ def test_a_broken_run_file_is_refused_in_one_line(content, prepared, tmp_path, o
 def test_each_beginning_of_the_data_has_its_number(tmp_path):
     def number(*typed: str) -> int:
         """What this start counts, and leaves in run.json."""
-        arguments = config.parse_arguments(["--model-dir", "m", "--data-dir", "d", *typed])
-        arguments.run_dir = tmp_path
-        arguments.data_restarts = run_file.count_data_restarts(arguments)
-        run_file.write_run_file(arguments, checks.ModelInfo("x4", None))
-        return arguments.data_restarts
+        known = ["--model-dir", "m", "--data-dir", "d", "--output-dir", str(tmp_path), "--experiment-name", "e"]
+        settings = config.parse_arguments([*known, *typed]).resolved("automodel", "32")
+        settings = replace(settings, data_restarts=run_file.count_data_restarts(settings))
+        run_file.write_run_file(settings, checks.ModelInfo("x4", None))
+        return settings.data_restarts
 
     assert [number("--restart-data"), number("--restart-data"), number()] == [1, 1, 0]  # there is nothing to go on from
-    (tmp_path / "checkpoints" / "step000005").mkdir(parents=True)
+    (tmp_path / "e" / "checkpoints" / "step000005").mkdir(parents=True)
     counted = [number(), number("--restart-data"), number(), number("--restart-data"), number()]
     assert counted == [0, 1, 1, 2, 2]
-    (tmp_path / "run.json").write_text('{"lr": 1.0}')  # of before there were numbers
+    (tmp_path / "e" / "run.json").write_text('{"lr": 1.0}')  # of before there were numbers
     assert [number(), number("--restart-data")] == [0, 1]
-    (tmp_path / "run.json").write_text('{"data_restarts": "1"}')
+    (tmp_path / "e" / "run.json").write_text('{"data_restarts": "1"}')
     with pytest.raises(CheckpointError, match=r"run.json has data_restarts '1', which is no whole number: put back"):
         number()
 
@@ -540,7 +538,7 @@ def test_each_beginning_of_the_data_has_its_number(tmp_path):
 def test_parts_frozen_one_by_one_are_all_frozen():
     known = ["--model-dir", "m", "--data-dir", "d"]
     for typed in (["--freeze", "vision", "language"], ["--freeze", "vision", "--freeze", "language"]):
-        assert config.parse_arguments([*known, *typed]).freeze == ["language", "vision"]
+        assert config.parse_arguments([*known, *typed]).freeze == ("language", "vision")
 
 
 def test_stages_with_nothing_to_train_are_refused():

@@ -1,6 +1,6 @@
 """Parts of the Megatron engine that need no GPU: losses over rows, rows of validation, the log, what it says."""
 
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,14 +95,15 @@ def test_rows_for_later_stages_leave_the_vision_tokens_behind():
 
 
 def test_full_memory_names_the_row_and_what_to_lower():
+    from dct_qwen2vl.training.config import TrainingConfig
     from dct_qwen2vl.training.megatron import describe_full_memory
 
-    arguments = SimpleNamespace(pack_tokens=8192, pack_vision_tokens=16384, seq_length=2048)
-    said = describe_full_memory([row(3), row(3, keys=tuple("cdefghi"), tokens=50)], arguments)
+    config = TrainingConfig(model_dir=Path("m"), data_dir=Path("d")).resolved("megatron", "bf16-mixed")
+    said = describe_full_memory([row(3), row(3, keys=tuple("cdefghi"), tokens=50)], config)
     assert "a row of 7 samples, 50 tokens, 32 vision tokens (c, d, e, f, g, ...)" in said
     assert "lower --pack-tokens 8192, --pack-vision-tokens 16384, --seq-length 2048 or --max-pixels, or add" in said
     assert "\n" not in said
-    assert "before the first row" in describe_full_memory([], arguments)
+    assert "before the first row" in describe_full_memory([], config)
 
 
 def test_a_model_in_two_files_has_an_index(tmp_path, qwen2vl_directory):

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -15,10 +14,13 @@ import pytest
 from pipeline import REPOSITORY
 
 from dct_qwen2vl.training import run_lock
+from dct_qwen2vl.training.config import TrainingConfig
 
 
-def arguments(folder: Path, **changes) -> Namespace:
-    return Namespace(**{"run_dir": folder, "experiment_name": "first", "wandb_project": None, **changes})
+def settings(output_dir: Path, **changes) -> TrainingConfig:
+    """Of a run in output_dir/first."""
+    folders = {"model_dir": Path("m"), "data_dir": Path("d"), "output_dir": output_dir}
+    return TrainingConfig(**folders, experiment_name="first", **changes)
 
 
 @pytest.mark.parametrize("project", [None, "tokens"])
@@ -29,7 +31,7 @@ def test_wandb_is_written_if_asked_for(project, tmp_path, monkeypatch):
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    logger = build_loggers(arguments(tmp_path, wandb_project=project))
+    logger = build_loggers(settings(tmp_path, wandb_project=project))
     assert logger.tensorboard is not None
     if project is None:
         assert logger.wandb is None
@@ -37,7 +39,7 @@ def test_wandb_is_written_if_asked_for(project, tmp_path, monkeypatch):
     logger.wandb.log_metrics({"train/loss": 1.25}, step=3)
     logger.wandb.experiment.finish()
     wandb.teardown()  # waits for what it has written
-    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    (file,) = tmp_path.glob("first/wandb/offline-run-*/run-*.wandb")
     written = file.read_bytes()
     assert b"tokens" in written and b"first" in written
     assert b"train/loss" in written and b"1.25" in written
@@ -105,12 +107,11 @@ def test_a_run_goes_on_from_its_checkpoint_whether_it_saves_or_not(save_interval
 
     from dct_qwen2vl.training.run_folder import resume, step_checkpoints, trainer_options
 
-    checkpoint = tmp_path / "checkpoints" / "step000008"
+    checkpoint = tmp_path / "first" / "checkpoints" / "step000008"
     checkpoint.mkdir(parents=True)
-    limits = {"devices": 1, "num_nodes": 1, "world_size": 1, "rank": 0, "max_steps": 24, "keep": 2}
-    settings = arguments(tmp_path, save_interval=save_interval, **limits)
-    trainer = nl.Trainer(accelerator="cpu", callbacks=step_checkpoints(settings, print), **trainer_options(settings))
-    resume(settings).setup(trainer)
+    config = settings(tmp_path, save_interval=save_interval, max_steps=24)
+    trainer = nl.Trainer(accelerator="cpu", callbacks=step_checkpoints(config, print), **trainer_options(config))
+    resume(config).setup(trainer)
     assert Path(trainer.ckpt_path) == checkpoint
     assert (trainer.checkpoint_callback is None) is (save_interval == 0)
 

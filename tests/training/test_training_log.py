@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dct_qwen2vl.training.config import TrainingConfig
 from dct_qwen2vl.training.log import NonFiniteStep, StepGuard, TrainingLog, ValidationSum
 from dct_qwen2vl.training.run_folder import step_checkpoints
 
@@ -44,7 +45,9 @@ def test_writing_a_checkpoint_is_not_part_of_the_next_step(tmp_path, monkeypatch
     monkeypatch.setattr(time, "perf_counter", clock)
     monkeypatch.setattr(ModelCheckpoint, "_save_checkpoint", lambda *_: setattr(clock, "now", clock.now + 50))
     log = TrainingLog(tmp_path, 3, 1, 2)
-    (saving,) = step_checkpoints(SimpleNamespace(run_dir=tmp_path, save_interval=1, keep=1), log.restart_clock)
+    folders = {"model_dir": tmp_path, "data_dir": tmp_path, "output_dir": tmp_path}
+    config = TrainingConfig(**folders, save_interval=1, keep=1)
+    (saving,) = step_checkpoints(config, log.restart_clock)
     log.on_train_start(trainer_at(0), MODULE)
     for step in (1, 2, 3):
         clock.now += step

@@ -1,0 +1,157 @@
+"""What one field of TrainingConfig brings with it, and runs whose run.json was written before there was one."""
+
+import json
+from dataclasses import FrozenInstanceError, dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from dct_qwen2vl.training import checks, run_file
+from dct_qwen2vl.training.config import DATA, TrainingConfig, parse_arguments, setting
+
+KNOWN = ["--model-dir", "models/x4", "--data-dir", "/data/shards"]
+INFO = checks.ModelInfo("x4", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargerConfig(TrainingConfig):
+    """With fields that the program does not have."""
+
+    label_smoothing: float = setting("how", 0.0, "what the labels lose", at_least=0, below=1)
+    frame_jitter: int | None = setting("what", None, "frames moved at most", over=2, resume=DATA)
+    overlap: int = setting("where", 1, "of the megatron engine", engine="megatron", not_over="devices")
+
+
+def typed(*words: str) -> LargerConfig:
+    return parse_arguments([*KNOWN, *words], LargerConfig)
+
+
+def test_a_new_field_has_a_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"], LargerConfig)
+    what, how, where = capsys.readouterr().out.split("options:")[1].split("\n\n")[1:]
+    assert "--frame-jitter FRAME_JITTER\n" in what and "frames moved at most (default: None)" in what
+    assert "--label-smoothing LABEL_SMOOTHING\n" in how and "what the labels lose (default: 0.0)" in how
+    assert "--overlap OVERLAP" in where
+    assert (typed().label_smoothing, typed().frame_jitter) == (0.0, None)
+    found = typed("--label-smoothing", "0.25", "--frame-jitter", "4")
+    assert (found.label_smoothing, found.frame_jitter) == (0.25, 4)
+    with pytest.raises(SystemExit):
+        parse_arguments([*KNOWN, "--label-smoothing", "0.25"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--label-smoothing", "-1"], "--label-smoothing must be at least 0, got -1.0"),
+        (["--label-smoothing", "nan"], "--label-smoothing must be at least 0, got nan"),
+        (["--label-smoothing", "1"], "--label-smoothing must be below 1, got 1.0"),
+        (["--frame-jitter", "2"], "--frame-jitter must be over 2, got 2"),
+        (["--overlap", "3"], "--overlap 3 is over --devices 1: change one of them"),
+    ],
+)
+def test_a_new_field_has_bounds(words, said):
+    with pytest.raises(checks.RunError) as refusal:
+        checks.check_ranges(typed(*words))
+    assert str(refusal.value) == said
+    checks.check_ranges(typed("--label-smoothing", "0.5", "--frame-jitter", "3"))
+    checks.check_ranges(typed())
+
+
+def test_a_new_field_can_belong_to_one_engine():
+    with pytest.raises(checks.RunError, match="--overlap is of the megatron engine, but --engine automodel was asked"):
+        checks.choose_engine(typed("--engine", "automodel", "--overlap", "2"))
+    assert checks.choose_engine(typed("--engine", "automodel", "--overlap", "1")) == "automodel"
+
+
+def begin(settings: TrainingConfig, text: str | None = None) -> None:
+    """A run with a checkpoint, whose run.json is text, or what is written of its settings."""
+    (settings.run_dir / "checkpoints" / "step000005").mkdir(parents=True)
+    run_file.write_run_file(settings, INFO)
+    if text:
+        (settings.run_dir / "run.json").write_text(text)
+
+
+def test_a_new_field_has_a_rule_for_a_run_that_goes_on(tmp_path):
+    def settings(*words: str) -> LargerConfig:
+        return typed("--output-dir", str(tmp_path), *words).resolved("automodel", "32")
+
+    begun = settings("--label-smoothing", "0.25", "--frame-jitter", "4")
+    begin(begun)
+    run_file.check_run_folder(begun)
+    other_labels = settings("--label-smoothing", "0.5", "--frame-jitter", "4", "--restart-data")
+    with pytest.raises(checks.RunError, match=r"was started with --label-smoothing 0.25, now it is 0.5: use the same"):
+        run_file.check_run_folder(other_labels)
+    other_frames = ["--label-smoothing", "0.25", "--frame-jitter", "5"]
+    with pytest.raises(checks.RunError, match=r"with --frame-jitter 4, now it is 5: .*, --restart-data to begin"):
+        run_file.check_run_folder(settings(*other_frames))
+    run_file.check_run_folder(settings(*other_frames, "--restart-data"))
+
+
+def test_a_run_begun_before_there_was_a_field_goes_on_with_its_default(tmp_path):
+    begin(parse_arguments([*KNOWN, "--output-dir", str(tmp_path)]).resolved("automodel", "32"))
+    now = typed("--output-dir", str(tmp_path)).resolved("automodel", "32")
+    run_file.check_run_folder(now)
+    with pytest.raises(checks.RunError, match=r"was started with --label-smoothing 0.0, now it is 0.5"):
+        run_file.check_run_folder(replace(now, label_smoothing=0.5))
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        typed().lr = 1.0
+
+
+# Written by finetune_qwen2vl.py at commit 922e3c6, when its settings were an argparse.Namespace.
+OLD_RUN_FILE = """{
+  "model_dir": "models/x4", "data_dir": "/data/shards", "output_dir": "experiments", "experiment_name": "old",
+  "dct": null, "min_pixels": null, "max_pixels": 12544, "video_fps": 2.0, "video_min_frames": 4,
+  "video_max_frames": 768, "video_total_pixels": 19267584, "seq_length": 2048, "max_steps": 1000,
+  "micro_batch_size": 1, "global_batch_size": 32, "lr": 1e-05, "min_lr": 1e-06, "warmup_steps": 30,
+  "weight_decay": 0.05, "adam_beta2": 0.98, "max_gradient_norm": 1.0, "freeze": ["projector", "vision"],
+  "lora_rank": 4, "lora_alpha": 32, "seed": 42, "engine": "automodel", "pack_tokens": 0, "pack_vision_tokens": 0,
+  "packing_buffer": 512, "tensor_parallel": 1, "pipeline_parallel": 1, "recompute": false, "profile": null,
+  "devices": 4, "num_nodes": 1, "precision": "32", "num_workers": 0, "shuffle_buffer": 1000,
+  "max_bad_in_a_row": 100, "val_interval": 200, "val_batches": null, "save_interval": 200, "keep": 2,
+  "log_interval": 10, "restart_data": true, "wandb_project": null, "world_size": 4, "rank": 0,
+  "run_dir": "experiments/old", "pixel_bounds": {"max_pixels": 12544}, "data_parallel": 4,
+  "chosen_engine": "automodel", "data_restarts": 1, "accumulate": 8, "token_format": "x4"
+}"""
+OLD_MEGATRON_RUN = {
+    "max_pixels": None, "global_batch_size": 16, "freeze": [], "lora_rank": 0, "engine": "auto", "pack_tokens": 8192,
+    "pack_vision_tokens": 16384, "tensor_parallel": 2, "recompute": True, "profile": 3, "precision": "bf16-mixed",
+    "num_workers": 2, "restart_data": False, "pixel_bounds": {}, "data_parallel": 2, "chosen_engine": "megatron",
+    "data_restarts": 0,
+}  # fmt: skip
+COMMANDS = {
+    "automodel": (
+        "--engine automodel --devices 4 --freeze vision projector --lora-rank 4 --max-pixels 12544 --num-workers 0 "
+        "--restart-data"
+    ),
+    "megatron": "--devices 4 --tensor-parallel 2 --profile 3 --recompute",
+}
+
+
+@pytest.mark.parametrize(("engine", "precision"), [("automodel", "32"), ("megatron", "bf16-mixed")])
+def test_a_run_begun_before_goes_on_and_keeps_the_keys_of_its_file(engine, precision, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old = json.loads(OLD_RUN_FILE) | (OLD_MEGATRON_RUN if engine == "megatron" else {})
+    words = [*KNOWN, "--experiment-name", "old", *COMMANDS[engine].split()]
+    settings = parse_arguments(words).resolved(engine, precision)
+    begin(settings, json.dumps(old))
+    without_flag = replace(settings, restart_data=False)
+    run_file.check_run_folder(without_flag)
+    assert run_file.count_data_restarts(without_flag) == old["data_restarts"]
+    for name, value in (("lr", 5e-5), ("seed", 1), ("precision", "16"), ("devices", 8), ("freeze", ("language",))):
+        with pytest.raises(checks.RunError, match="use the same value to resume"):
+            run_file.check_run_folder(replace(without_flag, **{name: value}))
+    run_file.check_run_folder(replace(without_flag, keep=7, output_dir=Path.cwd() / "experiments"))
+    run_file.write_run_file(replace(settings, data_restarts=old["data_restarts"]), INFO)
+    assert json.loads(Path("experiments/old/run.json").read_text()) == old
+
+
+def test_what_cannot_be_undone_by_other_data_is_named_first(tmp_path):
+    """An engine changes the batch as well; --restart-data helps with the batch only."""
+    before = parse_arguments([*KNOWN, "--output-dir", str(tmp_path)])
+    begin(before.resolved("automodel", "32"))
+    with pytest.raises(checks.RunError, match="was started with --engine automodel, now it is megatron"):
+        run_file.check_run_folder(before.resolved("megatron", "bf16-mixed"))
