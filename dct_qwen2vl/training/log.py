@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed
 
+from dct_qwen2vl.common.files import write_text
 from dct_qwen2vl.data.samples import IGNORE_INDEX, QwenBatch
 from dct_qwen2vl.training.flops import device_peak, training_flops
 from dct_qwen2vl.training.run_lock import RunFolderError
@@ -143,10 +144,7 @@ class MetricsFile:
     def start_from(self, step: int) -> None:
         """Drops lines of later steps, and one that a killed run left half-written."""
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

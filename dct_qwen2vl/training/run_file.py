@@ -1,11 +1,11 @@
 """run.json: the settings of a run, and which of them a start that goes on from a checkpoint may change."""
 
-import json
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
 from dct_qwen2vl.checkpoints.inspection import CheckpointError, read_json
+from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.training.config import DATA, DERIVED, SAME, ModelInfo, RunError, TrainingConfig, flag_of, metadata_of
 
 
@@ -58,9 +58,7 @@ def write_run_file(config: TrainingConfig, info: ModelInfo) -> None:
     values |= {name: getattr(config, name) for name in DERIVED}
     values = {name: _plain(value) for name, value in values.items()}
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = config.run_dir / ".run.json.tmp"
-    temporary.write_text(json.dumps({**values, "token_format": info.dct_name}, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(config.run_dir / "run.json")
+    write_json(config.run_dir / "run.json", {**values, "token_format": info.dct_name})
 
 
 def _plain(value: Any) -> Any:

@@ -63,9 +63,8 @@ import os, sys, time
 from pathlib import Path
 from dct_qwen2vl.training import run_lock
 run_lock.lock(Path(sys.argv[1]))
-child = os.fork()
-if child:
-    print(child, flush=True)
+if not os.fork():  # it has let go of the lock by then
+    print(os.getpid(), flush=True)
 time.sleep(300)
 """
 
