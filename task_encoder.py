@@ -31,7 +31,6 @@ from megatron.energon import (
 from dct_qwen2vl.data.conversations import DEFAULT_SYSTEM, put_first
 from dct_qwen2vl.data.media import BadSample, MediaError, VideoSampling
 from dct_qwen2vl.data.media_encoder import MediaEncoder, stack_media
-from dct_qwen2vl.data.media_encoder import PixelFit as PixelFit
 from dct_qwen2vl.data.packing import MeasuredSample, PackedBatch, fit_rows, pack
 from dct_qwen2vl.data.positions import mrope_positions
 from dct_qwen2vl.data.samples import (

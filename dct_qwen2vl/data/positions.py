@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from dct_qwen2vl.data.media_encoder import PixelFit as PixelFit
-
 
 def vision_positions(grid: tuple[int, int, int], merge_size: int) -> np.ndarray:
     """Row and column of each vision token of a medium with grid (t, h, w), int64 [t * h * w, 2], in Qwen2-VL's order:

@@ -39,12 +39,9 @@ from dct_qwen2vl.data.conversations import (
     text_of,
 )
 from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, BadSample, part_order
-from dct_qwen2vl.data.media_encoder import PixelFit as PixelFit
 
 # Shards hold file bytes and decoding is done here, in media.py; this is what a dataset.yaml that does not say gets.
 DATASET_OPTIONS = {"auto_decode": False}
-
-
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: positions that are not learned
 
 

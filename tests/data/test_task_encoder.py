@@ -33,13 +33,14 @@ import evaluate_qwen2vl
 import finetune_qwen2vl
 from dct_qwen2vl.data.loader import EnergonDataModule, end_loader_processes, energon_state_classes
 from dct_qwen2vl.data.media import VideoSampling, decode_image, decode_video, part_order
+from dct_qwen2vl.data.media_encoder import PixelFit
 from dct_qwen2vl.data.positions import mrope_positions
 from dct_qwen2vl.data.samples import ConversationSample, EncodedSample, QwenBatch, TooManyBadSamples, cook, read_samples
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 from dct_qwen2vl.training import config
 from dct_tokenizer import target_size
-from task_encoder import BadSample, PixelFit, QwenTaskEncoder
+from task_encoder import BadSample, QwenTaskEncoder
 
 VISION_START, IMAGE_PAD, VIDEO_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"
 QUESTION, ANSWER = "What colour is the circle?", "The circle is red."

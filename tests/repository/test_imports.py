@@ -21,7 +21,14 @@ BELOW = {
 # Files of which `--help` and checks are made must start fast.
 WITHOUT_TORCH = (
     *("common", "checkpoints/inspection.py", "dct/configuration_dct.py", "dct/image_sizes_dct.py"),
-    *("data/conversations.py", "data/energon_files.py", "preparation", "training/config.py", "training/checks.py"),
+    *(
+        "data/conversations.py",
+        "data/energon_files.py",
+        "data/positions.py",
+        "preparation",
+        "training/config.py",
+        "training/checks.py",
+    ),
 )
 HEAVY = {"torch", "transformers", "nemo", "lightning", "megatron"}
 
