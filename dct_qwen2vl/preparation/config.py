@@ -8,14 +8,14 @@ from typing import Any
 from dct_qwen2vl.preparation import data_splits
 from dct_qwen2vl.preparation.metadata import METADATA_NAME
 
+DESCRIPTION = """Turn a LLaVA-style data set (JSON metadata of conversations, tars or folders of media) into shards for
+Energon."""
 MOST_SEED = 2**63 - 1
-
-
 MOST_WORKERS_A_CORE = 8  # more only wait for each other and take memory
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
     add_folders(parser)
     add_settings(parser)
     add_running(parser)

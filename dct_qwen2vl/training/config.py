@@ -272,7 +272,9 @@ def flag_of(name: str) -> str:
 def parse_arguments(argv: list[str] | None, kind: type[TrainingConfig] = TrainingConfig) -> TrainingConfig:
     """kind: `TrainingConfig`, or one with more fields."""
     parser = argparse.ArgumentParser(
-        description="The command line of finetune_qwen2vl.py.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Fine-tunes a (converted) Qwen2-VL on prepared shards with NeMo. Started by qwen_launch.sh through "
+        "torchrun.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     groups: dict[str, Any] = {}
     for each in fields(kind):

@@ -644,3 +644,13 @@ def test_x4_model_at_step_0_is_the_stock_model_on_the_downscaled_picture(
         found = model(**text, **media).logits
     assert expected.std() > 0.05
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+
+
+def test_mean_and_deviation_are_those_of_transformers():
+    """They are written out, since the format needs no transformers."""
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    from dct_qwen2vl.dct import configuration_dct
+
+    assert list(configuration_dct.CLIP_MEAN) == OPENAI_CLIP_MEAN
+    assert list(configuration_dct.CLIP_STD) == OPENAI_CLIP_STD

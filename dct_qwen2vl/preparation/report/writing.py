@@ -71,7 +71,9 @@ def write_report(
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m dct_qwen2vl.preparation.report", description=__doc__.split("\n\n")[0]
+    )
     add = parser.add_argument
     low, high = PIXEL_BOUNDS
     lengths = "token limits of a sample; the report says how many samples exceed each (default: 1024 2048 4096 8192)"
