@@ -11,8 +11,7 @@ import sys
 import traceback
 from dataclasses import replace
 
-from dct_qwen2vl.checkpoints.inspection import CheckpointError
-from dct_qwen2vl.data.energon_files import PreparedSetError
+from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.training import run_lock
 from dct_qwen2vl.training.checks import check, check_ranges, choose_engine, choose_precision
 from dct_qwen2vl.training.config import ModelInfo, RunError, TrainingConfig, parse_arguments
@@ -118,9 +117,7 @@ def explain(error: Exception) -> str | None:
     trace = "".join(traceback.format_exception(error))
     if marker in trace:
         return trace.split(marker)[1].split("\n")[0]
-    from dct_qwen2vl.training.log import NonFiniteStep, OutOfMemory
-
-    return str(error) if isinstance(error, (RunError, NonFiniteStep, OutOfMemory)) else None
+    return str(error) if isinstance(error, UserError) else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,8 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if config.debug:
             raise
-        one_line = isinstance(error, (RunError, CheckpointError, PreparedSetError, run_lock.RunFolderError))
-        line = str(error) if one_line else explain(error)
+        line = explain(error)
         if line is None:
             raise
         if not getattr(error, "told", False):

@@ -82,6 +82,12 @@ def read_counts(data_dir: Path) -> dict[str, int]:
     return counts
 
 
+def count_samples(data_dir: Path, shards: Iterable[str]) -> int:
+    """The samples of these shards together. Raises PreparedSetError."""
+    counts = read_counts(data_dir)
+    return sum(counts[name] for name in shards)
+
+
 def read_yaml(data_dir: Path, name: str) -> dict[str, Any]:
     """The fields of a file in .nv-meta. Raises PreparedSetError."""
     import yaml

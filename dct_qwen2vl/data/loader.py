@@ -8,6 +8,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,7 +28,7 @@ from megatron.energon import (
 from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetMergedState
 from torch.utils.data import DataLoader
 
-from dct_qwen2vl.data.energon_files import read_counts, read_splits
+from dct_qwen2vl.data.energon_files import count_samples, read_splits
 from dct_qwen2vl.data.samples import DATASET_OPTIONS
 
 
@@ -105,10 +106,11 @@ class ValidationLoader:
 class EnergonDataModule(pl.LightningDataModule):
     """Train and validation loaders over a prepared folder of shards.
 
-    path: the folder with `.nv-meta`. task_encoder: `task_encoder.QwenTaskEncoder`. total_batches:
-    micro-batches of one process in the whole run. num_workers: loader
-    processes of one process; 0 loads in the training process. rank, world_size: among processes that train on different
-    samples. val_batches: most micro-batches of one validation, over all processes together; None for the whole
+    path: the folder with `.nv-meta`. task_encoder: `task_encoder.QwenTaskEncoder`.
+    total_batches: micro-batches of one process in the whole run.
+    num_workers: loader processes of one process; 0 loads in the training process.
+    rank, world_size: among processes that train on different samples.
+    val_batches: most micro-batches of one validation, over all processes together; None for the whole
     split. packing_buffer_size: samples among which a worker chooses those of a row (the task encoder is then a
     `PackingTaskEncoder`, and a row a micro-batch); None: a micro-batch is micro_batch_size samples.
     data_parallel_group: called before loading, gives the group of the processes that train on different samples; None:
@@ -193,8 +195,11 @@ class EnergonDataModule(pl.LightningDataModule):
         """How many of the val split are missing where a validation has seen `samples`; 0 if it was to see a part."""
         if self.val_batches is not None:
             return 0
-        counts = read_counts(self.path)
-        return sum(counts[name] for name in read_splits(self.path, ("val",))["val"]) - samples
+        return self._val_samples - samples
+
+    @cached_property
+    def _val_samples(self) -> int:
+        return count_samples(self.path, read_splits(self.path, ("val",))["val"])
 
     def _settle_group(self) -> None:
         if self.data_parallel_group:

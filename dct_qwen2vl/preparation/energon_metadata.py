@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dct_qwen2vl.common.files import replacing
+from dct_qwen2vl.common.files import write_text
 from dct_qwen2vl.preparation.data_splits import SPLITS
 from dct_qwen2vl.preparation.metadata import PreparationError
 from dct_qwen2vl.preparation.output_folder import ENERGON_FOLDER, SHARD_NAME, remove_own_folder
@@ -51,8 +51,7 @@ def energon_prepare(output_dir: Path, split: str, split_of: tuple[str, ...], num
     shards = {name: [SHARD_NAME.format(n) for n, of in enumerate(split_of) if of == name] for name in SPLITS}
     splits = {**yaml.safe_load((folder / "split.yaml").read_text()), "split_parts": shards}
     for name, text in (("split.yaml", yaml.dump(splits)), ("dataset.yaml", DATASET_YAML)):
-        with replacing(folder / name) as stream:
-            stream.write(text.encode())
+        write_text(folder / name, text)
     counts = ", ".join(f"{name} {count}" for name, count in count_splits(output_dir).items())
     print(f"Energon metadata in {folder}; samples: {counts}")
 

@@ -14,7 +14,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     read_json,
     saved_pixel_bounds,
 )
-from dct_qwen2vl.data.energon_files import read_counts, read_splits
+from dct_qwen2vl.data.energon_files import count_samples, read_splits
 from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig, flag_of
 from dct_qwen2vl.training.run_file import check_run_folder
 
@@ -58,9 +58,9 @@ def check_data(config: TrainingConfig) -> None:
     data_dir, loaders = config.data_dir, config.data_parallel * max(1, config.num_workers)
     if not data_dir.is_dir() or not any(data_dir.glob("*.tar")):
         raise RunError(f"no shards in {data_dir}: python data_preparation.py --data-dir RAW --output-dir {data_dir}")
-    splits, counts = read_splits(data_dir, ("train", "val")), read_counts(data_dir)
+    splits = read_splits(data_dir, ("train", "val"))
     empty = [part for part, shards in splits.items() if not shards]
-    samples = sum(counts[name] for name in splits["train"])
+    samples = count_samples(data_dir, splits["train"])
     if not empty and samples < loaders:
         raise RunError(
             f"the train split of {data_dir} holds {samples} samples, fewer than {config.data_parallel} processes "

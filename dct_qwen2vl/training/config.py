@@ -11,6 +11,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+from dct_qwen2vl.common.scripts import UserError
+
 PARTS = ("vision", "projector", "language")
 ROW_TOKENS, ROWS_PER_STEP = 8192, 16  # of packed sequences, where the command line does not say
 
@@ -21,7 +23,7 @@ DATA = "data"  # keep it, unless --restart-data restarts the data
 FREE = "free"  # change it
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """The run cannot start or go on. The message is one line: what, where, what to type next."""
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed
 
 from dct_qwen2vl.common.files import write_text
+from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.samples import IGNORE_INDEX, QwenBatch
 from dct_qwen2vl.training.flops import device_peak, training_flops
 from dct_qwen2vl.training.run_lock import RunFolderError
@@ -39,7 +40,7 @@ SUMMED = (
 )
 
 
-class NonFiniteStep(ValueError):
+class NonFiniteStep(UserError):
     """A loss or the gradient is NaN or infinite. The message names the samples of the step.
 
     told: the first process has shown the message already.
@@ -48,7 +49,7 @@ class NonFiniteStep(ValueError):
     told = False
 
 
-class OutOfMemory(ValueError):
+class OutOfMemory(UserError):
     """The device's memory is full. The message names the micro-batch and what to lower."""
 
 
