@@ -10,7 +10,6 @@ equals the reference but for case, white space and a final full stop. If it is k
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dct_qwen2vl.checkpoints.inspection import check_checkpoint
-from dct_qwen2vl.common.files import write_bytes
+from dct_qwen2vl.common.files import write_bytes, write_json
 from dct_qwen2vl.common.scripts import run_main
 from dct_qwen2vl.data.energon_files import read_splits
 from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines, digest_files
@@ -118,7 +117,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
             raise ValueError(f"{where} has no questions to ask ({reading}): choose another --split")
         summary = summarise(arguments, file.answers, reading)
         write_bytes(path, as_lines(file.answers))  # earlier results stay whole until there are new ones
-        write_bytes(arguments.output_dir / "accuracy.json", (json.dumps(summary, indent=2) + "\n").encode())
+        write_json(arguments.output_dir / "accuracy.json", summary)
         file.remove()
     print(table(summary))
     print(reading)
@@ -131,13 +130,10 @@ def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> No
 
     from dct_qwen2vl.data.media import VideoSampling
 
-    sampling = VideoSampling(
-        arguments.video_fps, arguments.video_min_frames, arguments.video_max_frames, arguments.video_total_pixels
-    )
-    answerer = Answerer(arguments.model_dir, arguments.max_new_tokens, sampling)
-    special, media = answerer.processor.tokenizer.get_added_vocab(), answerer.media
+    answerer = Answerer(arguments.model_dir, arguments.max_new_tokens, VideoSampling.of(arguments))
+    special = answerer.processor.tokenizer.get_added_vocab()
     source = (arguments.data_dir, arguments.split, arguments.limit)
-    questions = read_questions(*source, sampling, media.fit, special, reading, media.reads_planes)
+    questions = read_questions(*source, answerer.media.read, special, reading)
     most, begun = arguments.limit and 2 * arguments.limit, 2 * len(file.answers)
     with tqdm(desc="Answering", total=most, initial=begun, unit="answer") as bar:
         for chosen in in_rounds(questions, max(ASKED_AT_ONCE, arguments.batch_size)):

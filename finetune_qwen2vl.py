@@ -36,9 +36,7 @@ def build_task_encoder(config: TrainingConfig, info: ModelInfo, rows: bool):
 
     options = {
         "seq_length": config.seq_length,
-        "video_sampling": VideoSampling(
-            config.video_fps, config.video_min_frames, config.video_max_frames, config.video_total_pixels
-        ),
+        "video_sampling": VideoSampling.of(config),
         "max_bad_in_a_row": config.max_bad_in_a_row,
     }
     tokenizer, processor = load_processor(config, info)

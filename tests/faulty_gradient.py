@@ -1,23 +1,11 @@
 """Stands in for Python in qwen_launch.sh: the gradient of one weight is NaN in step FAULT_STEP on the last process.
 
-    FAULT_STEP=4 PYTHON=faulty_python PYTHON_EXEC=faulty_python bash qwen_launch.sh
-
-where `faulty_python` is a script that runs this file (`write_interpreter`). All losses of that step are finite.
+All losses of that step are finite. `stand_in_python.write_interpreter` makes the program.
 """
 
 import os
-import sys
-from pathlib import Path
 
-SCRIPT = "finetune_qwen2vl.py"
-
-
-def write_interpreter(folder: Path) -> Path:
-    """A program that takes python's arguments; for PYTHON and PYTHON_EXEC."""
-    program = folder / "faulty_python"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).resolve()}" "$@"\n')
-    program.chmod(0o755)
-    return program
+from stand_in_python import run_as_python
 
 
 def break_gradient(module_class: type, step: int) -> None:
@@ -37,7 +25,6 @@ def break_gradient(module_class: type, step: int) -> None:
 
 
 def fine_tune(arguments: list[str]) -> int:
-    sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
     import finetune_qwen2vl
 
     if "--check" not in arguments:
@@ -52,6 +39,4 @@ def fine_tune(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if SCRIPT in sys.argv[1:3]:  # after -u, from torchrun
-        sys.exit(fine_tune(sys.argv[sys.argv.index(SCRIPT) + 1 :]))
-    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+    run_as_python(fine_tune)

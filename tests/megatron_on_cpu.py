@@ -1,27 +1,15 @@
 """Stands in for Python in qwen_launch.sh: `finetune_qwen2vl.py --engine megatron` then runs on a CPU.
 
-    PYTHON=python_on_cpu PYTHON_EXEC=python_on_cpu ENGINE=megatron bash qwen_launch.sh
-
-where `python_on_cpu` is a script that runs this file (`write_interpreter`); torchrun reads PYTHON_EXEC. All but a few
-pieces is the real engine: NeMo's strategy, Megatron-core's model, gradients, distributed optimizer and checkpoints,
-tensor, pipeline and data parallelism (over gloo). Replaced is what has no CPU form: the name of the device,
-TransformerEngine's layers (by those of tests/megatron_cpu.py) and its Adam, and the refusal to start. With
-FAULT_STEP=N a gradient of step N is NaN (tests/faulty_gradient.py).
+`stand_in_python.write_interpreter` makes the program. All but a few pieces is the real engine: NeMo's strategy,
+Megatron-core's model, gradients, distributed optimizer and checkpoints, tensor, pipeline and data parallelism (over
+gloo). Replaced is what has no CPU form: the name of the device, TransformerEngine's layers (by those of
+tests/megatron_cpu.py) and its Adam, and the refusal to start. With FAULT_STEP=N a gradient of step N is NaN
+(tests/faulty_gradient.py).
 """
 
 import os
-import sys
-from pathlib import Path
 
-SCRIPT = "finetune_qwen2vl.py"
-
-
-def write_interpreter(folder: Path) -> Path:
-    """A program that takes python's arguments; for PYTHON and PYTHON_EXEC."""
-    program = folder / "python_on_cpu"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).resolve()}" "$@"\n')
-    program.chmod(0o755)
-    return program
+from stand_in_python import run_as_python
 
 
 def replace_device() -> None:
@@ -101,7 +89,6 @@ def replace_layers() -> None:
 
 def fine_tune(arguments: list[str]) -> int:
     """Imports come late: a process that Megatron-core starts for a checkpoint imports this file, too."""
-    sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
     import finetune_qwen2vl
     from dct_qwen2vl.training import checks
 
@@ -121,6 +108,4 @@ def fine_tune(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if SCRIPT in sys.argv[1:3]:  # after -u, from torchrun
-        sys.exit(fine_tune(sys.argv[sys.argv.index(SCRIPT) + 1 :]))
-    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+    run_as_python(fine_tune)

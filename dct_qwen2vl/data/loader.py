@@ -110,12 +110,14 @@ class EnergonDataModule(pl.LightningDataModule):
     total_batches: micro-batches of one process in the whole run.
     num_workers: loader processes of one process; 0 loads in the training process.
     rank, world_size: among processes that train on different samples.
-    val_batches: most micro-batches of one validation, over all processes together; None for the whole
-    split. packing_buffer_size: samples among which a worker chooses those of a row (the task encoder is then a
-    `PackingTaskEncoder`, and a row a micro-batch); None: a micro-batch is micro_batch_size samples.
+    val_batches: most micro-batches of one validation, over all processes together; None for the whole split.
+    packing_buffer_size: samples among which a worker chooses those of a row (the task encoder is then a
+        `PackingTaskEncoder`, and a row a micro-batch); None: a micro-batch is micro_batch_size samples.
     data_parallel_group: called before loading, gives the group of the processes that train on different samples; None:
-    all. start_anew: a saved state is not restored. restarts: how often the data of the run were begun anew; a saved
-    state of before the last time is not restored either.
+        all.
+    start_anew: a saved state is not restored.
+    restarts: how often the data of the run were begun anew; a saved state of before the last time is not restored
+        either.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -89,6 +89,11 @@ class VideoSampling:
     min_frames: int = 4
     max_frames: int = 768
     total_pixels: int = 24_576 * 28 * 28
+
+    @classmethod
+    def of(cls, settings: Any) -> "VideoSampling":
+        """From a command's settings: `video_fps`, `video_min_frames` and so on."""
+        return cls(**{each.name: getattr(settings, f"video_{each.name}") for each in fields(cls)})
 
     def count(self, total_frames: int, frames_per_second: float) -> int:
         """How many frames of a clip are read."""

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -78,19 +78,18 @@ def read_questions(
     data_dir: Path,
     split: str,
     limit: int | None,
-    sampling,
-    fit=None,
+    read: Callable[[str, Any], "Frames"],
     special: Iterable[str] = (),
     reading: Reading | None = None,
-    planes: bool = False,
 ) -> Iterator[Question]:
     """Questions of a split in the order of its shards; entries that cannot be used are reported on stderr.
 
-    sampling, fit, planes: how media are read, as for `media.as_array`. special: the tokenizer's special tokens, which
-    the chat template takes for what they stand for when a text spells them out. reading: where to begin; it is kept up
-    to date.
+    read: kind and content of a media part -> its frames, as `MediaEncoder.read`.
+    special: the tokenizer's special tokens, which the chat template takes for what they stand for when a text spells
+        them out.
+    reading: where to begin; it is kept up to date.
     """
-    from dct_qwen2vl.data.media import BadSample, MediaError, as_array
+    from dct_qwen2vl.data.media import BadSample, MediaError
     from dct_qwen2vl.data.samples import parse_entry, parse_messages, read_samples
 
     reading = Reading() if reading is None else reading
@@ -102,7 +101,7 @@ def read_questions(
             entry = parse_entry(sample.entry)
             messages = parse_messages(entry, bool(sample.media))
             refuse_special(messages, special)
-            media = tuple((kind, as_array(kind, content, sampling, fit, planes)) for kind, content in sample.media)
+            media = tuple((kind, read(kind, content)) for kind, content in sample.media)
         except (BadSample, MediaError) as error:
             reading.left_out[getattr(error, "reason", "undecodable_media")] += 1
             print(f"evaluate_qwen2vl.py: {sample.__key__} left out: {error}", file=sys.stderr)

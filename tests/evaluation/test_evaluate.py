@@ -21,7 +21,7 @@ from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 import evaluate_qwen2vl
 from dct_qwen2vl.checkpoints.hf_folder import load_image_processor
 from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError
-from dct_qwen2vl.data.media import VideoSampling, YUVFrames
+from dct_qwen2vl.data.media import VideoSampling, YUVFrames, as_array
 from dct_qwen2vl.data.samples import IGNORE_INDEX
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.evaluation import questions as reading
@@ -32,9 +32,13 @@ from dct_qwen2vl.evaluation.scoring import accuracies, describe_answers, same_an
 from task_encoder import QwenTaskEncoder
 
 
+def at_own_size(kind: str, content: bytes) -> np.ndarray:
+    return as_array(kind, content, VideoSampling())
+
+
 @pytest.fixture(scope="module")
 def questions(prepared) -> list[Question]:
-    return list(read_questions(prepared.shards, "test", None, VideoSampling()))
+    return list(read_questions(prepared.shards, "test", None, at_own_size))
 
 
 def question(kind: str, answer: str) -> Question:
@@ -311,7 +315,7 @@ def test_texts_that_spell_special_tokens_are_left_out_and_counted(prepared, monk
     samples.append(conversation_sample({"conversations": []}, key="d"))
     monkeypatch.setattr("dct_qwen2vl.data.samples.read_samples", lambda *_: samples)
     reading = Reading()
-    asked = read_questions(prepared.shards, "test", None, VideoSampling(), None, ["<|image_pad|>"], reading)
+    asked = read_questions(prepared.shards, "test", None, at_own_size, ["<|image_pad|>"], reading)
     assert [question.key for question in asked] == ["b", "c"]
     assert str(reading) == "read 4 entries = asked 2 + left out 2 (no_conversation 1, special_token 1)"
     assert "a left out: its text spells out <|image_pad|>" in capsys.readouterr().err
@@ -533,7 +537,7 @@ def test_reading_goes_on_within_and_between_entries(prepared, monkeypatch):
     monkeypatch.setattr("dct_qwen2vl.data.samples.read_samples", lambda *_: iter(samples))
 
     def read(reading: Reading, most: int | None = None) -> list[tuple[str, int]]:
-        questions = read_questions(prepared.shards, "test", None, VideoSampling(), reading=reading)
+        questions = read_questions(prepared.shards, "test", None, at_own_size, reading=reading)
         return [(question.key, question.turn) for question in islice(questions, most)]
 
     whole = Reading()

@@ -19,9 +19,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from faulty_gradient import write_interpreter
 from pipeline import REPOSITORY, Prepared, metrics, run
 from safetensors.torch import load_file
+from stand_in_python import write_interpreter
 
 import finetune_qwen2vl
 from dct_qwen2vl.checkpoints.inspection import CheckpointError
@@ -203,7 +203,7 @@ def lengths_of(prepared: Prepared, split: str) -> list[int]:
 def faulty(prepared, tmp_path_factory) -> dict:
     """Two processes, of which one has a gradient that is no number in FAULT_STEP; checkpoints every two steps."""
     output = tmp_path_factory.mktemp("faulty")
-    python = str(write_interpreter(output))
+    python = str(write_interpreter(output, "faulty_gradient"))
     environment = launch_environment(prepared, output, "faulty", 2) | {"PYTHON": python, "PYTHON_EXEC": python}
     process = start(environment | {"FAULT_STEP": str(FAULT_STEP), "SAVE_INTERVAL": "2"})
     code = process.wait(timeout=390)

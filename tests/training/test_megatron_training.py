@@ -20,10 +20,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from faulty_gradient import write_interpreter as write_faulty_interpreter
-from megatron_on_cpu import write_interpreter
 from pipeline import REPOSITORY, metrics
 from safetensors.torch import load_file
+from stand_in_python import write_interpreter
 
 GPUS = torch.cuda.device_count() if importlib.util.find_spec("transformer_engine") else 0
 pytestmark = pytest.mark.launch
@@ -62,7 +61,7 @@ def model_dir(prepared, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def environment(prepared, model_dir, tmp_path_factory):
     """environment(run folder, **settings): the variables of qwen_launch.sh for a short run."""
-    python = sys.executable if GPUS else write_interpreter(tmp_path_factory.mktemp("python"))
+    python = sys.executable if GPUS else write_interpreter(tmp_path_factory.mktemp("python"), "megatron_on_cpu")
     devices = {} if GPUS else {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1}
 
     def variables(run_dir: Path, **settings) -> dict[str, str]:
@@ -307,7 +306,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_samples(environment, t
 def test_a_gradient_that_is_no_number_stops_the_run_and_is_never_saved(environment, tmp_path):
     fault = {"FAULT_STEP": 4, "SAVE_INTERVAL": 3, **LAYOUTS["DP"]}
     if GPUS:
-        fault |= dict.fromkeys(("PYTHON", "PYTHON_EXEC"), write_faulty_interpreter(tmp_path))
+        fault |= dict.fromkeys(("PYTHON", "PYTHON_EXEC"), write_interpreter(tmp_path, "faulty_gradient"))
     log = launch(environment(tmp_path / "faulty", **fault), code=1)
     (line,) = [line for line in log.splitlines() if line.startswith("finetune_qwen2vl.py: ")]
     assert "the gradient norm is nan at step 4, which has changed no weight; its samples: " in line
