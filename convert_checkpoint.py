@@ -83,8 +83,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="make the coefficients that the pixel model's patch does not show G times as large, so that training at a "
         "low rate learns them sooner (default: 1)",
     )
-    parser.add_argument("--min-pixels", type=int, help="least pixels of a picture (default: the source's)")
-    parser.add_argument("--max-pixels", type=int, help="most pixels of a picture (default: the source's)")
+    parser.add_argument("--min-pixels", type=int, help="least pixels of an image (default: the source's)")
+    parser.add_argument("--max-pixels", type=int, help="most pixels of an image (default: the source's)")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint in --output-dir")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)

@@ -52,6 +52,7 @@ from dct_qwen2vl.preparation.output_folder import (
     is_finished,
     list_leftovers,
     locked,
+    read_stats,
     remove_conclusions,
     remove_leftovers,
     remove_work,
@@ -68,8 +69,8 @@ def prepare(arguments: argparse.Namespace) -> int:
     metadata = find_metadata(arguments.data_dir, arguments.metadata)
     check_output(arguments.output_dir, arguments.force)
     if is_complete(arguments, metadata):
-        print(f"{arguments.output_dir} is complete already; --force would write it anew")
-        stats = read_json(arguments.output_dir / STATS_NAME)
+        print(f"{arguments.output_dir} is complete already; --force would write it again")
+        stats = read_stats(arguments.output_dir / STATS_NAME)
     else:
         stats = write_set(arguments, metadata)
     if stats and arguments.strict:
@@ -220,7 +221,7 @@ def write_missing(
         remove_conclusions(output_dir)
         make_readable(tars, arguments.num_workers)
     files = (arguments.data_dir, tuple(metadata), tuple(tar.readable for tar in tars))
-    options = ConversionOptions(arguments.max_pixels, arguments.jpeg_quality, arguments.check_pictures)
+    options = ConversionOptions(arguments.max_pixels, arguments.jpeg_quality, arguments.check_images)
     tasks = (make_task(plan, layout, number, shards[number], files, options, arguments.strict) for number in missing)
     with tqdm(total=samples, desc="Processing images", unit="sample") as bar:
         for _ in pool.map(write_shard, tasks, bar.update):

@@ -4,7 +4,7 @@
 
 The model is loaded by stock transformers. Media become tokens as in training (media_encoder.py), so that sizes, grids
 and numbers are the same. Every question of a conversation is asked on its own, with the entry's media. Blind: the same
-model and questions, every picture and frame grey; what it still gets right needs no eyes. An answer is right if it
+model and questions, every image and frame grey; what it still gets right needs no eyes. An answer is right if it
 equals the reference but for case, white space and a final full stop. If it is killed, the same command goes on
 (answer_file.py).
 """
@@ -54,14 +54,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="most questions (default: all)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered at a time")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer, tokens")
-    parser.add_argument("--video-fps", type=float, default=2.0, help="frames read from a second of a clip")
-    parser.add_argument("--video-min-frames", type=int, default=4, help="least frames read from a clip that has them")
-    parser.add_argument("--video-max-frames", type=int, default=768, help="most frames read from a clip")
+    parser.add_argument("--video-fps", type=float, default=2.0, help="frames read from a second of a video")
+    parser.add_argument("--video-min-frames", type=int, default=4, help="least frames read from a video that has them")
+    parser.add_argument("--video-max-frames", type=int, default=768, help="most frames read from a video")
     parser.add_argument(
         "--video-total-pixels",
         type=int,
         default=24_576 * 28 * 28,
-        help="most pixels of a clip, two frames counted as one",
+        help="most pixels of a video, two frames counted as one",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
@@ -100,7 +100,7 @@ def describe_settings(arguments: argparse.Namespace) -> dict[str, dict[str, Any]
 
 def say_beginning(file: AnswerFile) -> None:
     if file.refused:
-        print(f"evaluate_qwen2vl.py: {file.path} is not used ({file.refused}): starting anew", file=sys.stderr)
+        print(f"evaluate_qwen2vl.py: {file.path} is not used ({file.refused}): starting again", file=sys.stderr)
     elif file.answers:
         print(f"Going on after the {len(file.answers)} questions answered in {file.path}")
 

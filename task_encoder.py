@@ -8,7 +8,7 @@ Letters used for shapes in this file:
 
     B L    samples of a batch, tokens of its longest sample
     N K    vision tokens of all media of a batch, floats of one token
-    M      media (images, or clips) of a sample or a batch
+    M      media (images, or videos) of a sample or a batch
 """
 
 import math
@@ -238,7 +238,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         return ids, learned, runs
 
     def _ids(self, text: str) -> list[int]:
-        """Plain text only: special tokens that stand in the data are spelled out, they open no turn and no picture."""
+        """Plain text only: special tokens that stand in the data are spelled out, they open no turn and no image."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
 
     def _stack(self, kind: str, media: list, tokens_name: str, grid_name: str) -> dict[str, torch.Tensor]:

@@ -1,10 +1,10 @@
-"""Data preparation against damaged input: mutated pictures, clips, tars, JSON and whole data sets.
+"""Data preparation against damaged input: mutated images, videos, tars, JSON and whole data sets.
 
     python -m benchmarks.fuzz_preparation --inputs 20000 --json fuzz.json
 
 Every input must end as stored or as skipped with a known reason, within a few seconds. What is stored must be readable
-in training: pictures by media.decode_image, whole and at a fraction of their size, clips by media.decode_video. (Damage
-that only decoding everything shows may pass the quick check; then --check-pictures must find it.) The shards of a whole
+in training: images by media.decode_image, whole and at a fraction of their size, videos by media.decode_video. (Damage
+that only decoding everything shows may pass the quick check; then --check-images must find it.) The shards of a whole
 set must add up and pass --verify.
 
 The inputs come from sound files drawn here, to which one to six mutations are applied: bits, numbers, ranges removed,
@@ -51,10 +51,10 @@ from dct_qwen2vl.preparation.entries import UnusableSample, check_entry
 from dct_qwen2vl.preparation.metadata import MetadataReader, parse_entries
 
 # Of 100 inputs, in this order.
-KINDS = {"picture": 48, "clip": 22, "json": 16, "tar": 11, "set": 3}
+KINDS = {"image": 48, "video": 22, "json": 16, "tar": 11, "set": 3}
 REASONS = {
-    "picture": {"broken_image", "image_too_large", "extreme_aspect_ratio", "unsupported_image"},
-    "clip": {"broken_clip", "clip_too_large", "clip_too_long", "extreme_aspect_ratio", "unsupported_clip"},
+    "image": {"broken_image", "image_too_large", "extreme_aspect_ratio", "unsupported_image"},
+    "video": {"broken_video", "video_too_large", "video_too_long", "extreme_aspect_ratio", "unsupported_video"},
 }
 ENTRY_REASONS = {
     "malformed_entry", "unsafe_path", "too_many_media", "no_conversations", "malformed_turn", "unknown_role",
@@ -80,62 +80,62 @@ def draw(rng: np.random.Generator, height: int = 48, width: int = 64) -> np.ndar
     return (np.asarray(coarse, np.int16) + rng.integers(-20, 21, (height, width, 3))).clip(0, 255).astype(np.uint8)
 
 
-def encode(picture: Image.Image, file_format: str, **options) -> bytes:
+def encode(image: Image.Image, file_format: str, **options) -> bytes:
     stream = io.BytesIO()
-    # Of copies, for saving a JPEG leaves its settings in the picture.
+    # Of copies, for saving a JPEG leaves its settings in the image.
     if "append_images" in options:
         options["append_images"] = [more.copy() for more in options["append_images"]]
-    picture.copy().save(stream, file_format, **options)
+    image.copy().save(stream, file_format, **options)
     return stream.getvalue()
 
 
 @cache
-def picture_files() -> list[bytes]:
+def image_files() -> list[bytes]:
     """One of each kind that data sets hold."""
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(draw(rng))
+    image = Image.fromarray(draw(rng))
     grey16 = Image.fromarray(rng.integers(0, 65_536, (32, 32), dtype=np.uint16))
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "camera"
-    alpha = picture.convert("RGBA")
+    alpha = image.convert("RGBA")
     alpha.putalpha(128)
     more = {"save_all": True, "append_images": [Image.fromarray(draw(rng))]}
-    palette = picture.quantize(16)
+    palette = image.quantize(16)
     xmp = b"<x:xmpmeta tiff:Orientation='6'/>"
     return [
-        encode(picture, "JPEG"),
-        encode(picture, "JPEG", quality=95, subsampling=0),
-        encode(picture, "JPEG", progressive=True),
-        encode(picture, "JPEG", optimize=True, restart_marker_blocks=2),
-        encode(picture, "JPEG", exif=exif),
-        encode(picture, "JPEG", icc_profile=bytes(500), comment=b"a comment", xmp=xmp),
-        encode(picture.convert("L"), "JPEG"),
-        encode(picture.convert("CMYK"), "JPEG"),
-        encode(picture, "MPO", **more),
-        encode(picture, "PNG"),
-        encode(picture, "PNG", exif=exif, dpi=(72, 72)),
-        encode(picture.convert("L"), "PNG"),
+        encode(image, "JPEG"),
+        encode(image, "JPEG", quality=95, subsampling=0),
+        encode(image, "JPEG", progressive=True),
+        encode(image, "JPEG", optimize=True, restart_marker_blocks=2),
+        encode(image, "JPEG", exif=exif),
+        encode(image, "JPEG", icc_profile=bytes(500), comment=b"a comment", xmp=xmp),
+        encode(image.convert("L"), "JPEG"),
+        encode(image.convert("CMYK"), "JPEG"),
+        encode(image, "MPO", **more),
+        encode(image, "PNG"),
+        encode(image, "PNG", exif=exif, dpi=(72, 72)),
+        encode(image.convert("L"), "PNG"),
         encode(palette, "PNG", bits=8),
         encode(palette, "PNG", transparency=3),
-        encode(picture.convert("1"), "PNG"),
+        encode(image.convert("1"), "PNG"),
         encode(alpha, "PNG", icc_profile=bytes(500)),
         encode(grey16, "PNG"),
-        encode(picture, "PNG", **more),
-        encode(picture, "GIF", **more),
-        encode(picture, "WEBP", quality=50, exif=exif),
+        encode(image, "PNG", **more),
+        encode(image, "GIF", **more),
+        encode(image, "WEBP", quality=50, exif=exif),
         encode(alpha, "WEBP", lossless=True),
-        encode(picture, "WEBP", **more),
-        encode(picture, "BMP"),
-        encode(picture, "TIFF", compression="tiff_lzw", exif=exif),
-        encode(picture, "TIFF", compression="jpeg"),
+        encode(image, "WEBP", **more),
+        encode(image, "BMP"),
+        encode(image, "TIFF", compression="tiff_lzw", exif=exif),
+        encode(image, "TIFF", compression="jpeg"),
         encode(grey16, "TIFF"),
-        encode(picture, "TIFF", compression="tiff_adobe_deflate", **more),
-        encode(picture, "PPM"),
+        encode(image, "TIFF", compression="tiff_adobe_deflate", **more),
+        encode(image, "PPM"),
     ]
 
 
 @cache
-def clip_files() -> list[bytes]:
+def video_files() -> list[bytes]:
     """One of each container and codec that this FFmpeg writes."""
     kinds = [
         ("mp4", "libx264", {"g": "6"}), ("mp4", "mpeg4", {"g": "5"}), ("mov", "libx264", {}), ("mp4", "libx265", {}),
@@ -144,10 +144,10 @@ def clip_files() -> list[bytes]:
         ("mpeg", "mpeg2video", {}), ("flv", "libx264", {}), ("flv", "flv1", {}), ("ogg", "libvpx", {}),
         ("asf", "wmv2", {}),
     ]  # fmt: skip
-    return [clip for clip in (encode_clip(*kind) for kind in kinds) if clip]
+    return [video for video in (encode_video(*kind) for kind in kinds) if video]
 
 
-def encode_clip(container: str, codec: str, options: dict[str, str]) -> bytes | None:
+def encode_video(container: str, codec: str, options: dict[str, str]) -> bytes | None:
     """14 frames; None where this FFmpeg has no such encoder."""
     import av
 
@@ -168,14 +168,14 @@ def encode_clip(container: str, codec: str, options: dict[str, str]) -> bytes | 
 
 @cache
 def tar_files() -> list[bytes]:
-    """Of each kind of tar, with pictures, long names, links and a folder."""
+    """Of each kind of tar, with images, long names, links and a folder."""
     return [make_tar(file_format) for file_format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
 
 
 def make_tar(file_format: int) -> bytes:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=file_format) as tar:
-        for number, data in enumerate([*picture_files()[:5], b"", picture_files()[9]]):
+        for number, data in enumerate([*image_files()[:5], b"", image_files()[9]]):
             long = "deep/" * (20 if number == 3 else 0)
             add_member(tar, f"coco/{long}{'ä' * (number == 2)}{number}.jpg", data)
         for kind, name in ((tarfile.SYMTYPE, "link.jpg"), (tarfile.LNKTYPE, "hard.jpg"), (tarfile.DIRTYPE, "folder")):
@@ -345,20 +345,20 @@ def fit(height: int, width: int, frames: int) -> tuple[int, int]:
     return SMALL
 
 
-def run_picture(rng: random.Random) -> str:
-    data = mutate(rng, rng.choice(picture_files()), rng.choice(picture_files()))
+def run_image(rng: random.Random) -> str:
+    data = mutate(rng, rng.choice(image_files()), rng.choice(image_files()))
     if data.startswith(b"\x89PNG") and rng.random() < 0.5:
         data = correct_png(data)
-    return store("picture", data, ConversionOptions(max_pixels=rng.choice((None, None, None, 1000))))
+    return store("image", data, ConversionOptions(max_pixels=rng.choice((None, None, None, 1000))))
 
 
-def run_clip(rng: random.Random) -> str:
-    return store("clip", mutate(rng, rng.choice(clip_files()), rng.choice(clip_files())), ConversionOptions())
+def run_video(rng: random.Random) -> str:
+    return store("video", mutate(rng, rng.choice(video_files()), rng.choice(video_files())), ConversionOptions())
 
 
 def store(kind: str, data: bytes, options: ConversionOptions) -> str:
-    """Convert a picture or clip, and read what is stored."""
-    medium = "image" if kind == "picture" else "video"
+    """Convert an image or video, and read what is stored."""
+    medium = "image" if kind == "image" else "video"
     try:
         stored = convert_media(medium, "x", data, options)
     except UnusableSample as unusable:
@@ -393,9 +393,9 @@ def read_stored(medium: str, data: bytes) -> tuple[int, int]:
 def find_again(medium: str, data: bytes, error: MediaError) -> str:
     """What passes the quick check and cannot be read must not pass the thorough one."""
     try:
-        convert_media(medium, "x", data, ConversionOptions(check_pictures=True))
+        convert_media(medium, "x", data, ConversionOptions(check_images=True))
     except UnusableSample:
-        return "stored, but damaged where only --check-pictures looks"
+        return "stored, but damaged where only --check-images looks"
     raise Finding(f"stored, and training cannot read it: {error}")
 
 
@@ -453,12 +453,12 @@ def run_tar(rng: random.Random) -> str:
         for offset, size in zip(source.index.offset.tolist(), source.index.size.tolist()):
             if not 0 <= offset <= offset + size <= len(data):
                 raise Finding(f"a member at {offset} of {size} bytes in a tar of {len(data)}")
-            store("picture", data[offset : offset + size], ConversionOptions())
+            store("image", data[offset : offset + size], ConversionOptions())
     return "stored members until the damage" if source.damage else "stored members"
 
 
 def run_set(rng: random.Random) -> str:
-    """A whole data set with a damaged tar, metadata and clip: one line of error, or shards that pass --verify."""
+    """A whole data set with a damaged tar, metadata and video: one line of error, or shards that pass --verify."""
     import data_preparation
     from dct_qwen2vl.preparation.verification import verify
 
@@ -482,7 +482,7 @@ def run_set(rng: random.Random) -> str:
 
 def is_deep_damage(problem: str) -> bool:
     """What --verify finds because it decodes everything."""
-    return any(word in problem for word in ("broken_clip", "not a readable"))
+    return any(word in problem for word in ("broken_video", "not a readable"))
 
 
 def write_set(rng: random.Random, data: Path) -> None:
@@ -490,10 +490,10 @@ def write_set(rng: random.Random, data: Path) -> None:
     data.mkdir()
     names = [f"coco/{number}.jpg" for number in (0, 1, 4, 5)] + ["coco/ä2.jpg", "plain.png", "LINK.jpg"]
     entries = [entry(number, image=rng.choice(names)) for number in range(20)]
-    entries += [entry(20 + number, video="clip.mp4") for number in range(3)] + [entry(23 + n) for n in range(7)]
+    entries += [entry(20 + number, video="video.mp4") for number in range(3)] + [entry(23 + n) for n in range(7)]
     metadata = json.dumps(entries).encode()
-    files = {"a.tar": tar_files()[0], "b.tar": tar_files()[2], "clip.mp4": rng.choice(clip_files())}
-    files["plain.png"] = rng.choice(picture_files())
+    files = {"a.tar": tar_files()[0], "b.tar": tar_files()[2], "video.mp4": rng.choice(video_files())}
+    files["plain.png"] = rng.choice(image_files())
     for name in rng.sample(sorted(files), 2):
         files[name] = mutate(rng, files[name], files["a.tar"])
         files[name] = correct_tar(files[name]) if name.endswith("tar") and rng.random() < 0.7 else files[name]
@@ -511,7 +511,7 @@ def quiet() -> Any:
 
 
 RUNNERS: dict[str, Callable[[random.Random], str]] = {
-    "picture": run_picture, "clip": run_clip, "json": run_json, "tar": run_tar, "set": run_set,
+    "image": run_image, "video": run_video, "json": run_json, "tar": run_tar, "set": run_set,
 }  # fmt: skip
 
 
@@ -546,7 +546,7 @@ def work(pipe: Connection, seed: int, run: Run) -> None:
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     if run is run_input:  # before the clock runs
-        for make_files in (picture_files, clip_files, tar_files, json_files):
+        for make_files in (image_files, video_files, tar_files, json_files):
             make_files()
     pipe.send(None)
     while (number := pipe.recv()) is not None:

@@ -1,4 +1,4 @@
-"""What several test files share: a tiny Qwen2-VL and its converted forms, pictures, clips. Nothing is downloaded."""
+"""What several test files share: a tiny Qwen2-VL and its converted forms, images, videos. Nothing is downloaded."""
 
 import io
 import os
@@ -81,7 +81,7 @@ def converted(qwen2vl_directory, tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def natural_frames() -> Callable[..., np.ndarray]:
-    """natural_frames(T, H, W, seed): uint8 [T, H, W, 3] with a picture's 1/f spectrum, mostly grey, slowly moving."""
+    """natural_frames(T, H, W, seed): uint8 [T, H, W, 3] with an image's 1/f spectrum, mostly grey, slowly moving."""
 
     def draw(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:
         rng = np.random.default_rng(seed)
@@ -94,19 +94,19 @@ def natural_frames() -> Callable[..., np.ndarray]:
             moved = [
                 np.fft.ifft2(spectrum * np.exp(-2j * np.pi * (rows + 2 * columns) * t)).real for t in range(frames)
             ]
-            clip = np.stack(moved)
-            return (clip - clip.mean()) / clip.std()
+            video = np.stack(moved)
+            return (video - video.mean()) / video.std()
 
         luma, *colour = (field() for _ in range(4))
-        clip = 120 + 45 * luma[..., None] + 8 * np.stack(colour, axis=-1)
-        return clip.round().clip(0, 255).astype(np.uint8)
+        video = 120 + 45 * luma[..., None] + 8 * np.stack(colour, axis=-1)
+        return video.round().clip(0, 255).astype(np.uint8)
 
     return draw
 
 
 @pytest.fixture(scope="session")
 def image_file() -> Callable[..., bytes]:
-    """image_file(PIL image or uint8 [H, W, 3], "PNG", **options): the bytes of a picture file."""
+    """image_file(PIL image or uint8 [H, W, 3], "PNG", **options): the bytes of an image file."""
 
     def encode(image: Image.Image | np.ndarray, file_format: str, **options) -> bytes:
         stream = io.BytesIO()
@@ -118,8 +118,8 @@ def image_file() -> Callable[..., bytes]:
 
 
 @pytest.fixture(scope="session")
-def clip_file() -> Callable[..., bytes]:
-    """clip_file(uint8 [T, H, W, 3], rate): the bytes of an mp4 clip of `rate` frames a second."""
+def video_file() -> Callable[..., bytes]:
+    """video_file(uint8 [T, H, W, 3], rate): the bytes of an mp4 video of `rate` frames a second."""
     import av
 
     def encode(frames: np.ndarray, rate: int = 4) -> bytes:

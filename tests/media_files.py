@@ -1,4 +1,4 @@
-"""Pictures and clips made for the tests, as bytes of files."""
+"""Images and videos made for the tests, as bytes of files."""
 
 import io
 import struct
@@ -58,8 +58,8 @@ def insert_segment(jpeg: bytes, marker: int, content: bytes) -> bytes:
     return jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content + jpeg[2:]
 
 
-def clip_file(container: str = "mp4", codec: str = "libx264", frames: int = 12, rotation: int = 0, **options) -> bytes:
-    """A clip of 96 x 64 px (height, width): blocks of random grey levels, 8 frames a second."""
+def video_file(container: str = "mp4", codec: str = "libx264", frames: int = 12, rotation: int = 0, **options) -> bytes:
+    """A video of 96 x 64 px (height, width): blocks of random grey levels, 8 frames a second."""
     stream = io.BytesIO()
     with av.open(stream, "w", format=container) as target:
         video = target.add_stream(codec, rate=Fraction(8), width=64, height=96)

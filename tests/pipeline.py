@@ -39,10 +39,10 @@ def run(command: list[str], check: bool = True, **environment: str) -> subproces
 
 
 def prepare(folder: Path) -> Prepared:
-    """Sample data (few pictures), shards with Energon metadata, the tiny model in `x4`."""
+    """Sample data (few images), shards with Energon metadata, the tiny model in `x4`."""
     python = sys.executable
     sample, shards, model = folder / "sample", folder / "shards", folder / "tiny-x4"
-    run([python, "-m", "dct_qwen2vl.toy.sample_data", "--output-dir", str(sample), "--num-pictures", "300"])
+    run([python, "-m", "dct_qwen2vl.toy.sample_data", "--output-dir", str(sample), "--num-images", "300"])
     data = ["--data-dir", str(sample / "data"), "--output-dir", str(shards)]
     run([python, "data_preparation.py", *data, "--maxcount", "20", "--energon-prepare"])
     source = sample / "model" / "tiny-qwen2-vl"

@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from media_files import clip_file, encode, noise, quadrants
+from media_files import encode, noise, quadrants, video_file
 
 import data_preparation
 
@@ -37,12 +37,12 @@ def entry(number: int, **fields) -> dict:
     return {"id": f"id.{number}", **fields, "conversations": dialogue(f"{placeholders}Question {number}?")}
 
 
-CLIP = clip_file("mp4", "mpeg4", frames=6)
+VIDEO = video_file("mp4", "mpeg4", frames=6)
 JPEGS = {f"coco/train/{number:04d}.jpg": plain_jpeg(number) for number in range(40)}
 PNG = encode(quadrants("rgbw"), "PNG")
 TRANSPARENT = encode(quadrants("rgbw").convert("RGBA"), "PNG")
-PICTURES = {"png/a.b.png": PNG, "png/cut.png": PNG[:60], "png/clear.png": TRANSPARENT}
-CLIPS = {"clips/one.mp4": CLIP, "clips/cut.mp4": CLIP[:-500], "clips/none.mp4": b"no clip"}
+IMAGES = {"png/a.b.png": PNG, "png/cut.png": PNG[:60], "png/clear.png": TRANSPARENT}
+VIDEOS = {"videos/one.mp4": VIDEO, "videos/cut.mp4": VIDEO[:-500], "videos/none.mp4": b"no video"}
 # The entries of the small data set, and why some of them are skipped.
 GOOD = [
     *(entry(number, image=name, source="coco") for number, name in enumerate(JPEGS, 100)),
@@ -50,7 +50,7 @@ GOOD = [
     entry(21, image="png/a.b.png"),
     entry(22, image=["coco/train/0001.jpg", "./png/a.b.png"]),
     entry(23, image="folder/plain.jpg"),
-    entry(24, video="clips/one.mp4"),
+    entry(24, video="videos/one.mp4"),
     entry(25),
     entry(26, note="Grüße, 世界 😀"),
     entry(27, image=None),
@@ -63,8 +63,8 @@ BAD = [
     ("broken_image", entry(32, image="png/cut.png")),
     ("broken_image", entry(33, image="coco/cut.jpg")),
     ("broken_image", entry(34, image="coco/empty.jpg")),
-    ("broken_clip", entry(35, video="clips/cut.mp4")),
-    ("broken_clip", entry(36, video="clips/none.mp4")),
+    ("broken_video", entry(35, video="videos/cut.mp4")),
+    ("broken_video", entry(36, video="videos/none.mp4")),
     ("unsafe_path", entry(37, image="../coco/train/0001.jpg")),
     ("unsafe_path", entry(38, image="/etc/hostname")),
     ("no_conversations", {"id": "id.39", "image": "coco/train/0001.jpg"}),
@@ -85,7 +85,7 @@ def make_small_set(folder: Path, name: str = "cambrian737k.json") -> Path:
     (folder / "folder").mkdir(parents=True)
     (folder / "folder" / "plain.jpg").write_bytes(plain_jpeg(99))
     write_tar(folder / "coco.tar", {**JPEGS, "coco/cut.jpg": plain_jpeg()[:-300], "coco/empty.jpg": b""})
-    write_tar(folder / "other.tar", {f"./{name}": data for name, data in {**PICTURES, **CLIPS}.items()})
+    write_tar(folder / "other.tar", {f"./{name}": data for name, data in {**IMAGES, **VIDEOS}.items()})
     bad = [item for _, item in BAD]
     entries = [item for pair in zip(GOOD, bad, strict=False) for item in pair] + GOOD[len(bad) :]
     write_entries(folder / name, entries)

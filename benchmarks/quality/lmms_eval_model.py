@@ -4,8 +4,8 @@
         --model_args pretrained=Qwen2-VL-2B-Instruct-x4,max_pixels=1003520 --batch_size 8 --output_path results
 
 All flags are lmms-eval's (written against 0.7.3). `pretrained` may be any Qwen2-VL directory, of pixels or of DCT
-tokens. Media are read as in training (media_encoder.py). lmms-eval's own `qwen2_vl` turns pictures into JPEGs of
-quality 85 first, which would blur the detail that is to be measured. Tasks hand over pictures decoded; a large JPEG is
+tokens. Media are read as in training (media_encoder.py). lmms-eval's own `qwen2_vl` turns images into JPEGs of
+quality 85 first, which would blur the detail that is to be measured. Tasks hand over images decoded; a large JPEG is
 thus scaled down from its whole size, where training with DCT tokens has libjpeg decode less of it. See
 docs/real_models.md.
 """
@@ -26,7 +26,7 @@ MAX_NEW_TOKENS = 128  # where a task says nothing
 class Qwen2VLWithDCT(lmms):
     """A Qwen2-VL directory, answered greedily by answering.Answerer.
 
-    min_pixels, max_pixels: of a picture or frame; None for the checkpoint's. video_fps, video_max_frames: see
+    min_pixels, max_pixels: of an image or frame; None for the checkpoint's. video_fps, video_max_frames: see
     `media.VideoSampling`. Raises ValueError for arguments that it has not.
     """
 

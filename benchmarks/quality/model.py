@@ -68,7 +68,7 @@ def build_config(size: ModelSize, num_coefficients: int) -> Qwen2VLConfig:
 
 
 def build_model(size: ModelSize, num_coefficients: int, seed: int) -> Qwen2VLForConditionalGeneration:
-    """Weights are drawn by `seed`, the patch embedding last: all others are the same in every arm."""
+    """Weights are drawn by `seed`, the patch embedding last: all others are the same in every variant."""
     torch.manual_seed(seed)
     model = Qwen2VLForConditionalGeneration(build_config(size, 1))
     for name, parameter in model.named_parameters():
@@ -99,7 +99,7 @@ def zero_columns(model: Qwen2VLForConditionalGeneration, columns: torch.Tensor) 
 @torch.no_grad()
 def scale_patch_embedding(model: Qwen2VLForConditionalGeneration, tokens: torch.Tensor) -> None:
     """Scales a drawn patch embedding so that it gives the `tokens` [..., K] a mean square of 1: whatever the units of
-    an arm, the vision tower starts from values of the same size."""
+    a variant, the vision tower starts from values of the same size."""
     weight = model.visual.patch_embed.proj.weight
     outputs = tokens.flatten(0, -2).to(weight) @ weight.flatten(1).T
     weight /= outputs.square().mean().sqrt()

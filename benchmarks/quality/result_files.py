@@ -15,6 +15,8 @@ from dct_qwen2vl.common.locks import flock
 
 SUFFIX = ".jsonl"
 
+OLD_NAMES = {"arm": "variant", "pictures": "images", "by_picture": "by_image"}
+
 Result = dict[str, Any]  # of a run: what its line holds; always with `name`
 
 
@@ -40,6 +42,15 @@ def parse_line(line: str, where: str) -> Result:
         result = None
     if not isinstance(result, dict) or not isinstance(result.get("name"), str):
         raise ValueError(f"{where} is not a result: expected a JSON object with a name")
+    return with_new_names(result)
+
+
+def with_new_names(result: Result) -> Result:
+    """A result whose fields have today's names, whatever version wrote it."""
+    if not OLD_NAMES.keys().isdisjoint(result):
+        result = {OLD_NAMES.get(name, name): value for name, value in result.items()}
+    for part in {"settings", "classifier"} & result.keys():
+        result[part] = {OLD_NAMES.get(name, name): value for name, value in result[part].items()}
     return result
 
 

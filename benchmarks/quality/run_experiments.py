@@ -5,13 +5,14 @@
 The suite `warm` writes results/warm.jsonl; --output FILE.jsonl names the file itself. Runs that are finished in the
 file, or in any result file of the output folder, are not done again. So the same command continues after a stop; an
 unfinished run begins again and its line is replaced. A run that fails is named on stderr and the others go on.
---part 1/4 ... 4/4 spread a suite over devices; runs that start from the same model stay together. --tasks, --arms and
+--part 1/4 ... 4/4 spread a suite over devices; runs that start from the same model stay together. --tasks, --variants
+and
 --seeds select runs; the base models that they start from are always included.
 
 --jobs N does N runs at once, each in a process of its own. On a GPU two hide each other's start and tests; more bring
 something only under NVIDIA MPS (nvidia-cuda-mps-control -d), where four do 1.3 times the steps
-(docs/experiment_log.md). Times of such runs say nothing about an arm: they are marked, and compare.py takes times from
-runs that had the device to themselves, as with --jobs 1.
+(docs/experiment_log.md). Times of such runs say nothing about a variant: they are marked, and compare.py takes times
+from runs that had the device to themselves, as with --jobs 1.
 """
 
 import argparse
@@ -44,11 +45,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, help="of each run (default: the suite's)")
     add("--part", default="1/1", metavar="I/N", help="do the I-th of N parts of the suite")
     add("--tasks", nargs="+", metavar="TASK", help="only these (default: all of the suite)")
-    add("--arms", nargs="+", metavar="ARM", help="only these (default: all of the suite)")
+    add("--variants", nargs="+", metavar="VARIANT", help="only these (default: all of the suite)")
     add("--seeds", nargs="+", type=int, metavar="SEED", help="only these (default: all of the suite)")
     add("--batch", type=int, help="samples of a step (default: the suite's)")
     add("--tuning-rate", type=float, help="learning rate of fine-tuning (default: the suite's)")
-    add("--tiny", action="store_true", help="small pictures, models and tests, to try everything on a CPU")
+    add("--tiny", action="store_true", help="small images, models and tests, to try everything on a CPU")
     arguments = parser.parse_args(argv)
     try:
         part, parts = (int(number) for number in arguments.part.split("/"))
@@ -210,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     if (rate := arguments.tuning_rate) is not None:
         runs = [replace(settings, learning_rate=rate) if settings.start_from else settings for settings in runs]
     try:
-        runs = chosen(runs, {"task": arguments.tasks, "arm": arguments.arms, "seed": arguments.seeds})
+        runs = chosen(runs, {"task": arguments.tasks, "variant": arguments.variants, "seed": arguments.seeds})
         runs = to_do(part_of(runs, *arguments.part), output)
     except ValueError as error:
         print(f"run_experiments.py: {error}", file=sys.stderr)

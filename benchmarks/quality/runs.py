@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.quality.analysis.scoring import accuracies, by_level, by_picture
+from benchmarks.quality.analysis.scoring import accuracies, by_image, by_level
 from benchmarks.quality.result_files import Output, Result
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.tasks.registry import make_task
@@ -84,8 +84,10 @@ def prepare(settings: Settings, output: Output, device: torch.device, graphs: bo
     """Model, data and, on CUDA, the captured step of a run."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    if settings.save and settings.arm not in STARTS:
-        raise ValueError(f"a model of arm {settings.arm} cannot be saved to start from: choose {' or '.join(STARTS)}")
+    if settings.save and settings.variant not in STARTS:
+        raise ValueError(
+            f"a model of variant {settings.variant} cannot be saved to start from: choose {' or '.join(STARTS)}"
+        )
     trainer = Trainer(settings, device, start_weights(settings, output))
     if device.type == "cuda" and graphs:
         capture(trainer)
@@ -95,7 +97,7 @@ def prepare(settings: Settings, output: Output, device: torch.device, graphs: bo
 def done(settings: Settings, output: Output, model_needed: bool) -> Result | None:
     """The result of a run that need not be done again: it is finished and, where it is needed, its model is there.
 
-    Raises ValueError for a result of a task whose pictures are drawn otherwise now.
+    Raises ValueError for a result of a task whose images are drawn otherwise now.
     """
     result = output.finished(settings.name)
     if result is None or (model_needed and not output.model(settings.name).is_file()):
@@ -130,7 +132,7 @@ def start_weights(settings: Settings, output: Output) -> dict[str, torch.Tensor]
         return None
     path = output.model(settings.start_from)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run the arm pixels or exact there with --save first")
+        raise FileNotFoundError(f"{path} is missing: run the variant pixels or exact there with --save first")
     return torch.load(path, weights_only=True)
 
 
@@ -158,7 +160,7 @@ def describe(trainer: Trainer, commit: str, alone: bool) -> Result:
 
 
 def curve_point(trainer: Trainer, step: int, seconds: float, loss: float | None) -> dict[str, Any]:
-    """An evaluation during training. seconds: of training, drawing of pictures included. loss: None before training."""
+    """An evaluation during training. seconds: of training, drawing of images included. loss: None before training."""
     measured = accuracies(*trainer.test(trainer.settings.probe), trainer.task.hard)
     return {"step": step, "seconds": seconds, "loss": loss, **measured}
 
@@ -169,7 +171,7 @@ def finish(trainer: Trainer, result: Result, spent: "Spent") -> None:
         right, level = trainer.test(trainer.settings.test)
     result.update(accuracies(right, level, trainer.task.hard))
     result["by_level"] = by_level(right, level)
-    result["by_picture"] = by_picture(right, level, trainer.task.hard)
+    result["by_image"] = by_image(right, level, trainer.task.hard)
     with spent.on("generation"):
         result["generation"] = trainer.test_generation(trainer.settings.generated)
     result["finished"] = True

@@ -38,17 +38,17 @@ class Settings:
     """All that decides a run's result, beside the device.
 
     knobs: fields of the task that differ from its defaults. batch: samples of a step. patch: side of the pixel model's
-    patches; the blocks of all arms go with it, and the vision width should: 320 is to the 294 floats that `x4` then has
-    of a still what Qwen2-VL's 1280 is to 1176, so that no patch embedding must lose any. probe, test, fit: pictures
-    tested during training, after it, and on which arms measure scales and bases. generated: of `test`, also answered by
-    real generation. start_from: name of a run of arm `pixels` or `exact` in the same folder that saved its model
-    (`save`): a model of pixels either way, whose patch embedding is folded or kept. unseen: how, without a start,
-    weights of floats begin that a pixel model's patch would not show of the block: "zero", as folding leaves them, or
-    "random", as the others.
+    patches; the blocks of all variants go with it, and the vision width should: 320 is to the 294 floats that `x4` then
+    has of a still what Qwen2-VL's 1280 is to 1176, so that no patch embedding must lose any. probe, test, fit: images
+    tested during training, after it, and on which variants measure scales and bases. generated: of `test`, also
+    answered by real generation. start_from: name of a run of variant `pixels` or `exact` in the same folder that saved
+    its model (`save`): a model of pixels either way, whose patch embedding is folded or kept. unseen: how, without a
+    start, weights of floats begin that a pixel model's patch would not show of the block: "zero", as folding leaves
+    them, or "random", as the others.
     """
 
     task: str = "reading"
-    arm: str = "x4"
+    variant: str = "x4"
     seed: int = 0
     steps: int = 2000
     batch: int = 256
@@ -69,8 +69,10 @@ class Settings:
     @property
     def name(self) -> str:
         """Of the run's files."""
-        digest = blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=4).hexdigest()
-        return f"{self.task}_{self.arm}_seed{self.seed}_{digest}"
+        values = asdict(self)
+        values["arm"] = values.pop("variant")  # the field's first name: finished results keep their names
+        digest = blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4).hexdigest()
+        return f"{self.task}_{self.variant}_seed{self.seed}_{digest}"
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up over a twentieth of all steps, then half a cosine to a hundredth."""

@@ -22,7 +22,7 @@ BUDGETS = ("quarter", "x4", "exact", "sixteenth", "x16", "pixels")
 # Steps of the pixel model of each task, after which little is left to gain for images (docs/experiment_log.md); videos
 # were not tried.
 STILLS = {"texture": 1000, "words": 2000, "numbers": 4000, "counting": 1500, "odd-one": 4000, "chart": 1000}
-CLIPS = {"motion": 1500, "order": 2000, "flashes": 2000, "ticker": 4000}
+VIDEOS = {"motion": 1500, "order": 2000, "flashes": 2000, "ticker": 4000}
 TUNING_RATE = 2e-3  # of fine-tuning; docs/experiment_log.md has what `rates` said
 HIGHEST_RATE = 4e-3  # at which reading still gains; other tasks break
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -54,43 +54,45 @@ class Plan:
         return replace(settings, batch=self.batch or settings.batch, **changes)
 
 
-def _runs(base: Settings, arms: tuple[str, ...], seeds: tuple[int, ...] = SEEDS) -> tuple[Settings, ...]:
-    """Those of arm `exact` keep their model, from which others start."""
-    return tuple(replace(base, arm=arm, seed=seed, save=arm == "exact") for seed in seeds for arm in arms)
+def _runs(base: Settings, variants: tuple[str, ...], seeds: tuple[int, ...] = SEEDS) -> tuple[Settings, ...]:
+    """Those of variant `exact` keep their model, from which others start."""
+    return tuple(
+        replace(base, variant=variant, seed=seed, save=variant == "exact") for seed in seeds for variant in variants
+    )
 
 
 def _warm(
     base: Settings,
-    arms: tuple[str, ...],
+    variants: tuple[str, ...],
     seeds: tuple[int, ...] = SEEDS,
     start_seeds: tuple[int, ...] | None = None,
     **changes: Any,
 ) -> tuple[Settings, ...]:
-    """Models of pixels, trained from scratch as arm `exact`; then each arm, started from them in turn and trained at
-    TUNING_RATE, and with `changes`, the seeds of an arm one after the other."""
+    """Models of pixels, trained from scratch as variant `exact`; then each variant, started from them in turn and
+    trained at TUNING_RATE, and with `changes`, the seeds of a variant one after the other."""
     starts = _runs(base, ("exact",), start_seeds or seeds)
     changes = {"learning_rate": TUNING_RATE, "save": False, **changes}
     tuned = (
-        replace(start, arm=arm, seed=seed, start_from=start.name, **changes)
-        for arm in arms
+        replace(start, variant=variant, seed=seed, start_from=start.name, **changes)
+        for variant in variants
         for seed, start in zip(seeds, cycle(starts))
     )
     return (*starts, *tuned)
 
 
 def first(plan: Plan) -> tuple[Settings, ...]:
-    """From scratch: does x4 read better than a picture of half the sides, at equal tokens and steps? With controls."""
+    """From scratch: does x4 read better than an image of half the sides, at equal tokens and steps? With controls."""
     return _runs(plan.base(), (*CORE, *CONTROLS))
 
 
 def warm(plan: Plan) -> tuple[Settings, ...]:
-    """What users of pretrained weights do: a pixel model is trained, folded to each arm, and fine-tuned."""
+    """What users of pretrained weights do: a pixel model is trained, folded to each variant, and fine-tuned."""
     return _warm(plan.base(), (*CORE, "x4-corner"))
 
 
 def real(plan: Plan) -> tuple[Settings, ...]:
-    """As warm, with Qwen2-VL's patches, the presets themselves and its vision width, in pictures twice as wide. Each
-    arm is fine-tuned three times from one pixel model, which takes longest."""
+    """As warm, with Qwen2-VL's patches, the presets themselves and its vision width, in images twice as wide. Each
+    variant is fine-tuned three times from one pixel model, which takes longest."""
     base = plan.base(patch=14, knobs=WIDE)
     wide = base.size if plan.tiny else replace(base.size, vision_width=1280)
     return _warm(replace(base, size=wide), CORE, start_seeds=SEEDS[:1])
@@ -123,23 +125,23 @@ def tokens(plan: Plan) -> tuple[Settings, ...]:
 
 
 def _at_rates(
-    plan: Plan, arms: tuple[str, ...], rates: tuple[float, ...], seeds: tuple[int, ...]
+    plan: Plan, variants: tuple[str, ...], rates: tuple[float, ...], seeds: tuple[int, ...]
 ) -> tuple[Settings, ...]:
-    """Each arm fine-tuned at each rate."""
-    return tuple(run for rate in rates for run in _warm(plan.base(), arms, seeds, learning_rate=rate))
+    """Each variant fine-tuned at each rate."""
+    return tuple(run for rate in rates for run in _warm(plan.base(), variants, seeds, learning_rate=rate))
 
 
 def rates(plan: Plan) -> tuple[Settings, ...]:
-    """Is the learning rate of fine-tuning fair to all? Each of the core arms at four rates, one seed."""
+    """Is the learning rate of fine-tuning fair to all? Each of the core variants at four rates, one seed."""
     return _at_rates(plan, CORE, RATES, SEEDS[:1])
 
 
-def _by_task(plan: Plan, tasks: dict[str, int], arms: tuple[str, ...]) -> tuple[Settings, ...]:
-    """Each task: one pixel model, from which each arm is fine-tuned with every seed."""
+def _by_task(plan: Plan, tasks: dict[str, int], variants: tuple[str, ...]) -> tuple[Settings, ...]:
+    """Each task: one pixel model, from which each variant is fine-tuned with every seed."""
     runs: list[Settings] = []
     for task, steps in tasks.items():
         start = plan.base(task, steps=min(steps, 2 * plan.steps))
-        runs += _warm(start, arms, start_seeds=SEEDS[:1], steps=plan.steps)
+        runs += _warm(start, variants, start_seeds=SEEDS[:1], steps=plan.steps)
     return tuple(runs)
 
 
@@ -149,26 +151,26 @@ def gains(plan: Plan) -> tuple[Settings, ...]:
 
 
 def stills(plan: Plan) -> tuple[Settings, ...]:
-    """All tasks of pictures but reading, each fine-tuned three times from one pixel model."""
+    """All tasks of images but reading, each fine-tuned three times from one pixel model."""
     return _by_task(plan, STILLS, CORE)
 
 
-def clips(plan: Plan) -> tuple[Settings, ...]:
-    """All tasks of clips, each fine-tuned three times from one pixel model. x4 spends floats on stills: should it?"""
-    return _by_task(plan, CLIPS, (*CORE, "x4-variance"))
+def videos(plan: Plan) -> tuple[Settings, ...]:
+    """All tasks of videos, each fine-tuned three times from one pixel model. x4 spends floats on stills: should it?"""
+    return _by_task(plan, VIDEOS, (*CORE, "x4-variance"))
 
 
 def cost(plan: Plan) -> tuple[Settings, ...]:
-    """Time and memory of a step, each arm with the device to itself: for `--jobs 1`."""
-    from benchmarks.quality.arms import ARMS
+    """Time and memory of a step, each variant with the device to itself: for `--jobs 1`."""
+    from benchmarks.quality.variants import VARIANTS
 
     short = replace(plan, steps=min(COST_STEPS, plan.steps))
-    return tuple(replace(short.base(arm=arm), **COST) for arm in ARMS)
+    return tuple(replace(short.base(variant=variant), **COST) for variant in VARIANTS)
 
 
 SUITES: dict[str, Callable[[Plan], tuple[Settings, ...]]] = {
     suite.__name__: suite
-    for suite in (warm, real, first, fidelity, speed, speed_rates, formats, tokens, rates, gains, stills, clips, cost)
+    for suite in (warm, real, first, fidelity, speed, speed_rates, formats, tokens, rates, gains, stills, videos, cost)
 }
 STEPS = dict.fromkeys(SUITES, 3000)
-STEPS |= {"speed": 1500, "speed_rates": 1500, "stills": 2000, "clips": 2000, "real": 2000}
+STEPS |= {"speed": 1500, "speed_rates": 1500, "stills": 2000, "videos": 2000, "real": 2000}

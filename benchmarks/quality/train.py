@@ -1,6 +1,6 @@
-"""Trains one arm on one task from one seed, and writes what came out as one line of a result file.
+"""Trains one variant on one task from one seed, and writes what came out as one line of a result file.
 
-    python -m benchmarks.quality.train --task reading --arm x4 --seed 0 --steps 2000 --output results
+    python -m benchmarks.quality.train --task reading --variant x4 --seed 0 --steps 2000 --output results
 
 The line goes to results/train.jsonl; --output FILE.jsonl names the file itself. A finished run is skipped. Steps,
 samples and their order depend on the settings alone; on a CUDA device the step is captured in a CUDA graph
@@ -20,7 +20,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add, default = parser.add_argument, Settings()
     add_run_flags(parser, experiment="train")
     add("--task", default=default.task, help="(default: %(default)s)")
-    add("--arm", default=default.arm, help="(default: %(default)s)")
+    add("--variant", default=default.variant, help="(default: %(default)s)")
     add("--seed", type=int, default=default.seed, help="of weights and samples (default: %(default)s)")
     add("--steps", type=int, default=default.steps, help="(default: %(default)s)")
     add("--batch", type=int, default=default.batch, help="samples of a step (default: %(default)s)")
@@ -33,7 +33,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         add(f"--{part}", type=int, nargs=2, default=(width, layers), metavar=("WIDTH", "LAYERS"), help=text)
     add("--test", type=int, default=default.test, help="samples tested at the end (default: %(default)s)")
     add("--unseen", choices=("zero", "random"), default=default.unseen, help="see Settings (default: %(default)s)")
-    add("--start-from", metavar="RUN", help="name of a run of arm pixels or exact in the output folder, with --save")
+    add(
+        "--start-from", metavar="RUN", help="name of a run of variant pixels or exact in the output folder, with --save"
+    )
     add("--save", action="store_true", help="keep the trained model beside the result")
     return parser.parse_args(argv)
 
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
     settings = Settings(
         task=arguments.task,
-        arm=arguments.arm,
+        variant=arguments.variant,
         seed=arguments.seed,
         steps=arguments.steps,
         batch=arguments.batch,

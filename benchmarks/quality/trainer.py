@@ -1,4 +1,4 @@
-"""Trains a model on a task through an arm, on one device.
+"""Trains a model on a task through a variant, on one device.
 
 Letters used for shapes: B samples, N tokens of the vision tower, K floats of a token, A tokens of the answer, S scored
 ones among them.
@@ -16,7 +16,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.quality.analysis.scoring import share
-from benchmarks.quality.arms import FRAMES, Arm, Encoder, make_arm, unfold_patch_embedding
 from benchmarks.quality.model import (
     PLAIN,
     Layout,
@@ -31,10 +30,11 @@ from benchmarks.quality.model import (
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.tasks.cells import NOT_SCORED
 from benchmarks.quality.tasks.registry import Source, make_task
+from benchmarks.quality.variants import FRAMES, Encoder, Variant, make_variant, unfold_patch_embedding
 from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING
 from dct_qwen2vl.dct.folding import fold_patch_embedding
 
-STARTS = ("pixels", "exact")  # arms whose models others can start from
+STARTS = ("pixels", "exact")  # variants whose models others can start from
 DRAWN_AT_ONCE = 64  # test samples; which they are depends on it
 TESTED_AT_ONCE = 256
 GENERATE_AT_ONCE = 16  # samples; the stock vision tower compares all patches of a batch with each other
@@ -52,8 +52,8 @@ class Trainer:
         self.task = make_task(settings.task, settings.knobs)
         self.source = Source(self.task, self.device)
         weight = None if start is None else pixel_embedding(start, settings.patch)
-        arm = make_arm(settings.arm, settings.patch, weight)
-        self.encoder = Encoder(arm, (self.task.size, self.task.size), self.task.frames, self.device)
+        variant = make_variant(settings.variant, settings.patch, weight)
+        self.encoder = Encoder(variant, (self.task.size, self.task.size), self.task.frames, self.device)
         self.encoder.fit(self._fit_frames())
         example = self.encoder.encode(next(self._fit_frames()))
         self.live_floats = int((example.flatten(0, 1).std(dim=0) > 1e-6).sum())
@@ -80,7 +80,7 @@ class Trainer:
                 zero_columns(model, ~self.encoder.in_patch(self.settings.patch, self.num_floats))
             scale_patch_embedding(model, example)
         else:
-            embedding = start_embedding(self.encoder.arm, weight).to(self.device)
+            embedding = start_embedding(self.encoder.variant, weight).to(self.device)
             set_patch_embedding(model, embedding)
             model.load_state_dict({**start, PATCH_EMBEDDING: embedding})
         model.generation_config.eos_token_id = model.config.eos_token_id
@@ -88,9 +88,12 @@ class Trainer:
         return model
 
     def pixel_state(self) -> dict[str, torch.Tensor]:
-        """The weights, on the CPU, of what is a model of pixels in the arms STARTS: in `exact` with its patch embedding
-        over normalised pixels again."""
-        config, state = self.encoder.arm.config, {name: value.cpu() for name, value in self.model.state_dict().items()}
+        """The weights, on the CPU, of what is a model of pixels in the variants STARTS: in `exact` with its patch
+        embedding over normalised pixels again."""
+        config, state = (
+            self.encoder.variant.config,
+            {name: value.cpu() for name, value in self.model.state_dict().items()},
+        )
         embedding = state[PATCH_EMBEDDING]
         if config is not None:
             embedding = unfold_patch_embedding(embedding, config)
@@ -276,13 +279,15 @@ def pixel_embedding(state: dict[str, torch.Tensor], patch: int) -> torch.Tensor:
     return state[PATCH_EMBEDDING].reshape(-1, 3, FRAMES, patch, patch).cpu()
 
 
-def start_embedding(arm: Arm, weight: torch.Tensor) -> torch.Tensor:
-    """The pixel model's patch embedding as an arm reads its tokens: [E, K, 1, 1, 1]. Raises ValueError for an arm that
-    it cannot be carried over to."""
-    if arm.config is not None:
-        return fold_patch_embedding(weight, arm.config, tuple(weight.shape[2:]))
-    if arm.scaling != "clip":
-        raise ValueError(f"arm {arm.name} cannot start from a pixel model: choose pixels, quarter or a DCT arm")
+def start_embedding(variant: Variant, weight: torch.Tensor) -> torch.Tensor:
+    """The pixel model's patch embedding as a variant reads its tokens: [E, K, 1, 1, 1]. Raises ValueError for a variant
+    that it cannot be carried over to."""
+    if variant.config is not None:
+        return fold_patch_embedding(weight, variant.config, tuple(weight.shape[2:]))
+    if variant.scaling != "clip":
+        raise ValueError(
+            f"variant {variant.name} cannot start from a pixel model: choose pixels, quarter or a DCT variant"
+        )
     return weight.reshape(len(weight), -1, 1, 1, 1)
 
 

@@ -6,7 +6,7 @@ The same generated raw data (tars of 640x480 photographs, conversations of two t
 round after round; a table shows images a second, and the median over the rounds of how many times faster ours is.
 
     ours         data_preparation.py with its defaults, without the report: from the raw data to the last fsync
-    plain        what a user would write: extract the tars to disk, open every picture with PIL, convert to RGB,
+    plain        what a user would write: extract the tars to disk, open every image with PIL, convert to RGB,
                  encode as JPEG in a multiprocessing.Pool, webdataset.ShardWriter
     copy         the same media and JSON text into tars of 1,000, from a list of their places that is made beforehand:
                  nothing is parsed, checked, shuffled or hashed; one process
@@ -16,7 +16,7 @@ round after round; a table shows images a second, and the median over the rounds
 Three mixes: 90 % JPEG and 10 % PNG; all PNG, half as many; all JPEG, four times as many, since copying is so quick, and
 without the plain way. What a way's first process imports is not timed; the page cache is warm, and flushed before every
 way. Peak memory: proportional set size (smaps_rollup) of all processes of a run over
-700,000 entries in 600 MB of metadata and one tar of very small pictures, so that next to none of it is pictures.
+700,000 entries in 600 MB of metadata and one tar of very small images, so that next to none of it is images.
 """
 
 import argparse
@@ -45,14 +45,14 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEIGHT, WIDTH = 480, 640
-DIFFERENT = 48  # pictures; each file has a comment of its own, so that no two are the same
+DIFFERENT = 48  # images; each file has a comment of its own, so that no two are the same
 TARS = 4
 PER_SHARD = 1000
 WAYS = ("ours", "plain", "copy", "copy synced", "copies", "copies synced")
 
 
 class Mix(NamedTuple):
-    """jpeg_share: of the pictures; images: times --images; bar: how many times as fast as `way` ours shall be."""
+    """jpeg_share: of the images; images: times --images; bar: how many times as fast as `way` ours shall be."""
 
     jpeg_share: float
     images: float
@@ -72,14 +72,14 @@ ANSWER = "It shows a building behind a lake, and some trees; the light comes fro
 # Raw data
 
 
-def draw_pictures(count: int, seed: int) -> Iterator["Image.Image"]:
+def draw_images(count: int, seed: int) -> Iterator["Image.Image"]:
     """Views of photographs that installed packages carry, each another part at another scale."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(seed)
-    photographs = [Image.fromarray(picture) for picture in load_sample_images().images]
+    photographs = [Image.fromarray(image) for image in load_sample_images().images]
     for number in range(count):
         photograph = photographs[number % len(photographs)]
         width = int(rng.uniform(0.7, 1) * photograph.width)
@@ -90,14 +90,14 @@ def draw_pictures(count: int, seed: int) -> Iterator["Image.Image"]:
         yield Image.fromarray((np.asarray(view) + noise).round().clip(0, 255).astype(np.uint8))
 
 
-def encode(picture: "Image.Image", file_format: str) -> bytes:
+def encode(image: "Image.Image", file_format: str) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, file_format, **({"quality": 90} if file_format == "JPEG" else {}))
+    image.save(stream, file_format, **({"quality": 90} if file_format == "JPEG" else {}))
     return stream.getvalue()
 
 
 def add_comment(data: bytes, text: bytes) -> bytes:
-    """The same picture in another file: with a JPEG comment or a PNG text chunk."""
+    """The same image in another file: with a JPEG comment or a PNG text chunk."""
     if data.startswith(b"\xff\xd8"):
         return data[:2] + b"\xff\xfe" + struct.pack(">H", len(text) + 2) + text + data[2:]
     chunk = b"tEXtComment\0" + text
@@ -118,7 +118,7 @@ def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def make_raw_data(folder: Path, images: int, jpeg_share: float, encoded: dict[str, list[bytes]], seed: int) -> None:
-    """`images` entries, each with a picture of its own, in TARS tars."""
+    """`images` entries, each with an image of its own, in TARS tars."""
     folder.mkdir(parents=True)
     rng, entries = random.Random(seed), []
     for source in range(TARS):
@@ -168,7 +168,7 @@ def run_plain(data: Path, output: Path, workers: int) -> None:
 
 
 def list_places(data: Path) -> list[list[tuple[str, int, int, bytes]]]:
-    """(tar, offset, size, JSON text) of every picture, in lists of PER_SHARD."""
+    """(tar, offset, size, JSON text) of every image, in lists of PER_SHARD."""
     entries = {entry["image"]: entry for entry in json.loads((data / "cambrian737k.json").read_text())}
     places = []
     for path in sorted(data.glob("*.tar")):
@@ -255,7 +255,7 @@ def time_in_process(way: str, data: Path, output: Path, workers: int) -> float:
 
 def compare_ways(folder: Path, arguments: argparse.Namespace) -> dict[str, dict]:
     """Time all ways on all mixes; prints the tables."""
-    drawn = list(draw_pictures(DIFFERENT, arguments.seed))
+    drawn = list(draw_images(DIFFERENT, arguments.seed))
     encoded = {file_format: [encode(image, file_format) for image in drawn] for file_format in ("JPEG", "PNG")}
     results = {}
     for name, mix in MIXES.items():
@@ -292,7 +292,7 @@ def describe_mix(name: str, images: int, size: float, rounds: list[dict[str, flo
 
 
 def make_large_metadata(folder: Path, entries: int, size: int, jpeg: bytes) -> None:
-    """`entries` entries in about `size` bytes, and a tar with a very small picture for each."""
+    """`entries` entries in about `size` bytes, and a tar with a very small image for each."""
     folder.mkdir(parents=True)
     blank = len(json.dumps(make_entry(f"coco/train2017/{0:012d}.jpg", 0, "")))
     answer = (ANSWER * (size // entries // len(ANSWER) + 1))[: max(1, size // entries - blank)]

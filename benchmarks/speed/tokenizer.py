@@ -6,14 +6,14 @@ Every case gives all its ways the same input and the same output size in pixels.
 a table shows each way's median time and the median over the rounds of (its time / ours): how many times faster ours is.
 
     image array     uint8 [448, 448, 3] in memory
-    clip array      16 of them
-    clip planes     the same 16 frames as 4:2:0 planes; the others need RGB
+    video array      16 of them
+    video planes     the same 16 frames as 4:2:0 planes; the others need RGB
     jpeg 2x, 4x     a file of 896 x 896 and of 1792 x 1792 pixels, to 448 x 448
     video dense     an H.264 file of 16 frames, 896 x 1344, all of them to 448 x 672
     video sparse    8 s at 24 frames a second, 16 frames of it: the decoder has to go through them all
 
-slow and fast are Qwen2VLImageProcessor and its Fast twin, files read by Pillow and by PyAV as rgb24. The picture
-is scikit-learn's china.jpg, mirrored at its borders to fill the size; in clips a window wanders over it.
+slow and fast are Qwen2VLImageProcessor and its Fast twin, files read by Pillow and by PyAV as rgb24. The image
+is scikit-learn's china.jpg, mirrored at its borders to fill the size; in videos a window wanders over it.
 
 Peak memory: growth of the process over 64 frames of 448 x 448, in a process of its own. On a machine with a CUDA device
 the transform of 1080p frames there is timed against copying the pixels to it.
@@ -40,7 +40,7 @@ GPU_FRAME = (1120, 2016)  # 1080 x 1920, rounded up to what all presets take
 Ways = dict[str, Callable[[], object]]
 
 
-def picture(height: int, width: int) -> np.ndarray:
+def image(height: int, width: int) -> np.ndarray:
     """A photograph, mirrored at its borders, uint8 [height, width, 3]."""
     from sklearn.datasets import load_sample_image
 
@@ -49,9 +49,9 @@ def picture(height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(np.pad(photograph, [*padding, (0, 0)], mode="symmetric")[:height, :width])
 
 
-def clip(frames: int, height: int, width: int, step: int = 3) -> np.ndarray:
-    """A window that wanders over a larger picture, uint8 [frames, height, width, 3]."""
-    scene = picture(height + frames * step, width + 2 * frames * step)
+def video(frames: int, height: int, width: int, step: int = 3) -> np.ndarray:
+    """A window that wanders over a larger image, uint8 [frames, height, width, 3]."""
+    scene = image(height + frames * step, width + 2 * frames * step)
     windows = [scene[n * step : n * step + height, 2 * n * step : 2 * n * step + width] for n in range(frames)]
     return np.stack(windows)
 
@@ -60,7 +60,7 @@ def jpeg_file(side: int) -> bytes:
     from PIL import Image
 
     stream = io.BytesIO()
-    Image.fromarray(picture(side, side)).save(stream, "JPEG", quality=90)
+    Image.fromarray(image(side, side)).save(stream, "JPEG", quality=90)
     return stream.getvalue()
 
 
@@ -73,7 +73,7 @@ def video_file(frames: int) -> bytes:
         stream = container.add_stream("libx264", rate=24, options={"preset": "veryfast"})
         stream.height, stream.width = VIDEO_SIZE
         stream.pix_fmt = "yuv420p"
-        for frame in clip(frames, *VIDEO_SIZE, step=1):
+        for frame in video(frames, *VIDEO_SIZE, step=1):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return data.getvalue()
@@ -103,17 +103,17 @@ def processors(pixels: int) -> dict:
 
 def array_cases() -> dict[str, Ways]:
     ways = processors(SIDE * SIDE)
-    photograph, frames = picture(SIDE, SIDE), list(clip(FRAMES, SIDE, SIDE))
+    photograph, frames = image(SIDE, SIDE), list(video(FRAMES, SIDE, SIDE))
     # Cheap to get, and as good as real planes for timing: luma from green, chroma from every other red and blue sample.
     still = np.stack(frames)
     planes = [np.ascontiguousarray(part) for part in (still[..., 1], still[:, ::2, ::2, 2], still[:, ::2, ::2, 0])]
     cases = {
         "image array": {name: partial(way, images=photograph, return_tensors="pt") for name, way in ways.items()},
-        "clip array": {
+        "video array": {
             name: partial(way, images=None, videos=[frames], return_tensors="pt") for name, way in ways.items()
         },
     }
-    cases["clip planes"] = {name: cases["clip array"][name] for name in ("slow", "fast")} | {
+    cases["video planes"] = {name: cases["video array"][name] for name in ("slow", "fast")} | {
         name: partial(way.tokenizer.encode_planes, *planes)
         for name, way in ways.items()
         if name not in ("slow", "fast")
@@ -248,9 +248,9 @@ def peak_growth(way: Callable[[], object]) -> tuple[object, int]:
 def memory_probe(name: str) -> None:
     """In a process of its own: prints bytes of input, of output and of growth at the peak."""
     way = processors(SIDE * SIDE)[name]
-    small = list(clip(2, SIDE, SIDE))
+    small = list(video(2, SIDE, SIDE))
     way(images=None, videos=[small], return_tensors="pt")  # loads what is loaded once
-    frames = list(clip(MEMORY_FRAMES, SIDE, SIDE, step=1))
+    frames = list(video(MEMORY_FRAMES, SIDE, SIDE, step=1))
     result, growth = peak_growth(partial(way, images=None, videos=[frames], return_tensors="pt"))
     output = result["pixel_values_videos"]
     print(json.dumps({"input": sum(frame.nbytes for frame in frames), "output": output.nbytes, "growth": growth}))
@@ -281,7 +281,7 @@ def run_gpu(rounds: int) -> dict[str, dict]:
     from dct_qwen2vl.dct.configuration_dct import PRESETS, DCTConfig
     from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 
-    pageable = torch.from_numpy(clip(FRAMES, *GPU_FRAME))
+    pageable = torch.from_numpy(video(FRAMES, *GPU_FRAME))
     pinned, frames = pageable.pin_memory(), pageable.cuda()
     tokenizers = {name: DCTTokenizer(DCTConfig.preset(name), device="cuda") for name in PRESETS}
     ways: Ways = {"copy, pageable": lambda: pageable.cuda(), "copy, pinned": lambda: pinned.cuda(non_blocking=True)}

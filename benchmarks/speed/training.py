@@ -5,8 +5,8 @@
 Random weights at the real size, all of them trained, bf16, Megatron-core's distributed optimizer; the tokens are random
 and in memory, in the layout that the loader gives. An optimizer step sees the same samples in every way.
 
-    clips     16 frames of 448 x 448 and 256 tokens of text, half of them learned
-    mix       pictures of several sizes and conversations of several lengths, one in ten without a picture
+    videos     16 frames of 448 x 448 and 256 tokens of text, half of them learned
+    mix       images of several sizes and conversations of several lengths, one in ten without an image
 
     stock 1   NeMo's model on pixels, one sample a micro-batch: the recipe as it ships, but with all weights trained
     stock N   the same at the micro-batch that is fastest
@@ -35,7 +35,7 @@ PIXEL_BLOCK, PIXEL_WIDTH = (2, 14, 14), 3 * 2 * 14 * 14  # frames, height, width
 STOCK_IMAGE, STOCK_VIDEO = -200, -300  # NeMo's ids of visual tokens
 IMAGE_ID, VIDEO_ID = 151655, 151656
 PROFILED = 2  # micro-batches of the step in which kernels are recorded; stock launches tens of thousands in each
-PICTURES = ((448, 448), (336, 448), (448, 672), (672, 896), (896, 672), (896, 896))  # height, width of the mix
+IMAGES = ((448, 448), (336, 448), (448, 672), (672, 896), (896, 672), (896, 896))  # height, width of the mix
 Step = Callable[[], float]
 
 
@@ -51,19 +51,19 @@ class Work:
 
 
 def make_work(name: str, count: int, seed: int) -> list[Work]:
-    if name == "clips":
+    if name == "videos":
         return [Work(16, 448, 448, TEXT_TOKENS, int(TEXT_TOKENS * LEARNED_SHARE))] * count
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(count):
-        height, width = PICTURES[rng.integers(len(PICTURES))]
+        height, width = IMAGES[rng.integers(len(IMAGES))]
         text = int(np.clip(rng.lognormal(5.2, 0.7), 24, 1500))
         made.append(Work(0 if rng.random() < 0.1 else 1, height, width, text, max(1, int(text * LEARNED_SHARE))))
     return made
 
 
 def grid_of(work: Work, block: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(t, h, w) of a picture or clip whose sides are multiples of the block and of the merge of two."""
+    """(t, h, w) of an image or video whose sides are multiples of the block and of the merge of two."""
     frames, height, width = block
     sides = [max(2, round(side / step / 2) * 2) for side, step in ((work.height, height), (work.width, width))]
     return (max(1, work.frames // frames), *sides)
@@ -116,13 +116,13 @@ def make_samples(works: list[Work], block: tuple[int, int, int], width: int, see
         tokens = torch.randn(4 * visual, width, generator=generator)
         grids = torch.tensor([grid] if grid else [], dtype=torch.int64).reshape(-1, 3)
         none = torch.zeros(0, 3, dtype=torch.int64)
-        clip = work.frames > 1
+        video = work.frames > 1
         samples.append(
             EncodedSample(
                 __key__=str(number), __restore_key__=(), __subflavor__=None, __subflavors__={},
                 input_ids=ids, labels=labels, position_ids=torch.from_numpy(positions),
-                pixel_values=tokens[:0] if clip else tokens, image_grid_thw=none if clip else grids,
-                pixel_values_videos=tokens if clip else tokens[:0], video_grid_thw=grids if clip else none,
+                pixel_values=tokens[:0] if video else tokens, image_grid_thw=none if video else grids,
+                pixel_values_videos=tokens if video else tokens[:0], video_grid_thw=grids if video else none,
             )
         )  # fmt: skip
     return samples
@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        "--work", nargs="+", choices=("clips", "mix"), default=["clips", "mix"], help="what is trained on"
+        "--work", nargs="+", choices=("videos", "mix"), default=["videos", "mix"], help="what is trained on"
     )
     parser.add_argument("--ways", nargs="+", default=["stock", "none", "exact", "x4", "x16"], help="what is measured")
     parser.add_argument("--samples", type=int, default=32, help="samples of an optimizer step")

@@ -1,8 +1,8 @@
 """The whole of a training run at real size, on one GPU and on two: files in shards -> loader -> Megatron engine.
 
-    python -m benchmarks.speed.training_run --work clips --gpus 1 2 --json training_run.json
+    python -m benchmarks.speed.training_run --work videos --gpus 1 2 --json training_run.json
 
-Makes a Qwen2-VL-2B in DCT tokens with random weights, draws pictures (JPEG, 640 x 480 to 1024 x 768) or clips (H.264,
+Makes a Qwen2-VL-2B in DCT tokens with random weights, draws images (JPEG, 640 x 480 to 1024 x 768) or videos (H.264,
 16 frames of 448 x 448) with conversations, prepares shards, and starts qwen_launch.sh as a user would. The figures are
 those of metrics.jsonl without the first steps: samples/s, MFU, the share of time in which training waited for data.
 With several numbers of GPUs the rows of a step are in proportion to them, and the last column is the speed-up over the
@@ -30,7 +30,7 @@ WORDS = (
     "to",
     "in",
     "is",
-    "picture",
+    "image",
     "shows",
     "left",
     "right",
@@ -40,8 +40,8 @@ WORDS = (
     "large",
     "street",
 )
-PICTURES = ((480, 640), (600, 800), (768, 1024))  # height, width
-CLIP_FRAMES, CLIP_SIDE, CLIP_RATE = 16, 448, 2
+IMAGES = ((480, 640), (600, 800), (768, 1024))  # height, width
+VIDEO_FRAMES, VIDEO_SIDE, VIDEO_RATE = 16, 448, 2
 WARM_UP = 5  # steps that do not count
 
 
@@ -55,36 +55,38 @@ def conversation(rng: np.random.Generator, kind: str, turns: int, words: int) ->
     return made
 
 
-def draw_picture(number: int, folder: Path, seed: int) -> dict:
+def draw_image(number: int, folder: Path, seed: int) -> dict:
     """A crop of a photograph of its own size, as a JPEG file; returns its entry."""
     from PIL import Image
 
-    from benchmarks.speed.tokenizer import picture
+    from benchmarks.speed.tokenizer import image
 
     rng = np.random.default_rng((seed, number))
-    height, width = PICTURES[rng.integers(len(PICTURES))]
+    height, width = IMAGES[rng.integers(len(IMAGES))]
     top, left = rng.integers(0, 200, 2)
-    pixels = np.roll(picture(height + 200, width + 200), rng.integers(0, 256, 3), axis=2)
-    name = f"pictures/{number:06d}.jpg"
+    pixels = np.roll(image(height + 200, width + 200), rng.integers(0, 256, 3), axis=2)
+    name = f"images/{number:06d}.jpg"
     Image.fromarray(pixels[top : top + height, left : left + width]).save(folder / name, quality=90)
     return {"id": str(number), "image": name, "conversations": conversation(rng, "image", int(rng.integers(1, 4)), 12)}
 
 
-def draw_clip(number: int, folder: Path, seed: int) -> dict:
+def draw_video(number: int, folder: Path, seed: int) -> dict:
     """A window that wanders over a photograph, as an mp4 file; returns its entry."""
     import av
 
-    from benchmarks.speed.tokenizer import clip
+    from benchmarks.speed.tokenizer import video
 
     rng = np.random.default_rng((seed, number))
-    frames = clip(CLIP_FRAMES, CLIP_SIDE, CLIP_SIDE, step=int(rng.integers(1, 6)))
-    name = f"pictures/{number:06d}.mp4"
+    frames = video(VIDEO_FRAMES, VIDEO_SIDE, VIDEO_SIDE, step=int(rng.integers(1, 6)))
+    name = f"images/{number:06d}.mp4"
     with av.open(str(folder / name), "w") as container:
-        stream = container.add_stream("libx264", rate=CLIP_RATE, options={"preset": "veryfast", "threads": "1"})
-        stream.width = stream.height = CLIP_SIDE
+        stream = container.add_stream("libx264", rate=VIDEO_RATE, options={"preset": "veryfast", "threads": "1"})
+        stream.width = stream.height = VIDEO_SIDE
         stream.pix_fmt = "yuv420p"
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(frame, number % 50, axis=1), format="rgb24")))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.roll(frame, number % 50, axis=1), format="rgb24"))
+            )
         container.mux(stream.encode())
     return {"id": str(number), "video": name, "conversations": conversation(rng, "video", 2, 32)}
 
@@ -92,8 +94,8 @@ def draw_clip(number: int, folder: Path, seed: int) -> dict:
 def make_shards(work: str, count: int, folder: Path, seed: int) -> Path:
     """Draws, then prepares as a user would."""
     raw, shards = folder / "raw", folder / "shards"
-    (raw / "pictures").mkdir(parents=True)
-    draw = partial(draw_clip if work == "clips" else draw_picture, folder=raw, seed=seed)
+    (raw / "images").mkdir(parents=True)
+    draw = partial(draw_video if work == "videos" else draw_image, folder=raw, seed=seed)
     with ProcessPoolExecutor() as pool:
         entries = list(pool.map(draw, range(count), chunksize=8))
     (raw / "cambrian737k.json").write_text(json.dumps(entries), encoding="utf-8")
@@ -143,7 +145,7 @@ def measure(model_dir: Path, shards: Path, gpus: int, arguments: argparse.Namesp
         "MAX_STEPS": arguments.steps, "VAL_INTERVAL": 10000, "SAVE_INTERVAL": 0, "LR": "1e-6", "MIN_LR": "1e-7",
         "NUM_WORKERS": arguments.num_workers, "SEQ_LENGTH": 4096, "ENGINE": "megatron", "PYTHON": sys.executable,
     }  # fmt: skip
-    command = ["bash", "qwen_launch.sh", "--log-interval", "1", "--video-fps", str(CLIP_RATE)]
+    command = ["bash", "qwen_launch.sh", "--log-interval", "1", "--video-fps", str(VIDEO_RATE)]
     if arguments.trace:
         command += ["--profile", str(WARM_UP - 1)]
     run([*command, "--shuffle-buffer", "100"], **{name: str(value) for name, value in environment.items()})
@@ -167,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--work", choices=("clips", "mix"), default="clips", help="clips, or pictures")
+    parser.add_argument("--work", choices=("videos", "mix"), default="videos", help="videos, or images")
     parser.add_argument("--dct", default="x4", help="token format")
     parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="one launch for each number")
     parser.add_argument("--samples", type=int, default=400, help="of the data set, which is repeated")

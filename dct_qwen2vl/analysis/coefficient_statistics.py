@@ -1,13 +1,13 @@
-"""Pictures and clips -> the table of coefficient statistics by which dct_tokenizer.py chooses and scales coefficients.
+"""Images and videos -> the table of coefficient statistics by which dct_tokenizer.py chooses and scales coefficients.
 
     python -m dct_qwen2vl.analysis.coefficient_statistics      # coefficient_table.json, from installed photographs
-    python -m dct_qwen2vl.analysis.coefficient_statistics --images ~/photos --clips ~/films --output mine.json
+    python -m dct_qwen2vl.analysis.coefficient_statistics --images ~/photos --videos ~/films --output mine.json
 
-Stills say how a frame looks, clips how frames follow each other. Every file counts the same, whatever its size: it is
+Stills say how a frame looks, videos how frames follow each other. Every file counts the same, whatever its size: it is
 resized to each of --pixels as for training (target_size), but never enlarged. Small sizes are in on purpose: a
-photograph at full size is soft, one resized to a training budget is sharp, and one table serves both. Without --clips,
-clips are made from the pictures: pans of 1/8 to 32 px a frame in all directions, zooms and cuts. Without any path the
-pictures are natural_pictures.TABLE_PICTURES; the other installed photographs are held out for the benchmarks. Rows and
+photograph at full size is soft, one resized to a training budget is sharp, and one table serves both. Without --videos,
+videos are made from the images: pans of 1/8 to 32 px a frame in all directions, zooms and cuts. Without any path the
+images are natural_images.TABLE_IMAGES; the other installed photographs are held out for the benchmarks. Rows and
 columns are treated alike, unless --directions: how they differ in a few photographs says nothing of others.
 
 Measured is the mean square of every coefficient of BLOCK. Stored is the power spectrum that explains it, on few
@@ -41,7 +41,7 @@ FRAME_LINES = (0, 1, 2, 3, 5, 8, 12, 16)  # frequencies for which power is store
 SIDE_LINES = (0, 1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 85, 112)  # and in pi/112 radians a pixel
 FIT_STEPS = 20
 # What rounding to 8 bits leaves in a coefficient, (1/255)^2 / 12, less a margin: nothing measured is below it but what
-# is absent (the colour of grey pictures, the motion of a fixed camera), and of that a table needs the logarithm.
+# is absent (the colour of grey images, the motion of a fixed camera), and of that a table needs the logarithm.
 LEAST_VARIANCE = 2.0**-24
 DEFAULT_PIXELS = (448 * 448, 320 * 320, 224 * 224)
 DEFAULT_OUTPUT = Path("dct_qwen2vl/dct/coefficient_table.json")
@@ -97,14 +97,14 @@ def coefficients_of(frames: "np.ndarray", block: tuple[int, int, int]) -> "np.nd
 
 @dataclass
 class Measurement:
-    """Moments of stills and of clips, for BLOCK and for SUMMARY_BLOCK, and what became of the files."""
+    """Moments of stills and of videos, for BLOCK and for SUMMARY_BLOCK, and what became of the files."""
 
     stills: Moments = field(default_factory=lambda: Moments((1, *BLOCK[1:])))
-    clips: Moments = field(default_factory=lambda: Moments(BLOCK))
+    videos: Moments = field(default_factory=lambda: Moments(BLOCK))
     summary_stills: Moments = field(default_factory=lambda: Moments((1, *SUMMARY_BLOCK[1:])))
-    summary_clips: Moments = field(default_factory=lambda: Moments(SUMMARY_BLOCK))
+    summary_videos: Moments = field(default_factory=lambda: Moments(SUMMARY_BLOCK))
     images_read: int = 0
-    clips_read: int = 0
+    videos_read: int = 0
     skipped: list[str] = field(default_factory=list)
 
     def add_stills(self, frames: "np.ndarray", weight: float) -> None:
@@ -112,21 +112,21 @@ class Measurement:
         self.stills.add(frames, weight)
         self.summary_stills.add(frames, weight)
 
-    def add_clip(self, frames: "np.ndarray", weight: float) -> None:
+    def add_video(self, frames: "np.ndarray", weight: float) -> None:
         """frames: uint8 [T, H, W, 3] in their order."""
-        self.clips.add(frames, weight)
-        self.summary_clips.add(frames, weight)
+        self.videos.add(frames, weight)
+        self.summary_videos.add(frames, weight)
 
     def square(self, directions: bool) -> "np.ndarray":
         """Mean square of every coefficient of BLOCK, float64 [3, *BLOCK]: a frame's energy as in the stills, spread
-        over frame frequencies as it is in the clips for the same frequency in rows and columns.
+        over frame frequencies as it is in the videos for the same frequency in rows and columns.
 
         directions: False counts everything once more transposed.
         """
         import numpy as np
 
-        clips, stills = (np.maximum(moments.square, LEAST_VARIANCE) for moments in (self.clips, self.stills))
-        square = clips * stills / clips.mean(axis=1, keepdims=True)
+        videos, stills = (np.maximum(moments.square, LEAST_VARIANCE) for moments in (self.videos, self.stills))
+        square = videos * stills / videos.mean(axis=1, keepdims=True)
         return square if directions else (square + square.swapaxes(2, 3)) / 2
 
 
@@ -157,39 +157,39 @@ def read_images(files: list[Path], skipped: list[str]) -> Iterator["np.ndarray"]
 
     for file in files:
         try:
-            picture = decode_image(file.read_bytes())
+            image = decode_image(file.read_bytes())
         except (MediaError, OSError) as error:
             skipped.append(f"{file}: {error}")
             continue
-        if min(picture.shape[:2]) < BLOCK[1]:
-            skipped.append(f"{file}: {picture.shape[1]} x {picture.shape[0]} px, smaller than a block of {BLOCK[1]} px")
+        if min(image.shape[:2]) < BLOCK[1]:
+            skipped.append(f"{file}: {image.shape[1]} x {image.shape[0]} px, smaller than a block of {BLOCK[1]} px")
             continue
-        yield picture
+        yield image
 
 
-def read_clips(files: list[Path], skipped: list[str]) -> Iterator["np.ndarray"]:
+def read_videos(files: list[Path], skipped: list[str]) -> Iterator["np.ndarray"]:
     """uint8 [T, H, W, 3], two frames a second, but not fewer than a block has and at most four blocks."""
     from dct_qwen2vl.data.media import MediaError, VideoSampling, decode_video
 
     sampling = VideoSampling(fps=2.0, min_frames=BLOCK[0], max_frames=4 * BLOCK[0])
     for file in files:
         try:
-            clip = decode_video(file.read_bytes(), sampling)
+            video = decode_video(file.read_bytes(), sampling)
         except (MediaError, OSError) as error:
             skipped.append(f"{file}: {error}")
             continue
-        if len(clip) < BLOCK[0] or min(clip.shape[1:3]) < BLOCK[1]:
-            size = f"{len(clip)} frames of {clip.shape[2]} x {clip.shape[1]} px"
+        if len(video) < BLOCK[0] or min(video.shape[1:3]) < BLOCK[1]:
+            size = f"{len(video)} frames of {video.shape[2]} x {video.shape[1]} px"
             skipped.append(f"{file}: {size}, smaller than a block of {BLOCK[0]} frames of {BLOCK[1]} px")
             continue
-        yield clip
+        yield video
 
 
 # Measuring
 
 
 def sizes_of(height: int, width: int, pixels: tuple[int, ...]) -> list[tuple[int, int]]:
-    """The sizes to which a picture is resized: multiples of the block, of at most each number of pixels."""
+    """The sizes to which an image is resized: multiples of the block, of at most each number of pixels."""
     from dct_qwen2vl.dct.image_sizes_dct import target_size
 
     factor = BLOCK[1]
@@ -207,35 +207,35 @@ def resized(frames: "np.ndarray", size: tuple[int, int]) -> "np.ndarray":
 
 
 def measure_images(
-    pictures: Iterator["np.ndarray"],
+    images: Iterator["np.ndarray"],
     found: Measurement,
     pixels: tuple[int, ...],
     rng: "np.random.Generator",
     with_motion: bool,
 ) -> None:
-    """Adds every picture at every size and, `with_motion`, clips made from it, which cut to the picture before it."""
-    from dct_qwen2vl.analysis.natural_images import clips_of
+    """Adds every image at every size and, `with_motion`, videos made from it, which cut to the image before it."""
+    from dct_qwen2vl.analysis.natural_images import videos_of
 
     other = None
-    for picture in pictures:
+    for image in images:
         found.images_read += 1
-        sizes = sizes_of(*picture.shape[:2], pixels)
+        sizes = sizes_of(*image.shape[:2], pixels)
         for size in sizes:
-            found.add_stills(resized(picture[None], size), 1 / len(sizes))
+            found.add_stills(resized(image[None], size), 1 / len(sizes))
             if with_motion:
-                for clip in clips_of(picture, picture if other is None else other, size, BLOCK[0], rng):
-                    found.add_clip(clip, 1 / len(sizes))
-        other = picture
+                for video in videos_of(image, image if other is None else other, size, BLOCK[0], rng):
+                    found.add_video(video, 1 / len(sizes))
+        other = image
 
 
-def measure_clips(clips: Iterator["np.ndarray"], found: Measurement, pixels: tuple[int, ...]) -> None:
-    """Adds every clip at every size, its frames as stills, too."""
-    for clip in clips:
-        found.clips_read += 1
-        sizes = sizes_of(*clip.shape[1:3], pixels)
+def measure_videos(videos: Iterator["np.ndarray"], found: Measurement, pixels: tuple[int, ...]) -> None:
+    """Adds every video at every size, its frames as stills, too."""
+    for video in videos:
+        found.videos_read += 1
+        sizes = sizes_of(*video.shape[1:3], pixels)
         for size in sizes:
-            frames = resized(clip, size)
-            found.add_clip(frames, 1 / len(sizes))
+            frames = resized(video, size)
+            found.add_video(frames, 1 / len(sizes))
             found.add_stills(frames, 1 / len(sizes))
 
 
@@ -285,10 +285,10 @@ def table_text(found: Measurement, table: "CoefficientTable", made_by: str) -> s
     values = {
         "made_by": made_by,
         "images": found.images_read,
-        "clips": found.clips_read,
+        "videos": found.videos_read,
         "skipped": len(found.skipped),
         "stills": statistics_of(found.summary_stills),
-        "motion": statistics_of(found.summary_clips),
+        "motion": statistics_of(found.summary_videos),
         "planes": list(PLANES),
         "block": list(table.block),
         "lines": lines,
@@ -301,13 +301,13 @@ def table_text(found: Measurement, table: "CoefficientTable", made_by: str) -> s
 def report(found: Measurement) -> str:
     """What was read, and the statistics as a table."""
     lines = [
-        f"read {found.images_read} images and {found.clips_read} clips; measured {found.summary_stills.blocks} blocks "
-        f"of stills and {found.summary_clips.blocks} blocks in motion",
+        f"read {found.images_read} images and {found.videos_read} videos; "
+        f"measured {found.summary_stills.blocks} blocks of stills and {found.summary_videos.blocks} blocks in motion",
         "",
         "mean square of a coefficient, values 0..1   DC      DC about   AC of the   AC of the",
         "(blocks of 28 x 28 px)           plane  mean energy  its mean  frame mean  frame difference",
     ]
-    for name, moments in (("stills", found.summary_stills), ("clips, 2 frames", found.summary_clips)):
+    for name, moments in (("stills", found.summary_stills), ("videos, 2 frames", found.summary_videos)):
         statistics = statistics_of(moments)
         for plane in PLANES:
             of = statistics[plane]
@@ -324,7 +324,7 @@ def plot(found: Measurement, table: "CoefficientTable", path: Path) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    measured, tabled = found.summary_clips.square, table.variance(SUMMARY_BLOCK)
+    measured, tabled = found.summary_videos.square, table.variance(SUMMARY_BLOCK)
     figure, axes = plt.subplots(3, 3, figsize=(12, 10.5), layout="constrained")
     for plane, name in enumerate(PLANES):
         plot_over_radius(axes[0, plane], measured[plane], tabled[plane], 2 * found.summary_stills.square[plane, 0])
@@ -339,7 +339,7 @@ def plot(found: Measurement, table: "CoefficientTable", path: Path) -> None:
             figure.colorbar(image, ax=axis, label="log10 variance")
     figure.suptitle(
         f"Variance of the DCT coefficients of {SUMMARY_BLOCK[0]} x {SUMMARY_BLOCK[1]} x {SUMMARY_BLOCK[2]} blocks, "
-        f"values 0..1 about the CLIP mean ({found.summary_clips.blocks} blocks; DC blank in the maps)"
+        f"values 0..1 about the CLIP mean ({found.summary_videos.blocks} blocks; DC blank in the maps)"
     )
     figure.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(figure)
@@ -375,11 +375,11 @@ def plot_over_radius(axis, measured: "np.ndarray", tabled: "np.ndarray", still: 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
-        epilog="Without --images and --clips: the photographs of natural_pictures.TABLE_PICTURES.",
+        epilog="Without --images and --videos: the photographs of natural_images.TABLE_IMAGES.",
     )
-    parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="PATH", help="picture files and folders")
-    parser.add_argument("--clips", type=Path, nargs="+", default=[], metavar="PATH", help="clip files and folders")
-    parser.add_argument("--seed", type=int, default=0, help="of the motion made from pictures (default: %(default)s)")
+    parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="PATH", help="image files and folders")
+    parser.add_argument("--videos", type=Path, nargs="+", default=[], metavar="PATH", help="video files and folders")
+    parser.add_argument("--seed", type=int, default=0, help="of the motion made from images (default: %(default)s)")
     parser.add_argument(
         "--pixels",
         type=int,
@@ -408,27 +408,27 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def made_by(arguments: argparse.Namespace) -> str:
     """The command that makes the same table: every argument that changes it."""
     words = ["python", "-m", "dct_qwen2vl.analysis.coefficient_statistics"]
-    for name in ("images", "clips"):
+    for name in ("images", "videos"):
         if getattr(arguments, name):
             words += [f"--{name}", *map(str, getattr(arguments, name))]
     if tuple(arguments.pixels) != DEFAULT_PIXELS:
         words += ["--pixels", *map(str, arguments.pixels)]
     if arguments.directions:
         words.append("--directions")
-    if (arguments.images or arguments.clips) and arguments.max_files != 200:
+    if (arguments.images or arguments.videos) and arguments.max_files != 200:
         words += ["--max-files", str(arguments.max_files)]
     return shlex.join([*words, "--seed", str(arguments.seed)])
 
 
 def choose_files(arguments: argparse.Namespace) -> tuple[list[Path], list[Path]]:
-    """Images and clips to read; says what is left out."""
-    from dct_qwen2vl.analysis.natural_images import TABLE_PICTURES, picture_path
+    """Images and videos to read; says what is left out."""
+    from dct_qwen2vl.analysis.natural_images import TABLE_IMAGES, image_path
     from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
-    if not arguments.images and not arguments.clips:
-        return [picture_path(name) for name in TABLE_PICTURES], []
+    if not arguments.images and not arguments.videos:
+        return [image_path(name) for name in TABLE_IMAGES], []
     chosen = []
-    for kind, extensions in (("images", IMAGE_EXTENSIONS), ("clips", VIDEO_EXTENSIONS)):
+    for kind, extensions in (("images", IMAGE_EXTENSIONS), ("videos", VIDEO_EXTENSIONS)):
         files, others = files_of(getattr(arguments, kind), extensions)
         if others:
             print(f"--{kind}: {others} files do not end in .{', .'.join(extensions)} and are left out")
@@ -438,16 +438,18 @@ def choose_files(arguments: argparse.Namespace) -> tuple[list[Path], list[Path]]
     return chosen[0], chosen[1]
 
 
-def measure(images: list[Path], clips: list[Path], pixels: tuple[int, ...], seed: int) -> Measurement:
+def measure(images: list[Path], videos: list[Path], pixels: tuple[int, ...], seed: int) -> Measurement:
     """Reads and measures all files. Raises StatisticsError if none is left."""
     import numpy as np
 
     found = Measurement()
-    measure_images(read_images(images, found.skipped), found, pixels, np.random.default_rng(seed), with_motion=not clips)
-    measure_clips(read_clips(clips, found.skipped), found, pixels)
-    if not found.clips.blocks:
+    measure_images(
+        read_images(images, found.skipped), found, pixels, np.random.default_rng(seed), with_motion=not videos
+    )
+    measure_videos(read_videos(videos, found.skipped), found, pixels)
+    if not found.videos.blocks:
         reasons = f", the first: {found.skipped[0]}" if found.skipped else ""
-        raise StatisticsError(f"nothing to measure: none of {len(images) + len(clips)} files could be used{reasons}")
+        raise StatisticsError(f"nothing to measure: none of {len(images) + len(videos)} files could be used{reasons}")
     return found
 
 

@@ -1,8 +1,8 @@
-"""Natural colour photographs that installed packages carry, and clips made by moving over them. Nothing is downloaded.
+"""Natural colour photographs that installed packages carry, and videos made by moving over them. Nothing is downloaded.
 
 Half of the photographs are for the table of coefficient statistics, the other half is held out for the benchmarks.
 
-Letters used for shapes: T H W, frames, rows and columns of a clip, in frames and pixels.
+Letters used for shapes: T H W, frames, rows and columns of a video, in frames and pixels.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from PIL import Image
 from dct_qwen2vl.data.media import decode_image
 
 # Where a photograph lies: package, path in it.
-PICTURES = {
+IMAGES = {
     "astronaut": ("skimage", "data/astronaut.png"),
     "chelsea": ("skimage", "data/chelsea.png"),
     "china": ("sklearn", "datasets/images/china.jpg"),
@@ -26,13 +26,13 @@ PICTURES = {
     "motorcycle_left": ("skimage", "data/motorcycle_left.png"),
     "rocket": ("skimage", "data/rocket.jpg"),
 }
-TABLE_PICTURES = ("astronaut", "china", "coffee", "motorcycle_left")
-HELD_OUT_PICTURES = ("chelsea", "flower", "grace_hopper", "rocket")
+TABLE_IMAGES = ("astronaut", "china", "coffee", "motorcycle_left")
+HELD_OUT_IMAGES = ("chelsea", "flower", "grace_hopper", "rocket")
 
 
-def picture_path(name: str) -> Path:
-    """The file of a photograph in `PICTURES`. Raises FileNotFoundError if its package is not installed."""
-    package, path = PICTURES[name]
+def image_path(name: str) -> Path:
+    """The file of a photograph in `IMAGES`. Raises FileNotFoundError if its package is not installed."""
+    package, path = IMAGES[name]
     found = importlib.util.find_spec(package)
     if found is None or not (file := Path(found.origin).parent / path).is_file():
         raise FileNotFoundError(f"the photograph {name} comes with {package}, which is not installed: run make setup")
@@ -40,15 +40,15 @@ def picture_path(name: str) -> Path:
 
 
 def load(name: str) -> np.ndarray:
-    """A photograph in `PICTURES`, uint8 RGB [H, W, 3]."""
-    return decode_image(picture_path(name).read_bytes())
+    """A photograph in `IMAGES`, uint8 RGB [H, W, 3]."""
+    return decode_image(image_path(name).read_bytes())
 
 
-def view(picture: np.ndarray, centre: tuple[float, float], size: tuple[int, int], scale: float) -> np.ndarray:
-    """What a camera sees of `picture` [H, W, 3], which goes on mirrored beyond its edges: uint8 [*size, 3].
+def view(image: np.ndarray, centre: tuple[float, float], size: tuple[int, int], scale: float) -> np.ndarray:
+    """What a camera sees of `image` [H, W, 3], which goes on mirrored beyond its edges: uint8 [*size, 3].
 
-    centre: row and column of the picture in the middle of the view, in its pixels, fractions allowed.
-    scale: pixels of the picture for one of the view; the picture is low-passed accordingly (Pillow's bicubic filter).
+    centre: row and column of the image in the middle of the view, in its pixels, fractions allowed.
+    scale: pixels of the image for one of the view; the image is low-passed accordingly (Pillow's bicubic filter).
     """
     margin = math.ceil(2 * max(scale, 1)) + 1  # the filter's reach
     starts = [middle - side * scale / 2 for middle, side in zip(centre, size)]
@@ -56,7 +56,7 @@ def view(picture: np.ndarray, centre: tuple[float, float], size: tuple[int, int]
         np.arange(math.floor(start) - margin, math.ceil(start + side * scale) + margin)
         for start, side in zip(starts, size)
     ]
-    region = picture[np.ix_(*(_mirrored(span, side) for span, side in zip(spans, picture.shape)))]
+    region = image[np.ix_(*(_mirrored(span, side) for span, side in zip(spans, image.shape)))]
     top, left = (start - span[0] for start, span in zip(starts, spans))
     box = (left, top, left + size[1] * scale, top + size[0] * scale)
     return np.asarray(Image.fromarray(region).resize(size[::-1], Image.Resampling.BICUBIC, box=box))
@@ -69,34 +69,34 @@ def _mirrored(position: np.ndarray, side: int) -> np.ndarray:
 
 
 def moving_view(
-    picture: np.ndarray,
+    image: np.ndarray,
     size: tuple[int, int],
     frames: int,
     velocity: tuple[float, float] = (0.0, 0.0),
     zoom: float = 1.0,
     start: tuple[float, float] = (0.5, 0.5),
 ) -> np.ndarray:
-    """A clip from a camera that moves over `picture` [H, W, 3]: uint8 [frames, *size, 3].
+    """A video from a camera that moves over `image` [H, W, 3]: uint8 [frames, *size, 3].
 
-    velocity: rows and columns by which the camera moves from frame to frame, in pixels of the clip.
-    zoom: by how much things grow from frame to frame; none is ever shown larger than in the picture fitted to `size`.
-    start: the first view's centre, as a fraction of the picture's height and width.
+    velocity: rows and columns by which the camera moves from frame to frame, in pixels of the video.
+    zoom: by how much things grow from frame to frame; none is ever shown larger than in the image fitted to `size`.
+    start: the first view's centre, as a fraction of the image's height and width.
     """
-    scale = min(picture.shape[0] / size[0], picture.shape[1] / size[1])
+    scale = min(image.shape[0] / size[0], image.shape[1] / size[1])
     widest = max(1.0, zoom ** (frames - 1))
-    clip = []
+    video = []
     for number in range(frames):
         centre = tuple(
-            place * side + number * speed * scale for place, side, speed in zip(start, picture.shape, velocity)
+            place * side + number * speed * scale for place, side, speed in zip(start, image.shape, velocity)
         )
-        clip.append(view(picture, centre, size, scale * widest / zoom**number))
-    return np.stack(clip)
+        video.append(view(image, centre, size, scale * widest / zoom**number))
+    return np.stack(video)
 
 
-def clips_of(
-    picture: np.ndarray, other: np.ndarray, size: tuple[int, int], frames: int, rng: np.random.Generator
+def videos_of(
+    image: np.ndarray, other: np.ndarray, size: tuple[int, int], frames: int, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
-    """Clips of one picture, uint8 [frames, *size, 3]: two pans, one zoom, one cut to the `other` picture.
+    """Videos of one image, uint8 [frames, *size, 3]: two pans, one zoom, one cut to the `other` image.
 
     At the two frames a second of Qwen2-VL a hand-held or panning camera moves by some to tens of pixels from one frame
     to the next, and a calm one by less than a pixel: speeds are log-uniform from 1/8 to 32 px per frame, in all
@@ -108,9 +108,9 @@ def clips_of(
         velocity = (speed * math.sin(angle), speed * math.cos(angle))
         return moving_view(source, size, length, velocity, start=tuple(rng.uniform(0.3, 0.7, 2)))
 
-    yield pan(picture, frames, 32)
-    yield pan(picture, frames, 32)
+    yield pan(image, frames, 32)
+    yield pan(image, frames, 32)
     zoom = 2 ** (rng.uniform(0.015, 0.1) * rng.choice([-1, 1]))
-    yield moving_view(picture, size, frames, zoom=zoom, start=tuple(rng.uniform(0.3, 0.7, 2)))
+    yield moving_view(image, size, frames, zoom=zoom, start=tuple(rng.uniform(0.3, 0.7, 2)))
     cut = int(rng.integers(max(1, frames // 4), max(2, frames * 3 // 4)))
-    yield np.concatenate([pan(picture, cut, 4), pan(other, frames - cut, 4)])
+    yield np.concatenate([pan(image, cut, 4), pan(other, frames - cut, 4)])

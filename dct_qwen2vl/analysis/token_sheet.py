@@ -1,7 +1,7 @@
-"""A sheet that shows what DCT tokens keep of a picture or a clip.
+"""A sheet that shows what DCT tokens keep of an image or a video.
 
     python dct_tokenizer.py show photo.jpg --output sheet.png
-    python dct_tokenizer.py show clip.mp4 --presets x4 mine.json --frames 8
+    python dct_tokenizer.py show video.mp4 --presets x4 mine.json --frames 8
 
 For each preset: what its tokens decode to, where that differs from the source, how many tokens and floats it takes, and
 which coefficients it keeps. The source is the file resized as the image processor does it, to a size that suits all
@@ -30,15 +30,15 @@ from dct_qwen2vl.data.media import VIDEO_EXTENSIONS, MediaError, VideoSampling, 
 if TYPE_CHECKING:
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
 
-# Most pixels of a picture and of one frame of a clip: Qwen2-VL's processor, and its utilities for clips.
+# Most pixels of an image and of one frame of a video: Qwen2-VL's processor, and its utilities for videos.
 MAX_PIXELS, MAX_FRAME_PIXELS = 28 * 28 * 1280, 28 * 28 * 768
 # 32 frames are enough to measure; at 1080p they already take 200 MB.
 SAMPLING = VideoSampling(fps=2.0, min_frames=4, max_frames=32)
 
 # Layout, in px.
 DPI = 100
-CELL = 400  # side of a picture
-FRAME_CELL = 160  # width of a frame of a clip where many are shown
+CELL = 400  # side of an image
+FRAME_CELL = 160  # width of a frame of a video where many are shown
 DETAIL = 100  # side of the window of the source that is shown enlarged
 GAP = 18
 LINE = 19
@@ -64,7 +64,7 @@ class SheetError(UserError):
 
 @dataclass(frozen=True)
 class Result:
-    """What the tokens of one configuration hold of a clip of T frames.
+    """What the tokens of one configuration hold of a video of T frames.
 
     decoded: uint8 [S, H, W, 3], the frames shown. error: float32 [S, H, W], the absolute difference from the source,
     in levels of 0..255, mean of R, G and B. psnr, pixels_psnr: dB over all T frames, infinite where nothing is lost;
@@ -92,7 +92,7 @@ def common_factor(configs: list["DCTConfig"], max_pixels: int) -> int:
     factors = [config.resize_factor[0] for config in configs]
     factor = math.lcm(*factors)
     needs = f"{', '.join(config.name for config in configs)} need multiples of {', '.join(map(str, factors))} px"
-    if factor > 2 * max(factors):  # would stretch pictures
+    if factor > 2 * max(factors):  # would stretch images
         raise SheetError(f"{needs}, together of {factor} px, too coarse to compare them: show them on separate sheets")
     if factor**2 > max_pixels:
         raise SheetError(f"{needs}: --max-pixels must be at least {factor**2}, got {max_pixels}")
@@ -100,7 +100,7 @@ def common_factor(configs: list["DCTConfig"], max_pixels: int) -> int:
 
 
 def read_frames(path: Path, factor: int, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """uint8 RGB [T, H, W, 3] of a picture (T = 1) or clip, and the height and width it has in the file.
+    """uint8 RGB [T, H, W, 3] of an image (T = 1) or video, and the height and width it has in the file.
 
     Raises MediaError, OSError.
     """
@@ -114,11 +114,11 @@ def read_frames(path: Path, factor: int, max_pixels: int) -> tuple[np.ndarray, t
         return target_size(height, width, factor, min(56 * 56, max_pixels), max_pixels)
 
     data = path.read_bytes()
-    frames = decode_video(data, SAMPLING, fit=fit) if is_clip(path) else decode_image(data, fit=fit)[None]
+    frames = decode_video(data, SAMPLING, fit=fit) if is_video(path) else decode_image(data, fit=fit)[None]
     return frames, original
 
 
-def is_clip(path: Path) -> bool:
+def is_video(path: Path) -> bool:
     """By its extension."""
     return path.suffix.lower().lstrip(".") in VIDEO_EXTENSIONS
 
@@ -130,7 +130,7 @@ def measure(frames: np.ndarray, config: "DCTConfig", shown: list[int]) -> Result
     tokenizer, bt = DCTTokenizer(config), config.block[0]
     scale = math.sqrt(math.ceil(len(frames) / bt) / math.ceil(len(frames) / PIXEL_PATCH[0]))
     tokens, squares, pixels_squares, kept = 0, 0.0, 0.0, {}
-    step = bt * max(1, 8 // bt)  # frames at once: clips are long
+    step = bt * max(1, 8 // bt)  # frames at once: videos are long
     for start in range(0, len(frames), step):
         chunk = frames[start : start + step]
         encoded, grid = tokenizer.encode(chunk)
@@ -162,8 +162,8 @@ def _as_few_pixels(frame: np.ndarray, config: "DCTConfig", scale: float) -> np.n
     small = round(width * scale * PIXEL_PATCH[2] / bw), round(height * scale * PIXEL_PATCH[1] / bh)
     if small[0] >= width:
         return frame
-    picture = Image.fromarray(frame).resize((max(1, small[0]), max(1, small[1])), Image.Resampling.LANCZOS)
-    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+    image = Image.fromarray(frame).resize((max(1, small[0]), max(1, small[1])), Image.Resampling.LANCZOS)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def worst_window(error: np.ndarray, side: int) -> tuple[int, int]:
@@ -188,14 +188,14 @@ def describe(result: Result, frames: int, height: int, width: int) -> list[str]:
     """The lines above what a preset keeps of `frames` frames of height x width px."""
     config, floats = result.config, result.tokens * result.config.num_coefficients
     bt, bh, bw = config.block
-    unit = "picture" if frames == 1 else "clip"
+    unit = "an image" if frames == 1 else "a video"
     constant = sum(index // (bh * bw) % bt == 0 for index in config.kept)
     zeros = f" ({1 - constant / config.num_coefficients:.0%} are 0)" if frames == 1 < bt else ""
     lost = "every byte is kept" if math.isinf(result.psnr) else f"PSNR {result.psnr:.1f} dB"
     lines = [
         f"{bt} x {bh} x {bw} blocks, {':'.join(config.chroma)}, {config.num_coefficients:,} floats a token",
-        f"{result.tokens:,} tokens a {unit}, {result.tokens // config.merge**2:,} in the language model",
-        f"{floats:,} floats a {unit}, {floats / (frames * height * width):.2f} a pixel{zeros}",
+        f"{result.tokens:,} tokens {unit}, {result.tokens // config.merge**2:,} in the language model",
+        f"{floats:,} floats {unit}, {floats / (frames * height * width):.2f} a pixel{zeros}",
     ]
     if math.isinf(result.pixels_psnr):
         return [*lines, lost]
@@ -235,7 +235,7 @@ class Canvas:
         for number, words in enumerate(lines):
             self.text(x, y + number * LINE, words, **style)
 
-    def picture(self, x: int, y: int, pixels: np.ndarray) -> None:
+    def image(self, x: int, y: int, pixels: np.ndarray) -> None:
         """uint8 [h, w, 3], pixel for pixel."""
         self.figure.figimage(pixels, x, self.height - y - pixels.shape[0], origin="upper")
 
@@ -267,15 +267,15 @@ def framed(pixels: np.ndarray, box: tuple[float, float, float, float]) -> np.nda
     """uint8 [H, W, 3] with a white and black rectangle round (top, left, bottom, right)."""
     from PIL import ImageDraw
 
-    picture = Image.fromarray(pixels)
-    draw = ImageDraw.Draw(picture)
+    image = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(image)
     top, left, bottom, right = (round(side) for side in box)
     draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline="black")
     draw.rectangle((left - 1, top - 1, right, bottom), outline="white")
-    return np.asarray(picture)
+    return np.asarray(image)
 
 
-def error_picture(error: np.ndarray, scale: float) -> np.ndarray:
+def error_image(error: np.ndarray, scale: float) -> np.ndarray:
     """float [H, W] in levels -> uint8 [H, W, 3] in the colours of the scale.
 
     The colours go by the square root, so that small errors stay visible beside large ones.
@@ -287,7 +287,7 @@ def error_picture(error: np.ndarray, scale: float) -> np.ndarray:
 
 def draw_error_scale(canvas: Canvas, x: int, y: int, width: int, scale: float) -> None:
     """A colour bar with its levels below."""
-    canvas.picture(x, y, error_picture(np.tile(np.linspace(0, 1, width) ** 2 * scale, (16, 1)), scale))
+    canvas.image(x, y, error_image(np.tile(np.linspace(0, 1, width) ** 2 * scale, (16, 1)), scale))
     for place, alignment in ((0, "left"), (0.25, "center"), (0.5, "center"), (1, "right")):
         words = f"{scale:g} or more" if place == 1 and scale < 255 else f"{place**2 * scale:.3g}"
         canvas.text(x + width * place, y + 22, words, SMALL, ha=alignment)
@@ -383,7 +383,7 @@ def shorten(name: str, most: int = 60) -> str:
     return name if len(name) <= most else f"{name[: most - 3]}..."
 
 
-def draw_picture_sheet(name: str, original: tuple[int, int], frames: np.ndarray, results: list[Result]) -> Canvas:
+def draw_image_sheet(name: str, original: tuple[int, int], frames: np.ndarray, results: list[Result]) -> Canvas:
     """Columns: source and presets. Rows: whole, detail, error, masks. frames: [1, H, W, 3]; original: height and width
     in the file."""
     source = frames[0]
@@ -414,10 +414,10 @@ def draw_picture_sheet(name: str, original: tuple[int, int], frames: np.ndarray,
         rows[0] + LINE,
         [_sizes(original, height, width), f"multiples of {_multiple(configs)} px suit all presets"],
     )
-    canvas.picture(xs[0], below_words, framed(scaled(source, cell_size), box))
+    canvas.image(xs[0], below_words, framed(scaled(source, cell_size), box))
     canvas.text(xs[0], rows[1], f"detail, {zoom} times{where}")
     window = np.s_[top : top + side, left : left + side]
-    canvas.picture(xs[0], rows[1] + LINE + 8, scaled(source[window], (zoom * side, zoom * side)))
+    canvas.image(xs[0], rows[1] + LINE + 8, scaled(source[window], (zoom * side, zoom * side)))
     canvas.lines(xs[0], rows[2] + LINE + 8, ERROR_WORDS)
     draw_error_scale(canvas, xs[0], rows[2] + 4 * LINE, CELL * 3 // 4, scale)
     canvas.text(xs[0], rows[3], "coefficients kept, of each block")
@@ -425,10 +425,10 @@ def draw_picture_sheet(name: str, original: tuple[int, int], frames: np.ndarray,
     for x, result in zip(xs[1:], results):
         canvas.text(x, rows[0], shorten(result.config.name, 40), weight="bold")
         canvas.lines(x, rows[0] + LINE, describe(result, 1, height, width))
-        canvas.picture(x, below_words, framed(scaled(result.decoded[0], cell_size), box))
-        canvas.picture(x, rows[1] + LINE + 8, scaled(result.decoded[0][window], (zoom * side, zoom * side)))
+        canvas.image(x, below_words, framed(scaled(result.decoded[0], cell_size), box))
+        canvas.image(x, rows[1] + LINE + 8, scaled(result.decoded[0][window], (zoom * side, zoom * side)))
         canvas.text(x, rows[2], f"mean {result.error.mean():.2f}, most {result.error.max():.0f}", color=FAINT)
-        canvas.picture(x, rows[2] + LINE + 8, scaled(error_picture(result.error[0], scale), cell_size))
+        canvas.image(x, rows[2] + LINE + 8, scaled(error_image(result.error[0], scale), cell_size))
         draw_masks(canvas, x, rows[3], result.config, CELL, still=True)
     return canvas
 
@@ -443,7 +443,7 @@ def _multiple(configs: list["DCTConfig"]) -> int:
     return math.lcm(*(config.resize_factor[0] for config in configs))
 
 
-def draw_clip_sheet(
+def draw_video_sheet(
     name: str, original: tuple[int, int], frames: np.ndarray, results: list[Result], shown: list[int]
 ) -> Canvas:
     """Rows: a strip of frames of the source, then of each preset decoded and its error; masks below."""
@@ -467,19 +467,19 @@ def draw_clip_sheet(
     canvas.text(GAP, rows[0] + LINE, f"{len(frames)} frames read, {sizes}")
     for x, number in zip(xs, shown):
         canvas.text(x, rows[0] + 2 * LINE + 4, f"frame {number}", SMALL, color=FAINT)
-        canvas.picture(x, rows[0] + 3 * LINE + 8, scaled(frames[number], cell_size))
+        canvas.image(x, rows[0] + 3 * LINE + 8, scaled(frames[number], cell_size))
     for y, result in zip(rows[1:], results):
         lines, top = describe(result, len(frames), height, width), y + 3 * LINE + 8
         canvas.text(GAP, y, shorten(result.config.name), weight="bold")
         canvas.lines(GAP, y + LINE, ["; ".join(lines[:2]), "; ".join(lines[2:])])
         for place, x in enumerate(xs):
-            canvas.picture(x, top, scaled(result.decoded[place], cell_size))
-            canvas.picture(x, top + strip, scaled(error_picture(result.error[place], scale), cell_size))
-    _draw_clip_masks(canvas, rows[-1], configs, scale)
+            canvas.image(x, top, scaled(result.decoded[place], cell_size))
+            canvas.image(x, top + strip, scaled(error_image(result.error[place], scale), cell_size))
+    _draw_video_masks(canvas, rows[-1], configs, scale)
     return canvas
 
 
-def _draw_clip_masks(canvas: Canvas, y: int, configs: list["DCTConfig"], scale: float) -> None:
+def _draw_video_masks(canvas: Canvas, y: int, configs: list["DCTConfig"], scale: float) -> None:
     """The last row: keys on the left, then the masks of each preset."""
     canvas.text(GAP, y, "coefficients kept, of each block")
     draw_mask_key(canvas, GAP, y + 2 * LINE)
@@ -498,7 +498,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list["D
     """Unknown presets are usage errors."""
     parser = argparse.ArgumentParser(prog="dct_tokenizer.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("command", choices=["show"], help="draw the sheet")
-    parser.add_argument("file", type=Path, help=f"a picture, or a clip ({', '.join(VIDEO_EXTENSIONS)})")
+    parser.add_argument("file", type=Path, help=f"an image, or a video ({', '.join(VIDEO_EXTENSIONS)})")
     parser.add_argument("--output", type=Path, default=Path("sheet.png"), help="PNG to write (default: %(default)s)")
     parser.add_argument(
         "--presets",
@@ -510,13 +510,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list["D
     parser.add_argument(
         "--max-pixels",
         type=int,
-        help=f"most pixels of a picture, or of each frame (default: {MAX_PIXELS}, for clips {MAX_FRAME_PIXELS})",
+        help=f"most pixels of an image, or of each frame (default: {MAX_PIXELS}, for videos {MAX_FRAME_PIXELS})",
     )
     parser.add_argument(
         "--frames",
         type=int,
         default=6,
-        help="frames of a clip to show, spread over the 4 to 32 that are read at 2 a second (default: %(default)s)",
+        help="frames of a video to show, spread over the 4 to 32 that are read at 2 a second (default: %(default)s)",
     )
     parser.add_argument("--force", action="store_true", help="replace the output file")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -542,14 +542,14 @@ def make_sheet(
     path: Path, configs: list["DCTConfig"], max_pixels: int | None, most_frames: int
 ) -> tuple[Canvas, list[str]]:
     """The sheet of a file, and its figures as lines. Raises MediaError, SheetError, OSError."""
-    max_pixels = max_pixels or (MAX_FRAME_PIXELS if is_clip(path) else MAX_PIXELS)
+    max_pixels = max_pixels or (MAX_FRAME_PIXELS if is_video(path) else MAX_PIXELS)
     frames, original = read_frames(path, common_factor(configs, max_pixels), max_pixels)
     shown = np.unique(np.linspace(0, len(frames) - 1, min(most_frames, len(frames))).round().astype(int)).tolist()
     results = [measure(frames, config, shown) for config in configs]
-    if is_clip(path):
-        canvas = draw_clip_sheet(path.name, original, frames, results, shown)
+    if is_video(path):
+        canvas = draw_video_sheet(path.name, original, frames, results, shown)
     else:
-        canvas = draw_picture_sheet(path.name, original, frames, results)
+        canvas = draw_image_sheet(path.name, original, frames, results)
     return canvas, [f"{r.config.name}: {'; '.join(describe(r, *frames.shape[:3]))}" for r in results]
 
 

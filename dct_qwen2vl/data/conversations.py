@@ -39,10 +39,10 @@ def list_parts(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def name_in(part: dict[str, Any]) -> Any:
-    """What a part says of its medium's file: a name, or a list of them for a clip's frames; None where it says none.
+    """What a part says of its medium's file: a name, or a list of them for a video's frames; None where it says none.
 
     {"type": "image", "image": name}, {"type": "image_url", "image_url": {"url": name}}, {"type": "video", "video":
-    name}. `file://` before a name is left out. A `data:` URL is no name: it is the picture itself.
+    name}. `file://` before a name is left out. A `data:` URL is no name: it is the image itself.
     """
     value = part.get(part["type"])
     value = value.get("url") if isinstance(value, dict) else value

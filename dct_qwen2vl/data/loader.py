@@ -116,7 +116,7 @@ class EnergonDataModule(pl.LightningDataModule):
     data_parallel_group: called before loading, gives the group of the processes that train on different samples; None:
         all.
     start_anew: a saved state is not restored.
-    restarts: how often the data of the run were begun anew; a saved state of before the last time is not restored
+    restarts: how often the data of the run were begun again; a saved state of before the last time is not restored
         either.
     """
 
@@ -225,7 +225,7 @@ class EnergonDataModule(pl.LightningDataModule):
         if self.start_anew:
             return
         if state_dict.get("restarts", 0) != self.restarts:
-            rank_zero_only(print)("The checkpoint is of before --restart-data: the data begin anew", flush=True)
+            rank_zero_only(print)("The checkpoint is of before --restart-data: the data begin again", flush=True)
             return
         states = state_dict["energon"]
         if len(states) != self.worker_config.world_size:

@@ -1,9 +1,9 @@
-"""Bytes of pictures and clips -> arrays: RGB, or a clip's planes. The one place that decides how media are decoded.
+"""Bytes of images and videos -> arrays: RGB, or a video's planes. The one place that decides how media are decoded.
 
 Data preparation, training and evaluation all read media through this file, so they see the same pixels.
 
-Letters used for shapes in this file: T frames of a clip, H and W rows and columns in pixels as displayed, that is, with
-the EXIF orientation or the display matrix applied.
+Letters used for shapes in this file: T frames of a video, H and W rows and columns in pixels as displayed, that is,
+with the EXIF orientation or the display matrix applied.
 """
 
 import io
@@ -23,12 +23,12 @@ from dct_qwen2vl.common.scripts import UserError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi")
 # FFmpeg's names of what is opened. Playlists and other formats that make it open further files are not among them.
-CLIP_FORMATS = "mov,mp4,matroska,webm,avi,flv,mpegts,mpeg,asf,ogg"
+VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,flv,mpegts,mpeg,asf,ogg"
 
 EXIF_ORIENTATION = 0x0112  # EXIF 2.32
 TURNED = (5, 6, 7, 8)  # the orientations that exchange height and width
 # PIL raises all of these for files that are broken in one way or another.
-PICTURE_ERRORS = (
+IMAGE_ERRORS = (
     OSError,
     ValueError,
     SyntaxError,
@@ -53,12 +53,12 @@ Fit = Callable[[int, int, int], tuple[int, int]]
 
 
 class MediaError(UserError):
-    """The bytes are no readable picture or clip. The message says why, in one line."""
+    """The bytes are no readable image or video. The message says why, in one line."""
 
 
 @dataclass(frozen=True)
 class YUVFrames:
-    """A clip as C-contiguous 4:2:0 planes.
+    """A video as C-contiguous 4:2:0 planes.
 
     luma uint8 [T, H, W], H and W even; cb, cr uint8 [T, H/2, W/2], each sample at the centre of its 2x2 luma samples.
     matrix: "bt601" or "bt709". full_range: values use 0..255; otherwise luma uses 16..235, cb and cr 16..240.
@@ -78,10 +78,10 @@ class YUVFrames:
 
 @dataclass(frozen=True)
 class VideoSampling:
-    """What is read of a clip, as in Qwen2-VL's own utilities (`qwen_vl_utils.vision_process`).
+    """What is read of a video, as in Qwen2-VL's own utilities (`qwen_vl_utils.vision_process`).
 
-    `fps` frames a second, spread evenly over the clip, between `min_frames` and `max_frames` of them (never more than
-    it has), an even number where possible. total_pixels: most pixels of a clip, frames counted in pairs, as a token
+    `fps` frames a second, spread evenly over the video, between `min_frames` and `max_frames` of them (never more than
+    it has), an even number where possible. total_pixels: most pixels of a video, frames counted in pairs, as a token
     holds two of them.
     """
 
@@ -96,13 +96,13 @@ class VideoSampling:
         return cls(**{each.name: getattr(settings, f"video_{each.name}") for each in fields(cls)})
 
     def count(self, total_frames: int, frames_per_second: float) -> int:
-        """How many frames of a clip are read."""
+        """How many frames of a video are read."""
         wanted = total_frames / frames_per_second * self.fps if frames_per_second > 0 else total_frames
         least, most = math.ceil(self.min_frames / 2) * 2, self.max_frames // 2 * 2
         return max(1, int(min(max(wanted, least), most, total_frames)) // 2 * 2)
 
     def indices(self, total_frames: int, frames_per_second: float) -> np.ndarray:
-        """Numbers of the frames to read from a clip of constant rate, int64, ascending."""
+        """Numbers of the frames to read from a video of constant rate, int64, ascending."""
         count = self.count(total_frames, frames_per_second)
         return np.linspace(0, total_frames - 1, count).round().astype(np.int64)
 
@@ -125,7 +125,7 @@ class VideoSampling:
         return np.searchsorted(seconds, moments, side="right") - 1
 
     def max_frame_pixels(self, frames: int, min_pixels: int, max_pixels: int) -> int:
-        """Most pixels of one frame of a clip of `frames` frames, given the bounds for a picture."""
+        """Most pixels of one frame of a video of `frames` frames, given the bounds for an image."""
         return min(max_pixels, max(int(self.total_pixels / frames * 2), int(min_pixels * 1.05)))
 
 
@@ -143,11 +143,11 @@ def _readable(kind: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
         raise MediaError(f"not a readable {kind}: {' '.join(str(error).split())}") from error
 
 
-# Pictures
+# Images
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL picture as 8-bit RGB: first frame, EXIF rotation applied, transparency on white, 16-bit scaled to 8."""
+    """Any PIL image as 8-bit RGB: first frame, EXIF rotation applied, transparency on white, 16-bit scaled to 8."""
     image.seek(0)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit greyscale: "I;16", and "I" in older files
@@ -161,46 +161,46 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode_image(data: bytes, fit: Fit | None = None) -> np.ndarray:
-    """Picture file -> uint8 RGB [H, W, 3] of the size that `fit` gives (None: its own). Raises MediaError.
+    """Image file -> uint8 RGB [H, W, 3] of the size that `fit` gives (None: its own). Raises MediaError.
 
     Resizing is PIL's bicubic, the image processor's. A JPEG of at least twice the size in both directions is decoded at
     a half, a quarter or an eighth, never below the target: libjpeg leaves out the high frequencies of its blocks. A fit
     that is `whole` forbids that.
     """
-    with _readable("picture", PICTURE_ERRORS):
+    with _readable("image", IMAGE_ERRORS):
         image = Image.open(io.BytesIO(data))
         turned = image.getexif().get(EXIF_ORIENTATION) in TURNED
     with image:
         target = fit(*_displayed_size(image, turned), 1) if fit else None
-        with _readable("picture", PICTURE_ERRORS):
+        with _readable("image", IMAGE_ERRORS):
             whole = getattr(fit, "whole", False)
-            return np.asarray(_resize_picture(image, target, turned, whole) if target else to_rgb(image))
+            return np.asarray(_resize_image(image, target, turned, whole) if target else to_rgb(image))
 
 
-def _displayed_size(picture: Any, exchanged: bool) -> tuple[int, int]:
-    """Height and width of a PIL picture or a frame."""
-    return (picture.width, picture.height) if exchanged else (picture.height, picture.width)
+def _displayed_size(image: Any, exchanged: bool) -> tuple[int, int]:
+    """Height and width of a PIL image or a frame."""
+    return (image.width, image.height) if exchanged else (image.height, image.width)
 
 
-def _resize_picture(image: Image.Image, target: tuple[int, int], turned: bool, whole: bool) -> Image.Image:
-    """An opened picture file as RGB with the displayed height and width `target`."""
+def _resize_image(image: Image.Image, target: tuple[int, int], turned: bool, whole: bool) -> Image.Image:
+    """An opened image file as RGB with the displayed height and width `target`."""
     height, width = target
     stored_size = (height, width) if turned else (width, height)  # PIL's order is width, height
     draft = None if whole else image.draft("RGB", stored_size)
     if draft is None:  # or no JPEG
         return to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
     image = image if image.mode == "RGB" else image.convert("RGB")
-    # The sides of a draft are rounded up; the box is what the picture covers of them. Its EXIF data stay with it.
+    # The sides of a draft are rounded up; the box is what the image covers of them. Its EXIF data stay with it.
     return to_rgb(image.resize(stored_size, Image.Resampling.BICUBIC, box=draft[1]))
 
 
-# Clips
+# Videos
 
 
 def decode_video(
     data: bytes, sampling: VideoSampling, fit: Fit | None = None, planes: bool = False, threads: int = 0
 ) -> np.ndarray | YUVFrames:
-    """Clip file -> the frames that `sampling` names: uint8 RGB [T, H, W, 3], or their planes. Raises MediaError.
+    """Video file -> the frames that `sampling` names: uint8 RGB [T, H, W, 3], or their planes. Raises MediaError.
 
     fit: gives the size, even sides for planes. Without it frames keep theirs, but for planes odd sides become the even
     ones below. threads: of the decoder and the scaler; 0 for one for each core.
@@ -209,18 +209,18 @@ def decode_video(
     Planes keep both, but RGB streams become full-range BT.601 and other matrices (BT.2020) become BT.709. Transfer
     functions stay as they are (HDR is not tone-mapped), alpha is dropped, pixels are taken as square.
     """
-    import av  # PyAV: only clips need it
+    import av  # PyAV: only videos need it
 
-    new_clip = partial(_Clip, fit=fit, planes=planes, threads=threads)
-    with _readable("clip", (av.FFmpegError, OSError, IndexError)):
-        clip = None
-        with suppress(av.FFmpegError):  # decoding from what is no key frame, say; the whole clip may still decode
-            clip = _read_by_stamp(data, sampling, new_clip, threads)
-        return (clip or _read_by_number(data, sampling, new_clip, threads)).result()
+    new_video = partial(_Video, fit=fit, planes=planes, threads=threads)
+    with _readable("video", (av.FFmpegError, OSError, IndexError)):
+        video = None
+        with suppress(av.FFmpegError):  # decoding from what is no key frame, say; the whole video may still decode
+            video = _read_by_stamp(data, sampling, new_video, threads)
+        return (video or _read_by_number(data, sampling, new_video, threads)).result()
 
 
-def _read_by_stamp(data: bytes, sampling: VideoSampling, new_clip: Callable, threads: int) -> "_Clip | None":
-    """Reads a clip by its packets' time stamps and decodes only the packets that the wanted frames need.
+def _read_by_stamp(data: bytes, sampling: VideoSampling, new_video: Callable, threads: int) -> "_Video | None":
+    """Reads a video by its packets' time stamps and decodes only the packets that the wanted frames need.
 
     None if that does not work: a container without stamps, wrong ones, packets that show nothing, false key frames.
     """
@@ -230,40 +230,40 @@ def _read_by_stamp(data: bytes, sampling: VideoSampling, new_clip: Callable, thr
         if not stamps:
             return None
         seconds = np.array(stamps, np.float64) * float(stream.time_base)
-        clip = new_clip([stamps[number] for number in sampling.indices_at(seconds, float(stream.average_rate or 0))])
+        video = new_video([stamps[number] for number in sampling.indices_at(seconds, float(stream.average_rate or 0))])
         latest = stamps[0]
-        for frame in _decode_wanted(stream, packets, set(clip.keys)):
+        for frame in _decode_wanted(stream, packets, set(video.keys)):
             if frame.pts is None or frame.pts < latest:
                 return None
             latest = frame.pts
-            clip.put(frame.pts, frame)
-            if not clip.missing:
-                return clip
+            video.put(frame.pts, frame)
+            if not video.missing:
+                return video
     return None
 
 
-def _read_by_number(data: bytes, sampling: VideoSampling, new_clip: Callable, threads: int) -> "_Clip":
-    """Reads a clip by counting its frames, all of which are decoded; twice, if they are not as many as its packets."""
+def _read_by_number(data: bytes, sampling: VideoSampling, new_video: Callable, threads: int) -> "_Video":
+    """Reads a video by counting its frames, all of which are decoded; twice, if they are not as many as its packets."""
     with _open(data, threads) as (container, stream):
         total = _shown(_packets(container, stream))
-    clip, decoded = _read_counted(data, sampling, new_clip, threads, total)
+    video, decoded = _read_counted(data, sampling, new_video, threads, total)
     if decoded != total:
-        clip, _ = _read_counted(data, sampling, new_clip, threads, decoded)
-    if clip.missing:
-        raise MediaError(f"not a readable clip: it has no frames ({total} packets)")
-    return clip
+        video, _ = _read_counted(data, sampling, new_video, threads, decoded)
+    if video.missing:
+        raise MediaError(f"not a readable video: it has no frames ({total} packets)")
+    return video
 
 
 def _read_counted(
-    data: bytes, sampling: VideoSampling, new_clip: Callable, threads: int, total: int
-) -> tuple["_Clip", int]:
-    """-> the clip as if it had `total` frames, and how many it has."""
+    data: bytes, sampling: VideoSampling, new_video: Callable, threads: int, total: int
+) -> tuple["_Video", int]:
+    """-> the video as if it had `total` frames, and how many it has."""
     with _open(data, threads) as (container, stream):
-        clip, decoded = new_clip(sampling.indices(total, float(stream.average_rate or 0)).tolist()), 0
+        video, decoded = new_video(sampling.indices(total, float(stream.average_rate or 0)).tolist()), 0
         for frame in container.decode(stream):
-            clip.put(decoded, frame)
+            video.put(decoded, frame)
             decoded += 1
-    return clip, decoded
+    return video, decoded
 
 
 @contextmanager
@@ -272,15 +272,15 @@ def _open(data: bytes, threads: int) -> Iterator[tuple[Any, Any]]:
     import av
 
     # torchvision, when imported, has FFmpeg's messages go to Python: a decoder's thread then waits for the interpreter
-    # lock, which is held by the thread that closes the clip and waits for the decoder's.
+    # lock, which is held by the thread that closes the video and waits for the decoder's.
     av.logging.set_level(None)
-    options = {"format_whitelist": CLIP_FORMATS}
+    options = {"format_whitelist": VIDEO_FORMATS}
     with av.open(io.BytesIO(data), metadata_errors="ignore", options=options) as container:
         if not container.streams.video:
-            raise MediaError("not a readable clip: it has no video")
+            raise MediaError("not a readable video: it has no video")
         stream = container.streams.video[0]
         if stream.codec_context is None:  # decoding it would crash the process in PyAV < 18.1
-            raise MediaError("not a readable clip: its codec is unknown")
+            raise MediaError("not a readable video: its codec is unknown")
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = threads
         yield container, stream
@@ -336,8 +336,8 @@ def _packet_runs(packets: list, wanted: set[int]) -> list[tuple[int, int]]:
     return runs
 
 
-class _Clip:
-    """The arrays of a clip, filled frame by frame as a decoder yields them.
+class _Video:
+    """The arrays of a video, filled frame by frame as a decoder yields them.
 
     keys: names of the wanted frames, in order, repeated where a frame is wanted repeatedly. Others are passed over.
     """
@@ -474,21 +474,21 @@ def as_array(
     """A media part of a shard -> uint8 RGB [H, W, 3] (kind "image") or [T, H, W, 3] ("video"). Raises MediaError.
 
     content: file bytes, a PIL image, or what Energon's own decoding makes of them: for an image a float tensor
-    [C, H, W] in 0..1, for a clip an object with `frames`, a uint8 tensor [T, C, H, W], and `info`. fit: as for
-    `decode_image`. planes, threads: as for `decode_video`; a clip that Energon decoded is RGB in any case.
+    [C, H, W] in 0..1, for a video an object with `frames`, a uint8 tensor [T, C, H, W], and `info`. fit: as for
+    `decode_image`. planes, threads: as for `decode_video`; a video that Energon decoded is RGB in any case.
     """
     if isinstance(content, (bytes, bytearray)):
         if kind == "image":
             return decode_image(content, fit)
         return decode_video(content, sampling, fit, planes, threads)
     if kind == "image" and isinstance(content, Image.Image):
-        with _readable("picture", PICTURE_ERRORS):
-            picture = np.asarray(to_rgb(content))
-        return resize_frames(kind, picture, fit)
+        with _readable("image", IMAGE_ERRORS):
+            image = np.asarray(to_rgb(content))
+        return resize_frames(kind, image, fit)
     if kind == "image" and getattr(content, "ndim", 0) == 3:
         rgb = content.expand(3, -1, -1) if content.shape[0] == 1 else content[:3]
-        picture = (rgb * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-        return resize_frames(kind, picture, fit)
+        image = (rgb * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        return resize_frames(kind, image, fit)
     if kind == "video" and hasattr(content, "frames"):
         indices = sampling.indices(len(content.frames), float(content.info.get("video_fps", 0)))
         return resize_frames(kind, content.frames[indices].permute(0, 2, 3, 1).numpy(), fit)
@@ -496,13 +496,13 @@ def as_array(
 
 
 def media_shape(kind: str, content: Any, sampling: VideoSampling) -> tuple[int, int, int]:
-    """Height, width and number (1 of a picture) of the frames that `as_array` reads of the same part, before they are
-    resized; from headers and packets. Of a clip that is shown turned, height and width are those before. Raises
-    MediaError. Damaged clips may hold fewer frames than they say."""
+    """Height, width and number (1 of an image) of the frames that `as_array` reads of the same part, before they are
+    resized; from headers and packets. Of a video that is shown turned, height and width are those before. Raises
+    MediaError. Damaged videos may hold fewer frames than they say."""
     if isinstance(content, (bytes, bytearray)):
-        return _picture_shape(content) if kind == "image" else _clip_shape(content, sampling)
+        return _image_shape(content) if kind == "image" else _video_shape(content, sampling)
     if kind == "image" and isinstance(content, Image.Image):
-        with _readable("picture", PICTURE_ERRORS):
+        with _readable("image", IMAGE_ERRORS):
             return *_displayed_size(content, _is_turned(content)), 1
     if kind == "image" and getattr(content, "ndim", 0) == 3:
         return *content.shape[1:], 1
@@ -512,20 +512,20 @@ def media_shape(kind: str, content: Any, sampling: VideoSampling) -> tuple[int, 
     raise MediaError(f"cannot read a {kind} part of type {type(content).__name__}")
 
 
-def _picture_shape(data: bytes) -> tuple[int, int, int]:
-    with _readable("picture", PICTURE_ERRORS), Image.open(io.BytesIO(data)) as image:
+def _image_shape(data: bytes) -> tuple[int, int, int]:
+    with _readable("image", IMAGE_ERRORS), Image.open(io.BytesIO(data)) as image:
         return *_displayed_size(image, _is_turned(image)), 1
 
 
 def _is_turned(image: Image.Image) -> bool:
-    # A PNG's own getexif decodes the picture, to find tags that stand behind it.
+    # A PNG's own getexif decodes the image, to find tags that stand behind it.
     return Image.Image.getexif(image).get(EXIF_ORIENTATION) in TURNED
 
 
-def _clip_shape(data: bytes, sampling: VideoSampling) -> tuple[int, int, int]:
+def _video_shape(data: bytes, sampling: VideoSampling) -> tuple[int, int, int]:
     import av
 
-    with _readable("clip", (av.FFmpegError, OSError, IndexError)), _open(data, threads=1) as (container, stream):
+    with _readable("video", (av.FFmpegError, OSError, IndexError)), _open(data, threads=1) as (container, stream):
         packets, rate = _packets(container, stream), float(stream.average_rate or 0)
         stamps = _usable_stamps(container, packets)
         seconds = np.array(stamps, np.float64) * float(stream.time_base or 0)

@@ -38,7 +38,7 @@ Encoded = tuple[str, torch.Tensor, Grid]  # kind, tokens float32 [N, K], grid
 class PixelFit:
     """The size to which `media` resizes what a processor reads, so that nothing is left for it to resize (a `Fit`).
 
-    factor: height and width become multiples of it, pixels. min_pixels, max_pixels: bounds of H*W of a picture or
+    factor: height and width become multiples of it, pixels. min_pixels, max_pixels: bounds of H*W of an image or
     frame. The frames of a video share `sampling.total_pixels`, an image has no share in it. Where no multiple lies
     between min_pixels and a frame's share, the frame gets less than min_pixels. whole: JPEGs are decoded at their own
     size, as for the image processor of pixels, which a pixel baseline is to equal.

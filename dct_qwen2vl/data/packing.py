@@ -32,7 +32,7 @@ class PackedBatch(Batch):
     [F + 1]: where time steps begin, attention stays within one. grid_thw int64 [M, 3]. longest_sample, longest_step:
     tokens. keys, skipped: as in `task_encoder.QwenBatch`; a row without keys stands for none.
 
-    A row without media has one blank picture, so that the vision tower has a gradient in every micro-batch: N is then
+    A row without media has one blank image, so that the vision tower has a gradient in every micro-batch: N is then
     m * m while V and M are 0.
     """
 
@@ -103,7 +103,7 @@ def pack(
     skipped: dict[str, int] | None = None,
 ) -> PackedBatch:
     """One row of all samples. token_width: floats of a vision token, for a row without media. visual_ids: the ids that
-    stand for tokens of images and of clips."""
+    stand for tokens of images and of videos."""
     input_ids = torch.cat([sample.input_ids for sample in samples])
     following = torch.cat([torch.cat([s.labels[1:], s.labels.new_full((1,), IGNORE_INDEX)]) for s in samples])
     learned = (following != IGNORE_INDEX).nonzero().flatten()

@@ -63,7 +63,7 @@ class EncodedSample(Sample):
 
     input_ids int64 [L]; labels int64 [L], aligned with input_ids, IGNORE_INDEX where not learned; position_ids int64
     [3, L] (time, row, column); pixel_values float32 [N, K] and image_grid_thw int64 [M, 3] of its images, the other
-    two of its clips (N and M may be 0).
+    two of its videos (N and M may be 0).
     """
 
     input_ids: torch.Tensor
@@ -81,7 +81,7 @@ class QwenBatch(Batch):
 
     labels int64 [B, L] are already shifted: labels[b, i] is the token that position i has to predict. position_ids
     int64 [3, B, L]. attention_mask int64 [B, L]. pixel_values float32 [N, K] of all images in order, image_grid_thw
-    int64 [M, 3]; likewise for clips. skipped: samples left out since the previous batch of the same worker, by reason.
+    int64 [M, 3]; likewise for videos. skipped: samples left out since the previous batch of the same worker, by reason.
 
     A batch without keys stands for none: its one learned token is not to be counted (`QwenTaskEncoder.blank_batch`).
     """

@@ -79,9 +79,9 @@ def line_weights(lines: tuple[int, ...], count: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class CoefficientTable:
-    """How the energy of pictures spreads over frequencies, as `coefficient_statistics.py` measures it.
+    """How the energy of images spreads over frequencies, as `coefficient_statistics.py` measures it.
 
-    Pictures are described as sums of sinusoids of random phase: lines, `lines[axis]` times the frequency step
+    Images are described as sums of sinusoids of random phase: lines, `lines[axis]` times the frequency step
     pi / `block[axis]` radians a frame or pixel, from 0 to pi. From the lines' power follows the variance of any
     coefficient of any block: the DCT is linear, and sinusoids of random phase are uncorrelated.
 
@@ -258,7 +258,7 @@ class DCTConfig:
 
     @property
     def resize_factor(self) -> tuple[int, int]:
-        """Pixels (rows, columns) of which a picture's height and width must be multiples: (bh*m, bw*m)."""
+        """Pixels (rows, columns) of which an image's height and width must be multiples: (bh*m, bw*m)."""
         return self.block[1] * self.merge, self.block[2] * self.merge
 
     @classmethod
@@ -273,7 +273,7 @@ class DCTConfig:
             block = (frames, 2 * rows, 2 * columns)
             first = np.zeros((3, *block), dtype=bool)
             first[:, 0] = True  # the mean of the two frames, whole: a still loses no luma
-            first[:, 1, :rows, :columns] = True  # of their difference what the half-size picture shows
+            first[:, 1, :rows, :columns] = True  # of their difference what the half-size image shows
             return cls.select(block, "420", floats * 9 // 2, first=first, name=name)
         if name == "x16":
             block = (frames, 4 * rows, 4 * columns)
@@ -399,7 +399,7 @@ def synthesis_matrix(config: DCTConfig, patch: tuple[int, int, int] = PIXEL_PATC
     Conv3d expects.
 
     The patch is the block, downscaled in the DCT domain: its lowest (2, 14, 14) coefficients, times
-    sqrt(2*14*14 / (bt*bh*bw)) so that a constant picture keeps its value, transformed back. Rows of other coefficients
+    sqrt(2*14*14 / (bt*bh*bw)) so that a constant image keeps its value, transformed back. Rows of other coefficients
     are zero. For a block of (2, 14, 14) this is the inverse transform. patch: what stands for (2, 14, 14) in models
     with patches of another size.
     """

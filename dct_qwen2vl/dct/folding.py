@@ -14,7 +14,7 @@ def fold_patch_embedding(
     """W' = W S: a Conv3d weight for pixels [E, 3, 2, 14, 14] -> one for tokens [E, K, 1, 1, 1], of the same dtype.
 
     Columns of coefficients that the pixel model never saw start at zero: at step 0 the folded model computes what the
-    pixel model computes on the picture downscaled in the DCT domain. patch: see `synthesis_matrix`. Raises ValueError
+    pixel model computes on the image downscaled in the DCT domain. patch: see `synthesis_matrix`. Raises ValueError
     for a weight of any other shape.
     """
     if weight.ndim != 5 or tuple(weight.shape[1:]) != (3, *patch):

@@ -18,17 +18,17 @@ logger = logging.get_logger(__name__)
 
 
 def _dimensions(value: Any) -> int:
-    """Of an array or tensor; a PIL picture counts as [H, W, C]. Raises ValueError for anything else."""
+    """Of an array or tensor; a PIL image counts as [H, W, C]. Raises ValueError for anything else."""
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return value.ndim
     if isinstance(value, Image.Image):
         return 3
     hint = ": open the file first, as PIL.Image.open does" if isinstance(value, (str, bytes, os.PathLike)) else ""
-    raise ValueError(f"expected PIL, numpy or torch pictures, or lists of them, got {type(value).__name__}{hint}")
+    raise ValueError(f"expected PIL, numpy or torch images, or lists of them, got {type(value).__name__}{hint}")
 
 
 def flat_images(images: Any) -> list:
-    """A picture, a batch of pictures [N, ...] or lists of these, nested or not -> the pictures, one after another."""
+    """An image, a batch of images [N, ...] or lists of these, nested or not -> the images, one after another."""
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in flat_images(item)]
     dimensions = _dimensions(images)
@@ -40,13 +40,13 @@ def flat_images(images: Any) -> list:
 
 
 def flat_videos(videos: Any) -> list:
-    """A clip or lists of clips, nested or not -> the clips, each an array [T, ...] or a list of frames."""
+    """A video or lists of videos, nested or not -> the videos, each an array [T, ...] or a list of frames."""
     if isinstance(videos, (list, tuple)):
         if not videos:
-            raise ValueError("expected clips of at least one frame, got an empty list")
+            raise ValueError("expected videos of at least one frame, got an empty list")
         if all(not isinstance(item, (list, tuple)) and _dimensions(item) < 4 for item in videos):
             return [list(videos)]
-        return [clip for item in videos for clip in flat_videos(item)]
+        return [video for item in videos for video in flat_videos(item)]
     dimensions = _dimensions(videos)
     if dimensions in (2, 3):  # a lone frame
         return [[videos]]
@@ -54,7 +54,7 @@ def flat_videos(videos: Any) -> list:
         return [videos]
     if dimensions == 5:
         return list(videos)
-    raise ValueError(f"expected a clip [T, H, W, C] or [T, C, H, W], or a list of frames, got {list(videos.shape)}")
+    raise ValueError(f"expected a video [T, H, W, C] or [T, C, H, W], or a list of frames, got {list(videos.shape)}")
 
 
 def pil_to_rgb(image: Image.Image) -> Image.Image:
@@ -68,21 +68,21 @@ def pil_to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def as_array(picture: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+def as_array(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     """A tensor of the CPU as an array of the same memory; what is on another device stays there."""
-    if not isinstance(picture, torch.Tensor):
-        return picture
-    picture = picture.detach()
-    if picture.dtype == torch.bfloat16:  # numpy has none
-        picture = picture.float()
-    return picture.numpy() if picture.device.type == "cpu" else picture
+    if not isinstance(image, torch.Tensor):
+        return image
+    image = image.detach()
+    if image.dtype == torch.bfloat16:  # numpy has none
+        image = image.float()
+    return image.numpy() if image.device.type == "cpu" else image
 
 
 def channels_last(array: np.ndarray | torch.Tensor, layout: str | None) -> np.ndarray | torch.Tensor:
     """[H, W], [..., H, W, C] or [..., C, H, W] -> [..., H, W, C], a view. C is 1, 3 or 4, else ValueError."""
     shape = list(array.shape)
     if len(shape) not in (2, 3, 4) or 0 in shape:
-        raise ValueError(f"expected a picture [H, W], [H, W, C] or [C, H, W] with H and W at least 1, got {shape}")
+        raise ValueError(f"expected an image [H, W], [H, W, C] or [C, H, W] with H and W at least 1, got {shape}")
     if len(shape) == 2:
         return array[..., None]
     if layout is None:
@@ -123,7 +123,7 @@ def to_levels(array: np.ndarray | torch.Tensor, do_rescale: bool) -> np.ndarray 
     if kind == "uint16":
         return (array / 257).round().astype(np.uint8)
     if not kind.startswith(("int", "uint")):
-        raise ValueError(f"expected pictures of bytes, floats or whole numbers, got {kind}")
+        raise ValueError(f"expected images of bytes, floats or whole numbers, got {kind}")
     if array.min() < 0 or array.max() > 255:
         raise ValueError(f"expected values 0..255, got {kind} from {array.min()} to {array.max()}")
     return array.astype(np.uint8)
@@ -140,7 +140,7 @@ def _float_to_levels(array: np.ndarray | torch.Tensor, do_rescale: bool) -> np.n
         array = array.double() * 255 if isinstance(array, torch.Tensor) else array.astype(np.float64) * 255
         return array.float() if isinstance(array, torch.Tensor) else array.astype(np.float32)
     if 0 < high <= 1:
-        logger.warning_once("Pictures of values 0..1 are taken as nearly black: for 0..1 give do_rescale=False.")
+        logger.warning_once("Images of values 0..1 are taken as nearly black: for 0..1 give do_rescale=False.")
     return array
 
 
@@ -159,19 +159,19 @@ def to_three_channels(array: np.ndarray | torch.Tensor) -> np.ndarray | torch.Te
     return array[..., :3] * alpha + 255 * (1 - alpha)
 
 
-def height_width(picture: Image.Image | np.ndarray | torch.Tensor) -> tuple[int, int]:
-    return picture.size[::-1] if isinstance(picture, Image.Image) else tuple(picture.shape[-3:-1])
+def height_width(image: Image.Image | np.ndarray | torch.Tensor) -> tuple[int, int]:
+    return image.size[::-1] if isinstance(image, Image.Image) else tuple(image.shape[-3:-1])
 
 
 def resize(
-    picture: Image.Image | np.ndarray | torch.Tensor, size: tuple[int, int], resample: int, do_rescale: bool
+    image: Image.Image | np.ndarray | torch.Tensor, size: tuple[int, int], resample: int, do_rescale: bool
 ) -> np.ndarray:
-    """A picture [H, W, 3] -> uint8 [*size, 3], by Pillow."""
-    if not isinstance(picture, Image.Image):
-        array = picture.cpu().numpy() if isinstance(picture, torch.Tensor) else picture
+    """An image [H, W, 3] -> uint8 [*size, 3], by Pillow."""
+    if not isinstance(image, Image.Image):
+        array = image.cpu().numpy() if isinstance(image, torch.Tensor) else image
         if array.dtype != np.uint8:
             array = array.clip(0, 255)
             # The stock processor cuts what was given as 0..1 to bytes, and takes of 0..255 only whole numbers.
             array = (array.round() if do_rescale else array).astype(np.uint8)
-        picture = Image.fromarray(array)
-    return np.array(picture.resize(size[::-1], resample))
+        image = Image.fromarray(array)
+    return np.array(image.resize(size[::-1], resample))

@@ -41,18 +41,18 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
     dct: a preset's name, a `DCTConfig`, its dict, or the path of a JSON file.
     min_pixels, max_pixels: bounds of H*W after resizing, for an image and for each frame of a video. `size`,
         {"shortest_edge": min_pixels, "longest_edge": max_pixels}, is the stock processor's second name for them.
-    do_resize: turn off for pictures whose height and width already are multiples of the resize factor.
+    do_resize: turn off for images whose height and width already are multiples of the resize factor.
     do_rescale: turn off for floats in 0..1; with it, floats are in 0..255.
     resample: Pillow's filter; what is resized has 8 bits, as in the stock processor, and gets the same pixels.
-    do_convert_rgb: turn off to have PIL pictures refused that are neither RGB nor grey.
+    do_convert_rgb: turn off to have PIL images refused that are neither RGB nor grey.
 
-    Pictures are PIL, numpy or torch; grey ([H, W], or one channel), RGB or RGBA; channels first or last; uint8, uint16
+    Images are PIL, numpy or torch; grey ([H, W], or one channel), RGB or RGBA; channels first or last; uint8, uint16
     (0..65535), bool, other whole numbers in 0..255, or floats. Transparency is laid on white, as `media.to_rgb` does
     for files, and 16-bit grey is scaled to 8; the stock processor drops alpha, which shows what lies under it, and
-    clips 16-bit grey. Frames of one clip that differ in size are resized to what the first one's size asks for.
+    videos 16-bit grey. Frames of one video that differ in size are resized to what the first one's size asks for.
 
     Output: `pixel_values` float32 [N, K] and `image_grid_thw` int64 [images, 3], or `pixel_values_videos` and
-    `video_grid_thw`, on the device of the pictures. The stock processor's mean, std and do_normalize have no place
+    `video_grid_thw`, on the device of the images. The stock processor's mean, std and do_normalize have no place
     here: the token format fixes them.
     """
 
@@ -157,12 +157,12 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
     ) -> BatchFeature:
         """Images and videos, either of which may be None -> tokens and grids; the rest for this call alone.
 
-        images: a picture, a batch [N, ...], or lists of these.
-        videos: a clip, an array [T, H, W, C] or [T, C, H, W] or a list of T frames; or lists of these. The last frame
+        images: an image, a batch [N, ...], or lists of these.
+        videos: a video, an array [T, H, W, C] or [T, C, H, W] or a list of T frames; or lists of these. The last frame
             is repeated until bt divides T.
         return_tensors: "pt", "np" (the default), or another of transformers' names.
-        input_data_format: "channels_first" or "channels_last"; inferred for each picture if None.
-        device: where the transform runs and tokens of "pt" lie; where the pictures are if None.
+        input_data_format: "channels_first" or "channels_last"; inferred for each image if None.
+        device: where the transform runs and tokens of "pt" lie; where the images are if None.
         fixed: further arguments of the stock processor, of which only the values that the token format has are taken.
         """
         if images is None and videos is None:
@@ -213,21 +213,23 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
         return fixed
 
     def _encode_all(
-        self, clips: list, device: str | torch.device | None, options: dict[str, Any]
+        self, videos: list, device: str | torch.device | None, options: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clips -> tokens [N, K] of all, grids int64 [clips, 3]."""
-        if not clips:
-            raise ValueError("expected at least one picture, got an empty list: give None where there is none")
+        """Videos -> tokens [N, K] of all, grids int64 [videos, 3]."""
+        if not videos:
+            raise ValueError("expected at least one image, got an empty list: give None where there is none")
         encoded = []
-        for clip in clips:
-            where = getattr(clip[0] if isinstance(clip, list) else clip, "device", "cpu") if device is None else device
-            encoded.append(self._tokenizer_on(torch.device(where)).encode(self._frames(clip, **options)))
+        for video in videos:
+            where = (
+                getattr(video[0] if isinstance(video, list) else video, "device", "cpu") if device is None else device
+            )
+            encoded.append(self._tokenizer_on(torch.device(where)).encode(self._frames(video, **options)))
         tokens = encoded[0][0] if len(encoded) == 1 else torch.cat([tokens for tokens, _ in encoded])
         return tokens, torch.tensor([grid_thw for _, grid_thw in encoded])
 
     def _frames(
         self,
-        clip: np.ndarray | torch.Tensor | list,
+        video: np.ndarray | torch.Tensor | list,
         bounds: tuple[int, int],
         do_resize: bool,
         resample: PILImageResampling,
@@ -235,11 +237,11 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
         do_convert_rgb: bool,
         layout: ChannelDimension | None,
     ) -> np.ndarray | torch.Tensor | list:
-        """One clip as an array [T, H, W, 3] or a list of T arrays [H, W, 3], uint8 or float in 0..255, of a size that
+        """One video as an array [T, H, W, 3] or a list of T arrays [H, W, 3], uint8 or float in 0..255, of a size that
         `encode` takes. Nothing is copied that can be used as it is."""
-        pictures = clip if isinstance(clip, list) else [clip]
-        pictures = [self._rgb(picture, do_rescale, do_convert_rgb, layout) for picture in pictures]
-        size = height, width = height_width(pictures[0])
+        images = video if isinstance(video, list) else [video]
+        images = [self._rgb(image, do_rescale, do_convert_rgb, layout) for image in images]
+        size = height, width = height_width(images[0])
         factor = self.dct_config.resize_factor[0]
         if do_resize:
             size = target_size(height, width, factor, *bounds)
@@ -248,25 +250,25 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
                 f"without do_resize, preset {self.dct_config.name} needs a height and a width that are multiples of "
                 f"{factor} px, got {height} x {width}"
             )
-        if all(height_width(picture) == size for picture in pictures):
-            frames = [np.array(picture) if isinstance(picture, Image.Image) else picture for picture in pictures]
-            return frames if isinstance(clip, list) else frames[0]
+        if all(height_width(image) == size for image in images):
+            frames = [np.array(image) if isinstance(image, Image.Image) else image for image in images]
+            return frames if isinstance(video, list) else frames[0]
         if not do_resize:
-            sizes = sorted({"{} x {}".format(*height_width(picture)) for picture in pictures})
-            raise ValueError(f"without do_resize, all frames of a clip need one size, got {', '.join(sizes)}")
-        frames = pictures if isinstance(clip, list) else pictures[0]
+            sizes = sorted({"{} x {}".format(*height_width(image)) for image in images})
+            raise ValueError(f"without do_resize, all frames of a video need one size, got {', '.join(sizes)}")
+        frames = images if isinstance(video, list) else images[0]
         return [resize(frame, size, resample, do_rescale) for frame in frames]
 
     @staticmethod
     def _rgb(
-        picture: Image.Image | np.ndarray | torch.Tensor,
+        image: Image.Image | np.ndarray | torch.Tensor,
         do_rescale: bool,
         do_convert_rgb: bool,
         layout: ChannelDimension | None,
     ) -> Image.Image | np.ndarray | torch.Tensor:
-        """A PIL picture in mode RGB, or an array [..., H, W, 3], uint8 or float in 0..255."""
-        if not isinstance(picture, Image.Image):
-            return to_three_channels(to_levels(channels_last(as_array(picture), layout), do_rescale))
-        if not do_convert_rgb and picture.mode not in ("RGB", "L"):
-            raise ValueError(f"without do_convert_rgb, PIL pictures must be RGB or L, got {picture.mode}")
-        return pil_to_rgb(picture)
+        """A PIL image in mode RGB, or an array [..., H, W, 3], uint8 or float in 0..255."""
+        if not isinstance(image, Image.Image):
+            return to_three_channels(to_levels(channels_last(as_array(image), layout), do_rescale))
+        if not do_convert_rgb and image.mode not in ("RGB", "L"):
+            raise ValueError(f"without do_convert_rgb, PIL images must be RGB or L, got {image.mode}")
+        return pil_to_rgb(image)

@@ -9,16 +9,16 @@ LONGEST_ASPECT = 200  # of the sides; Qwen2-VL refuses longer ones
 
 
 def target_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width in pixels: multiples of `factor`, near the picture's aspect ratio, H*W within the two bounds.
+    """Height and width in pixels: multiples of `factor`, near the image's aspect ratio, H*W within the two bounds.
 
     Qwen2-VL's `smart_resize` wherever its result keeps to the bounds and to an aspect ratio of 200. Beyond it: sides
     below `factor` are enlarged to it; where both bounds cannot be kept, max_pixels is; the least is one square of
     factor x factor, whatever max_pixels says. A target size is its own target size.
 
-    Raises ValueError for an aspect ratio over 200 and for a picture without pixels.
+    Raises ValueError for an aspect ratio over 200 and for an image without pixels.
     """
     if min(height, width) < 1:
-        raise ValueError(f"a picture must have at least one pixel, got {height} x {width}")
+        raise ValueError(f"an image must have at least one pixel, got {height} x {width}")
     enlarge = max(1.0, factor / min(height, width))
     size = max(factor, round(height * enlarge)), max(factor, round(width * enlarge))
     while (target := _nearest_size(*size, factor, min_pixels, max_pixels)) != size:

@@ -73,9 +73,9 @@ class DCTTokenizer:
          8  9 | 12 13
         10 11 | 14 15
 
-    Encoding goes through the clip in chunks that stay in a CPU's cache, each by three matrix products: over the frames
+    Encoding goes through the video in chunks that stay in a CPU's cache, each by three matrix products: over the frames
     of a block, over its rows, over its columns with the colour matrix folded in. Only rows and columns that hold a kept
-    coefficient are computed. Beside the tokens it needs about 10 MB (on a GPU 600), whatever the clip's length.
+    coefficient are computed. Beside the tokens it needs about 10 MB (on a GPU 600), whatever the video's length.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class DCTTokenizer:
         # Times sqrt(bt), which the row matrices take back: two frames are then added and subtracted exactly.
         self._frequencies = sorted({ft for _, ft in self._corners})
         self._frames = self._tensor(dct_matrix(config.block[0])[self._frequencies] * math.sqrt(config.block[0]))
-        # The mean of the centred picture is subtracted from the coefficients: only frequency 0 has any of it.
+        # The mean of the centred image is subtracted from the coefficients: only frequency 0 has any of it.
         self._constants = [(place, index[0, place]) for place in np.flatnonzero(~index[1:].any(axis=0)).tolist()]
         self._scale = self._tensor(np.array(config.scale))
         self._layers: dict[Any, list[tuple[_Layer, ...]]] = {}  # made when first needed
@@ -125,7 +125,7 @@ class DCTTokenizer:
         self, luma: Frames, cb: Frames, cr: Frames, matrix: str = "bt601", full_range: bool = False
     ) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """Planes of 4:2:0 video, uint8 luma [T, H, W], cb and cr [T, H/2, W/2] -> tokens [N, K], grid (t, h, w): those
-        of `encode` for the same clip in RGB, without the way over RGB.
+        of `encode` for the same video in RGB, without the way over RGB.
 
         matrix: "bt601" or "bt709" (ITU-R BT.601-7, BT.709-6). full_range: luma is 0..255 instead of 16..235.
         Chroma becomes the low quarter of its block's DCT, as if a sample lay amid its 2 x 2 luma samples. Values that
@@ -201,8 +201,8 @@ class DCTTokenizer:
 
     @torch.no_grad()
     def _encode(self, sources: list[_Source], offset: np.ndarray) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """offset [3]: Y, Cb, Cr that the samples give where the centred picture is zero."""
-        grid = t, h, w = self._grid(sources[0].planes[0])  # of the whole picture: luma comes first
+        """offset [3]: Y, Cb, Cr that the samples give where the centred image is zero."""
+        grid = t, h, w = self._grid(sources[0].planes[0])  # of the whole image: luma comes first
         tokens = torch.empty(t * h * w, self.config.num_coefficients, dtype=self.dtype, device=self.device)
         buffers = _Buffers(self.dtype, self.device)
         sources = [source for source in sources if source.layers]  # of chroma there may be nothing that is kept
@@ -317,7 +317,7 @@ class DCTTokenizer:
 
     def energies(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens [N, K] -> [N, 2]: energy of a block's detail (frame frequency 0, the mean colour left out) and of
-        its motion (all other frame frequencies), summed over the block's Y, Cb, Cr values, of a picture in 0..1."""
+        its motion (all other frame frequencies), summed over the block's Y, Cb, Cr values, of an image in 0..1."""
         _, ft, fy, fx = np.unravel_index(np.array(self.config.kept), (3, *self.config.block))
         groups = np.stack([(ft == 0) & (fy + fx > 0), ft > 0], axis=1)
         return (tokens * self._scale.to(tokens)).square() @ torch.from_numpy(groups).to(tokens)
@@ -329,7 +329,7 @@ class DCTTokenizer:
         return order.view(t, h // m, m, w // m, m, 3).transpose(2, 3).reshape(-1, 3)
 
     def decode(self, tokens: torch.Tensor, grid_thw: tuple[int, int, int]) -> torch.Tensor:
-        """Tokens [N, K], grid (t, h, w) -> uint8 frames [t*bt, h*bh, w*bw, 3]: what the model receives, as a picture.
+        """Tokens [N, K], grid (t, h, w) -> uint8 frames [t*bt, h*bh, w*bw, 3]: what the model receives, as an image.
 
         Coefficients that were not kept count as zero.
         """

@@ -76,8 +76,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     maxcount = "samples a shard at most, fewer where the split needs it (default: %(default)s)"
     split = "shares of train, val and test, exact in every source dataset (default: 8,1,1)"
     weight = "repeat or thin the training entries of a source, as 2 or 0.5 (default: 1)"
-    pixels = "make pictures with more pixels (height times width) smaller (default: keep them)"
-    quality = "of pictures that are encoded anew (default: %(default)s)"
+    pixels = "make images with more pixels (height times width) smaller (default: keep them)"
+    quality = "of images that are encoded again (default: %(default)s)"
     limit = "use the first N entries of the metadata alone"
     add("--seed", type=int, default=0, metavar="N", help="of split and shuffle (default: %(default)s)")
     add("--maxcount", type=int, default=1000, metavar="N", help=maxcount)
@@ -85,7 +85,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     add("--source-weight", type=checked(data_splits.parse_weight), nargs="+", default=[], metavar="NAME=W", help=weight)
     add("--max-pixels", type=int, metavar="N", help=pixels)
     add("--jpeg-quality", type=int, default=95, metavar="Q", help=quality)
-    add("--check-pictures", action="store_true", help="decode every picture and every frame of a clip")
+    add("--check-images", action="store_true", help="decode every image and every frame of a video")
+    add("--check-pictures", dest="check_images", action="store_true", help=argparse.SUPPRESS)  # its first name
     add("--limit", type=int, metavar="N", help=limit)
 
 
@@ -99,7 +100,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     add("--num-workers", type=int, default=cores, metavar="N", help=workers)
     add("--part", type=checked(parse_part), metavar="I/N", help=part)
     add("--force", action="store_true", help="replace what an earlier run wrote in the output folder")
-    add("--strict", action="store_true", help="stop at the first entry, picture or tar that needs repair or skipping")
+    add("--strict", action="store_true", help="stop at the first entry, image or tar that needs repair or skipping")
     add("--dry-run", action="store_true", help="say what would be written, by source and split, and write nothing")
     add("--verify", action="store_true", help=verify)
     add("--energon-prepare", action="store_true", help=energon)

@@ -1,26 +1,26 @@
-"""Pictures and clips as a shard stores them: bytes from anywhere in, checked bytes out. Files are judged by what they
+"""Images and videos as a shard stores them: bytes from anywhere in, checked bytes out. Files are judged by what they
 are, never by their names.
 
-Nothing is decoded or encoded anew that training reads as it is. So these keep their bytes:
+Nothing is decoded or encoded again that training reads as it is. So these keep their bytes:
 
-    JPEG    8-bit, grey or RGB, no EXIF rotation, after a look at its structure (picture_structure.py)
+    JPEG    8-bit, grey or RGB, no EXIF rotation, after a look at its structure (image_structure.py)
     PNG     8-bit, grey, RGB or palette, no transparency, no animation, no EXIF rotation, after the same
-    clips   mp4, mov, mkv, webm, avi: packets counted, a first, a middle and a last part decoded
+    videos   mp4, mov, mkv, webm, avi: packets counted, a first, a middle and a last part decoded
 
-What looks unusual in a picture's structure is decoded to find out. All other pictures, and those with more than
+What looks unusual in an image's structure is decoded to find out. All other images, and those with more than
 `max_pixels`, become JPEGs without chroma subsampling: first frame, EXIF rotation applied, transparency on white, 16
-bits scaled to 8. Colour values are taken as they are (an ICC profile is neither applied nor kept). Clips in other
-containers are put into an mp4, mkv or avi with the same packets. A clip that is given as picture files becomes an mp4
+bits scaled to 8. Colour values are taken as they are (an ICC profile is neither applied nor kept). Videos in other
+containers are put into an mp4, mkv or avi with the same packets. A video that is given as image files becomes an mp4
 of those JPEGs.
 
 What training could not read raises `UnusableSample`, with one of these reasons to count by:
 
-    broken_image, broken_clip            cut short, damaged, or nothing of the kind
+    broken_image, broken_video            cut short, damaged, or nothing of the kind
     image_too_large                      over 89,478,485 pixels, or 65,500 a side
-    clip_too_large, clip_too_long        frames of over 8192 x 4320 pixels; over a million frames
+    video_too_large, video_too_long        frames of over 8192 x 4320 pixels; over a million frames
     extreme_aspect_ratio                 one side over 200 times the other: Qwen2-VL takes none
     unsupported_image                    pixels of no known range; a format that is not read, such as HEIC or ICO
-    unsupported_clip                     a format or codec that FFmpeg lacks; frames of several sizes; an uneven rate
+    unsupported_video                     a format or codec that FFmpeg lacks; frames of several sizes; an uneven rate
                                          where only avi, which has one rate, takes the codec
 """
 
@@ -40,14 +40,14 @@ from dct_qwen2vl.preparation.video_conversion import (
     MAXIMUM_ASPECT_RATIO,
     Probe,
     mux_jpegs,
-    probe_clip,
+    probe_video,
     refuse_other_times,
     remux,
 )
 
 OPTIONAL_FORMATS = {"AVIF": "avif", "JPEG2000": "jpg_2000"}  # by the feature of Pillow's that reads them
 # Bitmap formats only: Pillow would hand EPS to Ghostscript, and vector formats have no size of their own.
-PICTURE_FORMATS = (
+IMAGE_FORMATS = (
     *("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"),
     *(name for name, feature in OPTIONAL_FORMATS.items() if features.check(feature)),
 )
@@ -73,21 +73,21 @@ TREATMENTS = (
     "images_copied",
     "images_converted",
     "images_downsized",
-    "clips_copied",
-    "clips_remuxed",
-    "clips_of_frames",
+    "videos_copied",
+    "videos_remuxed",
+    "videos_of_frames",
 )
 
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """max_pixels: pictures with more (height times width) are made smaller, at the same aspect ratio. jpeg_quality: of
-    what is encoded. check_pictures: decode every picture and every frame of a clip, even where the structure is sound.
+    """max_pixels: images with more (height times width) are made smaller, at the same aspect ratio. jpeg_quality: of
+    what is encoded. check_images: decode every image and every frame of a video, even where the structure is sound.
     """
 
     max_pixels: int | None = None
     jpeg_quality: int = 95
-    check_pictures: bool = False
+    check_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class StoredMedia:
     """One media part of a shard sample.
 
     part: the file ending in the shard, "jpg", "png", "mp4", "mov", "mkv", "webm" or "avi". treatment: one of
-    TREATMENTS. height, width: as displayed, pixels. frames: 1 for a picture. seconds: of a clip, 0 for a picture.
+    TREATMENTS. height, width: as displayed, pixels. frames: 1 for an image. seconds: of a video, 0 for an image.
     """
 
     part: str
@@ -111,19 +111,19 @@ DEFAULTS = ConversionOptions()
 
 
 def convert_media(kind: str, name: str, data: bytes, options: ConversionOptions = DEFAULTS) -> StoredMedia:
-    """Check one picture (kind "image") or clip (kind "video") and return what the shard stores.
+    """Check one image (kind "image") or video (kind "video") and return what the shard stores.
 
     Raises UnusableSample with a reason of the table above and `name` in its detail.
     """
     with saying_which(kind, name):
-        return convert_picture(data, options) if kind == "image" else convert_clip(data, options)
+        return convert_image(data, options) if kind == "image" else convert_video(data, options)
 
 
 def convert_all(
     media: Iterable[tuple[str, str]], files: Iterable[bytes], options: ConversionOptions = DEFAULTS
 ) -> list[StoredMedia]:
     """The media of an entry, (kind, name) as conversations.CheckedEntry lists them and their files -> the parts of its
-    sample, in order. Adjacent media of kind "frame" become one clip. Raises UnusableSample."""
+    sample, in order. Adjacent media of kind "frame" become one video. Raises UnusableSample."""
     stored: list[StoredMedia] = []
     frames: list[StoredMedia] = []
     place, first = 0, ""
@@ -134,7 +134,7 @@ def convert_all(
         if not frames:
             place, first = len(stored), name
         with saying_which("image", name):
-            frames.append(convert_picture(data, options, parts=("jpg",)))
+            frames.append(convert_image(data, options, parts=("jpg",)))
     if frames:
         with saying_which("video", first):
             stored.insert(place, join_frames(frames, options))
@@ -152,22 +152,22 @@ def saying_which(kind: str, name: str) -> Iterator[None]:
         raise UnusableSample("image_too_large", f"{name}: {error}") from error
     except Exception as error:
         # The decoders meet bytes from anywhere and raise whatever they like (struct.error, KeyError, SyntaxError, ...).
-        reason = "broken_image" if kind == "image" else "broken_clip"
+        reason = "broken_image" if kind == "image" else "broken_video"
         fault = MEMORY_ADDRESS.sub("", f"{type(error).__name__}: {' '.join(str(error).split())}")
         raise UnusableSample(reason, f"{name}: {fault:.500}") from error
 
 
-# Pictures
+# Images
 
 
-def convert_picture(data: bytes, options: ConversionOptions, parts: tuple[str, ...] = ("jpg", "png")) -> StoredMedia:
-    """Any picture -> the same bytes, if they are one of `parts` and training reads them as they are; else a JPEG."""
+def convert_image(data: bytes, options: ConversionOptions, parts: tuple[str, ...] = ("jpg", "png")) -> StoredMedia:
+    """Any image -> the same bytes, if they are one of `parts` and training reads them as they are; else a JPEG."""
     layout = read_layout(data)
-    if layout and layout.part in parts and not (layout.has_metadata or options.check_pictures):
+    if layout and layout.part in parts and not (layout.has_metadata or options.check_images):
         refuse_size(layout.height, layout.width)
         if not exceeds(layout.height, layout.width, options):
             return StoredMedia(layout.part, data, "images_copied", layout.height, layout.width)
-    with open_picture(data) as image:
+    with open_image(data) as image:
         width, height = image.size
         refuse_size(height, width)
         orientation = read_orientation(image)
@@ -176,18 +176,18 @@ def convert_picture(data: bytes, options: ConversionOptions, parts: tuple[str, .
         part = copied_part(image, data, orientation)
         if part not in parts:
             return encode_jpeg(load_rgb(image, orientation), "images_converted", options)
-        if not layout or options.check_pictures:
-            decode_whole(image, options.check_pictures)
+        if not layout or options.check_images:
+            decode_whole(image, options.check_images)
         return StoredMedia(part, data, "images_copied", height, width)
 
 
-def open_picture(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
     """Raises UnusableSample for formats that are not read, and whatever Pillow raises."""
     try:
-        return Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+        return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
         for name, beginning in OTHER_FORMATS.items():
-            if name not in PICTURE_FORMATS and re.match(beginning, data, re.DOTALL):
+            if name not in IMAGE_FORMATS and re.match(beginning, data, re.DOTALL):
                 raise UnusableSample("unsupported_image", f"{name}, which is not read here") from None
         raise
 
@@ -222,7 +222,7 @@ def read_orientation(image: Image.Image) -> int | None:
 
 
 def copied_part(image: Image.Image, data: bytes, orientation: int | None) -> str | None:
-    """The file ending of a picture that training reads as it is. Over an EXIF block that cannot be read it would
+    """The file ending of an image that training reads as it is. Over an EXIF block that cannot be read it would
     stumble."""
     if orientation is None or orientation in NOT_UPRIGHT:
         return None
@@ -233,7 +233,7 @@ def copied_part(image: Image.Image, data: bytes, orientation: int | None) -> str
 
 
 def decode_whole(image: Image.Image, every_pixel: bool) -> None:
-    """Read a picture to its end; it may have another size then. Raises whatever Pillow raises."""
+    """Read an image to its end; it may have another size then. Raises whatever Pillow raises."""
     if not every_pixel:
         # At 1/8 size libjpeg reads every Huffman code, so a cut file is found, but skips most of the inverse DCT.
         image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
@@ -241,7 +241,7 @@ def decode_whole(image: Image.Image, every_pixel: bool) -> None:
 
 
 def load_rgb(image: Image.Image, orientation: int | None) -> Image.Image:
-    """Any opened picture as displayed, RGB; with a damaged EXIF block as browsers do, as if there were none."""
+    """Any opened image as displayed, RGB; with a damaged EXIF block as browsers do, as if there were none."""
     image.load()
     if image.mode == "F":
         raise UnusableSample("unsupported_image", "floating-point pixels have no known range")
@@ -274,38 +274,38 @@ def downsize(image: Image.Image, data: bytes, orientation: int | None, options: 
     return encode_jpeg(smaller, "images_downsized", options)
 
 
-def encode_jpeg(picture: Image.Image, treatment: str, options: ConversionOptions) -> StoredMedia:
-    """RGB picture -> JPEG file; the same bytes for the same pixels and the same libjpeg."""
-    picture.info.clear()  # Pillow would write a GIF's comment into the JPEG
+def encode_jpeg(image: Image.Image, treatment: str, options: ConversionOptions) -> StoredMedia:
+    """RGB image -> JPEG file; the same bytes for the same pixels and the same libjpeg."""
+    image.info.clear()  # Pillow would write a GIF's comment into the JPEG
     stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=options.jpeg_quality, subsampling=0)
-    return StoredMedia("jpg", stream.getvalue(), treatment, picture.height, picture.width)
+    image.save(stream, "JPEG", quality=options.jpeg_quality, subsampling=0)
+    return StoredMedia("jpg", stream.getvalue(), treatment, image.height, image.width)
 
 
-# Clips
+# Videos
 
 
-def convert_clip(data: bytes, options: ConversionOptions) -> StoredMedia:
-    """Any clip -> the same bytes, or the same packets in another container."""
-    probe, treatment = probe_clip(data, options.check_pictures), "clips_copied"
+def convert_video(data: bytes, options: ConversionOptions) -> StoredMedia:
+    """Any video -> the same bytes, or the same packets in another container."""
+    probe, treatment = probe_video(data, options.check_images), "videos_copied"
     if probe.part is None:
-        source, data, treatment = (data, probe), remux(data), "clips_remuxed"
-        probe = probe_clip(data, options.check_pictures)
+        source, data, treatment = (data, probe), remux(data), "videos_remuxed"
+        probe = probe_video(data, options.check_images)
         if probe.part == "avi":
             refuse_other_times(source, (data, probe))
-    return store_clip(data, probe, treatment)
+    return store_video(data, probe, treatment)
 
 
 def join_frames(frames: list[StoredMedia], options: ConversionOptions) -> StoredMedia:
-    """JPEGs of one size -> a clip of them, as they are."""
+    """JPEGs of one size -> a video of them, as they are."""
     sizes = {(frame.height, frame.width) for frame in frames}
     if len(sizes) > 1:
         raise UnusableSample(
-            "unsupported_clip", f"its frames have {len(sizes)} sizes, from {min(sizes)} to {max(sizes)}"
+            "unsupported_video", f"its frames have {len(sizes)} sizes, from {min(sizes)} to {max(sizes)}"
         )
     data = mux_jpegs([frame.data for frame in frames], *sizes.pop())
-    return store_clip(data, probe_clip(data, options.check_pictures), "clips_of_frames")
+    return store_video(data, probe_video(data, options.check_images), "videos_of_frames")
 
 
-def store_clip(data: bytes, probe: Probe, treatment: str) -> StoredMedia:
+def store_video(data: bytes, probe: Probe, treatment: str) -> StoredMedia:
     return StoredMedia(probe.part, data, treatment, probe.height, probe.width, probe.frames, probe.seconds)

@@ -1,7 +1,7 @@
 """Which entries go to train, val and test, how often, in which order, and into which shards.
 
-Entries that share a picture or clip form a group, and a group is never divided: what the model has seen in training is
-not asked for in the test. The groups are gone through in the order of a seeded hash of their picture, and each goes to
+Entries that share an image or video form a group, and a group is never divided: what the model has seen in training is
+not asked for in the test. The groups are gone through in the order of a seeded hash of their image, and each goes to
 the split where its source datasets are furthest behind their shares, so every source is divided alike. Weights of
 sources repeat or thin their training entries, after that. The samples of a split are ordered by a seeded hash, too, and
 cut into shards; the shards of train come first, then those of val and test, in numbers of exactly the split's

@@ -36,7 +36,7 @@ What is wrong with an entry is repaired where there is one right way to do so, a
       has one alone on a line
     media and no placeholder at all                               put before the first          missing_placeholder
                                                                   question, as many as media
-    clips and as many <image> as clips (LLaVA-Video writes so)    <video> put in their place    image_for_video
+    videos and as many <image> as videos (LLaVA-Video writes so)    <video> put in their place    image_for_video
     any other disagreement of placeholders and media              skipped                       placeholder_mismatch
     a part that names another file than the list of media has     skipped                       media_names_disagree
       in its place
@@ -44,8 +44,8 @@ What is wrong with an entry is repaired where there is one right way to do so, a
       of more than 4,300 digits, which no JSON reader takes
 
 Duplicates, files that are not there and names in another letter case are found by the plan (plan.py). Of
-two values under one key the last counts, as in every use of Python's json. `video` may be a list of picture files: the
-frames of one clip.
+two values under one key the last counts, as in every use of Python's json. `video` may be a list of image files: the
+frames of one video.
 """
 
 import json
@@ -67,7 +67,7 @@ from dct_qwen2vl.data.conversations import (
     text_of,
 )
 
-# GIF is left out: it may be a clip itself.
+# GIF is left out: it may be a video itself.
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 MAXIMUM_CHARACTERS = 8 * 32_768  # Qwen2-VL's context is 32,768 tokens; a token of ordinary text has 1 to 6 characters
@@ -93,7 +93,7 @@ class CheckedEntry:
     """An entry to learn from.
 
     entry: with its repairs; the one that was given, if there are none. media: (kind, name) in the order of the
-    placeholders, kind "image", "video" or "frame"; adjacent frames are one clip. repairs: their names, each once.
+    placeholders, kind "image", "video" or "frame"; adjacent frames are one video. repairs: their names, each once.
     """
 
     entry: dict[str, Any]
@@ -119,7 +119,7 @@ class Turn(NamedTuple):
 
 
 class Medium(NamedTuple):
-    """What one placeholder stands for. kind: "image" or "video"; names: one file, or the frames of a clip."""
+    """What one placeholder stands for. kind: "image" or "video"; names: one file, or the frames of a video."""
 
     kind: str
     names: tuple[str, ...]
@@ -189,19 +189,19 @@ def replace_numbers(value: Any, depth: int = 0) -> Any:
 
 
 def list_media(entry: dict) -> list[Medium]:
-    """Images first, then clips, each in the entry's order; where it lists none, those of its parts in reading order.
+    """Images first, then videos, each in the entry's order; where it lists none, those of its parts in reading order.
     Raises UnusableSample."""
     media = [Medium("image", (name,)) for name in names_of(field_of(entry, "image"))]
     given = field_of(entry, "video")
-    clips = names_of(given)
-    if isinstance(given, list) and clips and are_frames(clips):
-        media.append(Medium("video", tuple(clips), is_frames=True))
+    videos = names_of(given)
+    if isinstance(given, list) and videos and are_frames(videos):
+        media.append(Medium("video", tuple(videos), is_frames=True))
     else:
-        media += [Medium("video", (name,)) for name in clips]
+        media += [Medium("video", (name,)) for name in videos]
     if not media:
         media = [medium for medium in map(read_part, list_parts(entry)) if medium]
         if sum(medium.is_frames for medium in media) > 1:
-            raise UnusableSample("malformed_entry", "the frames of more than one clip are listed")
+            raise UnusableSample("malformed_entry", "the frames of more than one video are listed")
     number = max(len(media), *(len(medium.names) for medium in media), 0)
     if number > MAXIMUM_MEDIA:
         raise UnusableSample("too_many_media", f"{number} media in one entry, the limit is {MAXIMUM_MEDIA}")
@@ -390,7 +390,7 @@ def put_before_first_question(turns: list[Turn], kinds: list[str]) -> list[Turn]
 
 
 def put_videos(turn: Turn) -> Turn:
-    """The turn with a clip for every picture in it."""
+    """The turn with a video for every image in it."""
     content = content_of(turn.source)
     if not has_parts(content):
         return rewrite(turn, turn.text.replace("<image>", "<video>"))
@@ -398,7 +398,7 @@ def put_videos(turn: Turn) -> Turn:
 
 
 def as_video(part: dict[str, Any]) -> dict[str, Any]:
-    """The part as one of a clip, with what it says of its file."""
+    """The part as one of a video, with what it says of its file."""
     own = part["type"]
     others = {key: value for key, value in part.items() if key not in (own, "video")}
     return others | {"type": "video"} | ({"video": part[own]} if own in part else {})

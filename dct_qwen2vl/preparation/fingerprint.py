@@ -23,8 +23,9 @@ SET_VERSION = 3  # raised when other bytes would be written from the same data a
 
 def list_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the bytes of a set depend on, beside the data."""
-    names = ("seed", "maxcount", "limit", "max_pixels", "jpeg_quality", "check_pictures")
+    names = ("seed", "maxcount", "limit", "max_pixels", "jpeg_quality")
     settings = {name: getattr(arguments, name) for name in names}
+    settings["check_pictures"] = arguments.check_images  # the flag's first name: sets begun with it go on
     return {**settings, "split": say_shares(arguments.split), "source_weight": dict(sorted(arguments.source_weight))}
 
 

@@ -1,4 +1,4 @@
-"""Pictures judged by their structure alone: which files training will read as they are, without decoding one of them.
+"""Images judged by their structure alone: which files training will read as they are, without decoding one of them.
 
 A JPEG is followed from marker to marker, through its scans, to the EOI that ends the file; of a PNG every chunk's
 length and CRC is checked up to the IEND that ends the file. What is checked is what makes Pillow or libjpeg refuse one.
@@ -47,7 +47,7 @@ MAXIMUM_RATIO = 1032  # of what zlib decompresses to what it reads
 
 class Layout(NamedTuple):
     """Of a sound file. part: its file ending; height, width: as stored, pixels; has_metadata: EXIF or the like, which
-    may say that the picture is to be turned, or may be broken."""
+    may say that the image is to be turned, or may be broken."""
 
     part: str
     height: int

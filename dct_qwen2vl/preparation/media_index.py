@@ -6,7 +6,7 @@ parts of a set need not walk again. A compressed tar is unpacked there once, as 
 reached otherwise. A name is looked up in the tars, of which the last counts, as it would after unpacking them all; then
 among the plain files; then in another letter case or Unicode form, if there is just one such file.
 
-Names are known by 16 bytes of their BLAKE2b hash, and so is the content, by size and both ends of a file: a picture
+Names are known by 16 bytes of their BLAKE2b hash, and so is the content, by size and both ends of a file: an image
 that lies in two places is known as one.
 
 Letters used for shapes: M members of a tar or files of the folders, U different names that are looked up.
@@ -42,7 +42,7 @@ DIGEST = np.dtype("S16")
 GZIP_MAGIC = b"\x1f\x8b"
 BAD_GZIP = (EOFError, BadGzipFile, zlib.error)
 COPY_BYTES = 1 << 20
-LEAST_BYTES = 64  # a smaller file is no picture; nothing can be told from its content
+LEAST_BYTES = 64  # a smaller file is no image; nothing can be told from its content
 READERS = 16  # threads that look at plain files: they wait for the disk
 NO_PLACE = -1
 

@@ -58,7 +58,7 @@ def say_dry_run(plan: Plan, layout: Layout) -> None:
         print(f"{name:<24}" + "".join(f"{count:>10}" for count in counts))
     for reason, count in plan.skipped.reasons().items():
         print(f"would be skipped: {reason} {count}")
-    print("Dry run: pictures and clips have not been read, nothing has been written")
+    print("Dry run: images and videos have not been read, nothing has been written")
 
 
 def own_shards(layout: Layout, part: tuple[int, int] | None) -> list[int]:

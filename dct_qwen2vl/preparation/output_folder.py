@@ -37,12 +37,39 @@ OWN_FILE_IN = {
     ENERGON_FOLDER: re.compile(rf"(\.info|split|dataset)\.yaml({UNFINISHED})?"),
     REPORT_FOLDER: re.compile(rf".+\.png({UNFINISHED})?"),
 }
+# Names in the stats of sets that earlier versions wrote or began.
+OLD_NAMES = {
+    "broken_clip": "broken_video",
+    "unsupported_clip": "unsupported_video",
+    "clip_too_large": "video_too_large",
+    "clip_too_long": "video_too_long",
+    "clips_copied": "videos_copied",
+    "clips_remuxed": "videos_remuxed",
+    "clips_of_frames": "videos_of_frames",
+}
 NOT_HASHED = ("fingerprint", "inputs", "plain_files")  # of run.json
 
 
 def stats_path(shard: Path) -> Path:
     """The file beside a shard: pretrain-000000.tar -> pretrain-000000.stats.json"""
     return shard.with_suffix(".stats.json")
+
+
+def with_new_names(stats: Any) -> Any:
+    """Stats, or a line of skipped.jsonl, with today's names, whatever version wrote them; any JSON value is taken."""
+    if isinstance(stats, list):
+        return [with_new_names(value) for value in stats]
+    if not isinstance(stats, dict):
+        return stats
+    renamed = {OLD_NAMES.get(name, name): with_new_names(value) for name, value in stats.items()}
+    if isinstance(renamed.get("reason"), str):
+        renamed["reason"] = OLD_NAMES.get(renamed["reason"], renamed["reason"])
+    return renamed
+
+
+def read_stats(path: Path) -> Any:
+    """What the stats of a shard or of a set hold; None where the file is missing or no JSON."""
+    return with_new_names(read_json(path))
 
 
 def read_run(output_dir: Path) -> dict[str, Any] | None:

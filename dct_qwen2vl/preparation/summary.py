@@ -18,11 +18,19 @@ from dct_qwen2vl.common.files import replacing, write_json
 from dct_qwen2vl.preparation.data_splits import SPLITS, Layout
 from dct_qwen2vl.preparation.media_index import TarSource, count_refused
 from dct_qwen2vl.preparation.metadata import METADATA_NAME, read_range
-from dct_qwen2vl.preparation.output_folder import REFUSED_NAME, SHARD_NAME, SKIPPED_NAME, STATS_NAME, TOOL, stats_path
+from dct_qwen2vl.preparation.output_folder import (
+    REFUSED_NAME,
+    SHARD_NAME,
+    SKIPPED_NAME,
+    STATS_NAME,
+    TOOL,
+    read_stats,
+    stats_path,
+)
 from dct_qwen2vl.preparation.plan import Plan, SkipList, SkippedEntry
 
 # Always said, even where there are none.
-USUAL_PARTS = ("images_copied", "images_converted", "clips_copied", "text_only")
+USUAL_PARTS = ("images_copied", "images_converted", "videos_copied", "text_only")
 
 
 @dataclass
@@ -54,7 +62,7 @@ def summarise(
     """Write the files named above from the shards' stats; returns what stats.json holds."""
     counts = SetCounts(plan.skipped)
     for number in range(len(layout.split_of)):
-        counts.add(json.loads(stats_path(output_dir / SHARD_NAME.format(number)).read_bytes()))
+        counts.add(read_stats(stats_path(output_dir / SHARD_NAME.format(number))))
     stats = make_stats(plan, layout, metadata, tars, run, counts)
     write_filtered_metadata(output_dir / filtered_name(metadata), plan, layout, metadata, counts.broken)
     with replacing(output_dir / SKIPPED_NAME) as stream:

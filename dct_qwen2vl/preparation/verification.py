@@ -2,8 +2,8 @@
 
 Each shard, by a worker process: size and SHA-256 as in its stats; a sound tar of plain files; keys without dots, the
 parts of a sample side by side; a JSON part that passes conversations.check_entry without repair; media parts that agree
-with its placeholders; every picture and every frame of a clip decoded, by media.py, as training will; sizes, frames and
-counts as in the stats. Then the set: no key twice, no picture in two splits, totals as in stats.json, skipped.jsonl,
+with its placeholders; every image and every frame of a video decoded, by media.py, as training will; sizes, frames and
+counts as in the stats. Then the set: no key twice, no image in two splits, totals as in stats.json, skipped.jsonl,
 the filtered metadata and Energon's split.
 """
 
@@ -22,7 +22,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dct_qwen2vl.common.files import read_json
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.media import (
     IMAGE_EXTENSIONS,
@@ -34,8 +33,15 @@ from dct_qwen2vl.data.media import (
 )
 from dct_qwen2vl.preparation.entries import DECODER, UnusableSample, check_entry, read_turns
 from dct_qwen2vl.preparation.metadata import MetadataReader, PreparationError
-from dct_qwen2vl.preparation.output_folder import ENERGON_FOLDER, SKIPPED_NAME, STATS_NAME, stats_path
-from dct_qwen2vl.preparation.video_conversion import probe_clip
+from dct_qwen2vl.preparation.output_folder import (
+    ENERGON_FOLDER,
+    SKIPPED_NAME,
+    STATS_NAME,
+    read_stats,
+    stats_path,
+    with_new_names,
+)
+from dct_qwen2vl.preparation.video_conversion import probe_video
 from dct_qwen2vl.preparation.workers import WorkerPool
 
 SHARD_FILES = "pretrain-*.tar"
@@ -43,7 +49,7 @@ BLOCK = tarfile.BLOCKSIZE
 KEY = re.compile(r"[^./]+")
 PART = re.compile(r"(?:(\d+)\.)?([a-z0-9]+)")
 MOST_PROBLEMS = 50  # that are said of one shard; a set of wrong make would have one for every sample
-SMALL_FRAME = 28, 28  # px, height and width to which frames are resized after decoding: a long clip stays small
+SMALL_FRAME = 28, 28  # px, height and width to which frames are resized after decoding: a long video stays small
 MAGIC = {"jpg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
 
 
@@ -58,8 +64,8 @@ class ShardCheck:
     keys: list[str] = field(default_factory=list)
     names: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     contents: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    pictures: int = 0
-    clips: int = 0
+    images: int = 0
+    videos: int = 0
 
 
 def verify(output_dir: Path, num_workers: int) -> list[str]:
@@ -68,15 +74,15 @@ def verify(output_dir: Path, num_workers: int) -> list[str]:
     shards = sorted(output_dir.glob(SHARD_FILES))
     if not shards:
         raise PreparationError(f"{output_dir} holds no shards; --output-dir takes a folder that this tool has written")
-    stats = read_json(output_dir / STATS_NAME)
+    stats = read_stats(output_dir / STATS_NAME)
     with WorkerPool(num_workers) as pool, tqdm(total=len(shards), desc="Verifying", unit="shard") as bar:
         checks = list(pool.map(verify_shard, shards, bar.update))
     problems = [problem for check in checks for problem in check.problems]
     problems += verify_keys(checks) + verify_splits(checks)
     problems += verify_totals(output_dir, stats, checks)
-    samples, pictures, clips = (sum(counts) for counts in zip(*((len(c.keys), c.pictures, c.clips) for c in checks)))
+    samples, images, videos = (sum(counts) for counts in zip(*((len(c.keys), c.images, c.videos) for c in checks)))
     print(
-        f"Verified {len(shards)} shards: {samples} samples, {pictures} pictures and {clips} clips decoded; "
+        f"Verified {len(shards)} shards: {samples} samples, {images} images and {videos} videos decoded; "
         f"{len(problems) or 'no'} problem{'' if len(problems) == 1 else 's'}"
     )
     return problems
@@ -88,7 +94,7 @@ def verify(output_dir: Path, num_workers: int) -> list[str]:
 def verify_shard(path: Path, advance: Callable[[int], Any]) -> ShardCheck:
     """Everything about one shard and the stats beside it."""
     check = ShardCheck(path.name)
-    stats = read_json(stats_path(path))
+    stats = read_stats(stats_path(path))
     if isinstance(stats, dict):
         check.split = stats.get("split", "")
     else:
@@ -195,7 +201,7 @@ def verify_sample(
             yield f"the part {ending!r} is unknown, or not where it belongs"
             continue
         kinds.append(kind)
-        check.pictures, check.clips = check.pictures + (kind == "image"), check.clips + (kind == "video")
+        check.images, check.videos = check.images + (kind == "image"), check.videos + (kind == "video")
         try:
             shapes.append(decode_part(kind, ending, data))
         except (UnusableSample, MediaError) as error:
@@ -247,17 +253,17 @@ def decode_part(kind: str, ending: str, data: bytes) -> tuple[int, int, int]:
     if kind == "image":
         return *decode_image(data).shape[:2], 1
     try:
-        probe = probe_clip(data, everything=True)
+        probe = probe_video(data, everything=True)
     except UnusableSample:
         raise
     except Exception as error:  # whatever FFmpeg's errors are called
-        raise UnusableSample("broken_clip", f"{type(error).__name__}: {error}") from error
+        raise UnusableSample("broken_video", f"{type(error).__name__}: {error}") from error
     decode_video(data, VideoSampling(), fit=lambda *_: SMALL_FRAME, threads=1)
     return probe.height, probe.width, probe.frames
 
 
 def is_copy(data: bytes) -> bool:
-    """Whether a picture was not encoded by this tool, which makes baseline RGB JPEGs without chroma subsampling. Two
+    """Whether an image was not encoded by this tool, which makes baseline RGB JPEGs without chroma subsampling. Two
     different files may have become one and the same of those."""
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -317,7 +323,7 @@ def verify_keys(checks: list[ShardCheck]) -> list[str]:
 
 
 def verify_splits(checks: list[ShardCheck]) -> list[str]:
-    """Pictures and clips, by name or by content, that are in more than one split."""
+    """Images and videos, by name or by content, that are in more than one split."""
     problems = []
     for what in ("names", "contents"):
         digests = np.concatenate([getattr(check, what) for check in checks])
@@ -327,7 +333,7 @@ def verify_splits(checks: list[ShardCheck]) -> list[str]:
         digests, shard, splits = digests[order], shard[order], splits[order]
         leaks = np.flatnonzero((digests[1:] == digests[:-1]) & (splits[1:] != splits[:-1]) & (digests[1:] > 0))
         if len(leaks):
-            place, thing = int(leaks[0]), "file name" if what == "names" else "picture or clip"
+            place, thing = int(leaks[0]), "file name" if what == "names" else "image or video"
             where = " and ".join(f"{checks[shard[n]].name} ({splits[n]})" for n in (place, place + 1))
             problems.append(f"{len(leaks)} times one {thing} is in two splits; the first: in {where}")
     return problems
@@ -374,7 +380,7 @@ def count_skipped(path: Path) -> dict[str, int] | str:
     """The lines of skipped.jsonl by reason."""
     try:
         with path.open("rb") as lines:
-            return dict(sorted(Counter(json.loads(line)["reason"] for line in lines).items()))
+            return dict(sorted(Counter(with_new_names(json.loads(line))["reason"] for line in lines).items()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"unreadable ({error})"
 

@@ -1,4 +1,4 @@
-"""Clips, through FFmpeg: what a file holds, whether it can be decoded, and its packets in another container.
+"""Videos, through FFmpeg: what a file holds, whether it can be decoded, and its packets in another container.
 
 Containers are opened by what they are. Playlists and other formats that would make FFmpeg open further files are not.
 """
@@ -9,22 +9,22 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from dct_qwen2vl.data.media import CLIP_FORMATS, VideoSampling, exchanges_axes, media_shape, orientation
+from dct_qwen2vl.data.media import VIDEO_FORMATS, VideoSampling, exchanges_axes, media_shape, orientation
 from dct_qwen2vl.preparation.entries import UnusableSample
 
 MAXIMUM_FRAME_PIXELS = 8192 * 4320  # 8K
 MAXIMUM_ASPECT_RATIO = 200  # of Qwen2-VL's smart_resize
 MAXIMUM_PACKETS = 1_000_000  # nine hours at 30 frames a second
-PART_PACKETS = 48  # decoded of the first, the middle and the last part of a clip, at most
-FRAMES_PER_SECOND = 2  # of a clip given as pictures: what training samples by default, so that it reads all of them
-TIME_TOLERANCE = 0.02  # of a clip's seconds; stamps of a millisecond are off by less
-PICTURE_MAGIC = (b"GIF8", b"\xff\xd8\xff", b"\x89PNG")
+PART_PACKETS = 48  # decoded of the first, the middle and the last part of a video, at most
+FRAMES_PER_SECOND = 2  # of a video given as images: what training samples by default, so that it reads all of them
+TIME_TOLERANCE = 0.02  # of a video's seconds; stamps of a millisecond are off by less
+IMAGE_MAGIC = (b"GIF8", b"\xff\xd8\xff", b"\x89PNG")
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # with which an mp4 or mov may begin
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # the two top-level elements of Matroska (RFC 9559)
 
 
 class Probe(NamedTuple):
-    """What a clip file holds. part: its file ending, None if training does not read the container; height, width: as
+    """What a video file holds. part: its file ending, None if training does not read the container; height, width: as
     displayed, pixels; frames: that are shown; seconds: from the beginning of the first to the end of the last."""
 
     part: str | None
@@ -35,24 +35,24 @@ class Probe(NamedTuple):
 
 
 @contextmanager
-def open_clip(data: bytes) -> Iterator[tuple[Any, Any]]:
+def open_video(data: bytes) -> Iterator[tuple[Any, Any]]:
     """-> container and first video stream, the one that training reads. Raises UnusableSample without one."""
-    import av  # loads FFmpeg's libraries, which data without clips does not need
+    import av  # loads FFmpeg's libraries, which data without videos does not need
     from av.stream import Disposition
 
     guard = {"max_pixels": str(MAXIMUM_FRAME_PIXELS)}
-    allowed = {"format_whitelist": CLIP_FORMATS}
+    allowed = {"format_whitelist": VIDEO_FORMATS}
     try:
         container = av.open(io.BytesIO(data), options=guard, container_options=allowed, metadata_errors="ignore")
     except av.FFmpegError as error:
-        reason = "unsupported_clip" if data.startswith(PICTURE_MAGIC) else "broken_clip"
-        raise UnusableSample(reason, f"none of {CLIP_FORMATS}: {error.strerror}") from None
+        reason = "unsupported_video" if data.startswith(IMAGE_MAGIC) else "broken_video"
+        raise UnusableSample(reason, f"none of {VIDEO_FORMATS}: {error.strerror}") from None
     with container:
         stream = next(iter(container.streams.video), None)
         if stream is None or stream.disposition & Disposition.attached_pic:  # the cover of a piece of music
-            raise UnusableSample("broken_clip", "no video stream")
+            raise UnusableSample("broken_video", "no video stream")
         if stream.codec_context is None:  # decoding it would crash the process in PyAV < 18.1
-            raise UnusableSample("unsupported_clip", "a codec that FFmpeg does not know")
+            raise UnusableSample("unsupported_video", "a codec that FFmpeg does not know")
         refuse_frame_size(stream.codec_context.height, stream.codec_context.width)
         stream.codec_context.options = guard  # its frames may be larger than the container says
         stream.codec_context.thread_count = 1
@@ -62,24 +62,24 @@ def open_clip(data: bytes) -> Iterator[tuple[Any, Any]]:
 def refuse_frame_size(height: int, width: int) -> None:
     """Raises UnusableSample. FFmpeg itself refuses a size beyond `max_pixels` where the container tells it."""
     if min(height, width) < 1:
-        raise UnusableSample("broken_clip", f"no frame size, or one of over {MAXIMUM_FRAME_PIXELS} px")
+        raise UnusableSample("broken_video", f"no frame size, or one of over {MAXIMUM_FRAME_PIXELS} px")
     if height * width > MAXIMUM_FRAME_PIXELS:
         limit = f"the limit is {MAXIMUM_FRAME_PIXELS} px a frame"
-        raise UnusableSample("clip_too_large", f"{height} x {width} px (height, width), {limit}")
+        raise UnusableSample("video_too_large", f"{height} x {width} px (height, width), {limit}")
     if max(height, width) > MAXIMUM_ASPECT_RATIO * min(height, width):
         limit = f"one side is over {MAXIMUM_ASPECT_RATIO} times the other"
         raise UnusableSample("extreme_aspect_ratio", f"{height} x {width} px (height, width), {limit}")
 
 
-def probe_clip(data: bytes, everything: bool = False) -> Probe:
-    """Read all packets of a clip and decode a first, a middle and a last part, or `everything`. Raises UnusableSample
+def probe_video(data: bytes, everything: bool = False) -> Probe:
+    """Read all packets of a video and decode a first, a middle and a last part, or `everything`. Raises UnusableSample
     and FFmpeg's errors."""
     refuse_cut_file(data)
-    with open_clip(data) as (container, stream):
+    with open_video(data) as (container, stream):
         formats = container.format.name.split(",")
         packets = read_packets(container, stream)
         if "mp4" in formats and len(packets) < stream.frames:
-            raise UnusableSample("broken_clip", f"{len(packets)} of {stream.frames} packets there")
+            raise UnusableSample("broken_video", f"{len(packets)} of {stream.frames} packets there")
         runs = [(0, len(packets))] if everything else parts_to_decode(packets)
         first, *_ = [decode_run(stream, packets, run) for run in runs]
         frames = sum(not packet.is_discard for packet in packets)
@@ -111,7 +111,7 @@ def refuse_cut_file(data: bytes) -> None:
             start, length, unknown = read_length(data, segment + 4)
             size = 0 if unknown else start + length
     if size > len(data):
-        raise UnusableSample("broken_clip", f"{len(data)} of {size} bytes there")
+        raise UnusableSample("broken_video", f"{len(data)} of {size} bytes there")
 
 
 def end_of_boxes(data: bytes) -> int:
@@ -143,13 +143,13 @@ def read_packets(container: Any, stream: Any) -> list[Any]:
     packets = []
     for packet in container.demux(stream):
         if packet.is_corrupt:
-            raise UnusableSample("broken_clip", f"packet {len(packets)} is cut short")
+            raise UnusableSample("broken_video", f"packet {len(packets)} is cut short")
         if packet.size:  # the last one only drains the decoder
             packets.append(packet)
         if len(packets) > MAXIMUM_PACKETS:
-            raise UnusableSample("clip_too_long", f"over {MAXIMUM_PACKETS} frames")
+            raise UnusableSample("video_too_long", f"over {MAXIMUM_PACKETS} frames")
     if not packets:
-        raise UnusableSample("broken_clip", "no frames")
+        raise UnusableSample("broken_video", "no frames")
     return packets
 
 
@@ -171,7 +171,7 @@ def decode_run(stream: Any, packets: list[Any], run: tuple[int, int]) -> Any:
             first = first or frame
     stream.codec_context.flush_buffers()
     if first is None:
-        raise UnusableSample("broken_clip", f"no frame comes out of packets {start} to {stop - 1} of {len(packets)}")
+        raise UnusableSample("broken_video", f"no frame comes out of packets {start} to {stop - 1} of {len(packets)}")
     refuse_frame_size(first.height, first.width)
     return first
 
@@ -186,13 +186,13 @@ def duration(stream: Any, packets: list[Any], frames: int) -> float:
 
 
 def remux(data: bytes) -> bytes:
-    """The video packets of a clip, from the first key frame on, in an mp4; in an mkv or else an avi where mp4 takes no
+    """The video packets of a video, from the first key frame on, in an mp4; in an mkv or else an avi where mp4 takes no
     such codec. Raises UnusableSample and FFmpeg's errors.
 
-    An avi keeps no time stamps, only a rate, so there packets are numbered at the average rate of the clip.
+    An avi keeps no time stamps, only a rate, so there packets are numbered at the average rate of the video.
     """
     for container_format in ("mp4", "matroska", "avi"):
-        with open_clip(data) as (container, stream), new_clip(container_format) as (output, target):
+        with open_video(data) as (container, stream), new_video(container_format) as (output, target):
             try:
                 copy = target.add_stream_from_template(stream, opaque=True)
             except ValueError:  # no such codec in this format
@@ -210,31 +210,31 @@ def remux(data: bytes) -> bytes:
                     target.mux(packet)
             target.close()
             return output.getvalue()
-    raise UnusableSample("unsupported_clip", "neither mp4 nor mkv nor avi takes its codec")
+    raise UnusableSample("unsupported_video", "neither mp4 nor mkv nor avi takes its codec")
 
 
 def frame_interval(stream: Any) -> Fraction:
-    """Seconds from one frame to the next, on average. Raises UnusableSample where the clip does not say."""
+    """Seconds from one frame to the next, on average. Raises UnusableSample where the video does not say."""
     if not stream.average_rate:
-        raise UnusableSample("unsupported_clip", "only avi takes its codec, and it has no frame rate")
+        raise UnusableSample("unsupported_video", "only avi takes its codec, and it has no frame rate")
     return 1 / stream.average_rate
 
 
 def refuse_other_times(before: tuple[bytes, Probe], after: tuple[bytes, Probe]) -> None:
-    """Raises UnusableSample where training would read another number of frames of a clip in its new container, or would
-    take it for shorter or longer. Each side: the file and what it holds."""
+    """Raises UnusableSample where training would read another number of frames of a video in its new container, or
+    would take it for shorter or longer. Each side: the file and what it holds."""
     counts = [media_shape("video", data, VideoSampling())[2] for data, _ in (before, after)]
     seconds = [probe.seconds for _, probe in (before, after)]
     if counts[0] != counts[1] or abs(seconds[1] - seconds[0]) > TIME_TOLERANCE * seconds[0]:
         old, new = [f"{count} frames sampled of {length:.2f} s" for count, length in zip(counts, seconds)]
-        raise UnusableSample("unsupported_clip", f"only avi takes its codec, which has one rate: {old} became {new}")
+        raise UnusableSample("unsupported_video", f"only avi takes its codec, which has one rate: {old} became {new}")
 
 
 def mux_jpegs(files: list[bytes], height: int, width: int) -> bytes:
     """JPEG files of one size -> an mp4 of FRAMES_PER_SECOND that holds them as they are (Motion JPEG)."""
     import av
 
-    with new_clip("mp4") as (output, target):
+    with new_video("mp4") as (output, target):
         stream = target.add_mux_stream("mjpeg", rate=FRAMES_PER_SECOND, width=width, height=height)
         stream.time_base = Fraction(1, FRAMES_PER_SECOND)
         for number, data in enumerate(files):
@@ -248,7 +248,7 @@ def mux_jpegs(files: list[bytes], height: int, width: int) -> bytes:
 
 
 @contextmanager
-def new_clip(container_format: str) -> Iterator[tuple[io.BytesIO, Any]]:
+def new_video(container_format: str) -> Iterator[tuple[io.BytesIO, Any]]:
     """-> the bytes, complete once the container is closed, and the container. The same input gives the same bytes."""
     import av
 

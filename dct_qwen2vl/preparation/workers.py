@@ -45,7 +45,7 @@ class WorkerPool:
     """`num_workers` processes; 0: the calling one does the work. Used as a context manager.
 
     They are forked, all at once and first of all: before this process has threads, open locks or much memory, and with
-    everything imported. Started anew they would take a second.
+    everything imported. Started again they would take a second.
     """
 
     def __init__(self, num_workers: int):

@@ -1,4 +1,4 @@
-"""The whole pipeline on drawn sample data, on a CPU: every stage by the README's command, then the pictures.
+"""The whole pipeline on drawn sample data, on a CPU: every stage by the README's command, then the images.
 
     python -m dct_qwen2vl.toy.demo --output-dir demo          (`make demo` sets up first)
 
@@ -207,13 +207,13 @@ def losses(run_dir: Path) -> dict[str, float]:
     return {"first": training[0], "last": training[-1], "validation": validation[-1]}
 
 
-def summarise(folder: Path, seconds: dict[str, float], pictures: dict[str, Path], tokens: dict[str, float]) -> dict:
+def summarise(folder: Path, seconds: dict[str, float], images: dict[str, Path], tokens: dict[str, float]) -> dict:
     """What summary.json holds; paths are relative to the folder."""
     run = folder / "experiments" / EXPERIMENT
     stats = json.loads((folder / "shards" / "stats.json").read_text(encoding="utf-8"))
     results = json.loads((folder / "evaluation" / "accuracy.json").read_text(encoding="utf-8"))
     files = {
-        **pictures,
+        **images,
         "shards": folder / "shards",
         "model": run / "hf",
         "metrics": run / "metrics.jsonl",
@@ -233,19 +233,19 @@ def summarise(folder: Path, seconds: dict[str, float], pictures: dict[str, Path]
     }
 
 
-def draw_pictures(folder: Path) -> tuple[dict[str, Path], dict[str, float]]:
+def draw_images(folder: Path) -> tuple[dict[str, Path], dict[str, float]]:
     """Loss curve, sheet of samples, table of accuracies; and the tokens of an image for pixels and DCT."""
     # PyTorch imports it, and NeMo requires it.
     warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
     from dct_qwen2vl.toy.demo_figures import draw_loss, draw_samples, tokens_per_image, write_table
 
     run = folder / "experiments" / EXPERIMENT
-    pictures = {
+    images = {
         "loss_curve": draw_loss(run / "metrics.jsonl", folder / "loss.png"),
         "sample_sheet": draw_samples(run / "hf", folder / "shards", folder / "samples.png"),
         "accuracy_table": write_table(folder / "evaluation" / "accuracy.json", folder / "accuracy.txt"),
     }
-    return pictures, tokens_per_image(folder / "sample" / "model" / "tiny-qwen2-vl", run / "hf", folder / "shards")
+    return images, tokens_per_image(folder / "sample" / "model" / "tiny-qwen2-vl", run / "hf", folder / "shards")
 
 
 def last_words(folder: Path, summary: dict) -> list[str]:
@@ -294,11 +294,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"demo.py: {error}", file=sys.stderr)
         return 1
-    print("\n=== pictures", flush=True)
+    print("\n=== images", flush=True)
     start = time.perf_counter()
-    pictures, tokens = draw_pictures(folder)
-    seconds["pictures"] = time.perf_counter() - start
-    summary = summarise(folder, seconds, pictures, tokens)
+    images, tokens = draw_images(folder)
+    seconds["images"] = time.perf_counter() - start
+    summary = summarise(folder, seconds, images, tokens)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print("Drew samples.png and loss.png")
     print("\n".join(last_words(arguments.output_dir, summary)))

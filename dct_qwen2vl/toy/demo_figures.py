@@ -18,9 +18,9 @@ from dct_qwen2vl.evaluation.scoring import table
 from dct_qwen2vl.training.log import read_metrics
 from task_encoder import QwenTaskEncoder
 
-CELL = 232  # px, the side of a picture on the sheet
-GAP = 12  # px between pictures, and around a row
-MOST_PICTURES = 4  # of a row
+CELL = 232  # px, the side of an image on the sheet
+GAP = 12  # px between images, and around a row
+MOST_IMAGES = 4  # of a row
 TEXT_WIDTH = 660  # px
 TEXT_SIZE, LINE = 15, 19  # px of the font and of a line
 LEARNED, GIVEN, FAINT = (0, 120, 40), (70, 70, 70), (200, 200, 200)
@@ -73,23 +73,23 @@ def tokens_per_image(pixel_model: Path, dct_model: Path, shards: Path) -> dict[s
     for sample in read_samples(shards, "val"):
         for kind, content in sample.media:
             if kind == "image":
-                picture = as_array(kind, content, VideoSampling())
+                image = as_array(kind, content, VideoSampling())
                 for name, processor in processors.items():
-                    grid = processor(images=picture, return_tensors="np")["image_grid_thw"][0]
+                    grid = processor(images=image, return_tensors="np")["image_grid_thw"][0]
                     counts[name].append(int(np.prod(grid)) // processor.merge_size**2)
     return {name: sum(values) / len(values) for name, values in counts.items()}
 
 
 def draw_samples(model_dir: Path, shards: Path, output: Path, count: int = 8) -> Path:
-    """For each of `count` val samples: the picture before, what its tokens decode to with the token grid, its text with
-    the learned part in green. Clips show one frame of each token row in time."""
+    """For each of `count` val samples: the image before, what its tokens decode to with the token grid, its text with
+    the learned part in green. Videos show one frame of each token row in time."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     processor = DCTImageProcessor.from_pretrained(model_dir)
     encoder = QwenTaskEncoder(tokenizer, processor)
     encoded = [(sample, encoder.encode(sample)) for sample in _choose(shards, count)]
-    pictures = [_pictures(sample, tokens, processor) for sample, tokens in encoded]
-    columns = max(map(len, pictures))
-    rows = [_draw_row(row, columns, _pieces(tokens, encoder)) for row, (_, tokens) in zip(pictures, encoded)]
+    images = [_images(sample, tokens, processor) for sample, tokens in encoded]
+    columns = max(map(len, images))
+    rows = [_draw_row(row, columns, _pieces(tokens, encoder)) for row, (_, tokens) in zip(images, encoded)]
     rows.insert(0, _draw_legend(rows[0].width))
     sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
     top = 0
@@ -102,12 +102,12 @@ def draw_samples(model_dir: Path, shards: Path, output: Path, count: int = 8) ->
 
 
 def _choose(shards: Path, count: int) -> list[ConversationSample]:
-    """The first samples of the val split, at least two clips and one text-only entry among them if there are any."""
+    """The first samples of the val split, at least two videos and one text-only entry among them if there are any."""
     samples = list(read_samples(shards, "val"))
-    clips = [sample for sample in samples if [kind for kind, _ in sample.media] == ["video"]][:2]
+    videos = [sample for sample in samples if [kind for kind, _ in sample.media] == ["video"]][:2]
     texts = [sample for sample in samples if not sample.media][:1]
     images = [sample for sample in samples if [kind for kind, _ in sample.media] == ["image"]]
-    return [*images[: count - len(clips) - len(texts)], *clips, *texts]
+    return [*images[: count - len(videos) - len(texts)], *videos, *texts]
 
 
 def _draw_legend(width: int) -> Image.Image:
@@ -117,34 +117,34 @@ def _draw_legend(width: int) -> Image.Image:
     return legend
 
 
-def _pictures(
+def _images(
     sample: ConversationSample, encoded: EncodedSample, processor: DCTImageProcessor
 ) -> list[tuple[str, Image.Image]]:
-    """(caption, picture) of the first medium: the source, then what its tokens hold."""
+    """(caption, image) of the first medium: the source, then what its tokens hold."""
     if not sample.media:
         return []
     kind, content = sample.media[0]
     source = as_array(kind, content, VideoSampling())
     height, width = source.shape[-3:-1]
     caption = f"source: {width} x {height} px" if kind == "image" else f"source: first of {len(source)} frames"
-    pictures = [(caption, Image.fromarray(source if kind == "image" else source[0]))]
-    pictures += _received(encoded, processor)
-    return [(name, _fit(picture)) for name, picture in pictures[:MOST_PICTURES]]
+    images = [(caption, Image.fromarray(source if kind == "image" else source[0]))]
+    images += _received(encoded, processor)
+    return [(name, _fit(image)) for name, image in images[:MOST_IMAGES]]
 
 
-def _draw_row(pictures: list[tuple[str, Image.Image]], columns: int, pieces: list[tuple[str, bool]]) -> Image.Image:
-    """A row of the sheet. columns: for as many pictures there is room. pieces: of the text, as from `_pieces`."""
+def _draw_row(images: list[tuple[str, Image.Image]], columns: int, pieces: list[tuple[str, bool]]) -> Image.Image:
+    """A row of the sheet. columns: for as many images there is room. pieces: of the text, as from `_pieces`."""
     left = GAP + columns * (CELL + GAP) + GAP
     width, top, font = left + TEXT_WIDTH + GAP, GAP + LINE + 4, _font()
     words = _wrap(pieces, left, width - GAP, font)
-    height = max(top + (CELL if pictures else 0), max(y for _, y, word, _ in words if word) + LINE) + GAP
+    height = max(top + (CELL if images else 0), max(y for _, y, word, _ in words if word) + LINE) + GAP
     row = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(row)
-    for column, (name, picture) in enumerate(pictures):
+    for column, (name, image) in enumerate(images):
         x = GAP + column * (CELL + GAP)
-        row.paste(picture, (x, top))
+        row.paste(image, (x, top))
         draw.text((x, GAP), name, fill="black", font=font)
-    if not pictures:
+    if not images:
         draw.text((GAP, GAP), "text only", fill="black", font=font)
     for x, y, word, is_learned in words:
         draw.text((x, y), word, fill=LEARNED if is_learned else GIVEN, font=font)
@@ -157,34 +157,34 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 def _received(encoded: EncodedSample, processor: DCTImageProcessor) -> list[tuple[str, Image.Image]]:
-    """The decoded first medium, a picture for each time step of its grid, with the lines between its LLM tokens."""
-    clip = len(encoded.video_grid_thw) > 0
+    """The decoded first medium, an image for each time step of its grid, with the lines between its LLM tokens."""
+    video = len(encoded.video_grid_thw) > 0
     grids, tokens = (
         (encoded.video_grid_thw, encoded.pixel_values_videos)
-        if clip
+        if video
         else (encoded.image_grid_thw, encoded.pixel_values)
     )
     t, h, w = grids[0].tolist()
     frames = processor.tokenizer.decode(tokens[: t * h * w], (t, h, w))
     step, count = processor.temporal_patch_size, h * w // processor.merge_size**2
-    names = [f"received: {count} tokens" + (f", time step {i + 1}" if clip else "") for i in range(t)]
+    names = [f"received: {count} tokens" + (f", time step {i + 1}" if video else "") for i in range(t)]
     return [(name, _with_grid(frames[i * step], processor)) for i, name in enumerate(names)]
 
 
 def _with_grid(frame: torch.Tensor, processor: DCTImageProcessor) -> Image.Image:
-    picture = Image.fromarray(frame.numpy())
-    draw, side = ImageDraw.Draw(picture), processor.patch_size * processor.merge_size
-    for x in range(side, picture.width, side):
-        draw.line([(x, 0), (x, picture.height)], fill="white")
-    for y in range(side, picture.height, side):
-        draw.line([(0, y), (picture.width, y)], fill="white")
-    return picture
+    image = Image.fromarray(frame.numpy())
+    draw, side = ImageDraw.Draw(image), processor.patch_size * processor.merge_size
+    for x in range(side, image.width, side):
+        draw.line([(x, 0), (x, image.height)], fill="white")
+    for y in range(side, image.height, side):
+        draw.line([(0, y), (image.width, y)], fill="white")
+    return image
 
 
-def _fit(picture: Image.Image) -> Image.Image:
-    scale = CELL / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.NEAREST)
+def _fit(image: Image.Image) -> Image.Image:
+    scale = CELL / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.NEAREST)
 
 
 def _pieces(encoded: EncodedSample, encoder: QwenTaskEncoder) -> list[tuple[str, bool]]:

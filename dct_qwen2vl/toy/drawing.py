@@ -1,4 +1,4 @@
-"""Draw the sample data's pictures and clips, and encode them in every form that a real data set comes in.
+"""Draw the sample data's images and videos, and encode them in every form that a real data set comes in.
 
 Letters: T frames, H W pixels; a cell is the 56x56 px square that one visual token of the language model covers.
 """
@@ -35,13 +35,13 @@ RADIUS_RANGE = (17, 22)  # pixels, half the side of a shape
 CENTRE_JITTER = 3  # pixels, of a shape in its cell; with the largest radius it stays inside
 DIGIT_JITTER = 2  # pixels, of a digit and its plate
 GLYPH_SIZE_RANGE = (30, 35)  # font size, upper end excluded; the digits are about 0.7 of it high: 21-24 px
-CLIP_TRAVEL = 44  # pixels from the first to the last frame
-CLIP_JITTER = 6  # pixels, of the middle of the path
+VIDEO_TRAVEL = 44  # pixels from the first to the last frame
+VIDEO_JITTER = 6  # pixels, of the middle of the path
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture or clip shows. `digit` for printed digits, `motion` for clips; otherwise `count` equal shapes."""
+    """What an image or video shows. `digit` for printed digits, `motion` for videos; otherwise `count` equal shapes."""
 
     colour: str
     shape: str | None = None
@@ -61,7 +61,7 @@ def draw_background(rng: np.random.Generator, height: int, width: int) -> np.nda
     """A muted, uneven, grainy surface: float32 [H, W, 3] in 0..255.
 
     It is darker than every colour in COLOURS: with light and dark backgrounds mixed, a model this small needs more
-    pictures than a minute on a CPU gives it before it tells a shape from its negative.
+    images than a minute on a CPU gives it before it tells a shape from its negative.
     """
     import numpy as np
     from PIL import Image
@@ -135,9 +135,9 @@ def jitter_colour(rng: np.random.Generator, name: str) -> np.ndarray:
 def draw_scene(
     rng: np.random.Generator, scene: Scene, height: int = 2 * CELL, width: int = 2 * CELL, transparent: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw `scene` in random cells of a grid in the middle of the picture.
+    """Draw `scene` in random cells of a grid in the middle of the image.
 
-    Returns the picture, uint8 [H, W, 3], and where it is opaque, bool [H, W]: everywhere, or, if `transparent`, only in
+    Returns the image, uint8 [H, W, 3], and where it is opaque, bool [H, W]: everywhere, or, if `transparent`, only in
     the cells that show something.
     """
     import numpy as np
@@ -173,10 +173,10 @@ def _draw_thing(rng: np.random.Generator, canvas: np.ndarray, scene: Scene, top:
     blend(canvas, glyph_mask(scene.digit, int(rng.integers(*GLYPH_SIZE_RANGE)), offset), ink, top, left)
 
 
-def draw_clip(rng: np.random.Generator, scene: Scene, frames: int) -> np.ndarray:
+def draw_video(rng: np.random.Generator, scene: Scene, frames: int) -> np.ndarray:
     """One shape that moves in `scene.motion` at even speed: uint8 [T, H, W, 3].
 
-    The path's middle is the picture's, give or take CLIP_JITTER.
+    The path's middle is the image's, give or take VIDEO_JITTER.
     """
     import numpy as np
 
@@ -185,18 +185,18 @@ def draw_clip(rng: np.random.Generator, scene: Scene, frames: int) -> np.ndarray
     colour, radius = jitter_colour(rng, scene.colour), rng.uniform(*RADIUS_RANGE)
     mask = shape_mask(scene.shape, radius, (0.0, 0.0))
     direction = np.array(DIRECTIONS[scene.motion])
-    middle = np.array([height, width]) / 2 + rng.uniform(-CLIP_JITTER, CLIP_JITTER, 2)
-    clip = []
+    middle = np.array([height, width]) / 2 + rng.uniform(-VIDEO_JITTER, VIDEO_JITTER, 2)
+    video = []
     for progress in np.linspace(-0.5, 0.5, frames):
-        top, left = np.round(middle + direction * progress * CLIP_TRAVEL - CELL / 2).astype(int)
+        top, left = np.round(middle + direction * progress * VIDEO_TRAVEL - CELL / 2).astype(int)
         canvas = background.copy()
         blend(canvas, mask, colour, top, left)
-        clip.append(canvas)
-    return _to_uint8(np.stack(clip))
+        video.append(canvas)
+    return _to_uint8(np.stack(video))
 
 
 JPEG_QUALITY = 92
-# How often each kind occurs, per 1,000 pictures; the others are plain JPEG. Every kind occurs at least once.
+# How often each kind occurs, per 1,000 images; the others are plain JPEG. Every kind occurs at least once.
 FILE_KINDS = {
     "png": 40,
     "exif_jpeg": 28,  # orientations 2 to 8 in turn
@@ -210,13 +210,11 @@ FILE_KINDS = {
 COLOURLESS = ("grey_jpeg", "grey16_png")
 EXTENSIONS = {"png": "png", "palette_png": "png", "rgba_png": "png", "grey16_png": "png", "animated_gif": "gif"}
 ORIENTATIONS = (2, 3, 4, 5, 6, 7, 8)  # values of EXIF tag 274 (CIPA DC-008) that a viewer has to undo
-CLIP_FORMS = ((4, 8), (4, 12), (2, 8), (8, 16))  # (frames per second, frames): 2, 3, 4, 2 seconds
+VIDEO_FORMS = ((4, 8), (4, 12), (2, 8), (8, 16))  # (frames per second, frames): 2, 3, 4, 2 seconds
 
 
-def encode_picture(
-    rng: np.random.Generator, pixels: np.ndarray, kind: str, orientation: int, mask: np.ndarray
-) -> bytes:
-    """The file of a picture, in the form `kind` (one of FILE_KINDS, or "jpeg").
+def encode_image(rng: np.random.Generator, pixels: np.ndarray, kind: str, orientation: int, mask: np.ndarray) -> bytes:
+    """The file of an image, in the form `kind` (one of FILE_KINDS, or "jpeg").
 
     pixels: uint8 [H, W, 3] as a viewer should see them; orientation: EXIF value of an "exif_jpeg"; mask: bool [H, W],
     False where an "rgba_png" is transparent.
@@ -283,7 +281,7 @@ def _save_rotated(image: Image.Image, orientation: int) -> bytes:
     return _save(image.transpose(inverses[orientation]), "JPEG", quality=JPEG_QUALITY, exif=exif)
 
 
-def encode_clip(frames: np.ndarray, frames_per_second: int, codec: str) -> bytes:
+def encode_video(frames: np.ndarray, frames_per_second: int, codec: str) -> bytes:
     """An mp4 of frames uint8 [T, H, W, 3]. One thread, no code of x264 that rounds otherwise on another CPU, and the
     muxer writes no date: the same bytes every time."""
     import av

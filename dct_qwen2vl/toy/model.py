@@ -26,7 +26,7 @@ VOCABULARY_SIZE = 640
 PRE_TOKENIZER_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# ChatML as Qwen2-VL renders it: a default system turn, and each picture or clip between vision marks.
+# ChatML as Qwen2-VL renders it: a default system turn, and each image or video between vision marks.
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}"

@@ -2,13 +2,13 @@
 
     python sample_data.py --output-dir sample
 
-    sample/data/cambrian737k.json     entries: conversations + the names of their pictures and clips
-    sample/data/*.tar                 coco, gqa, ocr_vqa, vg (pictures), clips (mp4); member names as in the entries
+    sample/data/cambrian737k.json     entries: conversations + the names of their images and videos
+    sample/data/*.tar                 coco, gqa, ocr_vqa, vg (images), videos (mp4); member names as in the entries
     sample/model/tiny-qwen2-vl/       a Hugging Face directory that stock transformers loads
     sample/summary.json               how many entries of which kind there are, and what can be read
 
-Every question has one short right answer, needs the picture, and is asked so that every answer is equally frequent:
-a model that does not see the picture stays at chance. The same arguments give the same bytes.
+Every question has one short right answer, needs the image, and is asked so that every answer is equally frequent:
+a model that does not see the image stays at chance. The same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dct_qwen2vl.toy.drawing import (
-    CLIP_FORMS,
     COLOURLESS,
     COLOURS,
     COUNTS,
@@ -40,11 +39,12 @@ from dct_qwen2vl.toy.drawing import (
     FILE_KINDS,
     ORIENTATIONS,
     SHAPES,
+    VIDEO_FORMS,
     Scene,
-    draw_clip,
     draw_scene,
-    encode_clip,
-    encode_picture,
+    draw_video,
+    encode_image,
+    encode_video,
 )
 
 if TYPE_CHECKING:
@@ -86,22 +86,22 @@ SYSTEM_TURNS = ("Answer with one word.", "You look at pictures and answer briefl
 
 # So many of a kind in a small data set; 1 of the others.
 LEAST = {"exif_jpeg": len(ORIENTATIONS), "two_entries": 2}
-# Shares of what is shown, per 1,000 pictures and clips; the rest shows shapes.
-DIGIT_SHARE, CLIP_SHARE = 320, 130
+# Shares of what is shown, per 1,000 images and videos; the rest shows shapes.
+DIGIT_SHARE, VIDEO_SHARE = 320, 130
 # How often each form of a conversation occurs, per 1,000; the others ask all there is to ask, one question a turn.
 DIALOGUE_KINDS = {
     "one_turn": 40,
     "openai": 30,
     "system": 30,
     "non_ascii": 25,
-    "two_entries": 20,  # two entries on one picture, with one id, as Cambrian has them
+    "two_entries": 20,  # two entries on one image, with one id, as Cambrian has them
 }
-PAIR_SHARE = 20  # two pictures in one entry
-# Entries besides those: without a picture, or with one that cannot be read; per 1,000.
-EXTRA_KINDS = {"text_only": 30, "missing": 8, "zero_byte": 6, "truncated": 8, "garbage": 6, "broken_clip": 4}
-UNREADABLE = ("missing", "zero_byte", "truncated", "garbage", "broken_clip")
+PAIR_SHARE = 20  # two images in one entry
+# Entries besides those: without an image, or with one that cannot be read; per 1,000.
+EXTRA_KINDS = {"text_only": 30, "missing": 8, "zero_byte": 6, "truncated": 8, "garbage": 6, "broken_video": 4}
+UNREADABLE = ("missing", "zero_byte", "truncated", "garbage", "broken_video")
 # height, width; mostly two cells by two, the others wide and tall
-PICTURE_SIZES = ((112, 112),) * 8 + ((112, 168), (168, 112))
+IMAGE_SIZES = ((112, 112),) * 8 + ((112, 168), (168, 112))
 
 
 @dataclass(frozen=True)
@@ -143,19 +143,19 @@ def cycle_scenes(rng: np.random.Generator, scenes: list[Scene], total: int) -> l
 def plan_items(rng: np.random.Generator, total: int) -> list[Item]:
     """Decide what to draw, before anything is drawn: answers balanced, every kind of file and conversation present."""
     product = itertools.product
-    clips, digits = round(total * CLIP_SHARE / 1000), round(total * DIGIT_SHARE / 1000)
-    shapes = total - clips - digits
-    pictures = cycle_scenes(rng, [Scene(c, s, count=n) for c, s, n in product(COLOURS, SHAPES, COUNTS)], shapes)
-    pictures += cycle_scenes(rng, [Scene(c, digit=d) for c, d in product(COLOURS, DIGITS)], digits)
-    moving = cycle_scenes(rng, [Scene(c, s, motion=m) for c, s, m in product(COLOURS, SHAPES, DIRECTIONS)], clips)
+    videos, digits = round(total * VIDEO_SHARE / 1000), round(total * DIGIT_SHARE / 1000)
+    shapes = total - videos - digits
+    images = cycle_scenes(rng, [Scene(c, s, count=n) for c, s, n in product(COLOURS, SHAPES, COUNTS)], shapes)
+    images += cycle_scenes(rng, [Scene(c, digit=d) for c, d in product(COLOURS, DIGITS)], digits)
+    moving = cycle_scenes(rng, [Scene(c, s, motion=m) for c, s, m in product(COLOURS, SHAPES, DIRECTIONS)], videos)
 
-    kinds = _shuffle(rng, quota(FILE_KINDS, len(pictures), "jpeg"))
-    kinds += _shuffle(rng, quota({"mp4_mpeg4": 125}, clips, "mp4_h264"))
+    kinds = _shuffle(rng, quota(FILE_KINDS, len(images), "jpeg"))
+    kinds += _shuffle(rng, quota({"mp4_mpeg4": 125}, videos, "mp4_h264"))
     dialogues = _shuffle(rng, quota(DIALOGUE_KINDS, total, "turns"))
     orientations = itertools.cycle(ORIENTATIONS)
-    for number in _eligible_for_pairs(rng, pictures, kinds, dialogues)[: max(1, round(total * PAIR_SHARE / 1000))]:
+    for number in _eligible_for_pairs(rng, images, kinds, dialogues)[: max(1, round(total * PAIR_SHARE / 1000))]:
         dialogues[number] = "two_images"
-    planned = enumerate(zip(pictures + moving, kinds, dialogues, strict=True))
+    planned = enumerate(zip(images + moving, kinds, dialogues, strict=True))
     return [
         Item(number, scene, kind, dialogue, next(orientations) if kind == "exif_jpeg" else 1)
         for number, (scene, kind, dialogue) in planned
@@ -163,10 +163,10 @@ def plan_items(rng: np.random.Generator, total: int) -> list[Item]:
 
 
 def _eligible_for_pairs(
-    rng: np.random.Generator, pictures: list[Scene], kinds: list[str], dialogues: list[str]
+    rng: np.random.Generator, images: list[Scene], kinds: list[str], dialogues: list[str]
 ) -> list[int]:
-    """Numbers of the plain pictures of shapes with a plain conversation, in random order."""
-    plain = [n for n, s in enumerate(pictures) if s.count and kinds[n] == "jpeg" and dialogues[n] == "turns"]
+    """Numbers of the plain images of shapes with a plain conversation, in random order."""
+    plain = [n for n, s in enumerate(images) if s.count and kinds[n] == "jpeg" and dialogues[n] == "turns"]
     return _shuffle(rng, plain)
 
 
@@ -181,12 +181,12 @@ def add_item(data: DataSet, seed: int, item: Item) -> None:
     rng = np.random.default_rng([seed, 1, item.number])
     if item.scene.motion is not None:
         name = f"clips/{item.number:06d}.mp4"
-        data.add_file(name, _draw_clip_file(rng, item))
+        data.add_file(name, _draw_video_file(rng, item))
         names = [name]
     else:
-        names = picture_names(item)
+        names = image_names(item)
         for name in names:
-            data.add_file(name, _draw_picture_file(rng, item, second=name != names[0]))
+            data.add_file(name, _draw_image_file(rng, item, second=name != names[0]))
     turns = choose_turns(rng, item)
     if item.dialogue_kind == "two_entries" and len(turns) > 1:  # a grey digit has one question, and so one entry
         data.entries.append(make_entry(rng, item, names, turns[:1]))
@@ -194,11 +194,11 @@ def add_item(data: DataSet, seed: int, item: Item) -> None:
     data.entries.append(make_entry(rng, item, names, turns))
 
 
-def picture_names(item: Item) -> list[str]:
-    """Member names of the picture or the two pictures of `item`, in folders named like Cambrian's."""
+def image_names(item: Item) -> list[str]:
+    """Member names of the image or the two images of `item`, in folders named like Cambrian's."""
     number = item.number
     if item.file_kind != "jpeg":
-        # a dot in the stem, as web pictures have: it must not end up in a shard's keys
+        # a dot in the stem, as web images have: it must not end up in a shard's keys
         return [f"vg/VG_100K/{item.file_kind}.{number:06d}.{EXTENSIONS.get(item.file_kind, 'jpg')}"]
     if item.scene.digit is not None:
         return [f"ocr_vqa/images/{number:09d}.jpg"]
@@ -208,21 +208,21 @@ def picture_names(item: Item) -> list[str]:
     return names
 
 
-def _draw_picture_file(rng: np.random.Generator, item: Item, second: bool) -> bytes:
+def _draw_image_file(rng: np.random.Generator, item: Item, second: bool) -> bytes:
     scene = item.scene
     if second:  # the same colour and shape, any number
         scene = Scene(scene.colour, scene.shape, count=COUNTS[rng.integers(len(COUNTS))])
-    height, width = PICTURE_SIZES[rng.integers(len(PICTURE_SIZES))]
+    height, width = IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))]
     if item.file_kind == "exif_jpeg":
         height, width = ((112, 168), (168, 112))[rng.integers(2)]  # a quarter turn shows
     pixels, opaque = draw_scene(rng, scene, height, width, transparent=item.file_kind == "rgba_png")
-    return encode_picture(rng, pixels, item.file_kind, item.orientation, opaque)
+    return encode_image(rng, pixels, item.file_kind, item.orientation, opaque)
 
 
-def _draw_clip_file(rng: np.random.Generator, item: Item) -> bytes:
-    frames_per_second, frames = CLIP_FORMS[rng.integers(len(CLIP_FORMS))]
-    clip = draw_clip(rng, item.scene, frames)
-    return encode_clip(clip, frames_per_second, "mpeg4" if item.file_kind == "mp4_mpeg4" else "libx264")
+def _draw_video_file(rng: np.random.Generator, item: Item) -> bytes:
+    frames_per_second, frames = VIDEO_FORMS[rng.integers(len(VIDEO_FORMS))]
+    video = draw_video(rng, item.scene, frames)
+    return encode_video(video, frames_per_second, "mpeg4" if item.file_kind == "mp4_mpeg4" else "libx264")
 
 
 def choose_turns(rng: np.random.Generator, item: Item) -> list[tuple[str, str, str]]:
@@ -243,9 +243,9 @@ def choose_turns(rng: np.random.Generator, item: Item) -> list[tuple[str, str, s
 def make_entry(
     rng: np.random.Generator, item: Item, names: list[str], turns: list[tuple[str, str, str]]
 ) -> dict[str, Any]:
-    """One entry of the JSON file. `names` are those of its picture, pictures or clip."""
-    is_clip = item.scene.motion is not None
-    placeholders = "\n".join(["<video>" if is_clip else "<image>"] * len(names))
+    """One entry of the JSON file. `names` are those of its image, images or video."""
+    is_video = item.scene.motion is not None
+    placeholders = "\n".join(["<video>" if is_video else "<image>"] * len(names))
     conversations = []
     if item.dialogue_kind == "system":
         conversations.append(("system", SYSTEM_TURNS[rng.integers(len(SYSTEM_TURNS))]))
@@ -256,7 +256,7 @@ def make_entry(
         conversations += [("human", question), ("gpt", answer)]
     return {
         "id": f"{item.number:012d}",
-        "video" if is_clip else "image": names if len(names) > 1 else names[0],
+        "video" if is_video else "image": names if len(names) > 1 else names[0],
         "conversations": _format_turns(conversations, item.dialogue_kind == "openai"),
         "source": names[0].split("/", 1)[0],
         "question_type": [question_type for question_type, _, _ in turns],
@@ -273,7 +273,7 @@ def _format_turns(turns: list[tuple[str, str]], openai: bool) -> list[dict[str, 
 
 
 def add_extras(data: DataSet, seed: int, total: int, first_number: int) -> None:
-    """Add the entries without a picture, and those whose picture is missing or broken."""
+    """Add the entries without an image, and those whose image is missing or broken."""
     import numpy as np
 
     kinds = [kind for kind, share in EXTRA_KINDS.items() for _ in range(max(1, round(total * share / 1000)))]
@@ -282,8 +282,8 @@ def add_extras(data: DataSet, seed: int, total: int, first_number: int) -> None:
         if kind == "text_only":
             data.entries.append(_text_only_entry(rng, number))
             continue
-        item = Item(number, _any_scene(rng, moving=kind == "broken_clip"), "mp4_h264", "turns")
-        name = f"clips/{number:06d}.mp4" if kind == "broken_clip" else f"coco/train2017/{number:012d}.jpg"
+        item = Item(number, _any_scene(rng, moving=kind == "broken_video"), "mp4_h264", "turns")
+        name = f"clips/{number:06d}.mp4" if kind == "broken_video" else f"coco/train2017/{number:012d}.jpg"
         if kind != "missing":
             data.add_file(name, _break_file(rng, kind, item))
         data.entries.append(make_entry(rng, item, [name], choose_turns(rng, item)) | {"file_kind": kind})
@@ -301,11 +301,11 @@ def _break_file(rng: np.random.Generator, kind: str, item: Item) -> bytes:
         return b""
     if kind == "garbage":
         return rng.bytes(500)
-    if kind == "broken_clip":  # the index of an mp4 is at its end: nothing can be read without it
-        content = _draw_clip_file(rng, item)
+    if kind == "broken_video":  # the index of an mp4 is at its end: nothing can be read without it
+        content = _draw_video_file(rng, item)
         return content[: len(content) // 2]
     pixels, opaque = draw_scene(rng, item.scene)
-    content = encode_picture(rng, pixels, "jpeg", 1, opaque)
+    content = encode_image(rng, pixels, "jpeg", 1, opaque)
     return content[: len(content) // 2]
 
 
@@ -362,7 +362,7 @@ def summarise(data: DataSet, seed: int, total: int) -> dict[str, Any]:
                 answers.setdefault(question_type, Counter())[answer] += 1
     return {
         "seed": seed,
-        "num_pictures": total,
+        "num_images": total,
         "entries": len(data.entries),
         "readable": len(data.entries) - unreadable.total(),
         "unreadable": dict(sorted(unreadable.items())),
@@ -411,17 +411,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where data/ and model/ go")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default: %(default)s)")
     parser.add_argument(
-        "--num-pictures",
+        "--num-images",
         type=int,
         default=5000,
         metavar="N",
-        help="pictures and clips that can be read, at least 100 (default: %(default)s)",
+        help="images and videos that can be read, at least 100 (default: %(default)s)",
     )
     parser.add_argument("--force", action="store_true", help="replace data/, model/ and summary.json in DIR")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
-    if arguments.num_pictures < 100:
-        parser.error(f"--num-pictures must be at least 100 to hold every kind, not {arguments.num_pictures}")
+    if arguments.num_images < 100:
+        parser.error(f"--num-images must be at least 100 to hold every kind, not {arguments.num_images}")
     if arguments.seed < 0:
         parser.error(f"--seed must not be negative, not {arguments.seed}")
     return arguments
@@ -433,7 +433,7 @@ def main(argv: list[str] | None = None) -> int:
         refuse_overwrite(arguments.output_dir, arguments.force)
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=arguments.output_dir) as staged:
-            summary = build(Path(staged), arguments.seed, arguments.num_pictures)
+            summary = build(Path(staged), arguments.seed, arguments.num_images)
             publish(Path(staged), arguments.output_dir)
     except OSError as error:
         if arguments.debug:

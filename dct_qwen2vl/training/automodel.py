@@ -108,7 +108,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         return loss_sum, learned.sum()
 
     def _idle_vision(self) -> torch.Tensor:
-        """A text-only micro-batch still runs the vision tower on one blank picture: in data-parallel training every
+        """A text-only micro-batch still runs the vision tower on one blank image: in data-parallel training every
         process must have a gradient for every weight, or the others wait for ever."""
         vision = self.model.config.vision_config
         merge = vision.spatial_merge_size
@@ -118,7 +118,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Makes the gradient the mean over the learned tokens of the step, whatever its micro-batches and processes.
-        Clips it to max_gradient_norm (0: not at all). Keeps the norm and the rate of this step for the log. Raises
+        Videos it to max_gradient_norm (0: not at all). Keeps the norm and the rate of this step for the log. Raises
         NonFiniteStep."""
         step, self._step = self._step, []
         tokens = torch.stack([tokens for _, tokens, _ in step]).sum()

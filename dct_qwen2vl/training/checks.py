@@ -44,7 +44,7 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
 
 
 def check_pixel_bounds(config: TrainingConfig) -> None:
-    """The command line's bounds, and the checkpoint's where it gives none, must leave room for a picture. Raises
+    """The command line's bounds, and the checkpoint's where it gives none, must leave room for an image. Raises
     RunError, or CheckpointError for those of the checkpoint."""
     bounds = {**saved_pixel_bounds(config.model_dir), **config.pixel_bounds}
     low, high = bounds["min_pixels"], bounds["max_pixels"]

@@ -85,18 +85,18 @@ class TrainingConfig:
         resume=FREE,
     )
     min_pixels: int | None = setting(
-        "what", None, "least pixels of a picture (default: the checkpoint's)", at_least=1, resume=DATA
+        "what", None, "least pixels of an image (default: the checkpoint's)", at_least=1, resume=DATA
     )
     max_pixels: int | None = setting(
-        "what", None, "most pixels of a picture (default: the checkpoint's)", at_least=1, resume=DATA
+        "what", None, "most pixels of an image (default: the checkpoint's)", at_least=1, resume=DATA
     )
-    video_fps: float = setting("what", 2.0, "frames read from a second of a clip", over=0, resume=DATA)
+    video_fps: float = setting("what", 2.0, "frames read from a second of a video", over=0, resume=DATA)
     video_min_frames: int = setting(
-        "what", 4, "least frames read from a clip that has them", at_least=1, not_over="video_max_frames", resume=DATA
+        "what", 4, "least frames read from a video that has them", at_least=1, not_over="video_max_frames", resume=DATA
     )
-    video_max_frames: int = setting("what", 768, "most frames read from a clip", at_least=1, resume=DATA)
+    video_max_frames: int = setting("what", 768, "most frames read from a video", at_least=1, resume=DATA)
     video_total_pixels: int = setting(
-        "what", 24_576 * 28 * 28, "most pixels of a clip, two frames counted as one", at_least=1, resume=DATA
+        "what", 24_576 * 28 * 28, "most pixels of a video, two frames counted as one", at_least=1, resume=DATA
     )
     seq_length: int = setting("what", 2048, "longer samples are skipped and counted, tokens", at_least=1, resume=DATA)
 
@@ -198,7 +198,7 @@ class TrainingConfig:
     restart_data: bool = setting(
         "where",
         False,
-        "resume weights and optimizer, and begin the data anew: its settings may then differ from before",
+        "resume weights and optimizer, and begin the data again: its settings may then differ from before",
         resume=FREE,
     )
     wandb_project: str | None = setting("where", None, "log to this Weights & Biases project as well", resume=FREE)

@@ -242,7 +242,7 @@ class RowQwen2VL(MCoreQwen2VLModel):
         visual = self.vision_projection(self.vision_model(batch))
         count = len(batch.visual)
         placed = text.index_copy(0, batch.visual, visual[:count, None].to(text.dtype))
-        hidden = placed + 0.0 * visual[count:].sum()  # a blank picture changes nothing but has a gradient
+        hidden = placed + 0.0 * visual[count:].sum()  # a blank image changes nothing but has a gradient
         if torch.is_grad_enabled() and not hidden.requires_grad:
             hidden.requires_grad_()  # recomputed layers pass gradients to adapters only if their input takes one
         return hidden

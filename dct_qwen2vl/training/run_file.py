@@ -37,16 +37,16 @@ def check_run_folder(config: TrainingConfig) -> None:
             now = _plain(getattr(config, name))
             if about["resume"] == rule and earlier.get(name) != now:
                 flag = about.get("flag") or flag_of(name)
-                anew = ", --restart-data to begin the data anew" if rule == DATA else ""
+                again = ", --restart-data to begin the data again" if rule == DATA else ""
                 raise RunError(
                     f"{config.run_dir} was started with {flag} {earlier.get(name)}, now it is {now}: use the same "
-                    f"value to resume{anew}, or another --experiment-name"
+                    f"value to resume{again}, or another --experiment-name"
                 )
 
 
 def count_data_restarts(config: TrainingConfig) -> int:
-    """How often the run has begun its data anew, this start included. run.json says it as soon as the run begins, a
-    checkpoint when there is one of those data: where they differ, the run ended in between, and the data begin anew
+    """How often the run has begun its data again, this start included. run.json says it as soon as the run begins, a
+    checkpoint when there is one of those data: where they differ, the run ended in between, and the data begin again
     once more, with the flag or without. (With it, a process may read what the first one has just written, and be one
     too high: only the number of the first is stored, and none of them restores a state.)"""
     return earlier_settings(config).get("data_restarts", 0) + config.restart_data

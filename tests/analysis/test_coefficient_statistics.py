@@ -1,4 +1,4 @@
-"""The table of coefficient statistics: its spectrum, the fit, the built-in table against pictures, the command."""
+"""The table of coefficient statistics: its spectrum, the fit, the built-in table against images, the command."""
 
 import json
 from pathlib import Path
@@ -27,9 +27,9 @@ VALUES = json.loads(BUILT_IN.read_text())
 def stills():
     """The stills of the built-in table, measured again."""
     found = coefficient_statistics.Measurement()
-    pictures = (natural_images.load(name) for name in natural_images.TABLE_PICTURES)
+    images = (natural_images.load(name) for name in natural_images.TABLE_IMAGES)
     coefficient_statistics.measure_images(
-        pictures, found, coefficient_statistics.DEFAULT_PIXELS, np.random.default_rng(0), with_motion=False
+        images, found, coefficient_statistics.DEFAULT_PIXELS, np.random.default_rng(0), with_motion=False
     )
     return found
 
@@ -63,7 +63,7 @@ def test_weights_of_stored_lines():
     np.testing.assert_allclose(finer[1], [0, 1, 0])  # below the first line its value holds
 
 
-def test_a_constant_picture_has_dc_only():
+def test_a_constant_image_has_dc_only():
     power = np.full((3, 2, 2, 2), -200.0)
     power[0, 0, 0, 0] = 2  # 2^2
     variance = coefficient_variance((2, 4, 8), CoefficientTable((1, 1, 1), ((0, 1),) * 3, power))
@@ -112,7 +112,7 @@ def test_fit_finds_a_spectrum_from_what_follows_of_it():
 def test_built_in_table_is_small_and_says_where_it_is_from():
     assert BUILT_IN.stat().st_size < 60_000
     assert VALUES["made_by"] == "python -m dct_qwen2vl.analysis.coefficient_statistics --seed 0"
-    assert (VALUES["images"], VALUES["clips"], VALUES["skipped"]) == (4, 0, 0)
+    assert (VALUES["images"], VALUES["videos"], VALUES["skipped"]) == (4, 0, 0)
     assert VALUES["block"] == list(coefficient_statistics.BLOCK)
 
 
@@ -123,9 +123,9 @@ def test_statistics_of_stills_are_remade_exactly(stills):
 
 def test_the_command_measures_what_it_measured():
     """Motion, sizes and fit on the smallest setting. Where these figures change, the built-in table must be remade."""
-    path = natural_images.picture_path(natural_images.TABLE_PICTURES[0])
+    path = natural_images.image_path(natural_images.TABLE_IMAGES[0])
     found = coefficient_statistics.measure([path], [], (112 * 112,), seed=0)
-    assert (found.stills.blocks, found.clips.blocks, found.skipped) == (1, 4, [])
+    assert (found.stills.blocks, found.videos.blocks, found.skipped) == (1, 4, [])
     variance = coefficient_statistics.fit_table(found.square(directions=False)).variance((2, 3, 3))
     expected = [
         [[1.1232, 0.053811, 0.0080496], [0.053811, 0.010481, 0.0028092], [0.0080496, 0.0028092, 0.0010127]],
@@ -143,10 +143,10 @@ def test_table_agrees_with_what_was_measured(stills):
         assert abs(ratio.mean()) < 0.1 and ratio.std() < spread
 
 
-def test_table_fits_pictures_that_are_not_in_it():
-    """The order is what counts: at half of 4:2:0 the table's choice loses less than 0.7 dB to the pictures' own."""
+def test_table_fits_images_that_are_not_in_it():
+    """The order is what counts: at half of 4:2:0 the table's choice loses less than 0.7 dB to the images' own."""
     moments = coefficient_statistics.Moments((1, 28, 28))
-    for name in natural_images.HELD_OUT_PICTURES:
+    for name in natural_images.HELD_OUT_IMAGES:
         moments.add(coefficient_statistics.resized(natural_images.load(name)[None], (336, 448)), 1)
     own, tabled = (variance.ravel() for variance in (moments.square, coefficient_variance((1, 28, 28))))
     lost = [own[np.argsort(-variance)[588:]].sum() for variance in (tabled, own)]
@@ -179,16 +179,16 @@ def test_moments_are_means_over_blocks(natural_frames):
     assert moments.dc_variance[0] == pytest.approx(coefficients[:, 0, 0, 0].var())
 
 
-def test_stills_give_the_frame_and_clips_the_motion(natural_frames):
+def test_stills_give_the_frame_and_videos_the_motion(natural_frames):
     found = coefficient_statistics.Measurement()
     frames = natural_frames(16, 112, 112, seed=1)
     found.add_stills(frames[:1], 1.0)
-    found.add_clip(frames, 1.0)
+    found.add_video(frames, 1.0)
     square = found.square(directions=True)
     least = coefficient_statistics.LEAST_VARIANCE
     np.testing.assert_allclose(square.mean(axis=1), np.maximum(found.stills.square[:, 0], least), rtol=1e-9)
-    clips = np.maximum(found.clips.square, least)
-    expected = clips / clips.sum(axis=1, keepdims=True)
+    videos = np.maximum(found.videos.square, least)
+    expected = videos / videos.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(square / square.sum(axis=1, keepdims=True), expected, rtol=1e-9)
     both = found.square(directions=False)
     np.testing.assert_allclose(both, (square + square.swapaxes(2, 3)) / 2, rtol=1e-12)
@@ -205,19 +205,19 @@ def test_views_move_as_told():
 
 
 def test_a_view_beyond_the_edge_is_mirrored():
-    picture = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
-    seen = natural_images.view(picture, (0.0, 8.0), (8, 16), 1.0)
-    np.testing.assert_array_equal(seen[4:], picture[:4])
-    np.testing.assert_array_equal(seen[:4], picture[:4][::-1])
+    image = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    seen = natural_images.view(image, (0.0, 8.0), (8, 16), 1.0)
+    np.testing.assert_array_equal(seen[4:], image[:4])
+    np.testing.assert_array_equal(seen[:4], image[:4][::-1])
 
 
 def test_zoom_and_cut():
-    picture, other = np.zeros((64, 64, 3), np.uint8), np.full((64, 64, 3), 200, np.uint8)
-    picture[24:40, 24:40] = 250
-    zoomed = natural_images.moving_view(picture, (32, 32), 4, zoom=1.2)
+    image, other = np.zeros((64, 64, 3), np.uint8), np.full((64, 64, 3), 200, np.uint8)
+    image[24:40, 24:40] = 250
+    zoomed = natural_images.moving_view(image, (32, 32), 4, zoom=1.2)
     bright = [(frame > 125).sum() for frame in zoomed]
     assert bright == sorted(bright) and bright[-1] > 1.5 * bright[0]
-    *_, cut = natural_images.clips_of(picture[:20, :20] * 0, other, (32, 32), 8, np.random.default_rng(0))
+    *_, cut = natural_images.videos_of(image[:20, :20] * 0, other, (32, 32), 8, np.random.default_rng(0))
     means = cut.reshape(8, -1).mean(axis=1)
     assert set(means) == {0.0, 200.0} and list(means) == sorted(means)
 
@@ -231,14 +231,14 @@ def run(*arguments: object) -> int:
 
 @pytest.fixture
 def folder(tmp_path, natural_frames) -> Path:
-    """Two pictures, a small one, a broken one, and a text."""
+    """Two images, a small one, a broken one, and a text."""
     folder = tmp_path / "photos"
     (folder / "deeper").mkdir(parents=True)
     Image.fromarray(natural_frames(1, 120, 150)[0]).save(folder / "a.png")
     Image.fromarray(natural_frames(1, 130, 115, seed=1)[0]).save(folder / "deeper" / "b.jpg")
     Image.fromarray(natural_frames(1, 50, 200)[0]).save(folder / "small.png")
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
-    (folder / "notes.txt").write_text("not a picture")
+    (folder / "notes.txt").write_text("not an image")
     return folder
 
 
@@ -247,9 +247,9 @@ def test_a_folder_with_broken_files(folder, tmp_path, capsys):
     assert run("--images", folder, "--pixels", 12544, "--output", table, "--plot", figure) == 0
     said = capsys.readouterr().out
     assert "--images: 1 files do not end in .jpg" in said
-    assert f"skipped {folder / 'broken.png'}: not a readable picture" in said
+    assert f"skipped {folder / 'broken.png'}: not a readable image" in said
     assert f"skipped {folder / 'small.png'}: 200 x 50 px, smaller than a block of 112 px" in said
-    assert "read 2 images and 0 clips" in said and f"wrote {table} and {figure}" in said
+    assert "read 2 images and 0 videos" in said and f"wrote {table} and {figure}" in said
     values = json.loads(table.read_text())
     assert (values["images"], values["skipped"]) == (2, 2)
     assert (
@@ -263,14 +263,14 @@ def test_a_folder_with_broken_files(folder, tmp_path, capsys):
     assert table.read_bytes() == before, "the same input gives the same bytes"
 
 
-def test_clips_are_measured_as_they_are(tmp_path, clip_file, natural_frames, capsys):
+def test_videos_are_measured_as_they_are(tmp_path, video_file, natural_frames, capsys):
     still = np.repeat(natural_frames(1, 112, 112), 16, axis=0)
-    (tmp_path / "still.mp4").write_bytes(clip_file(still))
-    (tmp_path / "short.mp4").write_bytes(clip_file(still[:5]))
+    (tmp_path / "still.mp4").write_bytes(video_file(still))
+    (tmp_path / "short.mp4").write_bytes(video_file(still[:5]))
     table = tmp_path / "table.json"
-    assert run("--clips", tmp_path, "--output", table) == 0
+    assert run("--videos", tmp_path, "--output", table) == 0
     said = capsys.readouterr().out
-    assert "read 0 images and 1 clips" in said
+    assert "read 0 images and 1 videos" in said
     assert f"skipped {tmp_path / 'short.mp4'}: " in said
     assert " frames of 112 x 112 px, smaller than a block of 16 frames of 112 px" in said
     variance = coefficient_variance((4, 8, 8), CoefficientTable.from_file(table))
@@ -287,7 +287,7 @@ def test_files_are_spread_evenly():
 def test_nothing_to_measure(broken, tmp_path, one_line_error):
     file = tmp_path / "a.png"
     if broken:
-        file.write_bytes(b"no picture")
+        file.write_bytes(b"no image")
     assert run("--images", file, "--output", tmp_path / "table.json") == 1
     expected = "none of 1 files could be used, the first: " if broken else f"{file} does not exist"
     assert expected in one_line_error()

@@ -22,8 +22,8 @@ def image(tmp_path, natural_frames, image_file) -> Path:
 
 
 @pytest.fixture
-def video(tmp_path, natural_frames, clip_file) -> Path:
-    (tmp_path / "video.mp4").write_bytes(clip_file(natural_frames(12, 112, 168), rate=4))
+def video(tmp_path, natural_frames, video_file) -> Path:
+    (tmp_path / "video.mp4").write_bytes(video_file(natural_frames(12, 112, 168), rate=4))
     return tmp_path / "video.mp4"
 
 

@@ -24,11 +24,11 @@ def psnr(found: np.ndarray, expected: np.ndarray) -> float:
     return 10 * math.log10(255**2 / np.mean((found.astype(float) - expected) ** 2))
 
 
-def save(path: Path, frames: np.ndarray, clip_file=None) -> Path:
-    if clip_file is None:
+def save(path: Path, frames: np.ndarray, video_file=None) -> Path:
+    if video_file is None:
         Image.fromarray(frames).save(path)
     else:
-        path.write_bytes(clip_file(frames))
+        path.write_bytes(video_file(frames))
     return path
 
 
@@ -46,7 +46,7 @@ def test_measured_figures_are_those_of_the_tokens(natural_frames):
     difference = np.abs(decoded.astype(float) - frames)[[0, 7, 10]]
     np.testing.assert_allclose(result.error, difference.mean(axis=-1), atol=1e-4)
     half = [Image.fromarray(frame).resize((112, 56), Image.Resampling.LANCZOS) for frame in frames]
-    enlarged = np.stack([np.asarray(picture.resize((224, 112), Image.Resampling.BICUBIC)) for picture in half])
+    enlarged = np.stack([np.asarray(image.resize((224, 112), Image.Resampling.BICUBIC)) for image in half])
     assert result.pixels_psnr == pytest.approx(psnr(enlarged, frames), abs=1e-9)
 
 
@@ -63,7 +63,7 @@ def test_nothing_is_lost_by_exact(natural_frames):
     [(1, 2, 56), (1, 1, 56), (1, 4, 56), (4, 2, 56), (8, 8, 28), (8, 1, 79), (9, 4, 43)],
 )
 def test_as_many_tokens_of_pixels(frames, bt, side, natural_frames, monkeypatch):
-    """A 112 x 112 px clip in blocks of (bt, 28, 28): the side of the smaller picture, where 14 px are a pixel patch."""
+    """A 112 x 112 px video in blocks of (bt, 28, 28): the side of the smaller image, where 14 px are a pixel patch."""
     sizes, resize = [], Image.Image.resize
     monkeypatch.setattr(
         Image.Image, "resize", lambda self, size, *rest: sizes.append(size) or resize(self, size, *rest)
@@ -78,12 +78,12 @@ def test_words_of_a_preset(natural_frames):
     still = token_sheet.describe(measure(natural_frames(1, 112, 112), PRESETS[1], [0]), 1, 112, 112)
     assert still[:3] == [
         "2 x 28 x 28 blocks, 4:2:0, 1,764 floats a token",
-        "16 tokens a picture, 4 in the language model",
-        "28,224 floats a picture, 2.25 a pixel (33% are 0)",
+        "16 tokens an image, 4 in the language model",
+        "28,224 floats an image, 2.25 a pixel (33% are 0)",
     ]
     assert re.fullmatch(r"PSNR \d\d\.\d dB \(as many tokens of pixels: \d\d\.\d dB\)", still[3])
-    clip = token_sheet.describe(measure(natural_frames(4, 112, 112), PRESETS[1], [0]), 4, 112, 112)
-    assert clip[1:3] == ["32 tokens a clip, 8 in the language model", "56,448 floats a clip, 1.12 a pixel"]
+    video = token_sheet.describe(measure(natural_frames(4, 112, 112), PRESETS[1], [0]), 4, 112, 112)
+    assert video[1:3] == ["32 tokens a video, 8 in the language model", "56,448 floats a video, 1.12 a pixel"]
 
 
 def test_the_window_where_most_is_lost():
@@ -102,7 +102,7 @@ def test_the_error_scale_is_a_round_number(most, scale):
 
 
 def test_error_colours_follow_the_scale():
-    colours = token_sheet.error_picture(np.array([[0.0, 4.0, 16.0, 99.0]]), 16)[0]
+    colours = token_sheet.error_image(np.array([[0.0, 4.0, 16.0, 99.0]]), 16)[0]
     expected = [np.round(np.array(matplotlib.colormaps["inferno"](place)[:3]) * 255) for place in (0.0, 0.5, 1.0, 1.0)]
     np.testing.assert_array_equal(colours, expected)
 
@@ -120,7 +120,7 @@ def test_sizes_suit_all_presets(tmp_path, natural_frames):
 
 
 def boxes(canvas: Canvas) -> tuple[dict, dict]:
-    """Rectangles (left, bottom, right, top) in px of all words, and of all pictures and axes."""
+    """Rectangles (left, bottom, right, top) in px of all words, and of all images and axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure, renderer = canvas.figure, FigureCanvasAgg(canvas.figure).get_renderer()
@@ -133,7 +133,7 @@ def boxes(canvas: Canvas) -> tuple[dict, dict]:
     areas = {f"axes {number}": axes.get_window_extent(renderer).extents for number, axes in enumerate(figure.axes)}
     for number, image in enumerate(figure.images):
         left, right, bottom, top = image.get_extent()
-        areas[f"picture {number}"] = (left, bottom, right, top)
+        areas[f"image {number}"] = (left, bottom, right, top)
     return words, areas
 
 
@@ -144,11 +144,11 @@ def overlap(one, other, slack: float = 1.0) -> bool:
 
 
 LAYOUTS = {
-    "picture": (1, 448, 560, PRESETS, "a.jpg"),
-    "tall picture, long name": (1, 672, 112, PRESETS, f"{'name' * 40}.jpg"),
-    "large picture": (1, 1120, 896, [PRESETS[2]], "a.jpg"),
+    "image": (1, 448, 560, PRESETS, "a.jpg"),
+    "tall image, long name": (1, 672, 112, PRESETS, f"{'name' * 40}.jpg"),
+    "large image": (1, 1120, 896, [PRESETS[2]], "a.jpg"),
     "strip": (1, 112, 2240, PRESETS[:2], "a.jpg"),
-    "smallest picture": (1, 28, 28, [PRESETS[0]], "a.jpg"),
+    "smallest image": (1, 28, 28, [PRESETS[0]], "a.jpg"),
     "odd presets": (
         1,
         240,
@@ -159,8 +159,8 @@ LAYOUTS = {
         ],
         "a.jpg",
     ),
-    "clip": (6, 224, 336, PRESETS, "a.mp4"),
-    "tall clip, one preset": (4, 336, 112, [PRESETS[1]], "a.mp4"),
+    "video": (6, 224, 336, PRESETS, "a.mp4"),
+    "tall video, one preset": (4, 336, 112, [PRESETS[1]], "a.mp4"),
     "many frames": (12, 112, 224, PRESETS, f"{'name' * 40}.mp4"),
     "long blocks": (8, 112, 112, [DCTConfig.select((8, 28, 28), "420", 4000, name="eight"), PRESETS[1]], "a.mp4"),
     "longest blocks": (4, 112, 112, [DCTConfig.select((16, 28, 28), "444", 4000)], "a.mp4"),
@@ -174,9 +174,9 @@ def test_nothing_overlaps_and_all_is_on_the_sheet(case, natural_frames):
     shown = list(range(count))
     results = [measure(frames, config, shown) for config in configs]
     canvas = (
-        token_sheet.draw_picture_sheet(name, (999, 1999), frames, results)
+        token_sheet.draw_image_sheet(name, (999, 1999), frames, results)
         if count == 1
-        else token_sheet.draw_clip_sheet(name, (999, 1999), frames, results, shown)
+        else token_sheet.draw_video_sheet(name, (999, 1999), frames, results, shown)
     )
     words, areas = boxes(canvas)
     assert len(words) > 15 and len(areas) > 4
@@ -190,10 +190,10 @@ def test_nothing_overlaps_and_all_is_on_the_sheet(case, natural_frames):
         assert not overlap(box, other_box), (one, other)
 
 
-def test_pictures_stand_on_the_sheet_pixel_for_pixel(tmp_path, natural_frames):
+def test_images_stand_on_the_sheet_pixel_for_pixel(tmp_path, natural_frames):
     frames = natural_frames(1, 448, 448)
     result = measure(frames, PRESETS[2], [0])
-    canvas = token_sheet.draw_picture_sheet("a.png", (448, 448), frames, [result])
+    canvas = token_sheet.draw_image_sheet("a.png", (448, 448), frames, [result])
     canvas.save(tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
     assert sheet.shape == (canvas.height, canvas.width, 3)
@@ -239,7 +239,7 @@ def sheet(tmp_path, capsys):
     return run
 
 
-def test_a_picture_through_the_command(tmp_path, natural_frames, sheet, monkeypatch):
+def test_an_image_through_the_command(tmp_path, natural_frames, sheet, monkeypatch):
     path = save(tmp_path / "photo.png", natural_frames(1, 230, 340)[0])
     first, printed = sheet(path)
     for name, value in (("axes.facecolor", "red"), ("font.family", ["monospace"]), ("savefig.bbox", "tight")):
@@ -247,16 +247,16 @@ def test_a_picture_through_the_command(tmp_path, natural_frames, sheet, monkeypa
     assert sheet(path)[0] == first, "the same input gives the same bytes, whatever settings matplotlib finds"
     lines = printed.splitlines()
     assert [line.split(":")[0] for line in lines[:3]] == ["exact", "x4", "x16"]
-    assert "96 tokens a picture, 24 in the language model" in lines[1]
+    assert "96 tokens an image, 24 in the language model" in lines[1]
     assert re.fullmatch(r"Wrote .*out\.png \(1690 x \d+ px\)\.", lines[3])
     assert Image.open(tmp_path / "out.png").size[0] == 1690
 
 
-def test_a_clip_through_the_command(tmp_path, natural_frames, clip_file, sheet):
-    path = save(tmp_path / "clip.MP4", natural_frames(8, 112, 112), clip_file)
+def test_a_video_through_the_command(tmp_path, natural_frames, video_file, sheet):
+    path = save(tmp_path / "video.MP4", natural_frames(8, 112, 112), video_file)
     first, printed = sheet(path, "--presets", "x16", "--frames", "3")
     assert printed.startswith("x16: 2 x 56 x 56 blocks, 4:2:0")
-    assert "tokens a clip" in printed
+    assert "tokens a video" in printed
     assert sheet(path, "--presets", "x16", "--frames", "2")[0] != first
 
 
@@ -264,7 +264,7 @@ def test_max_pixels_and_files_of_presets(tmp_path, natural_frames, sheet):
     path = save(tmp_path / "photo.png", natural_frames(1, 300, 300)[0])
     DCTConfig.select((2, 20, 20), "420", 500).save(tmp_path / "mine.json")
     printed = sheet(path, "--presets", str(tmp_path / "mine.json"), "--max-pixels", "14400")[1]
-    assert printed.startswith("mine: 2 x 20 x 20 blocks, 4:2:0, 500 floats a token; 36 tokens a picture, 9 in")
+    assert printed.startswith("mine: 2 x 20 x 20 blocks, 4:2:0, 500 floats a token; 36 tokens an image, 9 in")
 
 
 @pytest.mark.parametrize(
@@ -293,8 +293,8 @@ def test_wrong_arguments_are_usage_errors(arguments, message, capsys):
     ("name", "options", "message"),
     [
         ("missing.png", [], r"No such file or directory: '.*missing\.png'"),
-        ("broken.png", [], r"broken\.png: not a readable picture: "),
-        ("broken.mp4", [], r"broken\.mp4: not a readable clip: "),
+        ("broken.png", [], r"broken\.png: not a readable image: "),
+        ("broken.mp4", [], r"broken\.mp4: not a readable video: "),
         ("thin.png", [], "aspect ratio must be smaller than 200"),
         (
             "good.png",

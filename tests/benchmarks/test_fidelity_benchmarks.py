@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.quality.analysis import feature_fidelity, patch_weights, rate_distortion
 from dct_qwen2vl.analysis.coefficient_statistics import resized
-from dct_qwen2vl.analysis.natural_images import HELD_OUT_PICTURES, load, moving_view
+from dct_qwen2vl.analysis.natural_images import HELD_OUT_IMAGES, load, moving_view
 from dct_qwen2vl.dct import configuration_dct
 
 WEIGHT = torch.randn(16, 3, 2, 14, 14, generator=torch.Generator().manual_seed(0)) / 34
@@ -19,9 +19,9 @@ WEIGHT = torch.randn(16, 3, 2, 14, 14, generator=torch.Generator().manual_seed(0
 @pytest.fixture(scope="module")
 def material() -> dict[str, list[np.ndarray]]:
     """Parts of two held-out photographs, and a slow pan over one."""
-    first, second = (load(name) for name in HELD_OUT_PICTURES[:2])
-    stills = [resized(picture[None], (112, 112)) for picture in (first, second)]
-    return {"stills": stills, "clips": [moving_view(second, (112, 112), 4, velocity=(1.5, 3))]}
+    first, second = (load(name) for name in HELD_OUT_IMAGES[:2])
+    stills = [resized(image[None], (112, 112)) for image in (first, second)]
+    return {"stills": stills, "videos": [moving_view(second, (112, 112), 4, velocity=(1.5, 3))]}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def points(material) -> dict[tuple, rate_distortion.Point]:
 # Rate and distortion
 
 
-@pytest.mark.parametrize("kind", ["stills", "clips"])
+@pytest.mark.parametrize("kind", ["stills", "videos"])
 @pytest.mark.parametrize("floats", [3 / 16, 3 / 4])
 def test_variance_is_the_best_order_at_equal_floats(points, kind, floats):
     of = {order: points[kind, order, 28, "420", round(floats, 4)] for order in ("variance", "zigzag", "box")}
@@ -43,7 +43,7 @@ def test_variance_is_the_best_order_at_equal_floats(points, kind, floats):
     assert of["variance"].ssim > of["box"].ssim
 
 
-@pytest.mark.parametrize("kind", ["stills", "clips"])
+@pytest.mark.parametrize("kind", ["stills", "videos"])
 def test_downscaling_has_the_tokens_and_floats_of_the_box(points, kind):
     box = points[kind, "box", 28, "420", 0.75]
     for method in ("bicubic", "area", "Lanczos"):
@@ -53,7 +53,7 @@ def test_downscaling_has_the_tokens_and_floats_of_the_box(points, kind):
         assert smaller.upscaling in ("bicubic", "Lanczos")
 
 
-@pytest.mark.parametrize("kind", ["stills", "clips"])
+@pytest.mark.parametrize("kind", ["stills", "videos"])
 def test_more_floats_are_never_worse(points, kind):
     for order in configuration_dct.ORDERS:
         less, whole = (points[kind, order, 28, "420", floats] for floats in (0.75, 1.5))
@@ -63,11 +63,11 @@ def test_more_floats_are_never_worse(points, kind):
 
 def test_presets(points):
     assert points["stills", "exact", 14, "444", 3].psnr == rate_distortion.MOST_PSNR
-    still, clip = points["stills", "x4", 28, "420", 1.5], points["clips", "x4", 28, "420", 1.125]
+    still, video = points["stills", "x4", 28, "420", 1.5], points["videos", "x4", 28, "420", 1.125]
     whole = points["stills", "variance", 28, "420", 1.5]
     assert still.psnr == pytest.approx(whole.psnr, abs=1e-3), "x4 keeps all of a still"
-    assert clip.psnr < points["clips", "variance", 28, "420", 1.5].psnr
-    assert (still.tokens, clip.tokens) == (256, 128)
+    assert video.psnr < points["videos", "variance", 28, "420", 1.5].psnr
+    assert (still.tokens, video.tokens) == (256, 128)
 
 
 def test_scores_by_hand():
@@ -85,7 +85,7 @@ def test_rate_distortion_writes_its_figures(material, tmp_path, monkeypatch, cap
     assert rate_distortion.main(["--json", files[0], "--plot", files[1]]) == 0
     said = capsys.readouterr().out
     assert 'weight of the order "weighted": RANDOM, seed 0 (--model-dir takes a checkpoint\'s)' in said
-    assert "256 tokens a frame (blocks of 28 px):" in said and "== clips ==" in said
+    assert "256 tokens a frame (blocks of 28 px):" in said and "== videos ==" in said
     values = json.loads((tmp_path / "a.json").read_text())
     assert values["weight"].startswith("RANDOM") and len(values["points"]) > 20
     assert {"material", "method", "psnr", "ssim", "tokens", "floats_per_pixel"} <= set(values["points"][0])
@@ -98,7 +98,7 @@ def measure_few(material: dict[str, list[np.ndarray]], measure=rate_distortion.m
 
 
 def test_rate_distortion_of_nothing(tmp_path, one_line_error):
-    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "a.png").write_bytes(b"no image")
     assert rate_distortion.main(["--images", str(tmp_path)]) == 1
     assert "rate_distortion.py: nothing to measure: no file could be used" in one_line_error()
 
@@ -120,7 +120,7 @@ def test_presets_embed_what_the_pixel_model_embeds(rows):
         row = rows[name, block]
         assert row.fp32 < 2e-6, "a few roundings of fp32"
         assert 2e-4 < row.bf16 < 6e-3, "a few roundings of bf16, which has 8 bits"
-    assert 1e-2 < rows["x4", X4].bicubic < 0.2, "bicubic is near, and another picture"
+    assert 1e-2 < rows["x4", X4].bicubic < 0.2, "bicubic is near, and another image"
 
 
 def test_errors_of_orders(rows):
@@ -136,7 +136,7 @@ def test_int8_is_the_coarsest_of_the_formats(rows):
     for row in rows.values():
         if row.name in configuration_dct.PRESETS:
             assert 5 * row.bf16 < row.int8 < 0.1
-            assert row.int8_clip in feature_fidelity.CLIPS[1:-1], "the best clip is not at the end of what was tried"
+            assert row.int8_clip in feature_fidelity.CLIP_LIMITS[1:-1], "the best limit is within those tried"
 
 
 def test_quantised_by_hand():

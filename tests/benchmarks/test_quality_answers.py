@@ -1,4 +1,4 @@
-"""Arms compared question by question: scores, tests and questions are those of the files; misfits are named."""
+"""Variants compared question by question: scores, tests and questions are those of the files; misfits are named."""
 
 import json
 from pathlib import Path
@@ -41,9 +41,9 @@ def run(capsys, *arguments: str | Path) -> tuple[int, str, str]:
 def test_scores_of_one_and_zero_are_tested_by_mcnemar(tmp_path, capsys):
     quarter = [1] * 60 + [0] * 40
     x4 = [0] * 2 + [1] * 58 + [1] * 10 + [0] * 30  # 10 questions won, 2 lost
-    for arm, scores in (("pixels", [1] * 80 + [0] * 20), ("quarter", quarter), ("x4", x4)):
-        write(tmp_path / arm, "gqa", scores)
-    given = [f"{arm}={tmp_path / arm}" for arm in ("pixels", "quarter", "x4")]
+    for variant, scores in (("pixels", [1] * 80 + [0] * 20), ("quarter", quarter), ("x4", x4)):
+        write(tmp_path / variant, "gqa", scores)
+    given = [f"{variant}={tmp_path / variant}" for variant in ("pixels", "quarter", "x4")]
     status, said, _ = run(capsys, "--answers", *given, "--json", tmp_path / "out.json")
     assert status == 0
     assert said.splitlines()[:3] == [
@@ -65,9 +65,9 @@ def test_mcnemar_counts_only_what_one_of_two_got_right():
 def test_other_scores_are_tested_by_a_paired_t_test(tmp_path, capsys):
     generator = np.random.default_rng(0)
     ours, theirs = generator.uniform(0.4, 1, 50), generator.uniform(0.3, 1, 50)
-    for arm, scores in (("quarter", theirs), ("x4", ours)):
-        write(tmp_path / arm, "docvqa_val", scores.tolist(), "anls")
-    _, said, _ = run(capsys, "--answers", *(f"{arm}={tmp_path / arm}" for arm in ("quarter", "x4")))
+    for variant, scores in (("quarter", theirs), ("x4", ours)):
+        write(tmp_path / variant, "docvqa_val", scores.tolist(), "anls")
+    _, said, _ = run(capsys, "--answers", *(f"{variant}={tmp_path / variant}" for variant in ("quarter", "x4")))
     assert f"p = {ttest_rel(ours, theirs).pvalue:.2g}" in said
 
 
@@ -77,7 +77,7 @@ def test_questions_on_one_video_are_one_pair(tmp_path, capsys):
 
     write(tmp_path / "quarter", "videomme", on_videos([0, 0, 1] * 4), "videomme_perception_score")
     write(tmp_path / "x4", "videomme", on_videos([1, 0, 1] * 3 + [0, 0, 1]), "videomme_perception_score")
-    given = [f"{arm}={tmp_path / arm}" for arm in ("quarter", "x4")]
+    given = [f"{variant}={tmp_path / variant}" for variant in ("quarter", "x4")]
     _, said, _ = run(capsys, "--answers", *given, "--json", tmp_path / "out.json")
     assert "| videomme | 12 | 33.3 | 58.3 | 175.0 |" in said
     assert json.loads((tmp_path / "out.json").read_text())["videomme"]["quarter"]["last_minus_this"]["pairs"] == 4
@@ -85,12 +85,15 @@ def test_questions_on_one_video_are_one_pair(tmp_path, capsys):
 
 def test_three_seeds_decide(tmp_path, capsys):
     given = []
-    for arm, rights in (("quarter", (50, 52, 51)), ("x4", (60, 61, 62))):
+    for variant, rights in (("quarter", (50, 52, 51)), ("x4", (60, 61, 62))):
         for seed, right in enumerate(rights):
             write(
-                tmp_path / f"{arm}-{seed}", "pope", [{"score": float(n < right)} for n in range(100)], "pope_accuracy"
+                tmp_path / f"{variant}-{seed}",
+                "pope",
+                [{"score": float(n < right)} for n in range(100)],
+                "pope_accuracy",
             )
-            given.append(f"{arm}={tmp_path / f'{arm}-{seed}'}")
+            given.append(f"{variant}={tmp_path / f'{variant}-{seed}'}")
     _, said, _ = run(capsys, "--answers", *given)
     assert "| pope | 100 | 51.0 ± 1.0 | 61.0 ± 1.0 |" in said
     assert "over 3 seeds and 100 questions or videos: +10.0 points" in said and said.rstrip().endswith(": better")
@@ -103,10 +106,12 @@ def test_a_task_evaluated_again_counts_as_it_was_last(tmp_path):
 
 
 def test_tasks_that_not_all_have_are_left_out_and_named(tmp_path, capsys):
-    for arm in ("quarter", "x4"):
-        write(tmp_path / arm, "gqa", [1, 0])
+    for variant in ("quarter", "x4"):
+        write(tmp_path / variant, "gqa", [1, 0])
     write(tmp_path / "x4", "chartqa", [1.0, 0.0], "relaxed_overall")
-    status, said, warned = run(capsys, "--answers", *(f"{arm}={tmp_path / arm}" for arm in ("quarter", "x4")))
+    status, said, warned = run(
+        capsys, "--answers", *(f"{variant}={tmp_path / variant}" for variant in ("quarter", "x4"))
+    )
     assert status == 0 and "chartqa" not in said
     assert warned == "compare_answers.py: left out of x4, as others have not: chartqa\n"
 
@@ -158,7 +163,9 @@ def test_an_empty_folder_is_one_line(tmp_path, capsys):
     assert said.startswith(f"compare_answers.py: no *_samples_*.jsonl in {tmp_path / 'x4'}: run lmms-eval with")
 
 
-@pytest.mark.parametrize(("given", "says"), [(["x4"], "expected ARM=DIR"), (["x4=a"], "expected at least two arms")])
+@pytest.mark.parametrize(
+    ("given", "says"), [(["x4"], "expected VARIANT=DIR"), (["x4=a"], "expected at least two variants")]
+)
 def test_arguments_that_cannot_be_are_refused(given, says, capsys):
     with pytest.raises(SystemExit):
         compare_answers.main(["--answers", *given])

@@ -12,13 +12,21 @@ from benchmarks.quality.result_files import write_file
 CURVE = [{"step": step, "seconds": step / 10, "loss": 1.0, "accuracy": 0.1, "hard_accuracy": 0.1} for step in (5, 10)]
 
 
-def result(arm: str, seed: int, right: list[int], hard_right: list[int], finished: bool = True, **settings) -> dict:
-    """A run on pictures with 10 scored tokens each, 4 of them hard."""
+def result(variant: str, seed: int, right: list[int], hard_right: list[int], finished: bool = True, **settings) -> dict:
+    """A run on images with 10 scored tokens each, 4 of them hard."""
     count = len(right)
     size = {"width": 64, "vision_layers": 1, "language_layers": 1}
     return {
         "finished": finished,
-        "settings": {"task": "reading", "arm": arm, "seed": seed, "steps": 10, "batch": 2, "knobs": {}, "size": size}
+        "settings": {
+            "task": "reading",
+            "variant": variant,
+            "seed": seed,
+            "steps": 10,
+            "batch": 2,
+            "knobs": {},
+            "size": size,
+        }
         | {"learning_rate": 1e-3, "start_from": None, "save": False}
         | settings,
         "visual_tokens": 16,
@@ -31,7 +39,7 @@ def result(arm: str, seed: int, right: list[int], hard_right: list[int], finishe
         "accuracy": sum(right) / (10 * count),
         "hard_accuracy": sum(hard_right) / (4 * count),
         "by_level": {"4": [sum(hard_right), 4 * count], "9": [sum(right) - sum(hard_right), 6 * count]},
-        "by_picture": {"right": right, "all": [10] * count, "hard_right": hard_right, "hard_all": [4] * count},
+        "by_image": {"right": right, "all": [10] * count, "hard_right": hard_right, "hard_all": [4] * count},
         "generation": {"samples": 1, "accuracy": 0.5, "agrees_with_forced": 1.0},
     }
 
@@ -87,28 +95,28 @@ def test_intervals_of_crossed_differences_hold_the_true_one_19_times_of_20_or_mo
     assert held >= 940
 
 
-def test_levels_that_no_picture_has_give_no_verdict(tmp_path):
-    rows = [result(arm, seed, [5, 5], [0, 0]) for seed in range(3) for arm in ("quarter", "x4")]
+def test_levels_that_no_image_has_give_no_verdict(tmp_path):
+    rows = [result(variant, seed, [5, 5], [0, 0]) for seed in range(3) for variant in ("quarter", "x4")]
     for row in rows:
-        row["by_picture"]["hard_all"] = [0, 0]
-    arms = next(iter(run_results.experiments(written(tmp_path, *rows)).values()))
-    assert compare.tests(arms)[1] == "x4 - quarter, hard levels: nothing of it in two test pictures"
+        row["by_image"]["hard_all"] = [0, 0]
+    variants = next(iter(run_results.experiments(written(tmp_path, *rows)).values()))
+    assert compare.tests(variants)[1] == "x4 - quarter, hard levels: nothing of it in two test images"
 
 
-def test_runs_on_other_test_pictures_are_not_compared(tmp_path):
+def test_runs_on_other_test_images_are_not_compared(tmp_path):
     right, other = ([5, 5], [1, 1]), result("quarter", 0, [5, 5], [1, 1])
-    other["by_picture"]["hard_all"] = [4, 3]
-    start = {**result("exact", 0, *right, steps=80), "by_picture": other["by_picture"]}
+    other["by_image"]["hard_all"] = [4, 3]
+    start = {**result("exact", 0, *right, steps=80), "by_image": other["by_image"]}
     warm = result("x4", 0, *right, start_from="run00")
     grouped = run_results.experiments(written(tmp_path, start, warm, result("x4", 0, *right), other))
-    assert [list(arms) for arms in grouped.values()] == [["exact"], ["quarter"], ["x4"], ["x4"]]
+    assert [list(variants) for variants in grouped.values()] == [["exact"], ["quarter"], ["x4"], ["x4"]]
 
 
 def test_marks_at_chance_say_nothing(results):
-    arms = next(iter(run_results.experiments(run_results.load(results)).values()))
-    for runs in arms.values():
+    variants = next(iter(run_results.experiments(run_results.load(results)).values()))
+    for runs in variants.values():
         runs[0]["chance"] = 0.5
-    assert compare.learning_table(arms)[0] == "| steps until right, %: | 80 | 90 | 95 | 98 |"
+    assert compare.learning_table(variants)[0] == "| steps until right, %: | 80 | 90 | 95 | 98 |"
 
 
 @pytest.fixture
@@ -118,20 +126,20 @@ def results(tmp_path):
     rows += [result("x4", seed, [4 + g, 5 + g, 5 + g, 5 + g], [3, 3, 2, 3]) for seed, g in enumerate((3, 2, 4))]
     rows += [result("pixels", 0, [9, 9, 8, 9], [4, 3, 3, 4]), result("x4", 0, [5, 5], [1, 1], learning_rate=3e-3)]
     rows += [result("x4-raw", 0, [0, 0], [0, 0], finished=False)]
-    notes = {"name": "notes", "classifier": {"arm": "x4"}}  # no result of a run
+    notes = {"name": "notes", "classifier": {"variant": "x4"}}  # no result of a run
     write_file(tmp_path / "suite.jsonl", [notes, *named(*rows)])
     return tmp_path
 
 
 def test_only_runs_of_one_experiment_are_compared(results):
     grouped = run_results.experiments(run_results.load(results))
-    assert [list(arms) for arms in grouped.values()] == [["pixels", "quarter", "x4"], ["x4"]]
+    assert [list(variants) for variants in grouped.values()] == [["pixels", "quarter", "x4"], ["x4"]]
     assert [run["settings"]["seed"] for run in next(iter(grouped.values()))["x4"]] == [0, 1, 2]
 
 
 def test_differences_by_level_are_over_seeds(results):
-    arms = next(iter(run_results.experiments(run_results.load(results)).values()))
-    row = compare.level_table(arms)[-1]
+    variants = next(iter(run_results.experiments(run_results.load(results)).values()))
+    row = compare.level_table(variants)[-1]
     share = [11 / 16, 11 / 16, 11 / 16], [4 / 16] * 3  # of level 4; of 9 the rest
     rest = [(right - 11) / 24 for right in (31, 27, 35)], [(18 - 4) / 24] * 3
     assert paired.paired_difference(*share).mean == pytest.approx(0.4375)
@@ -139,27 +147,27 @@ def test_differences_by_level_are_over_seeds(results):
     reach = 50 * (test.high - test.low)
     mean = 100 * np.mean(np.subtract(*rest))
     assert row == f"| x4 - quarter | +43.8 ± 0.0 | {mean:+.1f} ± {reach:.1f} |"
-    few = {arm: runs[:2] for arm, runs in arms.items()}
+    few = {variant: runs[:2] for variant, runs in variants.items()}
     assert not any(line.startswith("| x4 - ") for line in compare.level_table(few))
 
 
 def test_the_verdict_needs_three_seeds(results):
-    arms = next(iter(run_results.experiments(run_results.load(results)).values()))
-    lines = {line.split(":")[0]: line for line in compare.tests(arms)}
+    variants = next(iter(run_results.experiments(run_results.load(results)).values()))
+    lines = {line.split(":")[0]: line for line in compare.tests(variants)}
     line = lines["x4 - quarter, all"]
-    gains = np.array([[3, 3, 4, 3], [2, 2, 3, 2], [4, 4, 5, 4]])  # of x4 over quarter, in pictures of 10
-    expected = paired.verdict_over_seeds(gains, np.full(4, 10), "pictures")
-    assert expected.startswith("over 3 seeds and 4 pictures: +32.5 points (") and expected.endswith(": better")
-    assert line.endswith(f"; {expected}") and "over 4 pictures of seed 0: +32.5 points" in line
+    gains = np.array([[3, 3, 4, 3], [2, 2, 3, 2], [4, 4, 5, 4]])  # of x4 over quarter, in images of 10
+    expected = paired.verdict_over_seeds(gains, np.full(4, 10), "images")
+    assert expected.startswith("over 3 seeds and 4 images: +32.5 points (") and expected.endswith(": better")
+    assert line.endswith(f"; {expected}") and "over 4 images of seed 0: +32.5 points" in line
     assert lines["x4 - pixels, all"].endswith("no verdict below 3 seeds")
 
 
 def test_tables_show_mean_and_spread_and_levels(results):
-    arms = next(iter(run_results.experiments(run_results.load(results)).values()))
+    variants = next(iter(run_results.experiments(run_results.load(results)).values()))
     times = run_results.step_times(run_results.load(results))
-    lines = compare.table(arms, times)
+    lines = compare.table(variants, times)
     assert "| x4 | 16 | 10 of 20 | 77.5 ± 10.0 | 68.8 ± 0.0 | 50.0 ± 0.0 | 2.0 + 3.0 |  | 3 |" in lines
-    assert "| x4 | 68.8 | 83.3 |" in compare.level_table(arms)
+    assert "| x4 | 68.8 | 83.3 |" in compare.level_table(variants)
 
 
 def named(*rows: dict) -> list[dict]:
@@ -185,17 +193,17 @@ def test_times_are_of_runs_alone_on_the_device_whatever_their_steps(tmp_path):
     others += [result("quarter", 0, *right, steps=3, patch=7), result("quarter", 1, *right, finished=False)]
     others += [{**result("quarter", 2, *right), "alone": False}]
     results = written(tmp_path, *rows, *short, *others, result("pixels", 0, *right, learning_rate=3e-3))
-    arms, times = next(iter(run_results.experiments(results).values())), run_results.step_times(results)
-    cells = {line.split(" | ")[0]: line.split(" | ")[6] for line in compare.table(arms, times)}
+    variants, times = next(iter(run_results.experiments(results).values())), run_results.step_times(results)
+    cells = {line.split(" | ")[0]: line.split(" | ")[6] for line in compare.table(variants, times)}
     assert cells == {
-        "| arm": "ms a step: encode + train",
+        "| variant": "ms a step: encode + train",
         "| ---": "---",
         "| pixels": "2.0 + 3.0",  # of a result that does not say
         "| quarter": "",
         "| x4": "2.0 + 8.0",  # the median
     }
-    assert compare.untimed(arms, times) == ["no times of quarter: no such run had the device to itself"]
-    assert [len(runs) for runs in arms.values()] == [1, 2, 1]  # the short runs are not averaged in
+    assert compare.untimed(variants, times) == ["no times of quarter: no such run had the device to itself"]
+    assert [len(runs) for runs in variants.values()] == [1, 2, 1]  # the short runs are not averaged in
 
 
 def test_what_is_drawn_changes_no_time_and_what_has_another_shape_does():
@@ -205,75 +213,85 @@ def test_what_is_drawn_changes_no_time_and_what_has_another_shape_does():
 
 
 def test_steps_to_a_mark_are_medians_and_need_every_seed():
-    def run(arm: str, *accuracies: float) -> dict:
+    def run(variant: str, *accuracies: float) -> dict:
         curve = [{"step": 10 * number, "accuracy": accuracy} for number, accuracy in enumerate(accuracies)]
-        return {**result(arm, 0, [5], [1]), "curve": curve}
+        return {**result(variant, 0, [5], [1]), "curve": curve}
 
-    arms = {"exact, start": [run("exact", 1.0)], "quarter": [run("quarter", 0.2, 0.6), run("quarter", 0.1, 0.4)]}
-    arms["x4"] = [run("x4", 0.1, 0.5, 0.91, 0.9), run("x4", 0.6, 0.7, 0.8, 0.96), run("x4", 0.1, 0.2, 0.85, 0.97)]
-    assert compare.learning_table(arms) == [
+    variants = {"exact, start": [run("exact", 1.0)], "quarter": [run("quarter", 0.2, 0.6), run("quarter", 0.1, 0.4)]}
+    variants["x4"] = [run("x4", 0.1, 0.5, 0.91, 0.9), run("x4", 0.6, 0.7, 0.8, 0.96), run("x4", 0.1, 0.2, 0.85, 0.97)]
+    assert compare.learning_table(variants) == [
         "| steps until right, %: | 50 | 80 | 90 | 95 | 98 |",
         "| --- | --- | --- | --- | --- | --- |",
         "| quarter | - | - | - | - | - |",
         "| x4 | 10 | 20 | 30 | - | - |",
     ]
-    assert compare.learning_table({"exact, start": arms["exact, start"]}) == []
+    assert compare.learning_table({"exact, start": variants["exact, start"]}) == []
 
 
-def test_arms_without_times_are_not_drawn_over_time(results, tmp_path, monkeypatch):
+def test_variants_without_times_are_not_drawn_over_time(results, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
-    arms = next(iter(run_results.experiments(run_results.load(results)).values()))
+    variants = next(iter(run_results.experiments(run_results.load(results)).values()))
     times = run_results.step_times(run_results.load(results))
-    times[run_results.cost_key(arms["x4"][0])] = {"encode": 200.0, "train": 300.0}
-    del times[run_results.cost_key(arms["quarter"][0])]
+    times[run_results.cost_key(variants["x4"][0])] = {"encode": 200.0, "train": 300.0}
+    del times[run_results.cost_key(variants["quarter"][0])]
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    figures.draw_learning(arms, times, "heading", tmp_path / "figure.png")
+    figures.draw_learning(variants, times, "heading", tmp_path / "figure.png")
     over_steps, over_time = ({line.get_label(): line for line in axis.lines} for axis in drawn[0].axes)
     assert [label.partition(":")[0] for label in over_steps] == ["pixels", "quarter", "x4"]
     legend = [text.get_text().partition(":")[0] for text in drawn[0].axes[-1].get_legend().get_texts()]
     assert legend == ["pixels", "quarter", "x4"]
     drawn_at = {label.partition(":")[0]: list(line.get_xdata()) for label, line in over_time.items()}
     assert drawn_at == {"pixels": [0.025, 0.05], "x4": [2.5, 5.0]}
-    figures.draw_learning(arms, {}, "heading", tmp_path / "figure.png")
+    figures.draw_learning(variants, {}, "heading", tmp_path / "figure.png")
     assert len(drawn[1].axes) == 1
 
 
 def test_the_same_run_saved_and_not_saved_is_one_seed(tmp_path):
     rows = [result("pixels", 0, [5, 5], [1, 1], save=save) for save in (False, True)]
-    (arms,) = run_results.experiments(written(tmp_path, *rows)).values()
-    assert [run["name"] for run in arms["pixels"]] == ["run00"]
+    (variants,) = run_results.experiments(written(tmp_path, *rows)).values()
+    assert [run["name"] for run in variants["pixels"]] == ["run00"]
 
 
 def test_warm_starts_are_compared_among_those_of_the_same_start(tmp_path):
     right = [5, 5], [1, 1]
-    starts = [result(arm, seed, *right, steps=80, save=True) for arm in ("pixels", "exact") for seed in (0, 1)]
+    starts = [result(variant, seed, *right, steps=80, save=True) for variant in ("pixels", "exact") for seed in (0, 1)]
     warm = [
-        result(arm, number % 2, *right, start_from=f"run{number:02}") | {"curve": [{**CURVE[0], "step": 0}, *CURVE]}
+        result(variant, number % 2, *right, start_from=f"run{number:02}") | {"curve": [{**CURVE[0], "step": 0}, *CURVE]}
         for number in range(4)
-        for arm in ("quarter", "x4")
+        for variant in ("quarter", "x4")
     ]
     warm[0]["curve"] = CURVE  # one that was not tested at step 0
     elsewhere = result("x4", 0, *right, start_from="reading_exact_seed0_0123abcd")
     results = written(tmp_path, *starts, *warm, result("x4", 0, *right), elsewhere)
     titled = {
-        run_results.title(name).partition("rate 0.001")[2]: (name, arms) for name, arms in results_by_title(results)
+        run_results.title(name).partition("rate 0.001")[2]: (name, variants)
+        for name, variants in results_by_title(results)
     }
-    sizes = {ending: {arm: len(runs) for arm, runs in arms.items()} for ending, (_, arms) in titled.items()}
-    for arm in ("pixels", "exact"):
-        assert sizes[f", from {arm} of 80 steps"] == {f"{arm}, start": 2, "quarter": 2, "x4": 2}
+    sizes = {
+        ending: {variant: len(runs) for variant, runs in variants.items()} for ending, (_, variants) in titled.items()
+    }
+    for variant in ("pixels", "exact"):
+        assert sizes[f", from {variant} of 80 steps"] == {f"{variant}, start": 2, "quarter": 2, "x4": 2}
     assert sizes[", from reading_exact"] == {"x4": 1}
-    arms = titled[", from pixels of 80 steps"][1]
-    header, _, _, quarter, x4 = (line.split(" | ") for line in compare.table(arms, {}))
+    variants = titled[", from pixels of 80 steps"][1]
+    header, _, _, quarter, x4 = (line.split(" | ") for line in compare.table(variants, {}))
     assert (header[3], quarter[3], x4[3]) == ("at step 0, %", "10.0", "10.0 ± 0.0")
-    assert [list(run_results.learning_curves(arms[arm])[0]) for arm in ("quarter", "x4")] == [[5, 10], [0, 5, 10]]
+    assert [list(run_results.learning_curves(variants[variant])[0]) for variant in ("quarter", "x4")] == [
+        [5, 10],
+        [0, 5, 10],
+    ]
     assert "at step 0" not in compare.table(titled[", from reading_exact"][1], {})[0]
 
 
 def results_by_title(results: list[dict]) -> list[tuple[str, dict]]:
     """Experiments of 10 steps."""
-    return [(name, arms) for name, arms in run_results.experiments(results).items() if json.loads(name)["steps"] == 10]
+    return [
+        (name, variants)
+        for name, variants in run_results.experiments(results).items()
+        if json.loads(name)["steps"] == 10
+    ]
 
 
 def test_a_title_names_both_widths_and_reads_older_results(tmp_path):
@@ -308,7 +326,7 @@ def test_limits_are_means_over_seeds_and_drawn(results, tmp_path, monkeypatch, c
     from matplotlib.axes import Axes
 
     read = [
-        {"classifier": {"arm": "x4", "seed": seed}, "by_level": {"4": [right, 10], "9": [9, 10]}}
+        {"classifier": {"variant": "x4", "seed": seed}, "by_level": {"4": [right, 10], "9": [9, 10]}}
         for seed, right in enumerate((4, 8))
     ]
     write_file(tmp_path / "limits.jsonl", named(*read, result("x4", 0, [5, 5], [1, 1])))
@@ -324,26 +342,31 @@ def test_limits_are_means_over_seeds_and_drawn(results, tmp_path, monkeypatch, c
     assert dotted and all(data == ((4, 9), pytest.approx((60, 90))) for data in dotted)
 
 
-def test_the_limit_of_a_start_and_its_arm_is_drawn_once(tmp_path, monkeypatch):
+def test_the_limit_of_a_start_and_its_variant_is_drawn_once(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     run, limits = result("exact", 0, [5, 5], [1, 1]), {"exact": {4: 90.0, 9: 95.0}}
-    for arms, limited in ((("exact, start", "exact"), "exact"), (("exact, start", "x4"), "exact, start")):
-        figures.draw_by_level({arm: [run] for arm in arms}, limits, "reading", "heading", tmp_path / "figure.png")
+    for variants, limited in ((("exact, start", "exact"), "exact"), (("exact, start", "x4"), "exact, start")):
+        figures.draw_by_level(
+            {variant: [run] for variant in variants}, limits, "reading", "heading", tmp_path / "figure.png"
+        )
         (axis,) = drawn[-1].axes
         (dotted,) = (line for line in axis.lines if line.get_linestyle() == ":")
         colours = {bars.get_label().partition(":")[0]: bars.lines[0].get_color() for bars in axis.containers}
-        assert list(colours) == list(arms) and dotted.get_color() == colours[limited]
+        assert list(colours) == list(variants) and dotted.get_color() == colours[limited]
 
 
 @pytest.mark.parametrize("second", ["two", "two/suite.jsonl", "two/suite"])
 def test_results_may_be_in_several_places_the_first_of_which_counts(second, tmp_path, capsys):
-    for folder, arms in (("one", ("x4", "quarter")), ("two", ("exact", "quarter"))):
+    for folder, variants in (("one", ("x4", "quarter")), ("two", ("exact", "quarter"))):
         (tmp_path / folder).mkdir()
         right = [5, 5] if folder == "one" else [9, 9]
-        write_file(tmp_path / folder / "suite.jsonl", [{"name": arm, **result(arm, 0, right, [1, 1])} for arm in arms])
+        write_file(
+            tmp_path / folder / "suite.jsonl",
+            [{"name": variant, **result(variant, 0, right, [1, 1])} for variant in variants],
+        )
     assert compare.main(["--results", str(tmp_path / "one"), str(tmp_path / second)]) == 0
     cells = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "10 of 20" in line]
     assert [(row[0], row[3]) for row in cells] == [("| exact", "90.0"), ("| quarter", "50.0"), ("| x4", "50.0")]
@@ -370,4 +393,4 @@ def test_the_recorded_results_are_compared(capsys, pytestconfig):
     recorded = pytestconfig.rootpath / "benchmarks" / "results"
     results = [str(recorded / f"{card}_reading.jsonl") for card in ("h200", "h100")]
     assert compare.main(["--results", *results, "--times", str(recorded / "h200_cost.jsonl")]) == 0
-    assert "x4 - quarter, all: over 1024 pictures of seed 0" in capsys.readouterr().out
+    assert "x4 - quarter, all: over 1024 images of seed 0" in capsys.readouterr().out

@@ -32,10 +32,10 @@ TINY = Settings(
     fit=16,
     generated=2,
 )
-PIXELS = replace(TINY, arm="pixels", save=True)
+PIXELS = replace(TINY, variant="pixels", save=True)
 WARM = replace(TINY, steps=2, start_from=PIXELS.name)
-ALONE = replace(TINY, arm="quarter")
-UNSAVABLE = replace(TINY, arm="x4-raw", save=True)
+ALONE = replace(TINY, variant="quarter")
+UNSAVABLE = replace(TINY, variant="x4-raw", save=True)
 LOST = replace(TINY, start_from=UNSAVABLE.name)
 WORK = Work(Output.at(Path("unused"), "suite"), "cpu", "", True, None, True)
 
@@ -71,12 +71,12 @@ def test_runs_at_once_give_what_runs_in_turn_give(tmp_path, monkeypatch, capfd):
         assert run_experiments.main([*command, str(tmp_path / jobs), "--jobs", jobs]) == 1
         said, wrong = capfd.readouterr()
         assert all(f"{settings.name} | step " in said for settings in (PIXELS, WARM, ALONE))
-        assert f"{UNSAVABLE.name}: a model of arm x4-raw cannot be saved" in wrong
+        assert f"{UNSAVABLE.name}: a model of variant x4-raw cannot be saved" in wrong
         assert f"{LOST.name}: left out, as {UNSAVABLE.name} failed" in wrong
         assert ("no times of" in said) == (jobs == "2")
     for settings in (PIXELS, WARM, ALONE):
         one, two = (kept(tmp_path / jobs / "first.jsonl", settings) for jobs in ("1", "2"))
-        assert one == two and one["finished"] and one["by_picture"]["right"]
+        assert one == two and one["finished"] and one["by_image"]["right"]
         for jobs in ("1", "2"):
             assert read_file(tmp_path / jobs / "first.jsonl")[settings.name]["alone"] == (jobs == "1")
     assert [point["step"] for point in kept(tmp_path / "2" / "first.jsonl", WARM)["curve"]] == [0, 1, 2]
@@ -87,7 +87,7 @@ def test_runs_at_once_give_what_runs_in_turn_give(tmp_path, monkeypatch, capfd):
 
 def test_a_warm_start_is_tested_before_it_is_trained(output):
     start = runs.run(PIXELS, output)
-    warm = runs.run(replace(WARM, arm="pixels"), output)
+    warm = runs.run(replace(WARM, variant="pixels"), output)
     assert [point["step"] for point in start["curve"]] == [1, 2, 3, 4]
     first = warm["curve"][0]
     assert (first["step"], first["seconds"], first["loss"]) == (0, 0.0, None)
@@ -147,7 +147,7 @@ run_experiments.main(sys.argv[1:])
 def test_a_file_as_output_holds_the_suite_and_counts_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_experiments, "SUITES", {"first": pair})
     for path in (tmp_path, tmp_path / "mine.jsonl"):
-        command = ["--suite", "first", "--arms", ALONE.arm, "--device", "cpu", "--output", str(path)]
+        command = ["--suite", "first", "--variants", ALONE.variant, "--device", "cpu", "--output", str(path)]
         assert run_experiments.main(command) == 0
     assert capsys.readouterr().out.count(f"{ALONE.name} | step 4/4") == 2
     one, two = (kept(tmp_path / f"{name}.jsonl", ALONE) for name in ("first", "mine"))
@@ -190,7 +190,7 @@ class Ending(Executor):
 
 def test_a_process_that_ends_is_replaced_and_its_run_named(monkeypatch, one_line_error):
     done = []
-    monkeypatch.setattr(run_experiments, "attempt", lambda settings, work: done.append(settings.arm))
+    monkeypatch.setattr(run_experiments, "attempt", lambda settings, work: done.append(settings.variant))
     assert do_runs((PIXELS, ALONE), WORK, [Ending()], Here) == {PIXELS.name}
     assert done == ["quarter"]
     assert f"{PIXELS.name}: its process ended abruptly" in one_line_error()
@@ -263,8 +263,8 @@ def test_parts_keep_together_what_starts_from_a_model():
 
 
 def test_a_choice_keeps_what_its_runs_start_from():
-    kept = chosen(warm(Plan(3)), {"task": None, "arm": ["x4"], "seed": [0, 2]})
-    assert [(s.arm, s.seed, s.start_from is None) for s in kept] == [
+    kept = chosen(warm(Plan(3)), {"task": None, "variant": ["x4"], "seed": [0, 2]})
+    assert [(s.variant, s.seed, s.start_from is None) for s in kept] == [
         ("exact", 0, True),
         ("exact", 2, True),
         ("x4", 0, False),
@@ -275,10 +275,10 @@ def test_a_choice_keeps_what_its_runs_start_from():
 
 def test_the_tasks_beside_reading_are_tuned_three_times_from_one_model():
     texture = [settings for settings in stills(Plan(3)) if settings.task == "texture"]
-    assert [(s.arm, s.seed) for s in texture if s.start_from is None] == [("exact", 0)]
+    assert [(s.variant, s.seed) for s in texture if s.start_from is None] == [("exact", 0)]
     tuned = [s for s in texture if s.start_from is not None]
     assert {s.start_from for s in tuned} == {texture[0].name} and not any(s.save for s in tuned)
-    assert [(s.arm, s.seed) for s in tuned] == [(arm, seed) for arm in CORE for seed in SEEDS]
+    assert [(s.variant, s.seed) for s in tuned] == [(variant, seed) for variant in CORE for seed in SEEDS]
     assert len({s.name for s in texture}) == len(texture)
 
 
@@ -291,9 +291,9 @@ def test_a_tuning_rate_leaves_the_models_to_start_from_alone(tmp_path, monkeypat
 
 
 def test_a_choice_that_no_run_has_is_refused(tmp_path, capsys):
-    assert run_experiments.main(["--suite", "warm", "--output", str(tmp_path), "--arms", "x4", "x9"]) == 1
+    assert run_experiments.main(["--suite", "warm", "--output", str(tmp_path), "--variants", "x4", "x9"]) == 1
     said = capsys.readouterr().err
-    assert said == "run_experiments.py: the suite has no arm x9: choose from exact, quarter, x4, x4-corner\n"
+    assert said == "run_experiments.py: the suite has no variant x9: choose from exact, quarter, x4, x4-corner\n"
 
 
 def test_a_number_of_jobs_that_cannot_be_is_refused(capsys):

@@ -66,28 +66,28 @@ def luma(frames: torch.Tensor) -> torch.Tensor:
     return frames.float() @ LUMA
 
 
-def cells_of(task, picture: torch.Tensor) -> torch.Tensor:
+def cells_of(task, image: torch.Tensor) -> torch.Tensor:
     """[..., H, W] -> [C, ..., side, side]"""
     whole = task.cell * task.cells
-    parts = picture[..., :whole, :whole].unflatten(-1, (-1, task.cell)).unflatten(-3, (-1, task.cell))
+    parts = image[..., :whole, :whole].unflatten(-1, (-1, task.cell)).unflatten(-3, (-1, task.cell))
     return parts.movedim((-4, -2), (0, 1)).flatten(0, 1)
 
 
-def explained(picture: torch.Tensor, templates: torch.Tensor) -> torch.Tensor:
+def explained(image: torch.Tensor, templates: torch.Tensor) -> torch.Tensor:
     """How much of the squares about the mean each template explains at each place: [templates, places, places]."""
     centred = templates - templates.mean((1, 2), keepdim=True)
     centred = centred / centred.square().sum((1, 2), keepdim=True).sqrt()
-    return conv2d(picture[None, None], centred[:, None])[0].square()
+    return conv2d(image[None, None], centred[:, None])[0].square()
 
 
-def best_glyphs(picture: torch.Tensor, atlas: GlyphAtlas, cell: int | None = None) -> torch.Tensor:
-    """How well the best drawing of each character fits at each pixel of a picture [H, W]: [characters, H, W]. cell: if
+def best_glyphs(image: torch.Tensor, atlas: GlyphAtlas, cell: int | None = None) -> torch.Tensor:
+    """How well the best drawing of each character fits at each pixel of an image [H, W]: [characters, H, W]. cell: if
     given, only drawings that lie within one cell of this side."""
-    fits = torch.zeros(len(atlas.characters), *picture.shape)
+    fits = torch.zeros(len(atlas.characters), *image.shape)
     for number in range(len(atlas.characters)):
         for size, height in enumerate(atlas.heights):
             width = math.ceil(atlas.widths[number, size].item())
-            fit = explained(picture, atlas.masks[number, size, :, : height + 2, : width + 2]).amax(dim=0)
+            fit = explained(image, atlas.masks[number, size, :, : height + 2, : width + 2]).amax(dim=0)
             if cell:
                 rows, columns = (torch.arange(side) % cell for side in fit.shape)
                 fit = fit * ((rows < cell - height - 1)[:, None] & (columns < cell - width - 1))
@@ -99,8 +99,8 @@ def best_glyphs(picture: torch.Tensor, atlas: GlyphAtlas, cell: int | None = Non
 def read_digits(source: Source, batch: Batch) -> list[list[list[str]]]:
     """The digit whose drawing fits best in each cell."""
     read = []
-    for picture in luma(batch.frames[:, 0]):
-        fits = cells_of(source.task, best_glyphs(picture, source.tools[0], source.task.cell)).amax((2, 3))
+    for image in luma(batch.frames[:, 0]):
+        fits = cells_of(source.task, best_glyphs(image, source.tools[0], source.task.cell)).amax((2, 3))
         read.append([[DIGITS[best]] for best in fits.argmax(1).tolist()])
     return read
 
@@ -108,8 +108,8 @@ def read_digits(source: Source, batch: Batch) -> list[list[list[str]]]:
 def read_lines(source: Source, batch: Batch) -> list[list[str]]:
     """The characters of each cell from left to right: those that fit best, none over another."""
     task, atlas, read = source.task, source.tools[0], []
-    for picture in luma(batch.frames[:, 0]):
-        fits = cells_of(task, best_glyphs(picture, atlas))
+    for image in luma(batch.frames[:, 0]):
+        fits = cells_of(task, best_glyphs(image, atlas))
         lines = []
         for fit in fits:
             found = []
@@ -135,8 +135,8 @@ def read_odd_ones(source: Source, batch: Batch) -> list[list[list[str]]]:
 
 def count_dots(source: Source, batch: Batch) -> list[list[list[str]]]:
     counts = []
-    for picture in luma(batch.frames[:, 0]):
-        dark = picture < picture.median() - 35
+    for image in luma(batch.frames[:, 0]):
+        dark = image < image.median() - 35
         counts.append([[DIGITS[ndimage.label(cell.numpy())[1]]] for cell in cells_of(source.task, dark)])
     return counts
 
@@ -144,8 +144,8 @@ def count_dots(source: Source, batch: Batch) -> list[list[list[str]]]:
 def tilts(source: Source, batch: Batch) -> list[list[list[str]]]:
     """Stripes rise where the two differences have the same sign, as rows count downwards."""
     found = []
-    for picture in luma(batch.frames[:, 0]):
-        cells = cells_of(source.task, picture)
+    for image in luma(batch.frames[:, 0]):
+        cells = cells_of(source.task, image)
         product = ((cells[:, 1:, :-1] - cells[:, :-1, :-1]) * (cells[:, :-1, 1:] - cells[:, :-1, :-1])).sum((1, 2))
         found.append([[TILTS[int(value < 0)]] for value in product])
     return found
@@ -154,11 +154,11 @@ def tilts(source: Source, batch: Batch) -> list[list[list[str]]]:
 def bar_values(source: Source, batch: Batch) -> list[list[list[str]]]:
     """The rows that are dark in the middle of a bar, in units: a tenth of the distance of the lines between bars."""
     task, found = source.task, []
-    for picture in luma(batch.frames[:, 0]):
-        ground = picture.median()
-        lines = torch.nonzero((picture[:, :: task.cell] < ground - 15).all(dim=1))[:, 0]
+    for image in luma(batch.frames[:, 0]):
+        ground = image.median()
+        lines = torch.nonzero((image[:, :: task.cell] < ground - 15).all(dim=1))[:, 0]
         unit = (lines[1:] - lines[:-1]).float().median() / 10
-        middle = picture[:, task.cell // 2 :: task.cell]
+        middle = image[:, task.cell // 2 :: task.cell]
         bars = ((middle < ground - 60).sum(dim=0) / unit).round().int().tolist()
         found.append([list(f"{bar:02d}") for bar in bars])
     return found
@@ -171,9 +171,9 @@ def centres(frames: torch.Tensor) -> np.ndarray:
 
 def motions(source: Source, batch: Batch) -> list[list[list[str]]]:
     task, found = source.task, []
-    for clip in luma(batch.frames):
+    for video in luma(batch.frames):
         cells = []
-        for cell in cells_of(task, clip):
+        for cell in cells_of(task, video):
             row, column = (centres(cell)[-1] - centres(cell)[0]) / (task.frames - 1)
             direction = round(math.atan2(row, column) / (2 * math.pi / 8)) % 8
             speed = int(np.abs(np.array(task.speeds) - math.hypot(row, column)).argmin())
@@ -184,10 +184,10 @@ def motions(source: Source, batch: Batch) -> list[list[list[str]]]:
 
 def orders(source: Source, batch: Batch) -> list[list[list[str]]]:
     found = []
-    for clip in luma(batch.frames):
+    for video in luma(batch.frames):
         cells = []
-        for cell in cells_of(source.task, clip):
-            thirds = (cell < clip.median() - 35)[:, :, : cell.shape[2] // 3 * 3].unflatten(2, (3, -1)).sum((1, 3))
+        for cell in cells_of(source.task, video):
+            thirds = (cell < video.median() - 35)[:, :, : cell.shape[2] // 3 * 3].unflatten(2, (3, -1)).sum((1, 3))
             onset = [int((thirds[:, place] > 3).nonzero()[0, 0]) for place in range(3)]
             cells.append([PLACES[place] for place in sorted(range(3), key=lambda place, onset=onset: onset[place])])
         found.append(cells)
@@ -196,8 +196,8 @@ def orders(source: Source, batch: Batch) -> list[list[list[str]]]:
 
 def count_flashes(source: Source, batch: Batch) -> list[list[list[str]]]:
     found = []
-    for clip in luma(batch.frames):
-        lit = (cells_of(source.task, clip) < clip.median() - 50).sum((2, 3)) > 5
+    for video in luma(batch.frames):
+        lit = (cells_of(source.task, video) < video.median() - 50).sum((2, 3)) > 5
         found.append([[DIGITS[int(cell.sum())]] for cell in lit])
     return found
 
@@ -207,11 +207,11 @@ def read_tickers(source: Source, batch: Batch) -> list[list[list[str]]]:
     line: a line is put together from the frames by its speed."""
     task, atlas, read = source.task, source.tools[0], []
     reach = math.ceil(task.speed) * (task.frames - 1)
-    for clip in luma(batch.frames):
+    for video in luma(batch.frames):
         lines = []
         for row in range(task.cells):
-            band = clip[:, row * task.cell : (row + 1) * task.cell]
-            still = torch.full((task.cell, task.size + reach), float(clip.median()))
+            band = video[:, row * task.cell : (row + 1) * task.cell]
+            still = torch.full((task.cell, task.size + reach), float(video.median()))
             for frame, strip in enumerate(band):
                 shift = round(task.speed * frame)
                 still[:, shift : shift + task.size] = torch.minimum(still[:, shift : shift + task.size], strip)
@@ -251,7 +251,7 @@ def test_the_answer_is_what_is_drawn(source):
 
 def test_blank_cells_hold_nothing(reading):
     batch = reading.batch("test", 0, 0, 8)
-    cells = torch.stack([cells_of(reading.task, picture) for picture in luma(batch.frames[:, 0])])
+    cells = torch.stack([cells_of(reading.task, image) for image in luma(batch.frames[:, 0])])
     contrast = cells.flatten(2).median(dim=2).values - cells.flatten(2).amin(dim=2)
     assert contrast[batch.level == NOT_SCORED].median() < 30 < 60 < contrast[batch.level != NOT_SCORED].median()
 
@@ -260,7 +260,7 @@ def test_rows_whose_odd_place_is_empty_do_not_count():
     source = Source(make_task("odd-one", {"heights": [12], "blank": 0.5, "noise": 0.0}), "cpu")
     batch = source.batch("test", 0, 0, 8)
     place = (batch.answer[:, 3::4] - TOKEN["0"]).flatten()
-    cells = torch.stack([cells_of(source.task, picture) for picture in luma(batch.frames[:, 0])])
+    cells = torch.stack([cells_of(source.task, image) for image in luma(batch.frames[:, 0])])
     contrast = cells.flatten(2).median(dim=2).values - cells.flatten(2).amin(dim=2)  # [B, C]
     odd = contrast.view(-1, source.task.cells)[torch.arange(len(place)), place]
     assert (batch.level.view(8, -1, 3)[..., :2] == NOT_SCORED).all()
@@ -305,7 +305,7 @@ def test_every_step_seed_split_and_knob_is_another_sample(reading):
     assert len(set(answers)) == len(answers)
 
 
-def test_the_test_set_shares_no_picture_with_training(reading):
+def test_the_test_set_shares_no_image_with_training(reading):
     test = {frame.numpy().tobytes() for step in range(2) for frame in reading.batch("test", 0, step, 8).frames}
     train = {frame.numpy().tobytes() for step in range(8) for frame in reading.batch("train", 0, step, 8).frames}
     assert len(test) == 16 and len(train) == 64 and not test & train
@@ -352,7 +352,7 @@ def test_words_are_spelt_with_the_letters_of_the_atlas():
         ("reading", {"cells": 9}, "at most 64 cells"),
         ("motion", {"speeds": [9.0]}, "hold paths at 9.0 px a frame"),
         ("chart", {"units": [9]}, "hold a bar of 50 x 9 px"),
-        ("texture", {"cells": 6}, "divide the picture"),
+        ("texture", {"cells": 6}, "divide the image"),
     ],
 )
 def test_a_task_that_cannot_be_is_refused(name, knobs, word):

@@ -8,7 +8,6 @@ from torch._dynamo.testing import CompileCounter
 from transformers import Qwen2VLForConditionalGeneration
 
 from benchmarks.quality import run_experiments, runs, train
-from benchmarks.quality.arms import Encoder, make_arm
 from benchmarks.quality.model import (
     Layout,
     answer_logits,
@@ -21,6 +20,7 @@ from benchmarks.quality.result_files import Output, read_file
 from benchmarks.quality.runs import run
 from benchmarks.quality.settings import ModelSize, Settings
 from benchmarks.quality.trainer import PATCH_EMBEDDING, Trainer, pixel_embedding
+from benchmarks.quality.variants import Encoder, make_variant
 
 SMALL = ModelSize(80, 1, 64, 1)
 # Large digits, nearly fixed in their cells, on a CPU in seconds.
@@ -76,7 +76,7 @@ def test_generation_says_what_the_fast_way_would():
     assert torch.equal(answer_logits(model, layout, tokens, question, said)[:, :-1].argmax(-1), said)
 
 
-def test_arms_start_from_the_same_weights_and_the_same_size_of_values():
+def test_variants_start_from_the_same_weights_and_the_same_size_of_values():
     tokens = {name: 7 * torch.randn(4, 16, floats) + 3 for name, floats in (("few", 5), ("many", 300))}
     models = {name: build_model(SMALL, value.shape[-1], seed=2) for name, value in tokens.items()}
     few, many = (dict(model.named_parameters()) for model in models.values())
@@ -93,8 +93,8 @@ def test_layers_are_compiled_once_for_all_models_of_a_shape(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda layer, **options: compiled(layer, backend=counter, **options))
     torch.compiler.reset()
     layers = compiled_layers.__wrapped__()  # past its cache
-    for arm, graphs in (("x4", 2), ("x4-floor", 2), ("exact", 4), ("x4-corner", 4), ("sixteenth", 6), ("x4", 6)):
-        trainer = Trainer(replace(TRIVIAL, arm=arm, size=ModelSize(80, 2, 64, 3)))
+    for variant, graphs in (("x4", 2), ("x4-floor", 2), ("exact", 4), ("x4-corner", 4), ("sixteenth", 6), ("x4", 6)):
+        trainer = Trainer(replace(TRIVIAL, variant=variant, size=ModelSize(80, 2, 64, 3)))
         batch = trainer.source.batch("train", 0, 0, 2)
         tokens = trainer.encoder.encode(batch.frames)
         given = trainer.model, trainer.layout, tokens, batch.question, batch.answer
@@ -102,8 +102,8 @@ def test_layers_are_compiled_once_for_all_models_of_a_shape(monkeypatch):
         assert counter.frame_count == graphs
 
 
-def test_what_the_half_size_picture_does_not_show_starts_at_zero():
-    zero, drawn = (Trainer(replace(TRIVIAL, arm="x4", unseen=unseen)) for unseen in ("zero", "random"))
+def test_what_the_half_size_image_does_not_show_starts_at_zero():
+    zero, drawn = (Trainer(replace(TRIVIAL, variant="x4", unseen=unseen)) for unseen in ("zero", "random"))
     weights = [trainer.model.visual.patch_embed.proj.weight.flatten(1) for trainer in (zero, drawn)]
     shown = zero.encoder.in_patch(zero.settings.patch, zero.num_floats)
     assert shown.sum() == 3 * 2 * 7**2 and not weights[0][:, ~shown].any() and weights[1].abs().amax(dim=0).all()
@@ -114,7 +114,7 @@ def test_what_the_half_size_picture_does_not_show_starts_at_zero():
 
 
 def test_the_rate_of_a_matrix_goes_with_one_over_its_inputs():
-    trainer = Trainer(replace(TRIVIAL, arm="x4", size=ModelSize(640, 1, 64, 1)))
+    trainer = Trainer(replace(TRIVIAL, variant="x4", size=ModelSize(640, 1, 64, 1)))
     trainer._set_rate(1e-3)
     rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
     parameters = dict(trainer.model.named_parameters())
@@ -127,12 +127,14 @@ def test_the_rate_of_a_matrix_goes_with_one_over_its_inputs():
 
 def test_a_trivial_task_is_learned(output):
     one_digit = {"size": 112, "cells": 1, "heights": [100], "noise": 0.0, "blank": 0.0}
-    settings = replace(TRIVIAL, arm="sixteenth", knobs=one_digit, size=ModelSize(160, 1, 128, 1), learning_rate=1e-3)
+    settings = replace(
+        TRIVIAL, variant="sixteenth", knobs=one_digit, size=ModelSize(160, 1, 128, 1), learning_rate=1e-3
+    )
     result = run(replace(settings, steps=100, batch=32, test=64, generated=8), output)
     assert result["finished"] and result["accuracy"] > 5 * result["chance"]
     assert result["curve"][-1]["loss"] < 0.2 * result["curve"][0]["loss"]
     assert list(result["by_level"]) == ["100"]
-    assert [sum(result["by_picture"][key]) for key in ("right", "all")] == result["by_level"]["100"]
+    assert [sum(result["by_image"][key]) for key in ("right", "all")] == result["by_level"]["100"]
     assert result["generation"]["agrees_with_forced"] == 1 and result["generation"]["accuracy"] > 0.3
 
 
@@ -148,8 +150,8 @@ def test_the_same_settings_give_the_same_result(tmp_path):
     assert other["curve"][0]["loss"] != one["curve"][0]["loss"]
 
 
-def test_arms_see_the_same_samples_in_the_same_order():
-    sources = [Trainer(replace(TRIVIAL, arm=arm)).source for arm in ("x4", "quarter")]
+def test_variants_see_the_same_samples_in_the_same_order():
+    sources = [Trainer(replace(TRIVIAL, variant=variant)).source for variant in ("x4", "quarter")]
     for number in range(2):
         one, two = (source.batch("train", 0, number, 4) for source in sources)
         assert torch.equal(one.frames, two.frames) and torch.equal(one.answer, two.answer)
@@ -179,7 +181,7 @@ def test_results_of_a_task_that_was_changed_are_refused(output):
 
 
 def test_a_model_to_save_that_is_gone_is_trained_again(tmp_path, output):
-    saved = replace(TRIVIAL, arm="exact", save=True, steps=1)
+    saved = replace(TRIVIAL, variant="exact", save=True, steps=1)
     run(saved, output)
     model = tmp_path / f"{saved.name}.pt"
     model.unlink()
@@ -197,19 +199,19 @@ def test_a_run_at_its_last_step_is_finished_whatever_the_time(output):
     assert run(replace(TRIVIAL, steps=1), output, deadline=0.0)["finished"]
 
 
-def test_dct_arms_start_as_the_pixel_model_on_the_downscaled_picture(output):
-    pixels = replace(TRIVIAL, arm="pixels", save=True)
+def test_dct_variants_start_as_the_pixel_model_on_the_downscaled_image(output):
+    pixels = replace(TRIVIAL, variant="pixels", save=True)
     run(pixels, output)
     start = torch.load(output.model(pixels.name), weights_only=True)
 
-    def logits(arm: str) -> torch.Tensor:
-        trainer = Trainer(replace(TRIVIAL, arm=arm), start=start)
+    def logits(variant: str) -> torch.Tensor:
+        trainer = Trainer(replace(TRIVIAL, variant=variant), start=start)
         batch = trainer.source.batch("test", 0, 0, 2)
         tokens = trainer.encoder.encode(batch.frames)
         return answer_logits(trainer.model, trainer.layout, tokens, batch.question, batch.answer)
 
     torch.testing.assert_close(logits("exact"), logits("pixels"), rtol=1e-3, atol=1e-3)
-    learned = Trainer(replace(TRIVIAL, arm="exact"), start=start)
+    learned = Trainer(replace(TRIVIAL, variant="exact"), start=start)
     learned.step(0)
     start = learned.pixel_state()
     torch.testing.assert_close(logits("exact"), logits("pixels"), rtol=1e-3, atol=1e-3)
@@ -217,13 +219,13 @@ def test_dct_arms_start_as_the_pixel_model_on_the_downscaled_picture(output):
     assert (logits("x4") - logits("quarter")).abs().max() > 1e-3  # bicubic is another low-pass than the DCT's
     with pytest.raises(ValueError, match="cannot start from a pixel model"):
         logits("x4-raw")
-    assert Encoder(make_arm("x4-weighted", 7, pixel_embedding(start, 7)), (112, 112), 1).tokens == 64
+    assert Encoder(make_variant("x4-weighted", 7, pixel_embedding(start, 7)), (112, 112), 1).tokens == 64
 
 
 def test_a_warm_start_runs_from_the_name_of_a_run(output):
-    pixels = replace(TRIVIAL, arm="pixels", save=True)
+    pixels = replace(TRIVIAL, variant="pixels", save=True)
     warm = replace(TRIVIAL, start_from=pixels.name)
-    with pytest.raises(FileNotFoundError, match="run the arm pixels or exact there with --save first"):
+    with pytest.raises(FileNotFoundError, match="run the variant pixels or exact there with --save first"):
         run(warm, output)
     run(pixels, output)
     assert run(warm, output)["settings"]["start_from"] == pixels.name

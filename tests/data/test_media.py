@@ -37,7 +37,7 @@ def shown(pixels: np.ndarray, tolerance: int = 12) -> str:
     return "".join(map(name, places))
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,11 @@ def test_exif_orientation_is_applied(image_file, orientation, expected, file_for
     assert shown(pixels) == expected
 
 
-def test_plain_picture_is_unchanged(image_file, natural_frames):
-    picture = natural_frames(1, 40, 60)[0]
-    decoded = decode_image(image_file(picture, "PNG"))
+def test_plain_image_is_unchanged(image_file, natural_frames):
+    image = natural_frames(1, 40, 60)[0]
+    decoded = decode_image(image_file(image, "PNG"))
     assert decoded.dtype == np.uint8
-    np.testing.assert_array_equal(decoded, picture)
+    np.testing.assert_array_equal(decoded, image)
 
 
 def test_transparency_lies_on_white(image_file):
@@ -105,22 +105,22 @@ def test_an_animation_shows_its_first_frame(image_file, file_format):
     assert shown(decode_image(data)) == "rgbw"
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", bytes(500)])
-def test_what_is_no_picture_raises_media_error(data):
-    with pytest.raises(MediaError, match=r"^not a readable picture: ") as caught:
+@pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", bytes(500)])
+def test_what_is_no_image_raises_media_error(data):
+    with pytest.raises(MediaError, match=r"^not a readable image: ") as caught:
         decode_image(data)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")
-def test_damaged_exif_leaves_the_picture_readable(image_file):
+def test_damaged_exif_leaves_the_image_readable(image_file):
     data = image_file(quadrants("rgbw"), "JPEG", quality=95, subsampling=0)
     for block in (b"Exif\0\0", b"Exif\0\0garbage that is no TIFF header", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12"):
         damaged = data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:]
         assert shown(decode_image(damaged)) == "rgbw"
 
 
-# Pictures at the size that is wanted
+# Images at the size that is wanted
 
 
 def size_of(height: int, width: int):
@@ -162,9 +162,9 @@ def test_a_jpeg_of_less_than_twice_the_size_is_decoded_whole(image_file, natural
 @pytest.mark.parametrize("subsampling", [0, 2], ids=["444", "420"])
 @pytest.mark.parametrize("photograph", [skimage.data.astronaut, skimage.data.coffee])
 def test_a_larger_jpeg_is_scaled_while_it_is_decoded(image_file, photograph, subsampling, factor, least):
-    picture = photograph()
-    data = image_file(picture, "JPEG", quality=92, subsampling=subsampling)
-    height, width = (int(side / factor) for side in picture.shape[:2])
+    image = photograph()
+    data = image_file(image, "JPEG", quality=92, subsampling=subsampling)
+    height, width = (int(side / factor) for side in image.shape[:2])
     found, plain = decode_image(data, size_of(height, width)), plainly_resized(data, height, width)
     assert found.shape == (height, width, 3)
     assert least < psnr(found, plain) < 70, "at 70 dB nothing was scaled while decoding"
@@ -172,7 +172,7 @@ def test_a_larger_jpeg_is_scaled_while_it_is_decoded(image_file, photograph, sub
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4, 6, 8])
-def test_a_draft_stands_where_the_picture_stands(image_file, factor):
+def test_a_draft_stands_where_the_image_stands(image_file, factor):
     """A bright spot keeps its place to a fraction of a pixel, in sizes that no block divides."""
     y, x = np.mgrid[:603, :805]
     spot = 255 * np.exp(-((y - 371.3) ** 2 + (x - 214.7) ** 2) / (2 * 24**2))
@@ -215,9 +215,9 @@ def test_size_is_asked_for_as_displayed(image_file, orientation, file_format):
 
 
 @pytest.mark.parametrize(("mode", "file_format"), [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG")])
-def test_modes_of_pictures_that_are_resized(image_file, mode, file_format):
-    picture = quadrants("rgbw", 160, 240).convert(mode)
-    data = image_file(picture, file_format, **({"quality": 95} if file_format == "JPEG" else {}))
+def test_modes_of_images_that_are_resized(image_file, mode, file_format):
+    image = quadrants("rgbw", 160, 240).convert(mode)
+    data = image_file(image, file_format, **({"quality": 95} if file_format == "JPEG" else {}))
     found, own = decode_image(data, size_of(56, 84)), decode_image(data)
     for y, x in ((10, 10), (10, 70), (45, 10), (45, 70)):
         assert np.abs(found[y, x].astype(int) - own[y * 160 // 56, x * 240 // 84]).max() <= 3
@@ -228,7 +228,7 @@ def test_16_bit_grey_is_resized_after_scaling(image_file):
     assert (decode_image(image_file(Image.fromarray(values), "PNG"), size_of(28, 28)) == 128).all()
 
 
-def test_what_fit_raises_is_not_taken_for_a_broken_picture(image_file):
+def test_what_fit_raises_is_not_taken_for_a_broken_image(image_file):
     def fit(*_):
         raise ValueError("too thin")
 
@@ -240,7 +240,7 @@ def test_what_fit_raises_is_not_taken_for_a_broken_picture(image_file):
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_damaged_pictures_decode_or_raise_media_error(image_file, file_format, data):
+def test_damaged_images_decode_or_raise_media_error(image_file, file_format, data):
     """Whatever stands in a shard, nothing but MediaError comes out: any other error would go uncounted."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -260,7 +260,7 @@ def test_damaged_pictures_decode_or_raise_media_error(image_file, file_format, d
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
 
 
-# Clips
+# Videos
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_sampling_bounds():
     more=st.integers(0, 100),
 )
 @settings(max_examples=200, deadline=None)
-def test_frames_are_spread_over_the_whole_clip(total, rate, fps, low, more):
+def test_frames_are_spread_over_the_whole_video(total, rate, fps, low, more):
     sampling = VideoSampling(fps, low, low + more)
     indices = sampling.indices(total, rate)
     assert len(indices) == 1 or len(indices) % 2 == 0
@@ -305,27 +305,27 @@ def test_frames_are_spread_over_the_whole_clip(total, rate, fps, low, more):
     assert len(indices) == 1 or indices[-1] == total - 1
 
 
-def flat_clip(colours: str, height: int = 48, width: int = 64) -> np.ndarray:
+def flat_video(colours: str, height: int = 48, width: int = 64) -> np.ndarray:
     """One flat colour a frame, uint8 [T, H, W, 3]."""
     return np.stack([np.full((height, width, 3), COLOURS[name], np.uint8) for name in colours])
 
 
-def test_colours_and_order_of_a_clip(clip_file):
-    frames = decode_video(clip_file(flat_clip("rgbwk" * 2), rate=2), VideoSampling())
+def test_colours_and_order_of_a_video(video_file):
+    frames = decode_video(video_file(flat_video("rgbwk" * 2), rate=2), VideoSampling())
     assert frames.shape == (10, 48, 64, 3) and frames.dtype == np.uint8
     assert [shown(frame)[0] for frame in frames] == list("rgbwkrgbwk")
 
 
-def test_orientation_of_a_clip(clip_file):
+def test_orientation_of_a_video(video_file):
     frame = np.asarray(quadrants("rgbw", 64, 96))
-    frames = decode_video(clip_file(np.stack([frame] * 4)), VideoSampling())
+    frames = decode_video(video_file(np.stack([frame] * 4)), VideoSampling())
     assert frames.shape == (4, 64, 96, 3)
     assert [shown(frame) for frame in frames] == ["rgbw"] * 4
 
 
-def test_only_the_wanted_frames_come_back(clip_file):
+def test_only_the_wanted_frames_come_back(video_file):
     colours = "rgbwkrgbwkrgbwkrgbwk"
-    data = clip_file(flat_clip(colours), rate=10)  # two seconds
+    data = video_file(flat_video(colours), rate=10)  # two seconds
     for sampling in (VideoSampling(), VideoSampling(fps=5), VideoSampling(max_frames=4)):
         frames = decode_video(data, sampling)
         wanted = sampling.indices(20, 10)
@@ -333,15 +333,15 @@ def test_only_the_wanted_frames_come_back(clip_file):
     assert len(decode_video(data, VideoSampling(fps=5))) == 10
 
 
-def test_what_is_no_clip_raises_media_error(clip_file, image_file):
-    clip = clip_file(flat_clip("rgbw"))
-    for data in (b"", b"no clip", clip[:100], clip[: len(clip) // 2], bytes(1000)):
-        with pytest.raises(MediaError, match=r"^not a readable clip: ") as caught:
+def test_what_is_no_video_raises_media_error(video_file, image_file):
+    video = video_file(flat_video("rgbw"))
+    for data in (b"", b"no video", video[:100], video[: len(video) // 2], bytes(1000)):
+        with pytest.raises(MediaError, match=r"^not a readable video: ") as caught:
             decode_video(data, VideoSampling())
         assert "\n" not in str(caught.value)
 
 
-def test_a_sound_file_is_no_clip():
+def test_a_sound_file_is_no_video():
     stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as container:
         audio = container.add_stream("aac", rate=16_000)
@@ -349,40 +349,40 @@ def test_a_sound_file_is_no_clip():
         frame.sample_rate = 16_000
         container.mux(audio.encode(frame))
         container.mux(audio.encode())
-    with pytest.raises(MediaError, match="not a readable clip: it has no video"):
+    with pytest.raises(MediaError, match="not a readable video: it has no video"):
         decode_video(stream.getvalue(), VideoSampling())
 
 
 # Parts of a shard
 
 
-def test_parts_as_bytes_or_as_energon_decodes_them(image_file, clip_file, natural_frames):
+def test_parts_as_bytes_or_as_energon_decodes_them(image_file, video_file, natural_frames):
     sampling = VideoSampling()
-    picture = natural_frames(1, 20, 30)[0]
-    decoded = torch.from_numpy(picture).permute(2, 0, 1).float() / 255
-    np.testing.assert_array_equal(as_array("image", image_file(picture, "PNG"), sampling), picture)
-    np.testing.assert_array_equal(as_array("image", decoded, sampling), picture)
-    np.testing.assert_array_equal(as_array("image", decoded[:1], sampling), picture[..., :1].repeat(3, axis=-1))
-    clip = clip_file(flat_clip("rgbw"))
-    frames = decode_video(clip, sampling)
-    np.testing.assert_array_equal(as_array("video", clip, sampling), frames)
+    image = natural_frames(1, 20, 30)[0]
+    decoded = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+    np.testing.assert_array_equal(as_array("image", image_file(image, "PNG"), sampling), image)
+    np.testing.assert_array_equal(as_array("image", decoded, sampling), image)
+    np.testing.assert_array_equal(as_array("image", decoded[:1], sampling), image[..., :1].repeat(3, axis=-1))
+    video = video_file(flat_video("rgbw"))
+    frames = decode_video(video, sampling)
+    np.testing.assert_array_equal(as_array("video", video, sampling), frames)
     parts = SimpleNamespace(frames=torch.from_numpy(frames).permute(0, 3, 1, 2), info={"video_fps": 4.0})
     np.testing.assert_array_equal(as_array("video", parts, sampling), frames)
 
 
-def test_parts_at_the_size_that_is_wanted(image_file, clip_file, natural_frames):
-    """Parts that Energon has decoded are resized as files are; a clip's planes come from its file only."""
+def test_parts_at_the_size_that_is_wanted(image_file, video_file, natural_frames):
+    """Parts that Energon has decoded are resized as files are; a video's planes come from its file only."""
     sampling, fit = VideoSampling(), size_of(28, 56)
-    picture = natural_frames(1, 120, 230)[0]
-    found = as_array("image", torch.from_numpy(picture).permute(2, 0, 1).float() / 255, sampling, fit)
-    np.testing.assert_array_equal(found, as_array("image", image_file(picture, "PNG"), sampling, fit))
+    image = natural_frames(1, 120, 230)[0]
+    found = as_array("image", torch.from_numpy(image).permute(2, 0, 1).float() / 255, sampling, fit)
+    np.testing.assert_array_equal(found, as_array("image", image_file(image, "PNG"), sampling, fit))
     frames = natural_frames(4, 120, 230)
     parts = SimpleNamespace(frames=torch.from_numpy(frames).permute(0, 3, 1, 2), info={"video_fps": 2.0})
     found = as_array("video", parts, sampling, fit, planes=True)
     expected = [plainly_resized(image_file(frame, "PNG"), 28, 56) for frame in frames]
     np.testing.assert_array_equal(found, np.stack(expected))
-    planes = as_array("video", clip_file(frames), sampling, fit, planes=True)
-    assert planes.luma.shape == (4, 28, 56) and as_array("video", clip_file(frames), sampling, fit).shape[1:3] == (
+    planes = as_array("video", video_file(frames), sampling, fit, planes=True)
+    assert planes.luma.shape == (4, 28, 56) and as_array("video", video_file(frames), sampling, fit).shape[1:3] == (
         28,
         56,
     )

@@ -69,14 +69,14 @@ def test_what_was_read_at_its_size_keeps_it(size, factor, low, more, frames, tot
     assert fit(*target, frames) == target
 
 
-def parts(image_file, clip_file, natural_frames) -> list[tuple[str, object]]:
+def parts(image_file, video_file, natural_frames) -> list[tuple[str, object]]:
     """Images and videos in all the forms in which they may come, most of them over the bounds or the budget."""
     turned = Image.fromarray(natural_frames(1, 100, 400)[0])
     files = [image_file(turned, "JPEG", exif=rotated_exif(6)), image_file(natural_frames(1, 500, 740)[0], "PNG")]
     found = [("image", data) for data in files]
     found += [("image", Image.open(io.BytesIO(data))) for data in files]
     found.append(("image", torch.rand(3, 500, 300)))
-    found += [("video", clip_file(natural_frames(count, 168, 300), rate=2)) for count in (1, 2, 5, 8)]
+    found += [("video", video_file(natural_frames(count, 168, 300), rate=2)) for count in (1, 2, 5, 8)]
     for count in (1, 6):
         frames = torch.from_numpy(natural_frames(count, 168, 300)).permute(0, 3, 1, 2)
         found.append(("video", SimpleNamespace(frames=frames, info={"video_fps": 2.0})))
@@ -84,9 +84,9 @@ def parts(image_file, clip_file, natural_frames) -> list[tuple[str, object]]:
 
 
 @pytest.mark.parametrize("total_pixels", [10**9, 6 * 112 * 112, 4 * 56 * 56, 1])
-def test_grids_are_known_before_media_are_decoded(processor, image_file, clip_file, natural_frames, total_pixels):
+def test_grids_are_known_before_media_are_decoded(processor, image_file, video_file, natural_frames, total_pixels):
     media = MediaEncoder(processor, VideoSampling(total_pixels=total_pixels))
-    for kind, content in parts(image_file, clip_file, natural_frames):
+    for kind, content in parts(image_file, video_file, natural_frames):
         tokens, grid = media.encode(kind, media.read(kind, content))
         assert media.expected_grid(kind, content) == grid
         assert len(tokens) == np.prod(grid)
@@ -104,9 +104,9 @@ def test_a_pil_image_is_read_as_its_file(image_file, natural_frames):
     np.testing.assert_array_equal(media.read("image", opened), decode_image(data, media.fit))
 
 
-def test_planes_are_read_where_tokens_hold_no_more_colour(processor, clip_file, natural_frames):
+def test_planes_are_read_where_tokens_hold_no_more_colour(processor, video_file, natural_frames):
     media = MediaEncoder(processor)
-    frames = media.read("video", clip_file(natural_frames(4, 112, 112)))
+    frames = media.read("video", video_file(natural_frames(4, 112, 112)))
     fits = isinstance(processor, DCTImageProcessor) and processor.dct_config.chroma == "420"
     assert media.reads_planes == fits == isinstance(frames, YUVFrames)
     expected = 4 * 112 * 112 * 3 // (2 if fits else 1)

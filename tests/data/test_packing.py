@@ -30,17 +30,17 @@ def encoder(converted) -> PackingTaskEncoder:
 
 
 @pytest.fixture(scope="module")
-def samples(encoder, natural_frames, image_file, clip_file) -> list:
-    """Text, one picture, a clip, two pictures and a clip between them."""
-    picture = [image_file(natural_frames(1, 112, 168, seed)[0], "PNG") for seed in range(3)]
-    clip = clip_file(natural_frames(8, 112, 112, 5))
+def samples(encoder, natural_frames, image_file, video_file) -> list:
+    """Text, one image, a video, two images and a video between them."""
+    image = [image_file(natural_frames(1, 112, 168, seed)[0], "PNG") for seed in range(3)]
+    video = video_file(natural_frames(8, 112, 112, 5))
     made = [
         conversation_sample(answer("What colour is the circle?", "Red."), key="text"),
-        conversation_sample(answer("<image>What is this?", "A square."), ("image", picture[0]), key="picture"),
-        conversation_sample(answer("<video>Where does it go?", "Left."), ("video", clip), key="clip"),
+        conversation_sample(answer("<image>What is this?", "A square."), ("image", image[0]), key="image"),
+        conversation_sample(answer("<video>Where does it go?", "Left."), ("video", video), key="video"),
         conversation_sample(
             answer("<image><video>and<image>?", "Three."),
-            *(("image", picture[1]), ("video", clip), ("image", picture[2])),
+            *(("image", image[1]), ("video", video), ("image", image[2])),
             key="mixed",
         ),
     ]
@@ -52,7 +52,7 @@ def test_a_row_holds_its_samples_one_after_the_other(encoder, samples):
     lengths = [len(sample.input_ids) for sample in samples]
     assert row.sample_starts.tolist() == [0, *np.cumsum(lengths)]
     assert row.sample_starts.dtype == row.step_starts.dtype == torch.int32
-    assert row.longest_sample == max(lengths) and row.keys == ["text", "picture", "clip", "mixed"]
+    assert row.longest_sample == max(lengths) and row.keys == ["text", "image", "video", "mixed"]
     for sample, start, stop in zip(samples, row.sample_starts[:-1], row.sample_starts[1:]):
         assert torch.equal(row.input_ids[start:stop], sample.input_ids)
         assert torch.equal(row.position_ids[:, start:stop], sample.position_ids)
@@ -70,18 +70,18 @@ def test_what_is_learned_never_crosses_a_sample(encoder, samples):
 def test_tokens_come_in_the_order_of_their_placeholders(encoder, samples):
     mixed = samples[3]
     row = encoder.make_row([mixed])
-    images, clips = mixed.image_grid_thw.tolist(), mixed.video_grid_thw.tolist()
-    assert row.grid_thw.tolist() == [images[0], clips[0], images[1]]
+    images, videos = mixed.image_grid_thw.tolist(), mixed.video_grid_thw.tolist()
+    assert row.grid_thw.tolist() == [images[0], videos[0], images[1]]
     first = int(np.prod(images[0]))
     stored = torch.cat([mixed.pixel_values[:first], mixed.pixel_values_videos, mixed.pixel_values[first:]])
     assert torch.equal(row.tokens, stored.to(torch.bfloat16))
     assert len(row.visual) * encoder.image_processor.merge_size**2 == len(row.tokens) == len(row.token_positions)
     assert set(row.input_ids[row.visual].tolist()) == set(encoder._pad.values())
-    time = clips[0][0]
+    time = videos[0][0]
     assert len(row.step_starts) == 1 + 1 + time + 1 and row.step_starts[-1] == len(row.tokens)
 
 
-def test_a_row_of_text_has_a_blank_picture(encoder, samples):
+def test_a_row_of_text_has_a_blank_image(encoder, samples):
     row = encoder.make_row(samples[:1])
     merge = encoder.image_processor.merge_size
     assert row.tokens.shape == (merge**2, encoder.image_processor.dct_config.num_coefficients)
@@ -122,7 +122,7 @@ def test_rows_hold_every_sample_once_within_the_budget(sizes, budget):
 
 
 def test_few_rows_are_nearly_empty():
-    """Conversations with pictures of a quarter to a whole megapixel: 256 wait, a row takes about 40."""
+    """Conversations with images of a quarter to a whole megapixel: 256 wait, a row takes about 40."""
     rng = np.random.default_rng(0)
     visual = rng.integers(80, 330, 256)
     waiting = [(int(seen + said), int(4 * seen)) for seen, said in zip(visual, rng.lognormal(5.2, 0.7, 256))]
@@ -131,11 +131,11 @@ def test_few_rows_are_nearly_empty():
     assert len(rows) <= np.ceil(1.1 * share)
 
 
-def measurable(natural_frames, image_file, clip_file) -> dict:
+def measurable(natural_frames, image_file, video_file) -> dict:
     """name -> (kind, content) of many shapes and makes."""
     frames = natural_frames(9, 90, 130, 1)
-    picture = Image.fromarray(frames[0])
-    turned = picture.getexif()
+    image = Image.fromarray(frames[0])
+    turned = image.getexif()
     turned[0x0112] = 6
     return {
         "png": ("image", image_file(frames[0], "PNG")),
@@ -143,22 +143,24 @@ def measurable(natural_frames, image_file, clip_file) -> dict:
         "thin": ("image", image_file(frames[0, :8], "PNG")),
         "large": ("image", image_file(np.tile(frames[0], (9, 9, 1)), "JPEG")),
         "tensor": ("image", torch.rand(3, 70, 200)),
-        "clip": ("video", clip_file(frames)),
-        "one frame": ("video", clip_file(frames[:1])),
-        "avi": ("video", media_files.clip_file("avi", "mpeg4")),
-        "turned": ("video", media_files.clip_file("mov", rotation=90)),
+        "video": ("video", video_file(frames)),
+        "one frame": ("video", video_file(frames[:1])),
+        "avi": ("video", media_files.video_file("avi", "mpeg4")),
+        "turned": ("video", media_files.video_file("mov", rotation=90)),
         "frames": ("video", SimpleNamespace(frames=torch.zeros(7, 3, 60, 90).byte(), info={"video_fps": 4.0})),
     }
 
 
 @pytest.mark.parametrize("name", ["x4", "exact", "none"])
-def test_what_is_measured_is_what_is_encoded(name, converted, qwen2vl_directory, natural_frames, image_file, clip_file):
+def test_what_is_measured_is_what_is_encoded(
+    name, converted, qwen2vl_directory, natural_frames, image_file, video_file
+):
     folder = qwen2vl_directory if name == "none" else converted(name)
     processor = (Qwen2VLImageProcessor if name == "none" else DCTImageProcessor).from_pretrained(folder)
     encoder = PackingTaskEncoder(
         AutoTokenizer.from_pretrained(folder), processor, pack_tokens=1, pack_vision_tokens=1, seq_length=100_000
     )
-    for what, medium in measurable(natural_frames, image_file, clip_file).items():
+    for what, medium in measurable(natural_frames, image_file, video_file).items():
         sample = conversation_sample(answer("What is this?", "A square."), medium, medium)
         encoded = encoder.encode(sample)
         vision = encoded.image_grid_thw.prod(dim=1).sum() + encoded.video_grid_thw.prod(dim=1).sum()
@@ -178,11 +180,11 @@ def test_samples_that_cannot_be_decoded_are_left_out_of_their_row(encoder, natur
     with pytest.raises(SkipSample):
         encoder.pack_selected_samples([first])
     with pytest.raises(SkipSample):
-        encoder.encode_sample(conversation_sample(question, ("image", b"no picture"), key="none"))
+        encoder.encode_sample(conversation_sample(question, ("image", b"no image"), key="none"))
     assert encoder.skipped["undecodable_media"] == before + 3
 
 
-def test_a_set_of_pictures_that_cannot_be_decoded_stops_the_run(converted, natural_frames, image_file):
+def test_a_set_of_images_that_cannot_be_decoded_stops_the_run(converted, natural_frames, image_file):
     """Their headers can be read, which must not count as success."""
     folder = converted("x4")
     encoder = PackingTaskEncoder(
@@ -267,4 +269,4 @@ def test_a_state_of_before_data_were_begun_anew_is_not_restored(prepared, capsys
         again.load_state_dict(state)
         row = next(iter(again.train_dataloader()))
         assert (row.keys == begin) is not goes_on and row.keys not in ([], following)
-        assert ("before --restart-data: the data begin anew" in capsys.readouterr().out) is not goes_on
+        assert ("before --restart-data: the data begin again" in capsys.readouterr().out) is not goes_on

@@ -1,4 +1,5 @@
-"""Clips -> frames and planes: which frames, which colours, which way up, in which files. PyAV writes the clips here."""
+"""Videos -> frames and planes: which frames, which colours, which way up, in which files. PyAV writes the videos
+here."""
 
 import io
 from contextlib import contextmanager, suppress
@@ -49,7 +50,7 @@ def to_rgb(y: np.ndarray, cb: np.ndarray, cr: np.ndarray, matrix: str, full_rang
     return 255 * np.stack([r, (y - red * r - blue * b) / (1 - red - blue), b], axis=-1)
 
 
-def clip(
+def video(
     frames: list[list[np.ndarray]] | np.ndarray,
     codec: str = "ffv1",
     container: str = "matroska",
@@ -61,7 +62,7 @@ def clip(
     rotation: tuple[int, bool, bool] | None = None,
     **options: str,
 ) -> bytes:
-    """A clip file. frames: for each its planes as they are stored, or uint8 RGB [T, H, W, 3]. ticks: time stamps in
+    """A video file. frames: for each its planes as they are stored, or uint8 RGB [T, H, W, 3]. ticks: time stamps in
     1/1000 s. rotation: degrees counterclockwise, then mirrored left-right, top-bottom. ffv1 and libx264 with qp=0 are
     lossless."""
     rgb = isinstance(frames, np.ndarray)
@@ -100,14 +101,14 @@ def flat(values: tuple, shapes: list[tuple[int, int]], dtype=np.uint8) -> list[n
     return [np.full(shape, value, dtype) for value, shape in zip(values, shapes, strict=True)]
 
 
-def flat_clip(matrix: str, full_range: bool, pixel_format: str = "yuv420p", **tags) -> bytes:
+def flat_video(matrix: str, full_range: bool, pixel_format: str = "yuv420p", **tags) -> bytes:
     """One of COLOURS a frame, 32 x 48."""
     half = {"yuv420p": (16, 24), "yuvj420p": (16, 24), "yuv422p": (32, 24), "yuv444p": (32, 48)}
     bits = 10 if pixel_format.endswith("10le") else 8
     chroma = half[pixel_format.removesuffix("10le")]
     codes = (to_ycbcr(COLOURS, matrix, full_range) * 2 ** (bits - 8)).round().clip(0, 2**bits - 1)
     dtype = np.uint16 if bits == 10 else np.uint8
-    return clip([flat(code, [(32, 48), chroma, chroma], dtype) for code in codes], pixel_format=pixel_format, **tags)
+    return video([flat(code, [(32, 48), chroma, chroma], dtype) for code in codes], pixel_format=pixel_format, **tags)
 
 
 def as_rgb(planes: YUVFrames) -> np.ndarray:
@@ -153,7 +154,7 @@ def assert_colours(data: bytes, expected: np.ndarray, matrix: str, full_range: b
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv444p10le"])
 def test_saturated_colours_by_matrix_range_and_format(matrix, full_range, pixel_format):
     tags = {"colorspace": MATRIX_CODE[matrix], "color_range": 2 if full_range else 1}
-    data = flat_clip(matrix, full_range, pixel_format, **tags)
+    data = flat_video(matrix, full_range, pixel_format, **tags)
     # Ten bits become eight by ordered dithering, which adds up to a level.
     assert_colours(data, COLOURS, matrix, full_range, tolerance=3 if pixel_format.endswith("10le") else 2)
 
@@ -162,30 +163,30 @@ def test_saturated_colours_by_matrix_range_and_format(matrix, full_range, pixel_
     "tags", [{}, {"colorspace": 2}, {"colorspace": 5, "color_range": 1}], ids=["none", "unknown", "PAL"]
 )
 def test_untagged_streams_are_bt601_of_limited_range(tags):
-    assert_colours(flat_clip("bt601", False, **tags), COLOURS, "bt601", False)
+    assert_colours(flat_video("bt601", False, **tags), COLOURS, "bt601", False)
 
 
 def test_a_wrong_matrix_would_be_seen():
     """What the tolerance above is worth: read by the other matrix, colours are off by over 20 levels."""
-    data = flat_clip("bt709", False, colorspace=MATRIX_CODE["bt601"], color_range=1)
+    data = flat_video("bt709", False, colorspace=MATRIX_CODE["bt601"], color_range=1)
     assert np.abs(decode_video(data, EVERY_FRAME) - COLOURS[:, None, None].astype(int)).max() > 20
 
 
 def test_bt2020_becomes_bt709():
-    data = flat_clip("bt2020", False, "yuv420p10le", colorspace=MATRIX_CODE["bt2020"], color_range=1)
+    data = flat_video("bt2020", False, "yuv420p10le", colorspace=MATRIX_CODE["bt2020"], color_range=1)
     assert_colours(data, COLOURS, "bt709", False, tolerance=4)  # two steps of 8 bits: RGB lies between the matrices
 
 
 def test_matrices_that_are_no_matrix_are_refused():
-    with pytest.raises(MediaError, match=r"^not a readable clip: "):
-        decode_video(flat_clip("bt601", False, colorspace=14, color_range=1), EVERY_FRAME)  # ICtCp
+    with pytest.raises(MediaError, match=r"^not a readable video: "):
+        decode_video(flat_video("bt601", False, colorspace=14, color_range=1), EVERY_FRAME)  # ICtCp
 
 
 def test_jpeg_range_of_motion_jpeg():
     frames = [
         flat(code, [(32, 48), (16, 24), (16, 24)]) for code in to_ycbcr(COLOURS, "bt601", True).round().clip(0, 255)
     ]
-    data = clip(frames, "mjpeg", "mp4", "yuvj420p", qmin="1", qmax="1", color_range=2)
+    data = video(frames, "mjpeg", "mp4", "yuvj420p", qmin="1", qmax="1", color_range=2)
     assert_colours(data, COLOURS, "bt601", True, tolerance=4)  # lossy
 
 
@@ -197,9 +198,9 @@ def test_range_of_formats_that_imply_it():
 
 def test_rgb_streams_become_full_range_planes():
     rgb = np.tile(COLOURS.astype(np.uint8)[:, None, None], (1, 32, 48, 1))
-    assert_colours(clip(rgb, "libx264rgb", "mp4", "rgb24", qp="0"), COLOURS, "bt601", True)
+    assert_colours(video(rgb, "libx264rgb", "mp4", "rgb24", qp="0"), COLOURS, "bt601", True)
     alpha = [[np.dstack([frame[..., ::-1], np.zeros((32, 48), np.uint8)])] for frame in rgb]
-    assert_colours(clip(alpha, pixel_format="bgra"), COLOURS, "bt601", True)  # alpha is dropped
+    assert_colours(video(alpha, pixel_format="bgra"), COLOURS, "bt601", True)  # alpha is dropped
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_rgb_streams_become_full_range_planes():
     ids=["untagged", "full", "limited"],
 )
 def test_grey_streams(tags, full_range, expected):
-    data = clip([flat((value,), [(32, 48)]) for value in (0, 16, 128, 235)], pixel_format="gray", **tags)
+    data = video([flat((value,), [(32, 48)]) for value in (0, 16, 128, 235)], pixel_format="gray", **tags)
     assert_colours(data, np.array(expected)[:, None].repeat(3, axis=1), "bt601", full_range, tolerance=1)
     planes = decode_video(data, EVERY_FRAME, planes=True)
     assert (planes.cb == 128).all() and (planes.cr == 128).all()
@@ -223,7 +224,7 @@ def test_grey_streams(tags, full_range, expected):
 SMOOTH, EDGES = "smooth", "edges"
 
 
-def picture(content: str, height: int, width: int, frames: int = 4) -> np.ndarray:
+def image(content: str, height: int, width: int, frames: int = 4) -> np.ndarray:
     """RGB [T, H, W, 3], moving left by 2 px a frame; values within 60..200, so that nothing is clipped on the way."""
     t, y, x = np.mgrid[:frames, :height, :width]
     x = x + 2 * t
@@ -257,9 +258,9 @@ def test_planes_and_rgb_show_the_same(content, matrix, full_range, size):
     both look at, but for the scaler's overshoot at edges (bicubic, under a fifth of the step). So the bound is the
     range of chroma in the neighbourhood, and a fifth, times its weight; where chroma is flat it is rounding alone.
     """
-    rgb = picture(content, 96, 144)
+    rgb = image(content, 96, 144)
     tags = {"colorspace": MATRIX_CODE[matrix], "color_range": 2 if full_range else 1}
-    data = clip(stored_planes(rgb, matrix, full_range), **tags)
+    data = video(stored_planes(rgb, matrix, full_range), **tags)
     fit = (lambda *_: size) if size else None
     frames = decode_video(data, EVERY_FRAME, fit).astype(np.float64)
     planes = decode_video(data, EVERY_FRAME, fit, planes=True)
@@ -301,7 +302,7 @@ def test_chroma_lies_at_the_centres_wherever_the_stream_has_it(width, location):
     codes = [np.full((64, 256), 128), *[np.tile(ramp.round(), (32, 1))] * 2]
     planes = [code.clip(0, 255).astype(np.uint8) for code in codes]
     params = f"chromaloc={location}"
-    data = clip([planes] * 4, "libx264", "mp4", qp="0", preset="ultrafast", **{"x264-params": params})
+    data = video([planes] * 4, "libx264", "mp4", qp="0", preset="ultrafast", **{"x264-params": params})
     found = decode_video(data, EVERY_FRAME, lambda *_: (64 * width // 256, width), planes=True)
     step = 256 / width
     places = (2 * np.arange(width // 2) + 1) * step - 0.5  # the centre of two pixels of the result, in the stream's
@@ -316,8 +317,8 @@ def test_chroma_lies_at_the_centres_wherever_the_stream_has_it(width, location):
 
 @pytest.mark.parametrize("shape", [(75, 101), (74, 101), (75, 100), (1, 1), (2, 3)])
 def test_odd_sizes(shape):
-    rgb = picture(SMOOTH, *shape)
-    data = clip(stored_planes(rgb, "bt601", False))
+    rgb = image(SMOOTH, *shape)
+    data = video(stored_planes(rgb, "bt601", False))
     assert decode_video(data, EVERY_FRAME).shape == (4, *shape, 3)
     even = tuple(max(2, side // 2 * 2) for side in shape)
     for fit, size in ((None, even), (lambda *_: (28, 56), (28, 56))):
@@ -361,7 +362,7 @@ def seen(frame: np.ndarray) -> str:
 )
 def test_the_display_matrix_is_applied(rotation, expected):
     rgb = np.stack([quadrants("rgbw", 48, 80)] * 4)
-    data = clip(stored_planes(rgb, "bt601", False), "mpeg4", "mp4", rotation=rotation, b="4M")
+    data = video(stored_planes(rgb, "bt601", False), "mpeg4", "mp4", rotation=rotation, b="4M")
     shape = (80, 48) if abs(rotation[0]) in (85, 90) else (48, 80)
     asked = []
 
@@ -397,7 +398,7 @@ def numbers(data: bytes, sampling: VideoSampling) -> list[int]:
 
 
 def test_a_constant_rate_is_read_by_number():
-    data = clip(grey_ramp(30), rate=10)
+    data = video(grey_ramp(30), rate=10)
     for sampling in (VideoSampling(), VideoSampling(fps=4), VideoSampling(fps=0.1), VideoSampling(max_frames=4)):
         assert numbers(data, sampling) == sampling.indices(30, 10).tolist()
     assert numbers(data, VideoSampling(fps=2)) == [0, 6, 12, 17, 23, 29]
@@ -406,7 +407,7 @@ def test_a_constant_rate_is_read_by_number():
 def test_a_varying_rate_is_read_by_time():
     """Ten frames in the first second, then one that stays for two, then ten frames in the last second."""
     ticks = [*range(0, 1000, 100), *range(3000, 4000, 100)]
-    data = clip(grey_ramp(20), ticks=ticks)
+    data = video(grey_ramp(20), ticks=ticks)
     # 4 s at 1.5 a second: 0, 0.78, 1.56, 2.34, 3.12, 3.9 s
     assert numbers(data, VideoSampling(fps=1.5)) == [0, 7, 9, 9, 11, 19]
     assert numbers(data, VideoSampling(fps=1.5)) != VideoSampling(fps=1.5).indices(20, 5).tolist()
@@ -487,8 +488,8 @@ def test_the_pixel_budget_is_that_of_qwen_vl_utils(frames, low, high, total):
         return 28, 28
 
     with pytest.MonkeyPatch.context() as patch:
-        clip = torch.zeros(frames, 3, 28, 28, dtype=torch.uint8)
-        patch.setattr(vision_process, "VIDEO_READER_BACKENDS", {"own": lambda element: (clip, {}, 2.0)})
+        video = torch.zeros(frames, 3, 28, 28, dtype=torch.uint8)
+        patch.setattr(vision_process, "VIDEO_READER_BACKENDS", {"own": lambda element: (video, {}, 2.0)})
         patch.setattr(vision_process, "get_video_reader_backend", lambda: "own")
         patch.setattr(vision_process, "smart_resize", smart_resize)
         vision_process.fetch_video({"video": "file", **bounds})
@@ -529,7 +530,7 @@ def moving(natural_frames):
     def make(kind: str) -> bytes:
         if kind not in done:
             codec, container, options = KINDS[kind]
-            done[kind] = clip(frames, codec, container, rate=10, **options)
+            done[kind] = video(frames, codec, container, rate=10, **options)
         return done[kind]
 
     return make
@@ -554,7 +555,7 @@ SAMPLINGS = [
 
 @pytest.fixture
 def read_by_number(monkeypatch) -> list[int]:
-    """Gets an entry whenever a clip can not be read by time stamps, and all of it is decoded."""
+    """Gets an entry whenever a video can not be read by time stamps, and all of it is decoded."""
     calls, read = [], media._read_by_number
     monkeypatch.setattr(media, "_read_by_number", lambda *arguments: calls.append(1) or read(*arguments))
     return calls
@@ -597,7 +598,7 @@ def test_packets_that_a_frame_needs(text, wanted, runs):
 def test_few_packets_are_decoded_and_few_frames_converted(moving, monkeypatch):
     """Of 40 frames in groups of 12, a frame every second and the last one."""
     decoded, converted = [], []
-    decode, convert = media._decode_wanted, media._Clip._convert
+    decode, convert = media._decode_wanted, media._Video._convert
 
     def counted(*arguments):
         for frame in decode(*arguments):
@@ -605,16 +606,16 @@ def test_few_packets_are_decoded_and_few_frames_converted(moving, monkeypatch):
             yield frame
 
     monkeypatch.setattr(media, "_decode_wanted", counted)
-    monkeypatch.setattr(media._Clip, "_convert", lambda self, frame: converted.append(1) or convert(self, frame))
+    monkeypatch.setattr(media._Video, "_convert", lambda self, frame: converted.append(1) or convert(self, frame))
     assert len(decode_video(moving("h264"), VideoSampling(fps=1))) == 4
     assert len(converted) == 4
     assert len(decoded) <= 24, decoded
 
 
 def test_edit_lists_hide_frames(read_by_number):
-    """An mp4 clip whose first four frames are there to be decoded only."""
+    """An mp4 video whose first four frames are there to be decoded only."""
     frames = grey_ramp(12)
-    data = clip(frames, "libx264", "mp4", ticks=[250 * i - 1000 for i in range(12)], qp="0", bf="2", sc_threshold="0")
+    data = video(frames, "libx264", "mp4", ticks=[250 * i - 1000 for i in range(12)], qp="0", bf="2", sc_threshold="0")
     with av.open(io.BytesIO(data)) as container:
         assert sum(packet.size > 0 for packet in container.demux(video=0)) == 12, "the file lacks what it is to test"
     assert numbers(data, EVERY_FRAME) == [4, 5, 6, 7, 8, 9, 10, 11]
@@ -658,7 +659,7 @@ def test_stamps_in_the_wrong_order(moving, monkeypatch, read_by_number):
 
 
 def test_a_false_key_frame(moving, monkeypatch, read_by_number):
-    """Decoding from it fails; the whole clip is decoded instead."""
+    """Decoding from it fails; the whole video is decoded instead."""
     expected = all_frames(moving("vp9"))[VideoSampling().indices(40, 10)]
     monkeypatch.setattr(media, "_packet_runs", lambda packets, wanted: [(1, len(packets))])
     np.testing.assert_array_equal(decode_video(moving("vp9"), VideoSampling()), expected)
@@ -666,7 +667,7 @@ def test_a_false_key_frame(moving, monkeypatch, read_by_number):
 
 
 def test_packets_that_show_nothing(moving, monkeypatch):
-    """More packets than frames: the clip is read again with the right number."""
+    """More packets than frames: the video is read again with the right number."""
     plain = media._packets
     more = [SimpleNamespace(pts=None, is_discard=False)] * 3
     monkeypatch.setattr(media, "_packets", lambda *arguments: [*plain(*arguments), *more])
@@ -688,7 +689,7 @@ def test_what_is_read_is_known_before_it_is_decoded(moving, kind, fps):
 @pytest.mark.parametrize("kind", ["h264", "h264, transport stream", "mpeg4, avi", "vp9"])
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_damaged_clips_decode_or_raise_media_error(moving, kind, data):
+def test_damaged_videos_decode_or_raise_media_error(moving, kind, data):
     """Whatever stands in a shard, nothing but MediaError comes out: any other error would go uncounted."""
     file = bytearray(moving(kind))
     for _ in range(data.draw(st.integers(0, 4))):
@@ -708,24 +709,24 @@ def test_damaged_clips_decode_or_raise_media_error(moving, kind, data):
 def test_formats_that_open_other_files_are_refused(tmp_path, monkeypatch):
     """A list of files, as FFmpeg's concat reads it, would show whatever lies in the working directory."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "secret.mp4").write_bytes(clip(grey_ramp(4), "mpeg4", "mp4"))
+    (tmp_path / "secret.mp4").write_bytes(video(grey_ramp(4), "mpeg4", "mp4"))
     listed = b"ffconcat version 1.0\nfile secret.mp4\n"
     with av.open(io.BytesIO(listed)) as container:
         assert next(container.decode(video=0)).width == 16, "FFmpeg refuses it by itself"
     with pytest.raises(MediaError):
         decode_video(listed, EVERY_FRAME)
     with pytest.raises(MediaError):
-        decode_video(clip(grey_ramp(4), "libx264", "h264"), EVERY_FRAME)
+        decode_video(video(grey_ramp(4), "libx264", "h264"), EVERY_FRAME)
 
 
-def test_a_clip_that_ends_too_early_gives_what_it_has():
-    data = clip(grey_ramp(40), rate=10)
+def test_a_video_that_ends_too_early_gives_what_it_has():
+    data = video(grey_ramp(40), rate=10)
     found = numbers(data[: int(len(data) * 0.6)], VideoSampling(fps=5))
     assert 8 <= len(found) < 20 and found[0] == 0 and found == sorted(found)
 
 
 def test_messages_of_decoder_threads_do_not_block(moving):
-    """With messages to Python, as torchvision wants, closing a damaged clip would wait for its threads for ever."""
+    """With messages to Python, as torchvision wants, closing a damaged video would wait for its threads for ever."""
     av.logging.set_level(av.logging.ERROR)
     file = bytearray(moving("h264"))
     file[2000:9000:50] = bytes(140)
@@ -735,12 +736,12 @@ def test_messages_of_decoder_threads_do_not_block(moving):
         assert av.logging.get_level() is None
 
 
-def test_what_fit_raises_is_not_taken_for_a_broken_clip():
+def test_what_fit_raises_is_not_taken_for_a_broken_video():
     def fit(*_):
         raise ValueError("too thin")
 
     with pytest.raises(ValueError, match=r"^too thin$"):
-        decode_video(clip(grey_ramp(4)), EVERY_FRAME, fit)
+        decode_video(video(grey_ramp(4)), EVERY_FRAME, fit)
 
 
 @pytest.mark.parametrize("height", [32, 38, 46])
@@ -749,7 +750,7 @@ def test_planes_hold_what_was_stored(height):
     rng = np.random.default_rng(0)
     shapes = ((height, 50), (height // 2, 25), (height // 2, 25))
     stored = [[rng.integers(16, 236, shape, dtype=np.uint8) for shape in shapes] for _ in range(4)]
-    data = clip(stored)
+    data = video(stored)
     for threads in (0, 1, 3):
         planes = decode_video(data, EVERY_FRAME, planes=True, threads=threads)
         for name, index in (("luma", 0), ("cb", 1), ("cr", 2)):
@@ -759,9 +760,9 @@ def test_planes_hold_what_was_stored(height):
 def test_the_scaler_is_close_to_the_image_processors(natural_frames):
     """libswscale's bicubic against PIL's, from the same RGB; both average over what they skip."""
     frames = natural_frames(4, 240, 320)
-    data = clip(frames, "libx264rgb", "mp4", "rgb24", qp="0")
+    data = video(frames, "libx264rgb", "mp4", "rgb24", qp="0")
     for height, width in ((84, 112), (140, 224), (56, 56)):
         found = decode_video(data, EVERY_FRAME, lambda *_, size=(height, width): size)
         expected = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames]
-        error = found.astype(float) - np.stack([np.asarray(picture) for picture in expected])
+        error = found.astype(float) - np.stack([np.asarray(image) for image in expected])
         assert 10 * np.log10(255**2 / np.mean(error**2)) > 45

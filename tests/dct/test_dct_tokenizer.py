@@ -149,14 +149,14 @@ def test_a_lone_image_is_the_frame_repeated():
 @settings(max_examples=25, deadline=None)
 def test_the_last_frame_is_repeated_to_whole_blocks(frames, bt):
     config = DCTConfig.select((bt, 4, 4), "444")
-    clip = noise(frames, 8, 16, 3)
-    padded = np.concatenate([clip, clip[-1:].repeat(-frames % bt, axis=0)])
-    tokens, grid = DCTTokenizer(config, torch.float64).encode(clip)
+    video = noise(frames, 8, 16, 3)
+    padded = np.concatenate([video, video[-1:].repeat(-frames % bt, axis=0)])
+    tokens, grid = DCTTokenizer(config, torch.float64).encode(video)
     assert grid == (math.ceil(frames / bt), 2, 4)
     np.testing.assert_allclose(tokens.numpy(), reference(padded, config), atol=1e-9)
 
 
-def test_value_of_a_constant_picture():
+def test_value_of_a_constant_image():
     white = np.full((2, 56, 56, 3), 255)
     tokens, _ = tokenizer("x4", torch.float64).encode(white)
     values = tokens.numpy() * np.array(preset("x4").scale)
@@ -179,7 +179,7 @@ def test_grey_has_no_chroma_detail():
 @given(configs_with_frames(), st.floats(-2, 2), st.floats(-2, 2))
 @settings(max_examples=30, deadline=None)
 def test_encode_is_affine(case, a, b):
-    """encode(a x + b y) = a encode(x) + b encode(y), once the token of a black picture is taken off each."""
+    """encode(a x + b y) = a encode(x) + b encode(y), once the token of a black image is taken off each."""
     config, frames = case
     other = noise(*frames.shape, seed=1)
     encode = DCTTokenizer(config, torch.float64)
@@ -210,7 +210,7 @@ def as_grid(tokens: torch.Tensor, grid: tuple[int, int, int], config: DCTConfig)
     return values.reshape(t, h // m, w // m, m, m, -1).transpose(0, 1, 3, 2, 4, 5).reshape(*grid, 3, *config.block)
 
 
-def test_a_turned_picture_has_turned_coefficients():
+def test_a_turned_image_has_turned_coefficients():
     """Mirroring flips the sign of odd frequencies along that axis alone, transposing swaps rows and columns."""
     config = DCTConfig.select((2, 6, 6), "444")
     encode = DCTTokenizer(config, torch.float64)
@@ -221,18 +221,18 @@ def test_a_turned_picture_has_turned_coefficients():
     np.testing.assert_allclose(mirrored, plain[:, :, ::-1] * sign, atol=1e-9)
     upside_down = as_grid(*encode.encode(frames[:, ::-1].copy()), config)
     np.testing.assert_allclose(upside_down, plain[:, ::-1] * sign[:, None], atol=1e-9)
-    reversed_clip = as_grid(*encode.encode(frames[::-1].copy()), config)
-    np.testing.assert_allclose(reversed_clip, plain[::-1] * sign[:2, None, None], atol=1e-9)
+    reversed_video = as_grid(*encode.encode(frames[::-1].copy()), config)
+    np.testing.assert_allclose(reversed_video, plain[::-1] * sign[:2, None, None], atol=1e-9)
     transposed = as_grid(*encode.encode(frames.transpose(0, 2, 1, 3).copy()), config)
     np.testing.assert_allclose(transposed, plain.transpose(0, 2, 1, 3, 4, 6, 5), atol=1e-9)
-    for other in (mirrored, upside_down, reversed_clip):
-        assert np.abs(other - plain).max() > 0.5, "an asymmetric picture must not look symmetric"
+    for other in (mirrored, upside_down, reversed_video):
+        assert np.abs(other - plain).max() > 0.5, "an asymmetric image must not look symmetric"
 
 
 # Token order
 
 
-def raster_picture(side: int) -> np.ndarray:
+def raster_image(side: int) -> np.ndarray:
     """[1, 4*side, 4*side, 3]: every block has the grey level 10 times its number in reading order."""
     levels = (np.arange(16, dtype=np.uint8) * 10).reshape(4, 4)
     return levels.repeat(side, axis=0).repeat(side, axis=1)[None, :, :, None].repeat(3, axis=-1)
@@ -244,7 +244,7 @@ TOKEN_ORDER = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
 
 @pytest.mark.parametrize(("name", "side"), [("exact", 14), ("x4", 28), ("x16", 56)])
 def test_token_order_is_the_hand_written_one(name, side):
-    tokens, _ = tokenizer(name).encode(raster_picture(side))
+    tokens, _ = tokenizer(name).encode(raster_image(side))
     assert tokens[:, 0].argsort().argsort().tolist() == TOKEN_ORDER
 
 
@@ -256,15 +256,15 @@ def test_token_order_is_that_of_the_drawing():
 
 
 def test_token_order_is_that_of_the_stock_processor():
-    stock = Qwen2VLImageProcessor(do_resize=False)(images=raster_picture(14)[0], return_tensors="pt")
-    ours, _ = tokenizer("exact").encode(raster_picture(14))
+    stock = Qwen2VLImageProcessor(do_resize=False)(images=raster_image(14)[0], return_tensors="pt")
+    ours, _ = tokenizer("exact").encode(raster_image(14))
     assert stock["pixel_values"][:, 0].argsort().tolist() == ours[:, 0].argsort().tolist()
     assert stock["pixel_values"][:, 0].argsort().argsort().tolist() == TOKEN_ORDER
 
 
 def test_frames_come_first():
-    clip = np.concatenate([raster_picture(14).repeat(2, axis=0) // 2, raster_picture(14).repeat(2, axis=0) // 2 + 100])
-    tokens, grid = tokenizer("exact").encode(clip)
+    video = np.concatenate([raster_image(14).repeat(2, axis=0) // 2, raster_image(14).repeat(2, axis=0) // 2 + 100])
+    tokens, grid = tokenizer("exact").encode(video)
     assert grid == (2, 4, 4)
     assert tokens[:, 0].argsort().argsort().tolist() == [*TOKEN_ORDER, *(16 + place for place in TOKEN_ORDER)]
 
@@ -321,7 +321,7 @@ def test_what_is_dropped_is_little(name, moving, least, natural_frames, record_p
     pixels = box_downscaled(frames, preset(name).block[1] // 14)  # the usual way to as few tokens
     found, usual = psnr(decoded, frames), psnr(pixels, frames)
     record_property("psnr_db", round(found, 2))
-    print(f"{name}, {'clip' if moving else 'still'}: {found:.1f} dB; as many tokens of pixels: {usual:.1f} dB")
+    print(f"{name}, {'video' if moving else 'still'}: {found:.1f} dB; as many tokens of pixels: {usual:.1f} dB")
     assert least < found < least + 3
     assert found > usual + 2
 
@@ -618,7 +618,7 @@ def downscaled(frames: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_x4_model_at_step_0_is_the_stock_model_on_the_downscaled_picture(
+def test_x4_model_at_step_0_is_the_stock_model_on_the_downscaled_image(
     kind, qwen2vl_directory, stock_model, converted, natural_frames
 ):
     frames = natural_frames(1 if kind == "image" else 4, 112, 168)

@@ -1,4 +1,4 @@
-"""DCTImageProcessor: every form of picture and clip, sizes, arguments, errors, saving; stock Qwen2-VL's as reference.
+"""DCTImageProcessor: every form of image and video, sizes, arguments, errors, saving; stock Qwen2-VL's as reference.
 
 Letters as in dct_tokenizer.py: T H W frames and pixels, (t, h, w) the grid, K kept.
 """
@@ -46,7 +46,7 @@ def image_tokens(image, **options) -> torch.Tensor:
 
 
 def stock_pixels(**arguments) -> np.ndarray:
-    """What the stock processor resizes a picture or clip to, as float [T, H, W, 3] in the range of its input."""
+    """What the stock processor resizes an image or video to, as float [T, H, W, 3] in the range of its input."""
     output = Qwen2VLImageProcessor(do_rescale=False, do_normalize=False)(**arguments)
     (grid,) = output["image_grid_thw"] if "image_grid_thw" in output else output["video_grid_thw"]
     patches = output["pixel_values"] if "pixel_values" in output else output["pixel_values_videos"]
@@ -91,16 +91,16 @@ def test_kinds_of_tensors(return_tensors, natural_frames):
     np.testing.assert_array_equal(np.asarray(output["pixel_values"]), image_tokens(image).numpy())
 
 
-def test_pictures_of_mixed_sizes_stand_one_after_another(natural_frames):
-    pictures = [natural_frames(1, height, width, seed=height)[0] for height, width in ((56, 56), (200, 100), (90, 300))]
-    together = processor()(images=pictures, videos=[list(natural_frames(2, 60, 60))], return_tensors="pt")
+def test_images_of_mixed_sizes_stand_one_after_another(natural_frames):
+    images = [natural_frames(1, height, width, seed=height)[0] for height, width in ((56, 56), (200, 100), (90, 300))]
+    together = processor()(images=images, videos=[list(natural_frames(2, 60, 60))], return_tensors="pt")
     assert together["image_grid_thw"].tolist() == [[1, 2, 2], [1, 8, 4], [1, 4, 10]]
-    assert torch.equal(together["pixel_values"], torch.cat([image_tokens(picture) for picture in pictures]))
+    assert torch.equal(together["pixel_values"], torch.cat([image_tokens(image) for image in images]))
     assert together["video_grid_thw"].tolist() == [[1, 2, 2]]
 
 
 def test_what_needs_no_change_is_not_copied(natural_frames, monkeypatch):
-    clip = natural_frames(5, 56, 112)
+    video = natural_frames(5, 56, 112)
     own, given_to_encode = DCTImageProcessor("x4"), []
 
     def encode(frames):
@@ -109,20 +109,20 @@ def test_what_needs_no_change_is_not_copied(natural_frames, monkeypatch):
 
     tokens = torch.zeros(24, 1764)
     monkeypatch.setattr(own.tokenizer, "encode", encode)
-    output = own(videos=clip, return_tensors="pt")
+    output = own(videos=video, return_tensors="pt")
     assert output["pixel_values_videos"].data_ptr() == tokens.data_ptr()
     for same in (
-        clip,
-        torch.from_numpy(clip),
-        list(clip),
-        [torch.from_numpy(frame) for frame in clip],
-        clip.transpose(0, 3, 1, 2),
-        clip[:, ::-1],
+        video,
+        torch.from_numpy(video),
+        list(video),
+        [torch.from_numpy(frame) for frame in video],
+        video.transpose(0, 3, 1, 2),
+        video[:, ::-1],
     ):
         own(videos=same, return_tensors="pt")
-        assert all(np.shares_memory(frame, clip) for frame in given_to_encode[-1])
-    own(images=clip[0], return_tensors="pt")
-    assert np.shares_memory(given_to_encode[-1][0], clip)
+        assert all(np.shares_memory(frame, video) for frame in given_to_encode[-1])
+    own(images=video[0], return_tensors="pt")
+    assert np.shares_memory(given_to_encode[-1][0], video)
 
 
 # Sizes
@@ -172,7 +172,7 @@ def test_sizes_are_multiples_within_the_bounds(height, width, factor, low, more)
         ((83, 16600), (56, 11200)),  # smart_resize: 56 x 16632, an aspect ratio that it would refuse itself
     ],
 )
-def test_tiny_and_thin_pictures_are_enlarged(size, expected):
+def test_tiny_and_thin_images_are_enlarged(size, expected):
     assert target_size(*size, 56, 56 * 56, 10**6) == expected
 
 
@@ -182,7 +182,7 @@ def test_bounds_that_leave_no_room_keep_the_upper_one():
     assert target_size(480, 640, 112, 2_000_000, 1_003_520) == (784, 1120)
 
 
-def test_tiny_pictures_are_taken(natural_frames):
+def test_tiny_images_are_taken(natural_frames):
     output = processor()(images=natural_frames(1, 3, 5)[0], return_tensors="pt", input_data_format="channels_last")
     assert output["image_grid_thw"].tolist() == [[1, 2, 4]]
     assert output["pixel_values"].isfinite().all()
@@ -200,8 +200,8 @@ def test_pixel_bounds(natural_frames):
     assert grid(DCTImageProcessor("x4", min_pixels=896 * 896)) == [1, 32, 32]
     assert grid(processor(), min_pixels=896 * 896) == [1, 32, 32]
     assert grid(DCTImageProcessor("x4", max_pixels=1)) == [1, 2, 2], "one square of the resize factor is the least"
-    clip = few(videos=[list(natural_frames(4, 224, 224))])
-    assert clip["video_grid_thw"].tolist() == [[2, 4, 4]], "the bound holds for each frame"
+    video = few(videos=[list(natural_frames(4, 224, 224))])
+    assert video["video_grid_thw"].tolist() == [[2, 4, 4]], "the bound holds for each frame"
 
 
 def test_size_is_the_second_name_of_the_bounds(tmp_path):
@@ -232,15 +232,15 @@ def test_without_resizing(natural_frames):
             ValueError, match=f"do_resize, preset x4 needs .* multiples of 56 px, got {height} x {width}"
         ):
             own(images=wrong)
-    with pytest.raises(ValueError, match="all frames of a clip need one size, got 112 x 168, 56 x 168"):
+    with pytest.raises(ValueError, match="all frames of a video need one size, got 112 x 168, 56 x 168"):
         own(videos=[image, image[:56]])
 
 
 # Pixels: those of the stock processor
 
 
-def picture_forms(array: np.ndarray) -> dict[str, dict]:
-    """Arguments of a processor call for one uint8 picture [H, W, 3], as the stock processor takes them, too."""
+def image_forms(array: np.ndarray) -> dict[str, dict]:
+    """Arguments of a processor call for one uint8 image [H, W, 3], as the stock processor takes them, too."""
     image = Image.fromarray(array)
     return {
         "numpy": {"images": array},
@@ -252,14 +252,14 @@ def picture_forms(array: np.ndarray) -> dict[str, dict]:
         "PIL CMYK": {"images": image.convert("CMYK")},
         "whole floats": {"images": array.astype(np.float32)},
         "int64": {"images": array.astype(np.int64)},
-        "clip": {"images": None, "videos": [array, array[::-1], array[:, ::-1], array.max() - array]},
+        "video": {"images": None, "videos": [array, array[::-1], array[:, ::-1], array.max() - array]},
     }
 
 
-@pytest.mark.parametrize("form", picture_forms(np.zeros((1, 1, 3), np.uint8)))
+@pytest.mark.parametrize("form", image_forms(np.zeros((1, 1, 3), np.uint8)))
 @pytest.mark.parametrize("size", [(100, 150), (333, 90), (112, 56)])
 def test_resized_pixels_are_the_stock_processors(form, size, natural_frames):
-    arguments = picture_forms(natural_frames(1, *size)[0])[form]
+    arguments = image_forms(natural_frames(1, *size)[0])[form]
     expected = stock_pixels(**arguments)
     assert expected.std() > 10
     np.testing.assert_array_equal(our_pixels(**arguments), expected)
@@ -283,10 +283,10 @@ def test_other_filters(resample, natural_frames):
     assert not torch.equal(image_tokens(image), expected)
 
 
-# Forms of pictures
+# Forms of images
 
 
-def test_the_same_picture_in_every_form_gives_the_same_tokens(natural_frames):
+def test_the_same_image_in_every_form_gives_the_same_tokens(natural_frames):
     array = natural_frames(1, 112, 168)[0]
     expected, image, tensor = image_tokens(array), Image.fromarray(array), torch.from_numpy(array)
     opaque = np.concatenate([array, np.full((112, 168, 1), 255, np.uint8)], axis=-1)
@@ -331,15 +331,15 @@ def test_layouts(natural_frames):
             image_tokens(np.ascontiguousarray(ambiguous)[:, :3])
     wide = natural_frames(1, 70, 4)[0]
     assert torch.equal(image_tokens(wide.transpose(2, 0, 1)), image_tokens(wide)), "four pixels are no RGBA"
-    clip = natural_frames(2, 56, 56)
-    expected = processor()(videos=clip)["pixel_values_videos"]
-    for same, layout in ((clip, "channels_last"), (clip.transpose(0, 3, 1, 2), "channels_first")):
+    video = natural_frames(2, 56, 56)
+    expected = processor()(videos=video)["pixel_values_videos"]
+    for same, layout in ((video, "channels_last"), (video.transpose(0, 3, 1, 2), "channels_first")):
         np.testing.assert_array_equal(
             processor()(videos=same, input_data_format=layout)["pixel_values_videos"], expected
         )
 
 
-def test_grey_pictures(natural_frames):
+def test_grey_images(natural_frames):
     luma = natural_frames(1, 112, 113)[0][..., :1]
     expected = image_tokens(luma.repeat(3, axis=-1))
     grey = luma[..., 0]
@@ -363,8 +363,8 @@ def test_grey_pictures(natural_frames):
     assert torch.equal(frames, expected)
 
 
-def special_pictures() -> dict[str, Image.Image]:
-    """Pictures in modes that carry transparency or more than 8 bits."""
+def special_images() -> dict[str, Image.Image]:
+    """Images in modes that carry transparency or more than 8 bits."""
     rng = np.random.default_rng(0)
     rgba = Image.fromarray(rng.integers(0, 256, (60, 70, 4), dtype=np.uint8))
     palette = Image.fromarray(rng.integers(0, 8, (60, 70), dtype=np.uint8)).convert("P")
@@ -393,9 +393,9 @@ def special_pictures() -> dict[str, Image.Image]:
     }
 
 
-@pytest.mark.parametrize("name", special_pictures())
-def test_special_pictures_are_read_as_from_files(name):
-    image = special_pictures()[name]
+@pytest.mark.parametrize("name", special_images())
+def test_special_images_are_read_as_from_files(name):
+    image = special_images()[name]
     expected = image_tokens(np.asarray(media.to_rgb(image.copy())))
     assert torch.equal(image_tokens(image), expected)
 
@@ -428,35 +428,35 @@ def test_floats_of_0_to_255_are_rounded_where_they_are_resized(natural_frames):
     assert not torch.equal(image_tokens(finer), image_tokens(finer.round())), "without resizing they are finer"
 
 
-# Clips
+# Videos
 
 
 def test_videos_in_every_form(natural_frames):
-    clip = natural_frames(3, 112, 112)
-    output = processor()(images=None, videos=[list(clip)], return_tensors="pt")
+    video = natural_frames(3, 112, 112)
+    output = processor()(images=None, videos=[list(video)], return_tensors="pt")
     assert set(output) == {"pixel_values_videos", "video_grid_thw"}
     assert output["video_grid_thw"].tolist() == [[2, 4, 4]]
-    expected, grid = tokenizer("x4").encode(clip)
+    expected, grid = tokenizer("x4").encode(video)
     assert torch.equal(output["pixel_values_videos"], expected) and grid == (2, 4, 4)
-    tensor, pictures = torch.from_numpy(clip), [Image.fromarray(frame) for frame in clip]
+    tensor, images = torch.from_numpy(video), [Image.fromarray(frame) for frame in video]
     for same in (
-        clip,
-        [clip],
-        [[clip]],
-        clip[None],
-        list(clip),
-        tuple(clip),
+        video,
+        [video],
+        [[video]],
+        video[None],
+        list(video),
+        tuple(video),
         tensor,
         [tensor],
         list(tensor),
-        [clip.transpose(0, 3, 1, 2)],
+        [video.transpose(0, 3, 1, 2)],
         tensor.permute(0, 3, 1, 2),
         [tensor.permute(0, 3, 1, 2)],
         list(tensor.permute(0, 3, 1, 2)),
-        pictures,
-        [pictures],
-        [[pictures]],
-        [pictures[0], clip[1], tensor[2]],
+        images,
+        [images],
+        [[images]],
+        [images[0], video[1], tensor[2]],
     ):
         found = processor()(videos=same, return_tensors="pt")
         assert torch.equal(found["pixel_values_videos"], expected)
@@ -464,21 +464,21 @@ def test_videos_in_every_form(natural_frames):
 
 
 def test_several_videos(natural_frames):
-    clip, lone = natural_frames(3, 112, 112), natural_frames(1, 56, 112)
-    expected = torch.cat([tokenizer("x4").encode(frames)[0] for frames in (clip, lone)])
-    pictures = [Image.fromarray(frame) for frame in clip]
+    video, lone = natural_frames(3, 112, 112), natural_frames(1, 56, 112)
+    expected = torch.cat([tokenizer("x4").encode(frames)[0] for frames in (video, lone)])
+    images = [Image.fromarray(frame) for frame in video]
     for same in (
-        [list(clip), list(lone)],
-        [clip, lone],
-        [pictures, [Image.fromarray(lone[0])]],
-        [[clip], [lone]],
-        [[clip, lone]],
-        [pictures, lone],
+        [list(video), list(lone)],
+        [video, lone],
+        [images, [Image.fromarray(lone[0])]],
+        [[video], [lone]],
+        [[video, lone]],
+        [images, lone],
     ):
         found = processor()(videos=same, return_tensors="pt")
         assert found["video_grid_thw"].tolist() == [[2, 4, 4], [1, 2, 4]]
         assert torch.equal(found["pixel_values_videos"], expected)
-    assert processor()(videos=lone[0])["video_grid_thw"].tolist() == [[1, 2, 4]], "a lone frame is a clip"
+    assert processor()(videos=lone[0])["video_grid_thw"].tolist() == [[1, 2, 4]], "a lone frame is a video"
 
 
 def test_frames_of_other_sizes_become_as_large_as_the_first(natural_frames):
@@ -493,10 +493,10 @@ def test_frames_of_other_sizes_become_as_large_as_the_first(natural_frames):
         assert torch.equal(found["pixel_values_videos"], expected)
 
 
-def test_clips_of_floats_are_resized(natural_frames):
-    clip = natural_frames(3, 100, 150)
-    expected = processor()(videos=clip, return_tensors="pt")["pixel_values_videos"]
-    for same in (clip.astype(np.float32), torch.from_numpy(clip).permute(0, 3, 1, 2).float()):
+def test_videos_of_floats_are_resized(natural_frames):
+    video = natural_frames(3, 100, 150)
+    expected = processor()(videos=video, return_tensors="pt")["pixel_values_videos"]
+    for same in (video.astype(np.float32), torch.from_numpy(video).permute(0, 3, 1, 2).float()):
         assert torch.equal(processor()(videos=same, return_tensors="pt")["pixel_values_videos"], expected)
 
 
@@ -507,22 +507,22 @@ def test_clips_of_floats_are_resized(natural_frames):
     ("arguments", "message"),
     [
         ({}, "needs images or videos, got neither"),
-        ({"images": []}, "at least one picture, got an empty list: give None"),
-        ({"images": [[], []]}, "at least one picture, got an empty list"),
-        ({"videos": []}, "clips of at least one frame, got an empty list"),
-        ({"videos": [[]]}, "clips of at least one frame, got an empty list"),
+        ({"images": []}, "at least one image, got an empty list: give None"),
+        ({"images": [[], []]}, "at least one image, got an empty list"),
+        ({"videos": []}, "videos of at least one frame, got an empty list"),
+        ({"videos": [[]]}, "videos of at least one frame, got an empty list"),
         (
             {"images": "cat.jpg"},
-            "expected PIL, numpy or torch pictures, or lists of them, got str: open the file first",
+            "expected PIL, numpy or torch images, or lists of them, got str: open the file first",
         ),
         ({"images": [Path("cat.jpg")]}, "got PosixPath: open the file first"),
         ({"images": b"\x89PNG"}, "got bytes: open the file first"),
-        ({"videos": ["clip.mp4"]}, "got str: open the file first"),
+        ({"videos": ["video.mp4"]}, "got str: open the file first"),
         ({"images": [None]}, "got NoneType$"),
         ({"images": {"image": 1}}, "got dict$"),
         ({"images": np.zeros(7)}, r"expected an image \[H, W\], .* got \[7\]"),
         ({"images": np.zeros((1, 2, 56, 56, 3))}, r"expected an image .* got \[1, 2, 56, 56, 3\]"),
-        ({"videos": np.zeros(7)}, r"expected a clip \[T, H, W, C\] .* got \[7\]"),
+        ({"videos": np.zeros(7)}, r"expected a video \[T, H, W, C\] .* got \[7\]"),
         ({"images": np.zeros((56, 56, 2))}, r"expected 1 \(grey\), 3 \(RGB\) or 4 \(RGBA\) channels .* \[56, 56, 2\]"),
         ({"images": np.zeros((5, 56, 56))}, r"channels first or last, got \[5, 56, 56\]"),
         (
@@ -606,7 +606,7 @@ def test_floats_that_look_like_0_to_1_are_warned_of(monkeypatch):
     image_tokens(np.full((56, 56), 0.5), do_rescale=False)
     assert not warnings
     image_tokens(np.full((56, 56), 0.5))
-    assert warnings == ["Pictures of values 0..1 are taken as nearly black: for 0..1 give do_rescale=False."]
+    assert warnings == ["Images of values 0..1 are taken as nearly black: for 0..1 give do_rescale=False."]
 
 
 # Copies, files, other processes
@@ -650,13 +650,13 @@ READ_IN_A_FRESH_PROCESS = """
 import sys
 import numpy as np
 from transformers import AutoImageProcessor, AutoProcessor
-folder, image, clip, output = sys.argv[1], np.load(sys.argv[2]), np.load(sys.argv[3]), sys.argv[4]
+folder, image, video, output = sys.argv[1], np.load(sys.argv[2]), np.load(sys.argv[3]), sys.argv[4]
 own = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
 assert "dct_tokenizer" not in sys.modules, "the code must come from the folder"
 both = AutoProcessor.from_pretrained(folder, trust_remote_code=True, use_fast=False)
 text = "<|vision_start|><|image_pad|><|vision_end|>a <|vision_start|><|video_pad|><|vision_end|>b"
-found = both(text=[text], images=image, videos=clip, return_tensors="np")
-np.savez(output, **own(images=image, videos=clip), **{f"with_text_{name}": value for name, value in found.items()})
+found = both(text=[text], images=image, videos=video, return_tensors="np")
+np.savez(output, **own(images=image, videos=video), **{f"with_text_{name}": value for name, value in found.items()})
 """
 
 
@@ -667,13 +667,13 @@ def test_saved_processor_gives_the_same_tokens_in_a_fresh_process(tmp_path, qwen
     Qwen2VLProcessor(own, tokenizer).save_pretrained(tmp_path / "saved")
     for module in (configuration_dct, image_inputs_dct, image_processing_dct, image_sizes_dct, transform_dct):
         assert (tmp_path / "saved" / Path(module.__file__).name).read_text() == Path(module.__file__).read_text()
-    image, clip = natural_frames(1, 200, 300)[0], natural_frames(5, 60, 60)
+    image, video = natural_frames(1, 200, 300)[0], natural_frames(5, 60, 60)
     np.save(tmp_path / "image.npy", image)
-    np.save(tmp_path / "clip.npy", clip)
-    arguments = [tmp_path / name for name in ("saved", "image.npy", "clip.npy", "found.npz")]
+    np.save(tmp_path / "video.npy", video)
+    arguments = [tmp_path / name for name in ("saved", "image.npy", "video.npy", "found.npz")]
     command = [sys.executable, "-W", "ignore", "-c", READ_IN_A_FRESH_PROCESS, *map(str, arguments)]
     subprocess.run(command, check=True, cwd=tmp_path)
-    found, expected = np.load(tmp_path / "found.npz"), own(images=image, videos=clip)
+    found, expected = np.load(tmp_path / "found.npz"), own(images=image, videos=video)
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value)
         np.testing.assert_array_equal(found[f"with_text_{name}"], value)
@@ -690,8 +690,8 @@ def test_processor_works_inside_qwen2vl_processor(qwen2vl_directory, natural_fra
     both = Qwen2VLProcessor(DCTImageProcessor("x4"), AutoTokenizer.from_pretrained(qwen2vl_directory))
     images = [natural_frames(1, 112, 168)[0], natural_frames(1, 56, 56)[0]]
     text = [f"{image_pad}a {video_pad}b", f"{image_pad}c"]
-    clip = list(natural_frames(4, 112, 112))
-    output = both(text=text, images=images, videos=[clip], padding=True, return_tensors="pt")
+    video = list(natural_frames(4, 112, 112))
+    output = both(text=text, images=images, videos=[video], padding=True, return_tensors="pt")
     pads = both.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     # a token of the language model covers 56 x 56 px of two frames
     assert [(row == pads[0]).sum().item() for row in output["input_ids"]] == [2 * 3, 1]
@@ -707,20 +707,20 @@ def test_processor_works_inside_qwen2vl_processor(qwen2vl_directory, natural_fra
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_tokens_are_made_where_the_pictures_are(natural_frames):
-    clip = natural_frames(3, 112, 168)
+def test_tokens_are_made_where_the_images_are(natural_frames):
+    video = natural_frames(3, 112, 168)
     own = DCTImageProcessor("x4")
-    expected = own(videos=clip, return_tensors="pt")["pixel_values_videos"]
-    tensor = torch.from_numpy(clip).cuda()
+    expected = own(videos=video, return_tensors="pt")["pixel_values_videos"]
+    tensor = torch.from_numpy(video).cuda()
     for same in (tensor, list(tensor), tensor.permute(0, 3, 1, 2), tensor.float(), tensor.long()):
         found = own(videos=same, return_tensors="pt")
         assert found["pixel_values_videos"].device.type == "cuda" and found["video_grid_thw"].tolist() == [[2, 4, 6]]
         torch.testing.assert_close(found["pixel_values_videos"].cpu(), expected, rtol=0, atol=2e-3)
         assert isinstance(own(videos=same)["pixel_values_videos"], np.ndarray)
-    asked = own(videos=clip, device="cuda", return_tensors="pt")["pixel_values_videos"]
+    asked = own(videos=video, device="cuda", return_tensors="pt")["pixel_values_videos"]
     assert asked.device.type == "cuda"
     torch.testing.assert_close(asked.cpu(), expected, rtol=0, atol=2e-3)
-    for image in (clip[0], clip[0, :100, :90], clip[0, ..., 0], np.dstack([clip[0], clip[1, ..., :1]])):
+    for image in (video[0], video[0, :100, :90], video[0, ..., 0], np.dstack([video[0], video[1, ..., :1]])):
         found = own(images=torch.from_numpy(image.copy()).cuda(), return_tensors="pt")["pixel_values"]
         assert found.device.type == "cuda"
         torch.testing.assert_close(

@@ -156,7 +156,7 @@ def test_the_size_of_chunks_changes_nothing(name, frames, monkeypatch):
         torch.testing.assert_close(of_planes, results[0][1], rtol=0, atol=1e-10)
 
 
-def test_a_list_of_frames_is_a_clip():
+def test_a_list_of_frames_is_a_video():
     rgb = np.random.default_rng(1).integers(0, 256, (5, 56, 112, 3), dtype=np.uint8)
     encode = DCTTokenizer(DCTConfig.preset("x4"))
     expected, grid = encode.encode(rgb)

@@ -73,8 +73,8 @@ def test_accuracies_by_type_and_overall():
 
 
 def test_blinded_media_are_grey_of_the_same_size():
-    picture = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-    seen = Question("key", 1, "colour", ("", "image", "What?"), "red", (("image", picture),))
+    image = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    seen = Question("key", 1, "colour", ("", "image", "What?"), "red", (("image", image),))
     blind = blinded(seen)
     assert blind.media[0][1].shape == (2, 3, 3)
     assert set(blind.media[0][1].ravel().tolist()) == {128}
@@ -202,9 +202,9 @@ def assert_asked_as_trained(seen: dict[str, torch.Tensor], learned) -> None:
 
 
 @pytest.mark.parametrize("form", ["pixels", "exact", "x4"])
-def test_media_are_read_as_training_reads_them(forms, form, evaluated, image_file, clip_file, natural_frames):
+def test_media_are_read_as_training_reads_them(forms, form, evaluated, image_file, video_file, natural_frames):
     """A JPEG and a 4:2:0 video, both over the bounds, to the bit."""
-    jpeg, mp4 = image_file(natural_frames(1, 500, 740)[0], "JPEG"), clip_file(natural_frames(6, 300, 420), rate=2)
+    jpeg, mp4 = image_file(natural_frames(1, 500, 740)[0], "JPEG"), video_file(natural_frames(6, 300, 420), rate=2)
     sample = conversation_sample(answer("<image> <video> What?", "red"), ("image", jpeg), ("video", mp4))
     seen, blind = evaluated(forms[form], sample)
     assert_asked_as_trained(seen, trained_on(forms[form], sample))
@@ -216,11 +216,11 @@ def test_media_are_read_as_training_reads_them(forms, form, evaluated, image_fil
             assert set(transform.decode(blind[tokens], blind[grid][0].tolist()).ravel().tolist()) == {128}
 
 
-def test_long_videos_have_the_grid_of_training(prepared, evaluated, clip_file, natural_frames, tmp_path_factory):
+def test_long_videos_have_the_grid_of_training(prepared, evaluated, video_file, natural_frames, tmp_path_factory):
     """Between the budget of a frame and min_pixels there is no size, so the frames are smaller than both."""
     model = Path(shutil.copytree(prepared.model, tmp_path_factory.mktemp("bounds") / "model"))
     edit_json(model / PROCESSOR, min_pixels=168 * 168, max_pixels=448 * 448)
-    data = clip_file(np.tile(natural_frames(8, 180, 320), (24, 1, 1, 1)), rate=2)
+    data = video_file(np.tile(natural_frames(8, 180, 320), (24, 1, 1, 1)), rate=2)
     sample = conversation_sample(answer("<video> What?", "red"), ("video", data))
     sampling = VideoSampling(total_pixels=192 // 2 * 168 * 168)
     seen, blind = evaluated(model, sample, "--video-total-pixels", str(sampling.total_pixels))
@@ -449,7 +449,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(go_on, interrupted, w
     assert go_on(left(interrupted)) == (whole, 18 - answered)
     said = capsys.readouterr()
     assert (f"Going on after the {answered} questions answered in" in said.out) is (answered > 0)
-    assert "starting anew" not in said.err
+    assert "starting again" not in said.err
 
 
 @pytest.mark.parametrize(
@@ -462,7 +462,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(go_on, interrupted, w
 def test_answers_of_other_settings_are_not_used(go_on, interrupted, capsys, change, said):
     _, asked = go_on(interrupted, *change)
     assert asked >= 17
-    assert f"is not used ({said}): starting anew" in capsys.readouterr().err
+    assert f"is not used ({said}): starting again" in capsys.readouterr().err
 
 
 def test_answers_of_another_model_or_other_data_or_without_settings_are_not_used(
@@ -473,10 +473,10 @@ def test_answers_of_another_model_or_other_data_or_without_settings_are_not_used
         state = path.stat()
         os.utime(path, (1, 1))
         assert go_on(interrupted)[0] == whole
-        assert f"is not used (other files in {name}): starting anew" in capsys.readouterr().err
+        assert f"is not used (other files in {name}): starting again" in capsys.readouterr().err
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert go_on(interrupted.split(b"\n", 1)[1])[0] == whole
-    assert "is not used (does not say what its answers depend on): starting anew" in capsys.readouterr().err
+    assert "is not used (does not say what its answers depend on): starting again" in capsys.readouterr().err
 
 
 def test_answers_of_media_that_were_read_otherwise_are_not_used(go_on, interrupted, whole, capsys):
@@ -484,7 +484,7 @@ def test_answers_of_media_that_were_read_otherwise_are_not_used(go_on, interrupt
     now = f'"version": {evaluate_qwen2vl.ANSWERS_VERSION}'.encode()
     assert interrupted.count(now) == 1
     assert go_on(interrupted.replace(now, b'"version": 1')) == (whole, 18)
-    assert "is not used (version was 1, now is 2): starting anew" in capsys.readouterr().err
+    assert "is not used (version was 1, now is 2): starting again" in capsys.readouterr().err
 
 
 def test_a_run_killed_before_its_last_step_asks_nothing_again(prepared, go_on, whole, tmp_path, monkeypatch):
@@ -500,7 +500,7 @@ def test_answers_of_other_settings_stay_until_there_are_new_ones(prepared, inter
     monkeypatch.setattr(evaluate_qwen2vl, "ask", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     command = [*folders(prepared, tmp_path), *OPTIONS]
     assert evaluate_qwen2vl.main([*command, "--batch-size", "3"]) == 130
-    assert "starting anew" in capsys.readouterr().err and (tmp_path / PART).read_bytes() == interrupted
+    assert "starting again" in capsys.readouterr().err and (tmp_path / PART).read_bytes() == interrupted
 
 
 @pytest.mark.parametrize("header", [b'{"settings": {"options": null}}', b'{"settings": 1}', b"{}", b"[]", b"\xff"])

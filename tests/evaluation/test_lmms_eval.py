@@ -51,17 +51,17 @@ def visuals(doc):
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory, natural_frames, image_file, clip_file) -> tuple[Path, list[dict]]:
-    """A folder with the task, and its questions: on one picture, on two, on a clip, on nothing."""
+def task(tmp_path_factory, natural_frames, image_file, video_file) -> tuple[Path, list[dict]]:
+    """A folder with the task, and its questions: on one image, on two, on a video, on nothing."""
     folder = tmp_path_factory.mktemp("task")
     for number in range(2):
-        picture = natural_frames(1, 100 + 40 * number, 150, number)[0]
-        (folder / f"{number}.png").write_bytes(image_file(picture, "PNG"))
-    (folder / "clip.mp4").write_bytes(clip_file(natural_frames(8, 112, 112, 5)))
+        image = natural_frames(1, 100 + 40 * number, 150, number)[0]
+        (folder / f"{number}.png").write_bytes(image_file(image, "PNG"))
+    (folder / "video.mp4").write_bytes(video_file(natural_frames(8, 112, 112, 5)))
     asked = [
         ("What colour is the circle?", ["0.png"]),
         ("How many squares are there?", ["0.png", "1.png"]),
-        ("What colour is the circle?", ["clip.mp4"]),
+        ("What colour is the circle?", ["video.mp4"]),
         ("How many squares are there?", []),
     ]
     docs = [
@@ -150,11 +150,11 @@ def wrapper(monkeypatch) -> type:
 
 @pytest.mark.parametrize("form", ["pixels", "x4"])
 def test_the_wrapper_reads_media_as_training_does(
-    wrapper, prepared, form, tmp_path, image_file, clip_file, natural_frames
+    wrapper, prepared, form, tmp_path, image_file, video_file, natural_frames
 ):
-    """A picture that is turned and over the bounds, as PIL has it and as a file, and a 4:2:0 video."""
+    """An image that is turned and over the bounds, as PIL has it and as a file, and a 4:2:0 video."""
     png = image_file(natural_frames(1, 100, 400)[0], "PNG", exif=rotated_exif(6))
-    mp4 = clip_file(natural_frames(6, 300, 420), rate=2)
+    mp4 = video_file(natural_frames(6, 300, 420), rate=2)
     (tmp_path / "a.PNG").write_bytes(png)
     (tmp_path / "a.mp4").write_bytes(mp4)
     visuals = [Image.open(tmp_path / "a.PNG"), str(tmp_path / "a.PNG"), str(tmp_path / "a.mp4")]

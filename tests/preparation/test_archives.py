@@ -20,7 +20,7 @@ def touch(folder: Path, *names: str) -> Path:
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """Entries of twenty pictures in D/media.tar."""
+    """Entries of twenty images in D/media.tar."""
     entries = [entry(number, image=name) for number, name in enumerate(NAMES)]
     return make_set(tmp_path / "data", entries, {name: plain_jpeg(number) for number, name in enumerate(NAMES)})
 

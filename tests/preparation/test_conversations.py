@@ -8,7 +8,7 @@ import tarfile
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from media_files import clip_file, encode
+from media_files import encode, video_file
 from PIL import Image
 
 from dct_qwen2vl.data.media import VideoSampling, as_array
@@ -104,7 +104,7 @@ def asked(*contents: object, **fields) -> dict:
 WHY = {"type": "text", "text": "Why?"}
 FIRST = {"type": "image_url", "image_url": {"url": "coco/1.jpg"}}
 SECOND = {"type": "image", "image": "./coco//2.jpg"}
-CLIP = {"type": "video", "video": "file://a.mp4"}
+VIDEO = {"type": "video", "video": "file://a.mp4"}
 FRAMES = {"type": "video", "video": ["b/1.jpg", "b/2.jpg"]}
 NAMELESS = [{"type": "image"}, {"type": "image", "image": None}, {"type": "image_url", "image_url": {}}]
 NAMELESS += [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]
@@ -116,7 +116,7 @@ NAMELESS += [{"type": "image_url", "image_url": {"url": "data:image/png;base64,i
         (asked([FIRST, WHY]), [("image", "coco/1.jpg")]),
         (asked([{**FIRST, "image_url": "coco/1.jpg"}, WHY], image=[]), [("image", "coco/1.jpg")]),
         (
-            asked([CLIP, WHY, SECOND], "And?", [WHY, FIRST], videos=None),
+            asked([VIDEO, WHY, SECOND], "And?", [WHY, FIRST], videos=None),
             [("video", "a.mp4"), ("image", "coco/2.jpg"), ("image", "coco/1.jpg")],
         ),
         (asked([FRAMES, FIRST]), [("frame", "b/1.jpg"), ("frame", "b/2.jpg"), ("image", "coco/1.jpg")]),
@@ -124,7 +124,7 @@ NAMELESS += [{"type": "image_url", "image_url": {"url": "data:image/png;base64,i
             asked([FIRST, SECOND], image=["coco/1.jpg", "coco/2.jpg"]),
             [("image", "coco/1.jpg"), ("image", "coco/2.jpg")],
         ),
-        (asked([CLIP, FIRST], image="coco/1.jpg", video="a.mp4"), [("video", "a.mp4"), ("image", "coco/1.jpg")]),
+        (asked([VIDEO, FIRST], image="coco/1.jpg", video="a.mp4"), [("video", "a.mp4"), ("image", "coco/1.jpg")]),
         (asked([FRAMES], video=["b/1.jpg", "b/2.jpg"]), [("frame", "b/1.jpg"), ("frame", "b/2.jpg")]),
         (asked("<image>", [SECOND], image=["a.jpg", "coco/2.jpg"]), [("image", "a.jpg"), ("image", "coco/2.jpg")]),
         *(
@@ -140,7 +140,7 @@ def test_names_in_parts(place_media, good, media):
     place_media(json.dumps(checked.entry).encode(), checked.part_kinds)
 
 
-def test_a_clip_named_as_a_picture_keeps_its_name():
+def test_a_video_named_as_an_image_keeps_its_name():
     part = {"type": "image_url", "image_url": {"url": "a.mp4"}, "video": None}
     checked = check_entry(asked([part, WHY], video="a.mp4"))
     assert checked.repairs == ("image_for_video",)
@@ -179,7 +179,7 @@ def test_a_turn_of_parts_is_repaired_as_text():
     assert checked.entry["messages"] == [{"role": "user", "content": "<image>\nWhat?", "n": 1}, turns[1]]
 
 
-def test_pictures_as_parts_become_clips_and_nothing_else_of_them_changes():
+def test_images_as_parts_become_videos_and_nothing_else_of_them_changes():
     parts = [{"type": "text", "text": "Who? <image>\n"}, {"type": "image", "n": 1}, {"type": "text", "text": "\nWhy?"}]
     turns = [
         {"role": "user", "content": parts},
@@ -202,7 +202,7 @@ def test_tags_in_lists_are_placeholders_only_where_no_media_stand_as_parts():
     assert reason_of({"messages": turns, "image": "a.jpg"}) == "placeholder_mismatch"
 
 
-def test_image_placeholders_of_clips_become_video_placeholders():
+def test_image_placeholders_of_videos_become_video_placeholders():
     checked = check_entry(
         entry(
             ("human", "<image>\nWho?"), ("gpt", "1"), ("human", "And <image>?"), ("gpt", "2"), video=["a.mp4", "b.mp4"]
@@ -238,7 +238,7 @@ def test_long_integers_stay():
     ("question", "answer"),
     [
         ("What does <video> do in HTML?", "noise"),
-        ("What is this tag? <image>", "In SVG, <image> shows a picture."),
+        ("What is this tag? <image>", "In SVG, <image> shows an image."),
         ([{"type": "text", "text": "What does <video> do?"}], [{"type": "text", "text": "<video>\n</video> plays."}]),
         ("Write a page.", "<svg><image></image></svg>"),
         ("Write a page.", "<video>\n<source>\n</video>"),
@@ -431,16 +431,20 @@ def dialogues(draw, placeholders: list[str]) -> list[dict]:
 def entries(draw) -> dict:
     """Entries that are sound, or can be repaired, or have a fault or two."""
     images = draw(st.lists(st.sampled_from(["a.jpg", "./b.png"]), max_size=2))
-    clips = draw(st.lists(st.sampled_from(["c.mp4", "d.jpg", "e.jpg"]), max_size=2))
-    number = 1 if clips and all(name.endswith("jpg") for name in clips) else len(clips)  # frames are one clip
+    videos = draw(st.lists(st.sampled_from(["c.mp4", "d.jpg", "e.jpg"]), max_size=2))
+    number = 1 if videos and all(name.endswith("jpg") for name in videos) else len(videos)  # frames are one video
     right = ["<image>"] * len(images) + ["<video>"] * number
     placeholder_images = ["<image>"] * len(right)
-    placeholders = draw(st.sampled_from([right, right, [], placeholder_images, [*right, "<video>"], placeholder_images, placeholder_images]))
+    placeholders = draw(
+        st.sampled_from(
+            [right, right, [], placeholder_images, [*right, "<video>"], placeholder_images, placeholder_images]
+        )
+    )
     turns = draw(dialogues(draw(st.permutations(placeholders))))
     if draw(st.integers(0, 2)) == 0:
         place = draw(st.integers(0, len(turns) - 1))
         turns[place : place + draw(st.integers(0, 1))] = draw(st.lists(ODD_TURNS, max_size=1))
-    return {draw(st.sampled_from(["conversations", "messages"])): turns, "image": images, "video": clips}
+    return {draw(st.sampled_from(["conversations", "messages"])): turns, "image": images, "video": videos}
 
 
 @pytest.fixture(scope="module")
@@ -490,7 +494,7 @@ def test_the_entries_of_the_last_test_pass_often_enough():
         assert outcomes.get(name, 0) >= 5, outcomes
 
 
-def test_clips_frames_and_mixed_media_reach_training(tmp_path, place_media):
+def test_videos_frames_and_mixed_media_reach_training(tmp_path, place_media):
     """From a raw folder through shards to the cooker: kinds, order and pixels."""
     import data_preparation
     from dct_qwen2vl.data.samples import cook
@@ -499,12 +503,12 @@ def test_clips_frames_and_mixed_media_reach_training(tmp_path, place_media):
     data.mkdir()
     greys = [0, 80, 160, 240]
     for number, grey in enumerate(greys):
-        picture = Image.new("RGB", (48, 32), (grey, grey, grey))
-        (data / f"{number}.jpg").write_bytes(encode(picture, "JPEG", quality=95))
-    (data / "a.mkv").write_bytes(clip_file("matroska"))
+        image = Image.new("RGB", (48, 32), (grey, grey, grey))
+        (data / f"{number}.jpg").write_bytes(encode(image, "JPEG", quality=95))
+    (data / "a.mkv").write_bytes(video_file("matroska"))
     mixed = {"image": ["0.jpg", "3.jpg"], "video": "a.mkv"}
     entries = {
-        "clip": ask("<image>\nWhat?", video="a.mkv"),
+        "video": ask("<image>\nWhat?", video="a.mkv"),
         "frames": ask("<image>\nWhat?", video=[f"{number}.jpg" for number in range(4)]),
         "mixed": ask("<image> <video> <image>?", **mixed),
         "unplaced": ask("What?", **mixed),
@@ -543,11 +547,11 @@ def test_clips_frames_and_mixed_media_reach_training(tmp_path, place_media):
             (kind, as_array(kind, content, VideoSampling()).reshape(-1, 3).mean().round())
             for kind, content in sample.media
         ]
-    clip = shown["clip"][0]
-    assert shown["clip"] == [("video", clip[1])]
+    video = shown["video"][0]
+    assert shown["video"] == [("video", video[1])]
     assert shown["frames"] == [("video", 120)]
-    assert shown["mixed"] == [("image", 0), clip, ("image", 240)]
-    assert shown["unplaced"] == [("image", 0), ("image", 240), clip]
-    assert shown["parts"] == [("image", 160), clip, ("image", 80)]
+    assert shown["mixed"] == [("image", 0), video, ("image", 240)]
+    assert shown["unplaced"] == [("image", 0), ("image", 240), video]
+    assert shown["parts"] == [("image", 160), video, ("image", 80)]
     assert shown["two"] == [("image", 240), ("image", 0)]
     assert samples["frames"].media[0][1][4:8] == b"ftyp"

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -12,11 +13,11 @@ from pathlib import Path
 import pytest
 from raw_sets import (
     BAD,
-    CLIP,
     GOOD,
     JPEGS,
     PNG,
     SMALL_SHARDS,
+    VIDEO,
     all_files,
     by_id,
     command,
@@ -36,7 +37,7 @@ from raw_sets import (
 import data_preparation
 from dct_qwen2vl.preparation import fingerprint
 from dct_qwen2vl.preparation.energon_metadata import count_splits
-from dct_qwen2vl.preparation.output_folder import locked
+from dct_qwen2vl.preparation.output_folder import OLD_NAMES, locked
 from dct_qwen2vl.preparation.plan import source_of
 from dct_qwen2vl.preparation.report import writing
 
@@ -59,12 +60,12 @@ def prepared(raw_set, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> Path:
-    """400 entries on 150 pictures from three sources, text among them."""
-    pictures = {f"{'abc'[number % 3]}/{number}.jpg": plain_jpeg(number) for number in range(150)}
-    names = list(pictures)
+    """400 entries on 150 images from three sources, text among them."""
+    images = {f"{'abc'[number % 3]}/{number}.jpg": plain_jpeg(number) for number in range(150)}
+    names = list(images)
     entries = [entry(number, image=names[number * 7 % 150]) for number in range(360)]
     entries += [entry(number) for number in range(360, 400)]
-    return make_set(tmp_path_factory.mktemp("many") / "data", entries, pictures)
+    return make_set(tmp_path_factory.mktemp("many") / "data", entries, images)
 
 
 # What is in the set
@@ -76,13 +77,13 @@ def test_every_entry_is_written_or_accounted_for(prepared):
     assert stats["complete"] is True
     assert (stats["read"], stats["written"]) == (len(GOOD) + len(BAD), len(GOOD))
     assert stats["skipped"] == dict(sorted(Counter(reasons).items()))
-    assert stats["parts"] == {"images_copied": 46, "images_converted": 1, "clips_copied": 1, "text_only": 3}
+    assert stats["parts"] == {"images_copied": 46, "images_converted": 1, "videos_copied": 1, "text_only": 3}
     assert stats["repairs"] == {"other_letter_case": 1}
     assert sum(stats["shards"].values()) == sum(stats["splits"].values()) == len(GOOD)
     for count in stats["sources"].values():
         assert count["read"] == count["written"] + sum(count["skipped"].values())
     read = {name: count["read"] for name, count in stats["sources"].items()}
-    assert (read["coco"], read["png"], read["folder"], read["clips"], read["text"]) == (48, 3, 1, 3, 5)
+    assert (read["coco"], read["png"], read["folder"], read["videos"], read["text"]) == (48, 3, 1, 3, 5)
     assert sum(read.values()) == stats["read"]
     lines = [json.loads(line) for line in (prepared / "skipped.jsonl").read_text().splitlines()]
     assert [(line["index"], line["reason"]) for line in lines] == [
@@ -108,7 +109,7 @@ def test_shards_hold_the_entries_and_their_media(prepared):
         "1.png": PNG,
     }
     assert samples["id.23"]["jpg"] == plain_jpeg(99)
-    assert samples["id.24"]["mp4"] == CLIP
+    assert samples["id.24"]["mp4"] == VIDEO
     assert set(samples["id.25"]) == set(samples["id.27"]) == {"json"}
     assert set(samples["id.28"]) == {"jpg", "json"}  # a transparent PNG becomes a JPEG
     assert samples["id.29"]["jpg"] == JPEGS["coco/train/0003.jpg"]
@@ -210,16 +211,16 @@ def test_damaged_and_hostile_tars_are_named_and_what_is_sound_is_used(tmp_path, 
 # Splits
 
 
-def pictures_of(entries: list[dict]) -> set[str]:
+def images_of(entries: list[dict]) -> set[str]:
     return {item["image"] for item in entries if "image" in item}
 
 
-def test_no_picture_is_in_two_splits_and_sources_are_divided_alike(many, tmp_path):
+def test_no_image_is_in_two_splits_and_sources_are_divided_alike(many, tmp_path):
     assert run(many, tmp_path / "shards") == 0
     splits = splits_of(tmp_path / "shards")
     assert sum(map(len, splits.values())) == 400
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
-        assert not pictures_of(splits[one]) & pictures_of(splits[other])
+        assert not images_of(splits[one]) & images_of(splits[other])
     stats = read_stats(tmp_path / "shards")
     assert stats["splits"] == {name: len(items) for name, items in splits.items()}
     for source in ("a", "b", "c", "text"):
@@ -228,12 +229,12 @@ def test_no_picture_is_in_two_splits_and_sources_are_divided_alike(many, tmp_pat
         assert abs(shares["train"] / read - 0.8) <= 0.03 and min(shares.values()) >= 0.07 * read, shares
 
 
-def test_one_picture_in_two_tars_is_in_one_split(tmp_path):
+def test_one_image_in_two_tars_is_in_one_split(tmp_path):
     data = tmp_path / "data"
-    pictures = [plain_jpeg(number) for number in range(60)]
+    images = [plain_jpeg(number) for number in range(60)]
     data.mkdir()
     for name in "ab":
-        write_tar(data / f"{name}.tar", {f"{name}/{number}.jpg": picture for number, picture in enumerate(pictures)})
+        write_tar(data / f"{name}.tar", {f"{name}/{number}.jpg": image for number, image in enumerate(images)})
     write_entries(data / "cambrian737k.json", [entry(n, image=f"{'ab'[n % 2]}/{n // 2}.jpg") for n in range(120)])
     assert run(data, tmp_path / "shards") == 0
     sides = {}
@@ -376,8 +377,8 @@ def test_max_pixels_and_quality(many, tmp_path):
 
 
 def test_strict_stops_at_the_first_finding(tmp_path, capsys):
-    pictures = {f"{number}.jpg": plain_jpeg(number) for number in range(30)}
-    entries = [entry(number, image=name) for number, name in enumerate(pictures)]
+    images = {f"{number}.jpg": plain_jpeg(number) for number in range(30)}
+    entries = [entry(number, image=name) for number, name in enumerate(images)]
     findings = {
         "entry 12 of the metadata: needs repair: missing_placeholder": {"image": "1.jpg", "conversations": dialogue()},
         "entry 12 of the metadata: missing_media: gone.jpg": entry(12, image="gone.jpg"),
@@ -386,10 +387,10 @@ def test_strict_stops_at_the_first_finding(tmp_path, capsys):
         "entry 12 of the metadata: needs repair: other_letter_case": entry(99, image="12.JPG"),
     }
     for number, (message, item) in enumerate(findings.items()):
-        data = make_set(tmp_path / f"{number}", [*entries[:12], item, *entries[12:]], {**pictures, "broken.jpg": b"x"})
+        data = make_set(tmp_path / f"{number}", [*entries[:12], item, *entries[12:]], {**images, "broken.jpg": b"x"})
         for workers in (0, 2) if "broken.jpg" in message else (0,):
             fails_with(capsys, data, tmp_path / f"out{number}{workers}", message, "--strict", workers=workers)
-    data = make_set(tmp_path / "good", entries, pictures)
+    data = make_set(tmp_path / "good", entries, images)
     assert run(data, tmp_path / "shards", "--strict") == 0
 
 
@@ -399,15 +400,15 @@ def test_strict_on_a_complete_set_fails_as_it_would_have(raw_set, tmp_path, caps
     before = all_files(output)
     for _ in range(2):
         fails_with(capsys, raw_set, output, "--strict: ", "--strict")
-    fails_with(capsys, raw_set, output, "skipped: broken_clip 2, skipped: broken_image 3", "--strict")
+    fails_with(capsys, raw_set, output, "skipped: broken_image 3, skipped: broken_video 2", "--strict")
     fails_with(capsys, raw_set, output, "repaired: other_letter_case 1", "--strict")
     (output / "stats.json").unlink()  # all shards are there, and none is read again
     fails_with(capsys, raw_set, output, "entry 15 of the metadata: unsafe_path", "--strict")
     assert run(raw_set, output) == 0
     assert all_files(output) == before
-    pictures = {f"{number}.jpg": plain_jpeg(number) for number in range(20)}
-    broken = [entry(number, image=name) for number, name in enumerate([*pictures, "broken.jpg"])]
-    data = make_set(tmp_path / "broken", broken, {**pictures, "broken.jpg": b"x"})
+    images = {f"{number}.jpg": plain_jpeg(number) for number in range(20)}
+    broken = [entry(number, image=name) for number, name in enumerate([*images, "broken.jpg"])]
+    data = make_set(tmp_path / "broken", broken, {**images, "broken.jpg": b"x"})
     assert run(data, tmp_path / "other", "--split", "1,0,0") == 0
     (tmp_path / "other" / "stats.json").unlink()
     fails_with(capsys, data, tmp_path / "other", "skipped: broken_image 1", "--strict", "--split", "1,0,0")
@@ -443,7 +444,7 @@ def test_what_it_says(raw_set, tmp_path):
         "Found 48 files in 2 tars",
         "Keeping 55 of 65 conversations: 10 shards of up to 6 samples",
         f"{output}/cambrian737k_filtered.json",
-        "read 65 = written 50 + skipped 15 (broken_clip 2, broken_image 3,",
+        "read 65 = written 50 + skipped 15 (broken_image 3, broken_video 2,",
         "other letter case 1",
         "Conversion done: 10 shards",
         f"prepare '{output}'",
@@ -478,6 +479,25 @@ def test_a_complete_set_is_left_alone(raw_set, tmp_path, capsys):
     assert run(raw_set, output) == 0
     assert "9 of 10 shards are finished already" in capsys.readouterr().out
     assert all_files(output) == files
+
+
+def test_a_set_that_was_begun_with_old_names_goes_on(raw_set, tmp_path, capsys):
+    """Stats with the first names of reasons and counts, and the first name of a flag."""
+    new, old = tmp_path / "new", tmp_path / "old"
+    assert run(raw_set, new, "--check-images") == 0
+    shutil.copytree(new, old)
+    for path in [*old.glob("*.json"), old / "skipped.jsonl"]:
+        for before, now in OLD_NAMES.items():
+            path.write_text(path.read_text().replace(f'"{now}"', f'"{before}"'))
+    assert "broken_clip" in (old / "stats.json").read_text()
+    assert data_preparation.main(["--output-dir", str(old), "--verify", "--num-workers", "0"]) == 0
+    assert "clip" not in capsys.readouterr().out
+    for path in (old / SHARDS[0], old / "stats.json"):
+        path.unlink()
+    assert run(raw_set, old, "--check-pictures") == 0
+    assert f"{len(SHARDS) - 1} of {len(SHARDS)} shards are finished already" in capsys.readouterr().out
+    assert (old / "stats.json").read_bytes() == (new / "stats.json").read_bytes()
+    assert (old / "skipped.jsonl").read_bytes() == (new / "skipped.jsonl").read_bytes()
 
 
 def test_verify(raw_set, tmp_path, capsys):
@@ -539,7 +559,7 @@ def test_help_and_wrong_arguments(tmp_path, capsys):
         ({"dataset": "vg", "source": 3}, "vg"),
         ({"image": "./coco/train/a.jpg"}, "coco"),
         ({"images": ["coco/a.jpg", "gqa/a.jpg"]}, "coco"),
-        ({"image": [], "video": "clips/a.mp4"}, "clips"),
+        ({"image": [], "video": "videos/a.mp4"}, "videos"),
         ({"image": "a.jpg"}, "no folder"),
         ({"image": "../coco/a.jpg"}, "no folder"),
         ({"image": {"path": "coco/a.jpg"}}, "no folder"),
@@ -551,7 +571,7 @@ def test_help_and_wrong_arguments(tmp_path, capsys):
         ({"image": None, "video": []}, "text"),
         ({"messages": [{"content": [{"type": "image"}, {"type": "image", "image": "coco/a.jpg"}]}]}, "coco"),
         ({"messages": [{"content": [{"type": "image_url", "image_url": {"url": "gqa/a.jpg"}}]}]}, "gqa"),
-        ({"messages": [{"content": [{"type": "video", "video": ["clips/1.jpg"]}]}]}, "clips"),
+        ({"messages": [{"content": [{"type": "video", "video": ["videos/1.jpg"]}]}]}, "videos"),
         ({"messages": [3, {"content": [3, {"type": "image", "image": {}}]}], "image": []}, "text"),
         ({"messages": 3}, "text"),
         ({}, "text"),
@@ -669,7 +689,7 @@ def test_force_replaces_only_what_the_tool_wrote(raw_set, tmp_path, capsys):
 
 @pytest.mark.parametrize("option", ["--force", "--limit=90"])
 def test_what_killed_runs_left_is_cleared(raw_set, tmp_path, option):
-    """By a run that writes the set anew, and by one that finds it complete."""
+    """By a run that writes the set again, and by one that finds it complete."""
     output = tmp_path / "shards"
     assert run(raw_set, output, "--limit=90") == 0
     before = all_files(output)

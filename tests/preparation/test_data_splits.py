@@ -1,4 +1,4 @@
-"""Splits by picture, shares of sources, weights, order and shards: what is promised holds for many entries."""
+"""Splits by image, shares of sources, weights, order and shards: what is promised holds for many entries."""
 
 from collections import Counter, defaultdict
 
@@ -29,10 +29,10 @@ def digests(count: int, kind: str = "entry") -> np.ndarray:
 
 
 def entries(media: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """media_start, content and digest of entries with these pictures."""
-    pictures = digests(max([number for numbers in media for number in numbers], default=0) + 1, "picture")
+    """media_start, content and digest of entries with these images."""
+    images = digests(max([number for numbers in media for number in numbers], default=0) + 1, "image")
     flat = np.array([number for numbers in media for number in numbers], int)
-    return np.cumsum([0, *map(len, media)]), pictures[flat], digests(len(media))
+    return np.cumsum([0, *map(len, media)]), images[flat], digests(len(media))
 
 
 def divide(media: list[list[int]], source: np.ndarray, seed: int = 0, shares: tuple = SHARES) -> np.ndarray:
@@ -40,14 +40,14 @@ def divide(media: list[list[int]], source: np.ndarray, seed: int = 0, shares: tu
     return split_entries(group_entries(*columns), source, identify(*columns), shares, seed)
 
 
-def random_media(count: int, pictures: int, seed: int = 0) -> list[list[int]]:
-    """Most entries with one picture, some with several or none."""
+def random_media(count: int, images: int, seed: int = 0) -> list[list[int]]:
+    """Most entries with one image, some with several or none."""
     rng = np.random.default_rng(seed)
     sizes = rng.choice([0, 1, 2, 3], count, p=[0.1, 0.8, 0.07, 0.03])
-    return [rng.integers(0, pictures, size).tolist() for size in sizes]
+    return [rng.integers(0, images, size).tolist() for size in sizes]
 
 
-def test_entries_that_share_a_picture_form_a_group():
+def test_entries_that_share_an_image_form_a_group():
     media = [[0], [1], [0], [], [2, 3], [3, 4], [4, 5], [], [6, 6], [1]]
     group = group_entries(*entries(media))
     members = defaultdict(set)
@@ -57,7 +57,7 @@ def test_entries_that_share_a_picture_form_a_group():
     assert set(group.tolist()) == set(range(6))
 
 
-def test_groups_are_the_same_with_and_without_entries_of_several_pictures():
+def test_groups_are_the_same_with_and_without_entries_of_several_images():
     media = [numbers[:1] for numbers in random_media(500, 200)]
     single = group_entries(*entries(media))
     several = group_entries(*entries([*media, [200, 201]]))[:-1]
@@ -66,7 +66,7 @@ def test_groups_are_the_same_with_and_without_entries_of_several_pictures():
 
 
 @pytest.mark.parametrize("shares", [(8, 1, 1), (18, 1, 1), (7, 2, 1), (9, 1, 0)])
-def test_no_picture_is_on_two_sides_and_every_source_is_divided_alike(shares):
+def test_no_image_is_on_two_sides_and_every_source_is_divided_alike(shares):
     media = random_media(20_000, 15_000)
     source = np.random.default_rng(1).choice(5, len(media), p=[0.5, 0.3, 0.15, 0.04, 0.01])
     split = divide(media, source, shares=shares)
@@ -80,7 +80,7 @@ def test_no_picture_is_on_two_sides_and_every_source_is_divided_alike(shares):
         np.testing.assert_allclose(found, np.array(shares) / sum(shares), atol=0.01)
 
 
-def test_shares_hold_with_pictures_of_many_entries():
+def test_shares_hold_with_images_of_many_entries():
     media = [[number // 7] for number in range(7000)]
     split = divide(media, np.zeros(7000, int))
     np.testing.assert_allclose(np.bincount(split) / 7000, (0.8, 0.1, 0.1), atol=0.002)

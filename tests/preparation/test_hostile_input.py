@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from media_files import audio_file, clip_file, encode, insert_chunk, insert_segment, noise, png_chunk
+from media_files import audio_file, encode, insert_chunk, insert_segment, noise, png_chunk, video_file
 from PIL import Image
 
 import data_preparation
@@ -33,7 +33,7 @@ def outcome(kind: str, data: bytes, **options) -> str:
         return unusable.reason
 
 
-# Pictures
+# Images
 
 
 def zeros_png(height: int, width: int) -> bytes:
@@ -50,13 +50,13 @@ def test_a_decompression_bomb_takes_neither_time_nor_memory():
     bomb = zeros_png(9500, 9500)
     assert len(bomb) < 1_000_000
     start, memory = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for options in ({}, {"max_pixels": 10_000}, {"check_pictures": True}):
+    for options in ({}, {"max_pixels": 10_000}, {"check_images": True}):
         assert outcome("image", bomb, **options) == "image_too_large"
     assert time.perf_counter() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50_000  # KiB
 
 
-def test_a_picture_50_000_pixels_wide():
+def test_an_image_50_000_pixels_wide():
     assert outcome("image", zeros_png(100, 50_000)) == "extreme_aspect_ratio"
     wide = zeros_png(300, 50_000)
     assert outcome("image", wide) == "images_copied"
@@ -79,7 +79,7 @@ def test_headers_that_promise_gigabytes(file_format):
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
-def test_pictures_that_end_too_early(file_format):
+def test_images_that_end_too_early(file_format):
     data = encode(noise(64, 64), file_format)
     for stop in (0, 1, 8, len(data) // 3, len(data) * 9 // 10):
         assert outcome("image", data[:stop]) == "broken_image", stop
@@ -89,14 +89,14 @@ def test_files_of_the_wrong_name_are_stored_as_what_they_are():
     for kind, data, part in (
         ("image", encode(noise(), "PNG"), "png"),
         ("image", encode(noise(), "WEBP"), "jpg"),
-        ("video", clip_file("matroska"), "mkv"),
-        ("video", clip_file("avi", "mpeg4"), "avi"),
-        ("video", clip_file("mpegts"), "mp4"),
+        ("video", video_file("matroska"), "mkv"),
+        ("video", video_file("avi", "mpeg4"), "avi"),
+        ("video", video_file("mpegts"), "mp4"),
     ):
         name = "x.jpg" if kind == "image" else "x.mp4"
         assert convert_media(kind, name, data).part == part
-    assert outcome("image", clip_file()) == "broken_image"
-    assert outcome("video", encode(noise(), "JPEG")) == "unsupported_clip"
+    assert outcome("image", video_file()) == "broken_image"
+    assert outcome("video", encode(noise(), "JPEG")) == "unsupported_video"
 
 
 def test_what_follows_or_precedes_a_jpeg():
@@ -110,12 +110,12 @@ def test_what_follows_or_precedes_a_jpeg():
 
 @pytest.mark.parametrize("kind", [b"IHDR", b"IDAT", b"IEND", b"pHYs"])
 def test_a_wrong_crc(kind):
-    """What Pillow passes over, as that of IDAT, is no reason to lose a picture; then it is stored as it decodes."""
+    """What Pillow passes over, as that of IDAT, is no reason to lose an image; then it is stored as it decodes."""
     data = bytearray(encode(noise(), "PNG", dpi=(72, 72)))
     place = data.index(kind)
     data[place + 4 + int.from_bytes(data[place - 4 : place], "big")] ^= 1
     assert read_layout(bytes(data)) is None
-    expected = "broken_image" if kind in (b"IHDR", b"pHYs") else outcome("image", bytes(data), check_pictures=True)
+    expected = "broken_image" if kind in (b"IHDR", b"pHYs") else outcome("image", bytes(data), check_images=True)
     assert outcome("image", bytes(data)) == expected
 
 
@@ -185,10 +185,10 @@ def test_16_bit_colour():
 )
 def test_what_other_programs_would_have_to_open(data, reason):
     assert outcome("image", data) == reason
-    assert outcome("video", data) == "broken_clip"
+    assert outcome("video", data) == "broken_video"
 
 
-# Clips
+# Videos
 
 
 def absurd_avi(height: int, width: int) -> bytes:
@@ -206,30 +206,30 @@ def absurd_avi(height: int, width: int) -> bytes:
     return bytes(data)
 
 
-def test_clips_of_absurd_size(monkeypatch):
-    assert outcome("video", absurd_avi(32, 32)) == "clips_copied"
+def test_videos_of_absurd_size(monkeypatch):
+    assert outcome("video", absurd_avi(32, 32)) == "videos_copied"
     assert outcome("video", absurd_avi(32, 32_000)) == "extreme_aspect_ratio"
     for height, width in ((0, 32), (8192, 8192), (30_000, 30_000)):
-        with pytest.raises(UnusableSample, match="broken_clip: x: no frame size, or one of over 35389440 px"):
+        with pytest.raises(UnusableSample, match="broken_video: x: no frame size, or one of over 35389440 px"):
             convert_media("video", "x", absurd_avi(height, width))
     monkeypatch.setattr("dct_qwen2vl.preparation.video_conversion.MAXIMUM_FRAME_PIXELS", 64 * 96 - 1)
     for container in ("mp4", "mpegts"):
-        assert outcome("video", clip_file(container)) == "clip_too_large"
+        assert outcome("video", video_file(container)) == "video_too_large"
 
 
-def test_clips_of_too_many_frames(monkeypatch):
+def test_videos_of_too_many_frames(monkeypatch):
     monkeypatch.setattr("dct_qwen2vl.preparation.video_conversion.MAXIMUM_PACKETS", 11)
-    assert outcome("video", clip_file(frames=11)) == "clips_copied"
-    assert outcome("video", clip_file(frames=12)) == "clip_too_long"
+    assert outcome("video", video_file(frames=11)) == "videos_copied"
+    assert outcome("video", video_file(frames=12)) == "video_too_long"
 
 
 @pytest.mark.parametrize("container", ["mp4", "matroska", "mpegts", "flv"])
-def test_clips_without_video_or_frames(container):
-    assert outcome("video", audio_file(container, "aac")) == "broken_clip"
-    assert outcome("video", clip_file(container, "libx264", frames=0)) == "broken_clip"
+def test_videos_without_video_or_frames(container):
+    assert outcome("video", audio_file(container, "aac")) == "broken_video"
+    assert outcome("video", video_file(container, "libx264", frames=0)) == "broken_video"
 
 
-def test_a_song_with_a_cover_is_no_clip():
+def test_a_song_with_a_cover_is_no_video():
     data, stream = audio_file("matroska", "aac"), io.BytesIO()
     with av.open(io.BytesIO(data)) as song, av.open(stream, "w", format="matroska") as target:
         audio = target.add_stream_from_template(song.streams.audio[0])
@@ -238,14 +238,14 @@ def test_a_song_with_a_cover_is_no_clip():
             if packet.size:
                 packet.stream = audio
                 target.mux(packet)
-    assert outcome("video", stream.getvalue()) == "broken_clip"
+    assert outcome("video", stream.getvalue()) == "broken_video"
 
 
 @pytest.mark.parametrize("container", ["mp4", "mov", "matroska", "webm", "avi"])
-def test_clips_that_end_too_early(container):
-    data = clip_file(container, {"webm": "libvpx", "avi": "mpeg4"}.get(container, "libx264"), frames=30)
+def test_videos_that_end_too_early(container):
+    data = video_file(container, {"webm": "libvpx", "avi": "mpeg4"}.get(container, "libx264"), frames=30)
     for stop in (0, 1, 40, len(data) // 3, len(data) * 9 // 10):
-        assert outcome("video", data[:stop]) == "broken_clip", stop
+        assert outcome("video", data[:stop]) == "broken_video", stop
 
 
 # Metadata
@@ -332,7 +332,7 @@ def test_a_few_hundred_fuzzed_inputs():
     assert result.findings == []
     counts = {kind: outcomes.total() for kind, outcomes in result.outcomes.items()}
     assert counts == {kind: 3 * share for kind, share in fuzz_preparation.KINDS.items()}
-    assert len(result.outcomes["picture"]) >= 4 and len(result.outcomes["clip"]) >= 3
+    assert len(result.outcomes["image"]) >= 4 and len(result.outcomes["video"]) >= 3
 
 
 def end_badly(seed: int, number: int) -> tuple[str, bool]:
@@ -356,7 +356,7 @@ def test_crashes_hangs_and_exceptions_are_named_and_nothing_is_lost(capsys):
 
 def test_an_input_can_be_repeated():
     for number in (0, 5, 8, 11):
-        assert fuzz_preparation.kind_of(number) != "clip"
+        assert fuzz_preparation.kind_of(number) != "video"
         assert fuzz_preparation.run_input(3, number) == fuzz_preparation.run_input(3, number)
 
 

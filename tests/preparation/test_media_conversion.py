@@ -1,4 +1,4 @@
-"""Pictures and clips: what keeps its bytes, what is converted and how, what is refused."""
+"""Images and videos: what keeps its bytes, what is converted and how, what is refused."""
 
 import io
 import re
@@ -13,7 +13,6 @@ from media_files import (
     RED,
     WHITE,
     audio_file,
-    clip_file,
     encode,
     insert_chunk,
     insert_segment,
@@ -21,6 +20,7 @@ from media_files import (
     png_header,
     quadrants,
     rotated_exif,
+    video_file,
 )
 from PIL import Image, features
 
@@ -29,7 +29,7 @@ from dct_qwen2vl.preparation import image_structure
 from dct_qwen2vl.preparation.conversion import ConversionOptions, StoredMedia, convert_all, convert_media
 from dct_qwen2vl.preparation.entries import UnusableSample
 from dct_qwen2vl.preparation.image_structure import find_end_of_scan, list_chunks, read_layout
-from dct_qwen2vl.preparation.video_conversion import probe_clip
+from dct_qwen2vl.preparation.video_conversion import probe_video
 
 ALL_FRAMES = VideoSampling(fps=1000, min_frames=1)
 
@@ -42,12 +42,12 @@ def pixels(data: bytes) -> np.ndarray:
 
 
 def convert(image_file: bytes) -> np.ndarray:
-    """What a picture file becomes, decoded; fails if it was copied."""
+    """What an image file becomes, decoded; fails if it was copied."""
     stored = convert_media("image", "name", image_file)
     assert (stored.part, stored.treatment) == ("jpg", "images_converted")
-    picture = pixels(stored.data)
-    assert (stored.height, stored.width, stored.frames, stored.seconds) == (*picture.shape[:2], 1, 0)
-    return picture
+    image = pixels(stored.data)
+    assert (stored.height, stored.width, stored.frames, stored.seconds) == (*image.shape[:2], 1, 0)
+    return image
 
 
 def assert_copied(data: bytes, part: str, options: ConversionOptions = ConversionOptions()) -> None:  # noqa: B008
@@ -63,13 +63,13 @@ def reason_of(kind: str, data: bytes, name: str = "a/x", options: ConversionOpti
     return caught.value.reason
 
 
-def assert_quadrants(picture: np.ndarray, names: str, tolerance: int = 4) -> None:
-    height, width = picture.shape[:2]
-    centres = picture[[height // 4, height // 4, -height // 4, -height // 4], [width // 4, -width // 4] * 2]
+def assert_quadrants(image: np.ndarray, names: str, tolerance: int = 4) -> None:
+    height, width = image.shape[:2]
+    centres = image[[height // 4, height // 4, -height // 4, -height // 4], [width // 4, -width // 4] * 2]
     np.testing.assert_allclose(centres, [COLOURS[name] for name in names], atol=tolerance)
 
 
-# Pictures that keep their bytes
+# Images that keep their bytes
 
 
 @pytest.mark.parametrize(
@@ -119,10 +119,10 @@ def test_what_is_unusual_but_sound_keeps_its_bytes_after_decoding():
 def test_files_are_stored_by_what_they_are_not_by_their_names():
     assert convert_media("image", "a.jpg", encode(noise(), "PNG")).part == "png"
     assert convert_media("image", "a.png", encode(noise(), "JPEG")).part == "jpg"
-    assert convert_media("video", "a.avi", clip_file("matroska")).part == "mkv"
+    assert convert_media("video", "a.avi", video_file("matroska")).part == "mkv"
 
 
-def test_every_picture_is_decoded_if_asked_for():
+def test_every_image_is_decoded_if_asked_for():
     damaged = bytearray(encode(noise(64, 64), "PNG"))
     place = damaged.index(b"IDAT") + 200
     damaged[place : place + 50] = bytes(50)
@@ -130,7 +130,7 @@ def test_every_picture_is_decoded_if_asked_for():
     end = damaged.index(b"IDAT") + 4 + length
     damaged[end : end + 4] = struct.pack(">I", zlib.crc32(damaged[damaged.index(b"IDAT") : end]))
     assert convert_media("image", "x", bytes(damaged)).treatment == "images_copied"
-    options = ConversionOptions(check_pictures=True)
+    options = ConversionOptions(check_images=True)
     assert reason_of("image", bytes(damaged), options=options) == "broken_image"
     assert_copied(encode(noise(), "JPEG"), "jpg", options)
     assert_copied(encode(noise(), "PNG"), "png", options)
@@ -188,7 +188,7 @@ def test_structure_that_decoders_refuse(old, new):
 
 
 def test_a_second_scan_of_the_same_components_is_left_to_the_decoder():
-    """libjpeg expects the end there, and gives up on the whole picture."""
+    """libjpeg expects the end there, and gives up on the whole image."""
     data = encode(noise(64, 64), "JPEG")
     twice = data[:-2] + data[data.index(b"\xff\xda") : -2] + data[-2:]
     assert read_layout(data) and read_layout(twice) is None
@@ -210,7 +210,7 @@ def test_every_copied_part_of_a_png_that_may_turn_or_break_it_is_left_to_the_dec
         assert read_layout(insert_chunk(png, kind, content)) is None
 
 
-# Pictures that are converted
+# Images that are converted
 
 
 @pytest.mark.parametrize(
@@ -220,9 +220,9 @@ def test_every_copied_part_of_a_png_that_may_turn_or_break_it_is_left_to_the_dec
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF"])
 def test_exif_orientation_is_applied(orientation, shown, file_format):
     options = {"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}
-    picture = convert(encode(quadrants("rgbw"), file_format, exif=rotated_exif(orientation), **options))
-    assert picture.shape == ((48, 32, 3) if orientation >= 5 else (32, 48, 3))
-    assert_quadrants(picture, shown, tolerance=8)
+    image = convert(encode(quadrants("rgbw"), file_format, exif=rotated_exif(orientation), **options))
+    assert image.shape == ((48, 32, 3) if orientation >= 5 else (32, 48, 3))
+    assert_quadrants(image, shown, tolerance=8)
 
 
 def test_xmp_orientation_is_applied():
@@ -262,8 +262,8 @@ def test_palette_with_a_transparent_colour():
 def test_16_bit_grey_is_scaled_not_clipped():
     levels = np.repeat(np.array([[0, 40 * 257, 200 * 257, 65_535]], np.uint16), 16, axis=0).repeat(16, axis=1)
     for file_format in ("PNG", "TIFF"):
-        picture = convert(encode(Image.fromarray(levels), file_format))
-        np.testing.assert_allclose(picture[8, 8::16], [(0,) * 3, (40,) * 3, (200,) * 3, (255,) * 3], atol=3)
+        image = convert(encode(Image.fromarray(levels), file_format))
+        np.testing.assert_allclose(image[8, 8::16], [(0,) * 3, (40,) * 3, (200,) * 3, (255,) * 3], atol=3)
 
 
 def test_pixels_of_unknown_range_are_refused():
@@ -283,8 +283,8 @@ def test_cmyk_and_bilevel():
 def test_formats_that_not_every_pillow_reads(file_format, feature):
     if not features.check(feature):
         pytest.skip(f"this Pillow reads no {file_format}")
-    picture = quadrants("rgbw", 64, 96)
-    data = encode(picture, file_format)
+    image = quadrants("rgbw", 64, 96)
+    data = encode(image, file_format)
     np.testing.assert_allclose(
         convert(data)[[8, 8, 56, 56], [8, 88, 8, 88]], [COLOURS[name] for name in "rgbw"], atol=6
     )
@@ -299,7 +299,7 @@ def test_an_avif_whose_pixels_are_damaged():
     data = bytearray(encode(noise(), "AVIF"))
     data[data.index(b"mdat") + 4 :] = bytes(len(data) - data.index(b"mdat") - 4)
     assert reason_of("image", bytes(data)) == "broken_image"
-    with pytest.raises(MediaError, match="not a readable picture"):
+    with pytest.raises(MediaError, match="not a readable image"):
         decode_image(bytes(data))
 
 
@@ -311,7 +311,7 @@ def test_first_frame_of_an_animation(file_format):
     assert_quadrants(convert(data), "rgbw")
 
 
-def test_first_picture_of_an_mpo():
+def test_first_image_of_an_mpo():
     data = encode(quadrants("rgbw"), "MPO", save_all=True, append_images=[quadrants("bbbb")], quality=95, subsampling=0)
     assert_quadrants(convert(data), "rgbw", tolerance=8)
 
@@ -331,20 +331,20 @@ def test_conversion_is_without_chroma_subsampling(quality):
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF"])
 @pytest.mark.parametrize("max_pixels", [20_000, 60_000])  # a JPEG is decoded at a half of its size for the first
-def test_pictures_above_max_pixels_are_made_smaller(file_format, max_pixels):
+def test_images_above_max_pixels_are_made_smaller(file_format, max_pixels):
     data = encode(quadrants("rgbw", 300, 400), file_format, **({"quality": 95} if file_format == "JPEG" else {}))
     stored = convert_media("image", "a", data, ConversionOptions(max_pixels=max_pixels))
-    picture = pixels(stored.data)
+    image = pixels(stored.data)
     assert (stored.treatment, stored.part) == ("images_downsized", "jpg")
-    assert (stored.height, stored.width) == picture.shape[:2]
+    assert (stored.height, stored.width) == image.shape[:2]
     assert 0.98 * max_pixels < stored.height * stored.width <= max_pixels
     assert stored.width / stored.height == pytest.approx(400 / 300, rel=0.01)
-    assert_quadrants(picture, "rgbw")
+    assert_quadrants(image, "rgbw")
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
 @pytest.mark.parametrize(("height", "width"), [(10, 1990), (1990, 10)])
-def test_a_long_picture_made_smaller_keeps_an_aspect_ratio_that_training_takes(file_format, height, width):
+def test_a_long_image_made_smaller_keeps_an_aspect_ratio_that_training_takes(file_format, height, width):
     options = ConversionOptions(max_pixels=9000)
     stored = convert_media("image", "name", encode(Image.new("RGB", (width, height)), file_format), options)
     assert stored.treatment == "images_downsized"
@@ -353,12 +353,12 @@ def test_a_long_picture_made_smaller_keeps_an_aspect_ratio_that_training_takes(f
     assert (sides[0] > sides[1]) == (height > width)
 
 
-def test_pictures_within_max_pixels_stay_as_they_are():
+def test_images_within_max_pixels_stay_as_they_are():
     assert_copied(encode(noise(40, 50), "JPEG"), "jpg", ConversionOptions(max_pixels=2000))
     assert_copied(encode(noise(40, 50), "PNG"), "png", ConversionOptions(max_pixels=2000))
 
 
-def test_a_turned_picture_is_made_smaller_as_displayed():
+def test_a_turned_image_is_made_smaller_as_displayed():
     data = encode(quadrants("rgbw", 300, 400), "JPEG", exif=rotated_exif(6), quality=95)
     stored = convert_media("image", "a", data, ConversionOptions(max_pixels=30_000))
     assert (stored.height, stored.width) == (200, 150)
@@ -373,7 +373,7 @@ def test_what_cannot_be_made_smaller():
     assert reason_of("image", tiff, options=options) == "unsupported_image"
 
 
-# Pictures that are refused
+# Images that are refused
 
 
 @pytest.mark.parametrize("cut", [2, 40, 1000])
@@ -396,7 +396,7 @@ def test_a_cut_jpeg_is_found(cut, progressive):
         (2001, 10, "extreme_aspect_ratio"),
     ],
 )
-def test_pictures_beyond_the_limits_are_refused_unread(height, width, reason):
+def test_images_beyond_the_limits_are_refused_unread(height, width, reason):
     assert reason_of("image", png_header(height, width)) == reason
 
 
@@ -408,11 +408,11 @@ def test_formats_that_are_not_read_have_a_reason_of_their_own(data):
 
 
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"\xff\xd8\xff", bytes(range(200))])
-def test_what_is_no_picture(data):
+def test_what_is_no_image(data):
     assert reason_of("image", data) == "broken_image"
 
 
-# Clips
+# Videos
 
 
 @pytest.mark.parametrize(
@@ -425,16 +425,16 @@ def test_what_is_no_picture(data):
         ("avi", "mpeg4", "avi"),
     ],
 )
-def test_clips_that_training_reads_keep_their_bytes(container, codec, part):
-    data = clip_file(container, codec)
+def test_videos_that_training_reads_keep_their_bytes(container, codec, part):
+    data = video_file(container, codec)
     stored = convert_media("video", "name", data)
-    assert (stored.part, stored.treatment, stored.data == data) == (part, "clips_copied", True)
+    assert (stored.part, stored.treatment, stored.data == data) == (part, "videos_copied", True)
     assert (stored.height, stored.width, stored.frames) == (96, 64, 12)
     assert stored.seconds == pytest.approx(1.5, abs=0.01)
 
 
 def test_the_index_of_an_mp4_may_come_first(tmp_path):
-    path = tmp_path / "clip.mp4"
+    path = tmp_path / "video.mp4"
     with av.open(str(path), "w", options={"movflags": "faststart"}) as target:
         video = target.add_stream("mpeg4", rate=8, width=64, height=96)
         video.pix_fmt = "yuv420p"
@@ -444,7 +444,7 @@ def test_the_index_of_an_mp4_may_come_first(tmp_path):
     data = path.read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
     assert convert_media("video", "name", data).data == data
-    assert reason_of("video", data[:-100]) == "broken_clip"
+    assert reason_of("video", data[:-100]) == "broken_video"
 
 
 @pytest.mark.parametrize(
@@ -460,9 +460,9 @@ def test_the_index_of_an_mp4_may_come_first(tmp_path):
     ],
 )
 def test_other_containers_give_their_packets_to_one_that_training_reads(container, codec, part):
-    data = clip_file(container, codec)
+    data = video_file(container, codec)
     stored = convert_media("video", "name", data)
-    assert (stored.part, stored.treatment) == (part, "clips_remuxed")
+    assert (stored.part, stored.treatment) == (part, "videos_remuxed")
     assert (stored.height, stored.width, stored.frames) == (96, 64, 12)
     assert stored.seconds == pytest.approx(1.5, abs=0.1)
     np.testing.assert_array_equal(decode_video(stored.data, ALL_FRAMES), decode_video(data, ALL_FRAMES))
@@ -470,31 +470,31 @@ def test_other_containers_give_their_packets_to_one_that_training_reads(containe
 
 
 @pytest.mark.parametrize(("container", "codec"), [("flv", "flv1"), ("asf", "wmv1"), ("asf", "wmv2")])
-def test_a_clip_in_an_avi_keeps_its_rate(container, codec):
-    data = clip_file(container, codec, frames=80)
+def test_a_video_in_an_avi_keeps_its_rate(container, codec):
+    data = video_file(container, codec, frames=80)
     stored = convert_media("video", "name", data)
     assert (stored.part, stored.frames, stored.seconds) == ("avi", 80, pytest.approx(10.0))
-    with av.open(io.BytesIO(stored.data)) as clip:
-        assert clip.streams.video[0].average_rate == 8
+    with av.open(io.BytesIO(stored.data)) as video:
+        assert video.streams.video[0].average_rate == 8
     assert len(decode_video(stored.data, VideoSampling())) == len(decode_video(data, VideoSampling())) == 20
 
 
-def test_a_clip_of_uneven_rate_is_not_put_into_an_avi():
-    data, stretched_clip = clip_file("flv", "flv1", frames=80), io.BytesIO()
+def test_a_video_of_uneven_rate_is_not_put_into_an_avi():
+    data, stretched_video = video_file("flv", "flv1", frames=80), io.BytesIO()
     stamps = [125 * (number + 3 * min(30, max(0, number - 40))) for number in range(80)]
-    with av.open(io.BytesIO(data)) as source, av.open(stretched_clip, "w", format="flv") as target:
+    with av.open(io.BytesIO(data)) as source, av.open(stretched_video, "w", format="flv") as target:
         copy = target.add_stream_from_template(source.streams.video[0])
         for packet, pts in zip(source.demux(video=0), stamps, strict=False):
             packet.pts = packet.dts = pts
             packet.stream = copy
             target.mux(packet)
-    assert reason_of("video", stretched_clip.getvalue()) == "unsupported_clip"
+    assert reason_of("video", stretched_video.getvalue()) == "unsupported_video"
 
 
-def test_a_clip_that_begins_between_key_frames():
-    data = clip_file("mpegts", "mpeg2video", frames=40, g=16, bf=0)
+def test_a_video_that_begins_between_key_frames():
+    data = video_file("mpegts", "mpeg2video", frames=40, g=16, bf=0)
     stored = convert_media("video", "name", data[len(data) // 2 // 188 * 188 :])
-    assert stored.treatment == "clips_remuxed"
+    assert stored.treatment == "videos_remuxed"
     assert len(decode_video(stored.data, ALL_FRAMES)) == stored.frames // 2 * 2 > 0
 
 
@@ -507,8 +507,8 @@ def test_a_clip_that_begins_between_key_frames():
         ((0.9, 0.4, -0.4, 0.9), (96, 64)),
     ],
 )
-def test_size_of_a_turned_clip_is_as_displayed(matrix, shown):
-    data = clip_file()
+def test_size_of_a_turned_video_is_as_displayed(matrix, shown):
+    data = video_file()
     at = data.index(b"tkhd") + 4 + 40  # behind version and flags: 40 bytes, then the matrix (ISO 14496-12, 8.3.2)
     a, b, c, d = (round(value * 65_536) for value in matrix)
     packed = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
@@ -518,34 +518,34 @@ def test_size_of_a_turned_clip_is_as_displayed(matrix, shown):
 
 
 @pytest.mark.parametrize("container", ["mp4", "matroska", "avi"])
-def test_a_cut_clip_is_found(container):
-    data = clip_file(container, "mpeg4", frames=40)
+def test_a_cut_video_is_found(container):
+    data = video_file(container, "mpeg4", frames=40)
     for stop in (0, 20, len(data) // 2, len(data) - 300):
-        assert reason_of("video", data[:stop]) == "broken_clip"
+        assert reason_of("video", data[:stop]) == "broken_video"
 
 
 def test_damage_in_the_middle_is_found_by_decoding_everything():
-    data = bytearray(clip_file("mp4", "mpeg4", frames=300, g=300, bf=0))
+    data = bytearray(video_file("mp4", "mpeg4", frames=300, g=300, bf=0))
     with av.open(io.BytesIO(bytes(data))) as container:
         packet = [packet for packet in container.demux(video=0) if packet.size][200]
     data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
     damaged = bytes(data)
     assert convert_media("video", "a", damaged).frames == 300
     with pytest.raises(UnusableSample):
-        convert_media("video", "a", damaged, ConversionOptions(check_pictures=True))
+        convert_media("video", "a", damaged, ConversionOptions(check_images=True))
 
 
-def test_what_is_no_clip():
-    for data in (b"", b"no clip", audio_file("mp4", "aac"), audio_file("matroska", "aac"), clip_file(frames=0)):
-        assert reason_of("video", data) == "broken_clip"
+def test_what_is_no_video():
+    for data in (b"", b"no video", audio_file("mp4", "aac"), audio_file("matroska", "aac"), video_file(frames=0)):
+        assert reason_of("video", data) == "broken_video"
     for file_format in ("GIF", "PNG", "JPEG"):
-        assert reason_of("video", encode(quadrants("rgbw"), file_format)) == "unsupported_clip"
+        assert reason_of("video", encode(quadrants("rgbw"), file_format)) == "unsupported_video"
     playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n"
     for data in (playlist, b"ffconcat version 1.0\nfile x.mp4\n"):
-        assert reason_of("video", data) == "broken_clip"
+        assert reason_of("video", data) == "broken_video"
 
 
-# Clips given as pictures
+# Videos given as images
 
 
 def frames_of(sizes: list[tuple[int, int]], file_format: str = "JPEG") -> list[bytes]:
@@ -557,11 +557,11 @@ def frames_of(sizes: list[tuple[int, int]], file_format: str = "JPEG") -> list[b
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
-def test_pictures_become_one_clip(file_format):
+def test_images_become_one_video(file_format):
     files = frames_of([(32, 48)] * 4, file_format)
-    media = [("frame", f"clip/{number}.jpg") for number in range(4)]
+    media = [("frame", f"video/{number}.jpg") for number in range(4)]
     (stored,) = convert_all(media, files)
-    assert (stored.part, stored.treatment) == ("mp4", "clips_of_frames")
+    assert (stored.part, stored.treatment) == ("mp4", "videos_of_frames")
     assert (stored.height, stored.width, stored.frames, stored.seconds) == (32, 48, 4, 2.0)
     if file_format == "JPEG":
         assert all(data in stored.data for data in files)
@@ -572,19 +572,19 @@ def test_pictures_become_one_clip(file_format):
 
 
 def test_frames_stand_where_their_placeholder_does():
-    picture, clip = encode(noise(), "JPEG"), clip_file()
+    image, video = encode(noise(), "JPEG"), video_file()
     media = [("image", "a.jpg"), ("frame", "0.jpg"), ("frame", "1.jpg"), ("image", "b.jpg"), ("video", "c.mp4")]
-    stored = convert_all(media, [picture, *frames_of([(32, 48)] * 2), picture, clip])
-    treatments = ["images_copied", "clips_of_frames", "images_copied", "clips_copied"]
+    stored = convert_all(media, [image, *frames_of([(32, 48)] * 2), image, video])
+    treatments = ["images_copied", "videos_of_frames", "images_copied", "videos_copied"]
     assert [part.treatment for part in stored] == treatments
     assert convert_all([], []) == []
 
 
-def test_frames_that_make_no_clip():
-    media = [("frame", "clip/0.jpg"), ("frame", "clip/1.jpg")]
+def test_frames_that_make_no_video():
+    media = [("frame", "video/0.jpg"), ("frame", "video/1.jpg")]
     for files, reason, name in (
-        (frames_of([(32, 48), (32, 64)]), "unsupported_clip", "clip/0.jpg"),
-        ([*frames_of([(32, 48)]), b"no picture"], "broken_image", "clip/1.jpg"),
+        (frames_of([(32, 48), (32, 64)]), "unsupported_video", "video/0.jpg"),
+        ([*frames_of([(32, 48)]), b"no image"], "broken_image", "video/1.jpg"),
     ):
         with pytest.raises(UnusableSample, match=name) as caught:
             convert_all(media, files)
@@ -594,4 +594,4 @@ def test_frames_that_make_no_clip():
 def test_frames_are_made_smaller_too():
     (stored,) = convert_all([("frame", "0.jpg")], frames_of([(100, 200)]), ConversionOptions(max_pixels=5000))
     assert (stored.height, stored.width) == (50, 100)
-    assert isinstance(stored, StoredMedia) and probe_clip(stored.data).frames == 1
+    assert isinstance(stored, StoredMedia) and probe_video(stored.data).frames == 1

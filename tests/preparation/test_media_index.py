@@ -32,7 +32,7 @@ from dct_qwen2vl.preparation.metadata import PreparationError
 from dct_qwen2vl.preparation.tar_walk import EDGE_BYTES
 from dct_qwen2vl.preparation.workers import WorkerPool
 
-LONG_NAME = "folder/" * 40 + "picture.jpg"
+LONG_NAME = "folder/" * 40 + "image.jpg"
 FILES = {"a/1.jpg": b"one", "a/2.jpg": b"two" * 5000, "b/Ü.png": b"", LONG_NAME: b"long", "c.mp4": b"x" * 512}
 
 
@@ -428,7 +428,7 @@ def test_another_letter_case_or_unicode_form_is_found_if_it_is_the_only_one(tmp_
     assert places.other_case.sum() == 5
 
 
-def test_one_picture_in_several_places_is_known_as_one(tmp_path):
+def test_one_image_in_several_places_is_known_as_one(tmp_path):
     same, other = plain_jpeg(1), plain_jpeg(1)[:-1] + b"\xff"
     assert len(same) < 2 * EDGE_BYTES
     large = os.urandom(10 * EDGE_BYTES)

@@ -49,33 +49,33 @@ NAME = 'it\'s <b>"quoted"</b> & $x_1$'
 LONG_NAME = "n" * 150
 
 
-def picture(height: int, width: int, colour: str = "teal") -> Image.Image:
+def image(height: int, width: int, colour: str = "teal") -> Image.Image:
     return Image.new("RGB", (width, height), colour)
 
 
 @pytest.fixture(scope="module")
-def samples(image_file, clip_file, natural_frames) -> list[StoredSample]:
-    """Pictures, clips and text of known sizes, and conversations that mean ill."""
+def samples(image_file, video_file, natural_frames) -> list[StoredSample]:
+    """Images, videos and text of known sizes, and conversations that mean ill."""
 
-    def pictured(height: int, width: int, turns, source: str = "coco", file_format: str = "JPEG") -> StoredSample:
+    def imaged(height: int, width: int, turns, source: str = "coco", file_format: str = "JPEG") -> StoredSample:
         ending = {"JPEG": "jpg", "PNG": "png"}[file_format]
-        data = image_file(picture(height, width), file_format)
+        data = image_file(image(height, width), file_format)
         return StoredSample(turns, source, {ending: data}, [(height, width, 1, 0)])
 
     def asked(question: str, answer: str = "yes") -> list[tuple[str, str]]:
         return [("human", f"<image>\n{question}"), ("gpt", answer)]
 
-    clip = clip_file(natural_frames(12, 112, 168, 1), 4)
-    both = {"0.jpg": image_file(picture(280, 420), "JPEG"), "1.png": image_file(picture(620, 310, "red"), "PNG")}
+    video = video_file(natural_frames(12, 112, 168, 1), 4)
+    both = {"0.jpg": image_file(image(280, 420), "JPEG"), "1.png": image_file(image(620, 310, "red"), "PNG")}
     return [
-        *(pictured(280, 420, asked(text, text)) for text in HOSTILE),
-        pictured(480, 640, asked("Colour? 🦜👨‍👩‍👧 \0\x1b[31m", ARABIC), "gqa", "PNG"),
-        pictured(640, 480, asked("x" * 5000, "short"), NAME),
-        pictured(5, 3000, asked("A strip?"), LONG_NAME),
+        *(imaged(280, 420, asked(text, text)) for text in HOSTILE),
+        imaged(480, 640, asked("Colour? 🦜👨‍👩‍👧 \0\x1b[31m", ARABIC), "gqa", "PNG"),
+        imaged(640, 480, asked("x" * 5000, "short"), NAME),
+        imaged(5, 3000, asked("A strip?"), LONG_NAME),
         StoredSample(asked("<image>Two?"), "gqa", both, [(280, 420, 1, 0), (620, 310, 1, 0)]),
-        StoredSample([("human", "<video>\nMoves?"), ("gpt", "left")], "clips", {"mp4": clip}, [(112, 168, 12, 3.0)]),
+        StoredSample([("human", "<video>\nMoves?"), ("gpt", "left")], "hmdb", {"mp4": video}, [(112, 168, 12, 3.0)]),
         StoredSample([("human", "Two and two?"), ("gpt", "4")] * 10, "text"),
-        replace(pictured(64, 64, asked("Broken?")), parts={"jpg": b"no picture"}),
+        replace(imaged(64, 64, asked("Broken?")), parts={"jpg": b"no image"}),
     ]
 
 
@@ -211,7 +211,7 @@ def test_page_is_silent_and_loads_nothing(prepared_set, visit):
 
 
 def test_visits_notice_what_is_wrong(visit, tmp_path):
-    """A broken picture, an error, something from elsewhere and a page too wide for a phone would be seen."""
+    """A broken image, an error, something from elsewhere and a page too wide for a phone would be seen."""
     page = tmp_path / "bad.html"
     bad = "<img alt=bad src='data:image/png;base64,AAAA'><img alt=away src='http://example.invalid/x.png'>"
     page.write_text(f"<body><p style='width: 2001px'>{bad}<script>console.error('oh')</script>{PROBE}")
@@ -222,15 +222,15 @@ def test_visits_notice_what_is_wrong(visit, tmp_path):
     assert visited.requests == ["GET http://example.invalid/x.png HTTP/1.1"]
 
 
-def test_pictures_are_shown(seen):
-    """Nine figures; a picture for each of eight samples, two of the ninth, six frames of the clip; one is broken."""
+def test_images_are_shown(seen):
+    """Nine figures; an image for each of eight samples, two of the ninth, six frames of the video; one is broken."""
     assert seen["broken"] == []
     assert seen["images"] == len(FIGURES) + 7 + 2 + 6
     assert {address for address in seen["addresses"] if address[0] != "#"} == {
         "data:image/png;base64,iVBORw0KGgoAAAANSU"[:40],
         "data:image/jpeg;base64,/9j/4AAQSkZJRgABA"[:40],
     }
-    assert "jpg: not a readable picture: cannot identify image file <_io.BytesIO>" in seen["notes"]
+    assert "jpg: not a readable image: cannot identify image file <_io.BytesIO>" in seen["notes"]
 
 
 def test_page_fits_a_phone(seen):
@@ -243,7 +243,7 @@ def test_counts_are_shown(seen):
         ["source", "entries read", "samples written", "entries skipped"],
         ["coco", "7", "5", "2 28.6 %"],
         ["gqa", "2", "2", "0 0 %"],
-        ["clips", "1", "1", "0 0 %"],
+        ["hmdb", "1", "1", "0 0 %"],
         [NAME, "1", "1", "0 0 %"],
         ["lost", "1", "0", "1 100 %"],
         [LONG_NAME, "1", "1", "0 0 %"],
@@ -270,9 +270,9 @@ def test_sizes_and_tokens_are_shown(seen):
     assert tables["table-distributions"][1:6] == [
         ["height, px", "5", "11", "280", "638", "640", "301.9"],
         ["width, px", "64", "74", "420", "2,764", "3,000", "614.7"],
-        ["pictures and clips of a sample", "1", "1", "1", "2", "2", "1.1"],
-        ["frames of a clip", "12", "12", "12", "12", "12", "12.0"],
-        ["duration of a clip, s", "3.0", "3.0", "3.0", "3.0", "3.0", "3.0"],
+        ["images and videos of a sample", "1", "1", "1", "2", "2", "1.1"],
+        ["frames of a video", "12", "12", "12", "12", "12", "12.0"],
+        ["duration of a video, s", "3.0", "3.0", "3.0", "3.0", "3.0", "3.0"],
     ]
     assert tables["table-tokens"][1] == ["visual, pixels, exact", "0", "0", "150", "392", "392", "185.0"]
     # Longer than 1,024 tokens: the text of 5,014 characters alone.
@@ -303,17 +303,17 @@ def test_any_script_and_long_text_are_shown(seen):
 # The files
 
 
-def test_report_of_a_set_that_was_prepared(image_file, clip_file, natural_frames, tmp_path, capsys):
+def test_report_of_a_set_that_was_prepared(image_file, video_file, natural_frames, tmp_path, capsys):
     """What data_preparation.py leaves is what is read here."""
     data = tmp_path / "data"
     (data / "coco").mkdir(parents=True)
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
     entries = [{"id": n, "image": f"coco/{n}.jpg", "conversations": turns} for n in range(40)]
-    entries.append({"id": 40, "video": "coco/clip.mp4", "conversations": turns})
+    entries.append({"id": 40, "video": "coco/video.mp4", "conversations": turns})
     entries += [{"id": n, "conversations": [{**turns[0], "value": f"{n}?"}, turns[1]]} for n in range(50, 60)]
     for n in range(39):  # the last one is missing
-        (data / f"coco/{n}.jpg").write_bytes(image_file(picture(32 + n, 64), "JPEG"))
-    (data / "coco/clip.mp4").write_bytes(clip_file(natural_frames(8, 64, 96), 4))
+        (data / f"coco/{n}.jpg").write_bytes(image_file(image(32 + n, 64), "JPEG"))
+    (data / "coco/video.mp4").write_bytes(video_file(natural_frames(8, 64, 96), 4))
     (data / "cambrian737k.json").write_text(json.dumps(entries))
     output = tmp_path / "shards"
     assert data_preparation.main(["--data-dir", str(data), "--output-dir", str(output), "--num-workers", "0"]) == 0
@@ -323,8 +323,8 @@ def test_report_of_a_set_that_was_prepared(image_file, clip_file, natural_frames
     assert sorted(zip(statistics.height.tolist(), statistics.width.tolist())) == sorted(
         [(32 + n, 64) for n in range(39)] + [(64, 96)]
     )
-    assert statistics.frames[statistics.is_clip].tolist() == [8]
-    assert statistics.seconds[statistics.is_clip].tolist() == [2.0]
+    assert statistics.frames[statistics.is_video].tolist() == [8]
+    assert statistics.seconds[statistics.is_video].tolist() == [2.0]
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "<td>missing media</td>" in page and page.count('<article class="sample">') == 30
 
@@ -342,7 +342,7 @@ def test_figures_say_nothing_but_what_they_show(prepared_set):
 
 
 def test_figures_without_data_are_taken_away(prepared_set, samples, tmp_path):
-    """A set of text alone has no sizes, clips, visual tokens; one without skipped entries no reasons."""
+    """A set of text alone has no sizes, videos, visual tokens; one without skipped entries no reasons."""
     text = [sample for sample in samples if not sample.parts]
     folder = write_set(tmp_path / "text", {"train": [text * 3]})
     shutil.copytree(prepared_set / "report", folder / "report")
@@ -353,7 +353,7 @@ def test_figures_without_data_are_taken_away(prepared_set, samples, tmp_path):
 
 
 def test_many_sources_are_summed_up(samples, tmp_path):
-    """Arguments are heeded: 46 estimated tokens of text and 150 of the picture are more than 50, but not than 200."""
+    """Arguments are heeded: 46 estimated tokens of text and 150 of the image are more than 50, but not than 200."""
     named = [replace(samples[0], source=f"source {number:03d}") for number in range(120)]
     folder = write_set(tmp_path / "many", {"train": [named]})
     assert writing.main([str(folder), "--num-samples", "0", "--seq-length", "200", "50"]) == 0
@@ -381,15 +381,15 @@ def test_samples_are_a_seeded_choice(prepared_set):
     assert [thumbnail.name for thumbnail in shown[1].thumbnails] == ["0.jpg", "1.png"]
 
 
-def test_thumbnails_are_small_and_of_the_right_shape(image_file, clip_file, natural_frames):
-    wide = make_thumbnail("jpg", image_file(picture(1000, 4000), "JPEG"))
-    assert (wide.height, wide.width) == (80, 320) == Image.open(io.BytesIO(wide.pictures[0])).size[::-1]
-    small = make_thumbnail("0.png", image_file(picture(20, 10, "red"), "PNG"))
-    assert Image.open(io.BytesIO(small.pictures[0])).getpixel((5, 10)) == pytest.approx((255, 0, 0), abs=3)
-    clip = make_thumbnail("mp4", clip_file(natural_frames(12, 112, 224), 4))
-    assert (clip.height, clip.width, len(clip.pictures)) == (80, 160, 6)
-    assert len(set(clip.pictures)) == 6
-    assert make_thumbnail("mp4", b"").fault and not make_thumbnail("mp4", b"").pictures
+def test_thumbnails_are_small_and_of_the_right_shape(image_file, video_file, natural_frames):
+    wide = make_thumbnail("jpg", image_file(image(1000, 4000), "JPEG"))
+    assert (wide.height, wide.width) == (80, 320) == Image.open(io.BytesIO(wide.images[0])).size[::-1]
+    small = make_thumbnail("0.png", image_file(image(20, 10, "red"), "PNG"))
+    assert Image.open(io.BytesIO(small.images[0])).getpixel((5, 10)) == pytest.approx((255, 0, 0), abs=3)
+    video = make_thumbnail("mp4", video_file(natural_frames(12, 112, 224), 4))
+    assert (video.height, video.width, len(video.images)) == (80, 160, 6)
+    assert len(set(video.images)) == 6
+    assert make_thumbnail("mp4", b"").fault and not make_thumbnail("mp4", b"").images
 
 
 def test_target_sizes_are_those_of_the_processor():
@@ -408,7 +408,7 @@ def test_target_sizes_are_those_of_the_processor():
 
 
 def test_token_counts_are_those_of_training(prepared_set, qwen2vl_directory, samples):
-    """Text, chat template, pictures and clips, by preset: what the task encoder makes of every sample that it takes."""
+    """Text, chat template, images and videos, by preset: what the task encoder makes of every sample that it takes."""
     from transformers import AutoTokenizer
 
     from dct_qwen2vl.data.samples import cook
@@ -422,7 +422,7 @@ def test_token_counts_are_those_of_training(prepared_set, qwen2vl_directory, sam
     for name, preset in (("pixels, exact", "exact"), ("x4", "x4"), ("x16", "x16")):
         assert FACTORS[name] == DCTImageProcessor(preset).dct_config.resize_factor[0]
         encoder = QwenTaskEncoder(tokenizer, DCTImageProcessor(preset), seq_length=1 << 20)
-        for number, sample in enumerate(samples[:-1]):  # the last one's picture is broken
+        for number, sample in enumerate(samples[:-1]):  # the last one's image is broken
             crude = {**sample.parts, "json": json.dumps(sample.entry).encode(), "__key__": "a", "__restore_key__": ()}
             cooked = cook({**crude, "__subflavor__": None, "__subflavors__": {}})
             if lengths.refused[number]:

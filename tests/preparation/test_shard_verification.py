@@ -24,14 +24,14 @@ FIRST, LAST = "pretrain-000000.tar", "pretrain-000009.tar"
 Members = list[tuple[str, bytes]]
 
 
-def picture(number: int, file_format: str = "JPEG") -> bytes:
+def image(number: int, file_format: str = "JPEG") -> bytes:
     noise = np.random.default_rng(number).integers(0, 256, (24, 40, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(noise).save(stream, file_format)
     return stream.getvalue()
 
 
-def clip(number: int) -> bytes:
+def video(number: int) -> bytes:
     stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as container:
         video = container.add_stream("mpeg4", rate=Fraction(8), width=32, height=32)
@@ -50,20 +50,20 @@ def entry(number: int, **fields) -> dict:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
-    """A prepared set of ten shards with pictures, clips, a sample of two media, text, and two entries left out."""
+    """A prepared set of ten shards with images, videos, a sample of two media, text, and two entries left out."""
     data, output = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("prepared") / "shards"
     for number in range(40):
-        (data / f"{number}.jpg").write_bytes(picture(number))
-    (data / "a.png").write_bytes(picture(50, "PNG"))
-    (data / "a.gif").write_bytes(picture(51, "GIF"))
+        (data / f"{number}.jpg").write_bytes(image(number))
+    (data / "a.png").write_bytes(image(50, "PNG"))
+    (data / "a.gif").write_bytes(image(51, "GIF"))
     for number in range(3):
-        (data / f"{number}.mp4").write_bytes(clip(number))
+        (data / f"{number}.mp4").write_bytes(video(number))
     entries = [entry(number, image=f"{number}.jpg") for number in range(40)]
     entries += [entry(40, image="a.png"), entry(41, image="a.gif"), entry(42)]
     entries += [entry(43 + number, video=f"{number}.mp4") for number in range(2)]
     entries += [{**entry(45, image="0.jpg"), "video": "2.mp4"}, entry(46, image="none.jpg")]
     entries[-2]["conversations"][0]["value"] = "Is <video> after <image>?"
-    (data / "0.jpg").write_bytes(picture(0))
+    (data / "0.jpg").write_bytes(image(0))
     (data / "cambrian737k.json").write_text(json.dumps(entries))
     arguments = ["--data-dir", str(data), "--output-dir", str(output), "--num-workers", "0", "--no-report"]
     assert data_preparation.main([*arguments, "--seed", "1"]) == 0
@@ -137,7 +137,7 @@ def only_problem(folder: Path) -> str:
 def test_a_sound_set_has_no_problems(sound, capsys):
     assert verify(sound, 0) == []
     out = capsys.readouterr().out
-    assert "Verified 10 shards: 46 samples, 43 pictures and 3 clips decoded; no problems" in out
+    assert "Verified 10 shards: 46 samples, 43 images and 3 videos decoded; no problems" in out
     assert verify(sound, 2) == []
 
 
@@ -233,7 +233,7 @@ def damage_png(data: bytes) -> bytes:
     return data[: place + 4] + pixels + struct.pack(">I", zlib.crc32(b"IDAT" + pixels)) + data[place + 8 + length :]
 
 
-def damage_clip(data: bytes) -> bytes:
+def damage_video(data: bytes) -> bytes:
     with av.open(io.BytesIO(data)) as container:
         packet = [packet for packet in container.demux(video=0) if packet.size][2]
         return data[: packet.pos] + bytes(packet.size) + data[packet.pos + packet.size :]
@@ -245,10 +245,10 @@ def damage_clip(data: bytes) -> bytes:
         ("jpg", lambda data: data[:-200]),
         ("jpg", lambda data: b""),
         ("png", damage_png),
-        ("mp4", damage_clip),
+        ("mp4", damage_video),
         ("mp4", lambda data: data[: len(data) // 2]),
-        ("0.mp4", lambda data: b"no clip"),
-        ("jpg", lambda data: picture(1, "PNG")),
+        ("0.mp4", lambda data: b"no video"),
+        ("jpg", lambda data: image(1, "PNG")),
     ],
 )
 def test_media_that_cannot_be_decoded(copied, ending, change):
@@ -264,7 +264,7 @@ def test_media_that_cannot_be_decoded(copied, ending, change):
         (lambda data: data.replace(b"human", b"robot"), "json: unknown_role"),
         (lambda data: data.replace(b'"noise"', b'""'), "json: empty_turn"),
         (lambda data: data.replace(b"<image>\\n", b""), "json: it needs repair: missing_placeholder"),
-        (lambda data: data.replace(b'"image": ', b'"picture": '), "json: placeholder_mismatch"),
+        (lambda data: data.replace(b'"image": ', b'"photo": '), "json: placeholder_mismatch"),
         (lambda data: data.replace(b'"image": ', b'"video": ').replace(b"<image>", b"<video>"), "placeholders ask for"),
     ],
 )
@@ -310,20 +310,20 @@ def test_many_problems_of_one_shard_are_counted(copied, monkeypatch):
 # The set
 
 
-def test_a_picture_in_two_splits(copied):
+def test_an_image_in_two_splits(copied):
     """The same file name, and the same content under another name."""
     data = {name: read_members(copied / name) for name in (FIRST, LAST)}
     media, text = data[FIRST][0], data[FIRST][1]
     assert media[0].endswith("jpg") and data[LAST][0][0].endswith("jpg")
     test = [(data[LAST][0][0], media[1]), *data[LAST][1:]]
     write_members(copied / LAST, test)
-    assert "1 times one picture or clip is in two splits" in only_problem(copied)
+    assert "1 times one image or video is in two splits" in only_problem(copied)
     entry = {**json.loads(data[LAST][1][1]), "image": json.loads(text[1])["image"]}
     write_members(copied / LAST, [data[LAST][0], (data[LAST][1][0], json.dumps(entry).encode()), *data[LAST][2:]])
     assert "1 times one file name is in two splits" in only_problem(copied)
 
 
-def test_equal_pictures_that_conversion_made_are_no_leak(copied):
+def test_equal_images_that_conversion_made_are_no_leak(copied):
     """Files that differ may become the same JPEG; only 4:4:4 ones can be such."""
     stream = io.BytesIO()
     Image.new("RGB", (40, 24), "red").save(stream, "JPEG", quality=95, subsampling=0)

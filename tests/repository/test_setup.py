@@ -188,7 +188,7 @@ def test_uv_gets_the_settings_of_pip_and_keeps_its_own(sandbox):
         ([], {"PYTHON": "old"}, "PYTHON=old is Python 3.9.18; name a Python 3.10, 3.11 or 3.12"),
         ([], {"PYTHON": "new"}, "PYTHON=new is Python 3.13.0; name a Python 3.10, 3.11 or 3.12"),
         ([], {"MIN_FREE_GB": "1000000000"}, "it needs 1000000000; to try with less: make setup MIN_FREE_GB="),
-        ([], {"UNAME": "Darwin arm64"}, "requirements.lock is for Linux x86_64; this is Darwin arm64"),
+        ([], {"UNAME": "Darwin variant64"}, "requirements.lock is for Linux x86_64; this is Darwin variant64"),
         ([], {"VENV": "notes"}, "notes was not made by this script"),
         ([], {"NO_UV": "1"}, "pip could not fetch uv"),
     ],

@@ -22,7 +22,7 @@ DEFAULT_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 @pytest.fixture(scope="module")
 def output_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sample") / "out"
-    assert sample_data.main(["--output-dir", str(folder), "--num-pictures", str(TOTAL)]) == 0
+    assert sample_data.main(["--output-dir", str(folder), "--num-images", str(TOTAL)]) == 0
     return folder
 
 
@@ -71,7 +71,7 @@ def nearest_colour(pixels: np.ndarray) -> str:
     """The named colour of most of the saturated pixels; the background is muted, its channels within about 40."""
     flat = pixels.reshape(-1, 3).astype(int)
     bright = flat[(np.ptp(flat, axis=1) > 90) & (flat.max(axis=1) > 150)]
-    assert len(bright) > 100, "nothing colourful in the picture"
+    assert len(bright) > 100, "nothing colourful in the image"
     table = np.array(list(COLOURS.values()))
     votes = np.argmin(((bright[:, None] - table) ** 2).sum(-1), axis=1)
     return list(COLOURS)[np.bincount(votes).argmax()]
@@ -82,7 +82,7 @@ def nearest_colour(pixels: np.ndarray) -> str:
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(output_dir, tmp_path):
-    arguments = ["--num-pictures", str(TOTAL), "--output-dir"]
+    arguments = ["--num-images", str(TOTAL), "--output-dir"]
     assert sample_data.main([*arguments, str(tmp_path / "again")]) == 0
     assert sample_data.main([*arguments, str(tmp_path / "other"), "--seed", "1"]) == 0
     first, again, other = digests(output_dir), digests(tmp_path / "again"), digests(tmp_path / "other")
@@ -92,11 +92,11 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(output_dir, tm
         assert first[name] != other[name], name
 
 
-def test_clips_are_the_same_bytes_whatever_the_cpu():
+def test_videos_are_the_same_bytes_whatever_the_cpu():
     """x264's code for AVX-512 rounds otherwise than its plain code, which every CPU could run."""
     scene = Scene("cyan", "circle", motion="left")
     for seed in range(6):
-        frames = drawing.draw_clip(np.random.default_rng(seed), scene, 8)
+        frames = drawing.draw_video(np.random.default_rng(seed), scene, 8)
         plain = io.BytesIO()
         with av.open(plain, "w", format="mp4") as container:
             options = {"preset": "veryfast", "crf": "16", "x264-params": "asm=0"}
@@ -105,20 +105,20 @@ def test_clips_are_the_same_bytes_whatever_the_cpu():
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
-        assert drawing.encode_clip(frames, 4, "libx264") == plain.getvalue(), seed
+        assert drawing.encode_video(frames, 4, "libx264") == plain.getvalue(), seed
 
 
 def test_refuses_to_overwrite_and_leaves_what_is_there(output_dir, capsys):
     before = digests(output_dir)
-    assert sample_data.main(["--output-dir", str(output_dir), "--num-pictures", "100"]) == 1
+    assert sample_data.main(["--output-dir", str(output_dir), "--num-images", "100"]) == 1
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "--force" in message and str(output_dir) in message
     assert digests(output_dir) == before
 
 
-def test_too_few_pictures_is_a_wrong_argument(tmp_path, capsys):
+def test_too_few_images_is_a_wrong_argument(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        sample_data.main(["--output-dir", str(tmp_path / "out"), "--num-pictures", "99"])
+        sample_data.main(["--output-dir", str(tmp_path / "out"), "--num-images", "99"])
     assert stopped.value.code == 2
     assert "at least 100" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -155,7 +155,7 @@ def test_tars_have_fixed_dates_and_owners(output_dir):
         ("animated_gif", "GIF", "P"),
     ],
 )
-def test_pictures_are_of_the_kind_they_claim(entries, files, kind, file_format, mode):
+def test_images_are_of_the_kind_they_claim(entries, files, kind, file_format, mode):
     for entry in of_kind(entries, kind):
         for name in media_names(entry):
             image = Image.open(io.BytesIO(files[name]))
@@ -184,10 +184,10 @@ def test_every_exif_orientation_is_there_and_the_stored_size_is_the_turned_one(e
 
 
 @pytest.mark.parametrize("orientation", drawing.ORIENTATIONS)
-def test_undoing_the_orientation_gives_the_picture_that_was_drawn(orientation):
+def test_undoing_the_orientation_gives_the_image_that_was_drawn(orientation):
     rng = np.random.default_rng(3)
     pixels, opaque = drawing.draw_scene(rng, Scene("red", digit="7"), 112, 168)
-    content = drawing.encode_picture(rng, pixels, "exif_jpeg", orientation, opaque)
+    content = drawing.encode_image(rng, pixels, "exif_jpeg", orientation, opaque)
     turned = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content)))).astype(int)
     assert turned.shape == (112, 168, 3)
     assert np.abs(turned - pixels).mean() < 8  # JPEG; any other turn is above 20
@@ -195,13 +195,13 @@ def test_undoing_the_orientation_gives_the_picture_that_was_drawn(orientation):
 
 
 @pytest.mark.parametrize(("kind", "codec"), [("mp4_h264", "h264"), ("mp4_mpeg4", "mpeg4")])
-def test_clips_play(entries, files, kind, codec):
+def test_videos_play(entries, files, kind, codec):
     for entry in of_kind(entries, kind):
         with av.open(io.BytesIO(files[entry["video"]])) as container:
             stream = container.streams.video[0]
             frames = sum(1 for _ in container.decode(stream))
             assert stream.codec_context.name == codec
-            assert (int(stream.average_rate), frames) in drawing.CLIP_FORMS
+            assert (int(stream.average_rate), frames) in drawing.VIDEO_FORMS
             assert 2.0 <= frames / stream.average_rate <= 4.0
 
 
@@ -215,7 +215,7 @@ def test_missing_and_broken_media(entries, files):
         image = Image.open(io.BytesIO(files[entry["image"]]))  # the header is whole
         with pytest.raises(OSError, match="truncated"):
             image.load()
-    for entry in of_kind(entries, "broken_clip"):
+    for entry in of_kind(entries, "broken_video"):
         with pytest.raises(av.error.InvalidDataError):
             av.open(io.BytesIO(files[entry["video"]]))
 
@@ -240,7 +240,7 @@ def test_conversations_come_in_every_form(entries):
     assert all("image" not in entry and "video" not in entry for entry in of_kind(entries, "text_only"))
 
 
-def test_one_placeholder_for_each_picture_and_clip_and_one_type_for_each_answer(entries):
+def test_one_placeholder_for_each_image_and_video_and_one_type_for_each_answer(entries):
     for entry in entries:
         text = "".join(turn.get("value", turn.get("content")) for turn in entry["conversations"])
         media = len(media_names(entry))
@@ -253,7 +253,7 @@ def test_one_placeholder_for_each_picture_and_clip_and_one_type_for_each_answer(
 # Answers
 
 
-def test_the_colour_answered_is_the_colour_in_the_picture(entries, files):
+def test_the_colour_answered_is_the_colour_in_the_image(entries, files):
     checked = 0
     for entry in entries:
         answer = facts(entry).get("colour")
@@ -282,7 +282,7 @@ def test_the_count_answered_is_the_number_of_shapes(entries, files):
 
 
 def test_shapes_fill_the_share_of_their_box_that_geometry_says():
-    # circle pi/4, square 1, triangle 1/2, cross of arms a third wide 1 - (2/3)^2
+    # circle pi/4, square 1, triangle 1/2, cross of variants a third wide 1 - (2/3)^2
     expected = {"circle": 0.785, "square": 1.0, "triangle": 0.5, "cross": 0.56}
     for shape, share in expected.items():
         mask = drawing.shape_mask(shape, 20, (2.0, -3.0))
@@ -292,7 +292,7 @@ def test_shapes_fill_the_share_of_their_box_that_geometry_says():
         assert mask.min() >= 0.0 and mask.max() == 1.0
 
 
-def test_the_motion_answered_is_where_the_clip_goes(entries, files):
+def test_the_motion_answered_is_where_the_video_goes(entries, files):
     rows_columns = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
     checked = 0
     for entry in entries:
@@ -335,11 +335,11 @@ def test_one_answer_does_not_tell_another():
 
 def test_most_of_the_default_data_is_plain_jpeg_and_enough_of_it_can_be_read():
     items = sample_data.plan_items(
-        np.random.default_rng(0), sample_data.parse_arguments(["--output-dir", "x"]).num_pictures
+        np.random.default_rng(0), sample_data.parse_arguments(["--output-dir", "x"]).num_images
     )
-    pictures = [item for item in items if item.scene.motion is None]
+    images = [item for item in items if item.scene.motion is None]
     assert len(items) >= 2000
-    assert sum(item.file_kind == "jpeg" for item in pictures) / len(pictures) > 0.8
+    assert sum(item.file_kind == "jpeg" for item in images) / len(images) > 0.8
 
 
 def test_summary_adds_up(output_dir, entries):

@@ -41,7 +41,7 @@ def test_the_gradient_is_that_of_the_model_s_own_mean_loss(in_one, converted):
     model(**batch.model_inputs(), labels=labels).loss.backward()
     own = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
     assert relative_difference(in_one[-len(own) :], own) < 1e-5
-    assert not in_one[: -len(own)].any()  # of the vision tower, which comes first and has seen a blank picture
+    assert not in_one[: -len(own)].any()  # of the vision tower, which comes first and has seen a blank image
 
 
 @pytest.mark.launch

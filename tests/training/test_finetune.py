@@ -86,7 +86,7 @@ def whole_lines(run_dir: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def broken_shards(prepared: Prepared, tmp_path_factory) -> Path:
-    """Prepared shards whose every picture has been overwritten."""
+    """Prepared shards whose every image has been overwritten."""
     shards = tmp_path_factory.mktemp("broken") / "shards"
     shutil.copytree(prepared.shards, shards)
     for tar in shards.glob("*.tar"):
@@ -307,8 +307,8 @@ def test_weights_can_be_read_by_others(one_process):
 
 @pytest.fixture(scope="module")
 def restarted(one_process, prepared) -> dict:
-    """A checkpoint of steps of four micro-batches goes on with three a step and the data anew; 16 x 4 is no multiple of
-    3. Killed before its first checkpoint, and started again without the flag. None is saved on the way."""
+    """A checkpoint of steps of four micro-batches goes on with three a step and the data again; 16 x 4 is no multiple
+    of 3. Killed before its first checkpoint, and started again without the flag. None is saved on the way."""
     whole, run_dir = (one_process["output"] / name for name in ("whole", "restarted"))
     shutil.copytree(whole / "checkpoints" / "step000016", run_dir / "checkpoints" / "step000016")
     shutil.copyfile(whole / "run.json", run_dir / "run.json")
@@ -334,7 +334,7 @@ def test_data_begun_anew_in_other_batches_come_in_whole_steps(restarted):
 def test_data_begun_anew_begin_anew_once_more_after_a_kill_before_a_checkpoint(restarted):
     before, after = restarted["before"], metrics(restarted["run_dir"])
     assert len(re.findall(r"Resuming from .*step000016", restarted["log"])) == 2
-    assert restarted["log"].count("The checkpoint is of before --restart-data: the data begin anew") == 1
+    assert restarted["log"].count("The checkpoint is of before --restart-data: the data begin again") == 1
     assert before and figures(after[: len(before)]) == figures(before)
 
 

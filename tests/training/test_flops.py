@@ -34,7 +34,7 @@ def test_vision_tower(model, grid):
     assert vision_flops(model.config.vision_config, grids) == counted(lambda: model.visual(tokens, grid_thw=grids))
 
 
-def test_attention_of_a_clip_stays_within_a_time_step(model):
+def test_attention_of_a_video_stays_within_a_time_step(model):
     vision = model.config.vision_config
     apart = 3 * vision_flops(vision, torch.tensor([[1, 4, 4]]))
     assert vision_flops(vision, torch.tensor([[3, 4, 4]])) == apart

@@ -13,12 +13,12 @@ from task_encoder import QwenTaskEncoder
 
 @pytest.fixture(scope="module")
 def batch(converted, natural_frames, image_file):
-    """One picture, one question."""
+    """One image, one question."""
     folder = converted("x4")
     encoder = QwenTaskEncoder(AutoTokenizer.from_pretrained(folder), DCTImageProcessor.from_pretrained(folder))
-    picture = image_file(natural_frames(1, 112, 168, 1)[0], "PNG")
+    image = image_file(natural_frames(1, 112, 168, 1)[0], "PNG")
     entry = answer("<image>\nWhat colour is the circle?", "The circle is red.")
-    return encoder.batch([encoder.encode(conversation_sample(entry, ("image", picture)))])
+    return encoder.batch([encoder.encode(conversation_sample(entry, ("image", image)))])
 
 
 def build(folder, rank: int = 4, seed: int = 1):

@@ -11,7 +11,7 @@ from dct_qwen2vl.data.packing import PackedBatch
 
 
 def row(losses: int, keys: tuple[str, ...] = ("a", "b"), tokens: int = 40, visual: int = 8) -> PackedBatch:
-    """A row of two samples with one picture of `visual` language-model tokens."""
+    """A row of two samples with one image of `visual` language-model tokens."""
     return PackedBatch(
         input_ids=torch.zeros(tokens, dtype=torch.int64),
         position_ids=torch.zeros(3, tokens, dtype=torch.int64),

@@ -70,10 +70,10 @@ def build(folder, dtype: torch.dtype = DTYPE, **options):
 
 
 @pytest.fixture(scope="module")
-def entries(natural_frames, image_file, clip_file) -> dict:
+def entries(natural_frames, image_file, video_file) -> dict:
     """Conversations of every kind, by name."""
-    pictures = [image_file(natural_frames(1, 112, 168, seed)[0], "PNG") for seed in range(3)]
-    clip = clip_file(natural_frames(8, 112, 112, 5))
+    images = [image_file(natural_frames(1, 112, 168, seed)[0], "PNG") for seed in range(3)]
+    video = video_file(natural_frames(8, 112, 112, 5))
     two = {
         "conversations": [
             *answer("<image>\nHow many squares?", "Three squares.")["conversations"],
@@ -82,11 +82,11 @@ def entries(natural_frames, image_file, clip_file) -> dict:
     }
     return {
         "text": (answer("What colour is the circle?", "The circle is red."),),
-        "image": (two, ("image", pictures[0])),
-        "video": (answer("<video>Where does it go?", "Left."), ("video", clip)),
+        "image": (two, ("image", images[0])),
+        "video": (answer("<video>Where does it go?", "Left."), ("video", video)),
         "mixed": (
             answer("<image><video>and<image>?", "Three of them."),
-            *(("image", pictures[1]), ("video", clip), ("image", pictures[2])),
+            *(("image", images[1]), ("video", video), ("image", images[2])),
         ),
     }
 
@@ -246,14 +246,14 @@ def test_gradients_are_those_of_transformers(name, row, directory, entries):
     found = gradients_of(model, AutoConfig.from_pretrained(folder))
     for key in GRADIENTS:
         if row == "text" and key.startswith("visual"):
-            assert not found[key].any(), f"{key} learns from a blank picture"
+            assert not found[key].any(), f"{key} learns from a blank image"
         else:
             pair = wanted[key].reshape(found[key].shape), rounded[key].reshape(found[key].shape)
             assert_as_near_as_transformers(found[key], *pair, key)
 
 
 def test_no_token_sees_another_sample(directory, entries):
-    """Other text, another picture, another clip before and behind: not one bit of a sample's losses changes."""
+    """Other text, another image, another video before and behind: not one bit of a sample's losses changes."""
     folder = directory("x4")
     encoder = packing_encoder(folder, "x4")
     image, video, mixed = encode(encoder, entries, ("image", "video", "mixed"))

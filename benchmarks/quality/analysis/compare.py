@@ -5,14 +5,14 @@
 Results are result files (.jsonl) or folders with them. PATH also stands for the file PATH.jsonl.
 
 Runs are compared within an experiment: same task and knobs, model, batch, steps, tests and learning rate, and for warm
-starts the same arm and training of the model they start from; only arm and seed differ. Times are those of steps of
-runs that had the device to themselves, of whatever number of steps.
+starts the same variant and training of the model they start from; only variant and seed differ. Times are those of
+steps of runs that had the device to themselves, of whatever number of steps.
 
 Two tests, both paired and two-sided, and both of a mean difference with its 95 % interval:
 
-    over pictures             of one seed: t test on the accuracy of each test picture under both arms. It says whether
+    over images             of one seed: t test on the accuracy of each test image under both variants. It says whether
                               these two trained models differ, and nothing about other seeds.
-    over seeds and pictures   what would change with other seeds and with other test pictures, both
+    over seeds and images   what would change with other seeds and with other test images, both
                               (paired.crossed_difference). It decides "better", and needs three seeds.
 
 Differences by level are over seeds alone, on the one test set: mean and half the 95 % interval of a t test.
@@ -28,26 +28,26 @@ import numpy as np
 from benchmarks.quality.analysis.figures import draw_budgets, draw_by_level, draw_learning
 from benchmarks.quality.analysis.paired import LEAST_SEEDS, describe, paired_difference, spread, verdict_over_seeds
 from benchmarks.quality.analysis.run_results import (
-    Arms,
     Limits,
     Times,
+    Variants,
     cost_key,
     experiments,
+    image_accuracy,
+    image_counts,
     learning_curves,
     level_accuracy,
     levels_of,
     load,
     load_limits,
     pairs_of,
-    picture_accuracy,
-    picture_counts,
     step_times,
     title,
     without_starts,
 )
 from benchmarks.quality.result_files import SUFFIX, Result, result_files
 
-# What is compared with what: (arm, against).
+# What is compared with what: (variant, against).
 PAIRS = (
     ("x4", "quarter"),
     ("x4", "quarter-pca"),
@@ -77,31 +77,38 @@ LEVEL_PAIRS = (("x4", "quarter"), ("x4", "x4-corner"), ("x16", "sixteenth"))  # 
 MARKS = (50, 80, 90, 95, 98)  # percent right, of which the steps to them are told
 
 
-def untimed(arms: Arms, times: Times) -> list[str]:
-    """A line on the arms whose times are not known, if there are any."""
-    missing = [arm for arm, runs in arms.items() if cost_key(runs[0]) not in times]
+def untimed(variants: Variants, times: Times) -> list[str]:
+    """A line on the variants whose times are not known, if there are any."""
+    missing = [variant for variant, runs in variants.items() if cost_key(runs[0]) not in times]
     return [f"no times of {', '.join(missing)}: no such run had the device to itself"] if missing else []
 
 
-def table(arms: Arms, times: Times) -> list[str]:
-    """Markdown lines: one row per arm. Floats: those that are not constant, of all in a token. Cells of what was not
-    measured are empty; a column for step 0 is there if any run was tested then."""
-    hard = next(iter(arms.values()))[0]["hard_levels"]
-    header = ["arm", "LLM tokens", "floats of a token", "right, %", f"levels {hard[0]}-{hard[-1]}, %", "generated, %"]
+def table(variants: Variants, times: Times) -> list[str]:
+    """Markdown lines: one row per variant. Floats: those that are not constant, of all in a token. Cells of what was
+    not measured are empty; a column for step 0 is there if any run was tested then."""
+    hard = next(iter(variants.values()))[0]["hard_levels"]
+    header = [
+        "variant",
+        "LLM tokens",
+        "floats of a token",
+        "right, %",
+        f"levels {hard[0]}-{hard[-1]}, %",
+        "generated, %",
+    ]
     header += ["ms a step: encode + train", "GB", "seeds"]
-    rows = [row(arm, runs, times.get(cost_key(runs[0]))) for arm, runs in arms.items()]
-    begun = [before_training(runs) for runs in arms.values()]
+    rows = [row(variant, runs, times.get(cost_key(runs[0]))) for variant, runs in variants.items()]
+    begun = [before_training(runs) for runs in variants.values()]
     if any(begun):
         for cells, cell in zip([header, *rows], ["at step 0, %", *begun]):
             cells.insert(3, cell)
     return [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
 
 
-def row(arm: str, runs: list[Result], time: dict[str, float] | None) -> list[str]:
-    """Cells of an arm in `table`."""
+def row(variant: str, runs: list[Result], time: dict[str, float] | None) -> list[str]:
+    """Cells of a variant in `table`."""
     run, generated = runs[0], [r["generation"]["accuracy"] for r in runs if r["generation"]]
     return [
-        arm,
+        variant,
         str(run["visual_tokens"]),
         f"{run['live_floats_per_token']} of {run['floats_per_token']}",
         spread([r["accuracy"] for r in runs]),
@@ -114,21 +121,23 @@ def row(arm: str, runs: list[Result], time: dict[str, float] | None) -> list[str
 
 
 def before_training(runs: list[Result]) -> str:
-    """Accuracy of warm starts at step 0, on the test pictures used during training; empty if not tested."""
+    """Accuracy of warm starts at step 0, on the test images used during training; empty if not tested."""
     values = [point["accuracy"] for run in runs for point in run["curve"] if point["step"] == 0]
     return spread(values) if values else ""
 
 
-def level_table(arms: Arms) -> list[str]:
+def level_table(variants: Variants) -> list[str]:
     """Markdown lines: accuracy in percent, mean over seeds, by level of difficulty."""
-    levels = levels_of(run for runs in arms.values() for run in runs)
+    levels = levels_of(run for runs in variants.values() for run in runs)
     if len(levels) < 2:
         return []
-    lines = ["| arm \\ level | " + " | ".join(map(str, levels)) + " |", "| --- " * (len(levels) + 1) + "|"]
-    for arm, runs in arms.items():
-        lines.append(f"| {arm} | " + " | ".join(f"{100 * level_accuracy(runs, level):.1f}" for level in levels) + " |")
+    lines = ["| variant \\ level | " + " | ".join(map(str, levels)) + " |", "| --- " * (len(levels) + 1) + "|"]
+    for variant, runs in variants.items():
+        lines.append(
+            f"| {variant} | " + " | ".join(f"{100 * level_accuracy(runs, level):.1f}" for level in levels) + " |"
+        )
     for ours, theirs in LEVEL_PAIRS:
-        paired = pairs_of(arms, ours, theirs)
+        paired = pairs_of(variants, ours, theirs)
         if len(paired) >= LEAST_SEEDS:
             cells = [level_difference(paired, level) for level in levels]
             lines.append(f"| {ours} - {theirs} | " + " | ".join(cells) + " |")
@@ -142,15 +151,15 @@ def level_difference(paired: list[tuple[Result, Result]], level: int) -> str:
     return f"{100 * difference.mean:+.1f} ± {50 * (difference.high - difference.low):.1f}"
 
 
-def learning_table(arms: Arms) -> list[str]:
-    """Markdown lines: steps after which so much is right of the pictures tested on the way, median over seeds; "-"
+def learning_table(variants: Variants) -> list[str]:
+    """Markdown lines: steps after which so much is right of the images tested on the way, median over seeds; "-"
     where a seed did not get there. Only tests in which all seeds took part count, and only marks above chance."""
-    chance = 100 * next(iter(arms.values()))[0]["chance"]
+    chance = 100 * next(iter(variants.values()))[0]["chance"]
     marks = [mark for mark in MARKS if mark > chance]
     lines = [f"| steps until right, %: | {' | '.join(map(str, marks))} |", "| --- " * (len(marks) + 1) + "|"]
-    for arm, runs in without_starts(arms).items():
+    for variant, runs in without_starts(variants).items():
         steps, accuracy = learning_curves(runs)
-        lines.append(f"| {arm} | {' | '.join(steps_to(mark, steps, accuracy) for mark in marks)} |")
+        lines.append(f"| {variant} | {' | '.join(steps_to(mark, steps, accuracy) for mark in marks)} |")
     return lines if len(lines) > 2 else []
 
 
@@ -160,11 +169,11 @@ def steps_to(mark: float, steps: np.ndarray, accuracy: np.ndarray) -> str:
     return f"{np.median(steps[reached.argmax(axis=1)]):.0f}" if reached.any(axis=1).all() else "-"
 
 
-def tests(arms: Arms) -> list[str]:
+def tests(variants: Variants) -> list[str]:
     """Lines on the pairs that are there."""
     lines = []
     for ours, theirs in PAIRS:
-        paired = pairs_of(arms, ours, theirs)
+        paired = pairs_of(variants, ours, theirs)
         for hard in (False, True) if paired else ():
             lines.append(f"{ours} - {theirs}, {'hard levels' if hard else 'all'}: {verdict(paired, hard)}")
     return lines
@@ -172,36 +181,36 @@ def tests(arms: Arms) -> list[str]:
 
 def verdict(paired: list[tuple[Result, Result]], hard: bool) -> str:
     """Both tests on runs of the same seeds, in words."""
-    ours, theirs = (picture_accuracy(run, hard) for run in paired[0])
+    ours, theirs = (image_accuracy(run, hard) for run in paired[0])
     both = ~(np.isnan(ours) | np.isnan(theirs))
     if both.sum() < 2:
-        return "nothing of it in two test pictures"
-    said = f"over {both.sum()} pictures of seed {paired[0][0]['settings']['seed']}: "
+        return "nothing of it in two test images"
+    said = f"over {both.sum()} images of seed {paired[0][0]['settings']['seed']}: "
     said += describe(paired_difference(ours[both], theirs[both]))
     if len(paired) < LEAST_SEEDS:
         return f"{said}; no verdict below {LEAST_SEEDS} seeds"
-    right, counts = picture_counts(paired, hard)
+    right, counts = image_counts(paired, hard)
     gains = (right[:, 0] - right[:, 1])[:, counts > 0]
-    return f"{said}; {verdict_over_seeds(gains, counts[counts > 0], 'pictures')}"
+    return f"{said}; {verdict_over_seeds(gains, counts[counts > 0], 'images')}"
 
 
 def unfinished(results: list[Result]) -> list[str]:
     return [
-        f"unfinished: {r['settings']['task']} {r['settings']['arm']} seed {r['settings']['seed']}, "
+        f"unfinished: {r['settings']['task']} {r['settings']['variant']} seed {r['settings']['seed']}, "
         f"{r['curve'][-1]['step'] if r['curve'] else 0} of {r['settings']['steps']} steps"
         for r in results
         if not r["finished"]
     ]
 
 
-def draw(name: str, number: int, arms: Arms, times: Times, limits: Limits, folder: Path) -> None:
+def draw(name: str, number: int, variants: Variants, times: Times, limits: Limits, folder: Path) -> None:
     """The figures of an experiment: TASK_NUMBER_budgets.png, _learning.png, _levels.png."""
     task, heading = json.loads(name)["task"], title(name)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {kind: folder / f"{task}_{number}_{kind}.png" for kind in ("budgets", "learning", "levels")}
-    draw_budgets(arms, heading, paths["budgets"])
-    draw_learning(arms, times, heading, paths["learning"])
-    draw_by_level(arms, limits if task == LIMITED else {}, task, heading, paths["levels"])
+    draw_budgets(variants, heading, paths["budgets"])
+    draw_learning(variants, times, heading, paths["learning"])
+    draw_by_level(variants, limits if task == LIMITED else {}, task, heading, paths["levels"])
     print(f"\nfigures: {', '.join(map(str, paths.values()))}")
 
 
@@ -239,14 +248,14 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 1
-    for number, (name, arms) in enumerate(experiments(results).items()):
-        tested = [len(runs[0]["by_picture"]["right"]) for runs in arms.values()]
-        chance = 100 * next(iter(arms.values()))[0]["chance"]
+    for number, (name, variants) in enumerate(experiments(results).items()):
+        tested = [len(runs[0]["by_image"]["right"]) for runs in variants.values()]
+        chance = 100 * next(iter(variants.values()))[0]["chance"]
         print(f"\n{title(name)}; {tested[0]} test samples, chance {chance:.0f} %")
-        tables = ["", *table(arms, times), "", *level_table(arms), "", *learning_table(arms), ""]
-        print("\n".join([*tables, *untimed(arms, times), *tests(arms)]))
+        tables = ["", *table(variants, times), "", *level_table(variants), "", *learning_table(variants), ""]
+        print("\n".join([*tables, *untimed(variants, times), *tests(variants)]))
         if arguments.figures:
-            draw(name, number, arms, times, limits, arguments.figures)
+            draw(name, number, variants, times, limits, arguments.figures)
     print("\n".join(unfinished(results)))
     return 0
 

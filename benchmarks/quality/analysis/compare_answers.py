@@ -1,13 +1,13 @@
-"""Compares arms on public benchmarks, question by question, from what lmms-eval logged with --log_samples.
+"""Compares variants on public benchmarks, question by question, from what lmms-eval logged with --log_samples.
 
     python -m benchmarks.quality.analysis.compare_answers \
       --answers pixels=results/pixels quarter=results/quarter x4=results/x4
 
-Prints a table: the score of each arm in each task (mean over questions, in percent) and what the last arm keeps of the
-first; below it the last arm's paired difference from each other one, with a 95 % interval. An arm may be given several
-times, one folder for each training seed: the table then has mean and standard deviation over seeds, and from three
-seeds on the verdict is over seeds and questions (paired.crossed_difference); before, it is that of the first seed's
-questions and says whether these two models differ, not the arms.
+Prints a table: the score of each variant in each task (mean over questions, in percent) and what the last variant keeps
+of the first; below it the last variant's paired difference from each other one, with a 95 % interval. A variant may be
+given several times, one folder for each training seed: the table then has mean and standard deviation over seeds, and
+from three seeds on the verdict is over seeds and questions (paired.crossed_difference); before, it is that of the first
+seed's questions and says whether these two models differ, not the variants.
 
 Tests are two-sided. Where all scores are 0 or 1: McNemar's exact test, a binomial test of the questions that only one
 of the two got right. Else, such as for ANLS: the paired t test. Questions on one video are correlated (Video-MME has
@@ -155,7 +155,7 @@ def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(binomtest(only_ours, only_ours + only_theirs).pvalue) if only_ours + only_theirs else 1.0
 
 
-Runs = dict[str, list[Answers]]  # {arm: a task's answers by seed}
+Runs = dict[str, list[Answers]]  # {variant: a task's answers by seed}
 
 
 def verdict(ours: list[Answers], theirs: list[Answers]) -> str:
@@ -172,32 +172,32 @@ def verdict(ours: list[Answers], theirs: list[Answers]) -> str:
 
 def table(tasks: dict[str, Runs]) -> list[str]:
     """Markdown lines, one row per task."""
-    arms = list(next(iter(tasks.values())))
-    lines = [f"| task | questions | {' | '.join(arms)} | {arms[-1]} keeps of {arms[0]}, % |"]
-    lines.append("| --- " * (len(arms) + 3) + "|")
+    variants = list(next(iter(tasks.values())))
+    lines = [f"| task | questions | {' | '.join(variants)} | {variants[-1]} keeps of {variants[0]}, % |"]
+    lines.append("| --- " * (len(variants) + 3) + "|")
     for task, runs in tasks.items():
-        means = [[answers.mean for answers in runs[arm]] for arm in arms]
+        means = [[answers.mean for answers in runs[variant]] for variant in variants]
         first, last = (float(np.mean(values)) for values in (means[0], means[-1]))
         kept = f"{100 * last / first:.1f}" if first else ""
-        lines.append(f"| {task} | {len(runs[arms[0]][0].ids)} | {' | '.join(map(spread, means))} | {kept} |")
+        lines.append(f"| {task} | {len(runs[variants[0]][0].ids)} | {' | '.join(map(spread, means))} | {kept} |")
     return lines
 
 
 def gather(folders: list[tuple[str, Path]], metrics: dict[str, str]) -> dict[str, Runs]:
-    """{task: {arm: answers by seed}} of the tasks that all folders have. Raises ValueError if there are none."""
-    files = [(arm, sample_files(folder)) for arm, folder in folders]
+    """{task: {variant: answers by seed}} of the tasks that all folders have. Raises ValueError if there are none."""
+    files = [(variant, sample_files(folder)) for variant, folder in folders]
     shared = [task for task in files[0][1] if all(task in tasks for _, tasks in files)]
     if not shared:
         raise ValueError(
-            "no task was evaluated for all arms: " + "; ".join(f"{arm}: {', '.join(t)}" for arm, t in files)
+            "no task was evaluated for all variants: " + "; ".join(f"{variant}: {', '.join(t)}" for variant, t in files)
         )
-    for arm, tasks in files:
+    for variant, tasks in files:
         if left := sorted(set(tasks) - set(shared)):
-            print(f"compare_answers.py: left out of {arm}, as others have not: {', '.join(left)}", file=sys.stderr)
+            print(f"compare_answers.py: left out of {variant}, as others have not: {', '.join(left)}", file=sys.stderr)
     gathered: dict[str, Runs] = {task: {} for task in shared}
     for task in shared:
-        for arm, tasks in files:
-            gathered[task].setdefault(arm, []).append(read_answers(tasks[task], task, metrics.get(task)))
+        for variant, tasks in files:
+            gathered[task].setdefault(variant, []).append(read_answers(tasks[task], task, metrics.get(task)))
     return gathered
 
 
@@ -205,7 +205,7 @@ def pair(text: str) -> tuple[str, str]:
     """NAME=VALUE"""
     name, sign, value = text.partition("=")
     if not (name and sign and value):
-        raise argparse.ArgumentTypeError(f"expected ARM=DIR or TASK=NAME, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected VARIANT=DIR or TASK=NAME, got {text!r}")
     return name, value
 
 
@@ -215,17 +215,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--answers", type=pair, nargs="+", required=True, metavar="ARM=DIR", help="the --output_path of lmms-eval")
+    add("--answers", type=pair, nargs="+", required=True, metavar="VARIANT=DIR", help="the --output_path of lmms-eval")
     add("--metric", type=pair, nargs="+", default=[], metavar="TASK=NAME", help="a task's score (default: known ones)")
     add("--json", type=Path, metavar="FILE", help="write the figures there, too")
     arguments = parser.parse_args(argv)
-    if len({arm for arm, _ in arguments.answers}) < 2:
-        parser.error("argument --answers: expected at least two arms")
+    if len({variant for variant, _ in arguments.answers}) < 2:
+        parser.error("argument --answers: expected at least two variants")
     return arguments
 
 
 def differences(tasks: dict[str, Runs]) -> list[str]:
-    """Lines: the last arm against each other one, by task. Raises ValueError, naming them, if questions differ."""
+    """Lines: the last variant against each other one, by task. Raises ValueError, naming them, if questions differ."""
     lines = []
     for task, runs in tasks.items():
         *others, last = runs
@@ -241,12 +241,12 @@ def figures(tasks: dict[str, Runs]) -> dict[str, Any]:
     """What is printed, for JSON. Differences are over the first seed's questions."""
     return {
         task: {
-            arm: {
+            variant: {
                 "questions": len(found[0].ids),
                 "scores": [answers.mean for answers in found],
                 "last_minus_this": asdict(difference(runs[list(runs)[-1]][0], found[0])),
             }
-            for arm, found in runs.items()
+            for variant, found in runs.items()
         }
         for task, runs in tasks.items()
     }
@@ -255,7 +255,7 @@ def figures(tasks: dict[str, Runs]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
-        tasks = gather([(arm, Path(folder)) for arm, folder in arguments.answers], dict(arguments.metric))
+        tasks = gather([(variant, Path(folder)) for variant, folder in arguments.answers], dict(arguments.metric))
         lines = [*table(tasks), "", *differences(tasks)]
     except (ValueError, OSError) as error:
         print(f"compare_answers.py: {error}", file=sys.stderr)

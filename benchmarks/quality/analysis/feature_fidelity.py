@@ -4,13 +4,13 @@
     python -m benchmarks.quality.analysis.feature_fidelity --model-dir Qwen2-VL-2B-Instruct
 
 The embedding is what the vision tower's first layer makes of a token: [N, E], E = 1280. Its error is relative, in the
-Frobenius norm, over stills and clips that are not in the table of coefficient statistics, against the pixel model in
-float64. For blocks above 2 x 14 x 14 the pixel model sees the picture downscaled in the DCT domain, which is what the
-folded model starts from; how far that is from the embedding of the bicubic-downscaled picture stands beside it.
+Frobenius norm, over stills and videos that are not in the table of coefficient statistics, against the pixel model in
+float64. For blocks above 2 x 14 x 14 the pixel model sees the image downscaled in the DCT domain, which is what the
+folded model starts from; how far that is from the embedding of the bicubic-downscaled image stands beside it.
 
 fp32: tokens, weights and sums. bf16: tokens and folded weights rounded to bf16, summed in fp32. int8: all coefficients
-of all tokens quantised with one step to -127..127, weights in fp32; the clip, in units of the coefficients' standard
-deviation, is the best of CLIPS. The weights themselves have bf16 values, as released checkpoints have.
+of all tokens quantised with one step to -127..127, weights in fp32; the clipping limit, in units of the coefficients'
+standard deviation, is the best of CLIP_LIMITS. The weights themselves have bf16 values, as released checkpoints have.
 """
 
 import argparse
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
 
-CLIPS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # standard deviations
-CLIP_TOKENS = 2000  # on which the best clip is searched
+CLIP_LIMITS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # standard deviations
+CLIP_TOKENS = 2000  # on which the best limit is searched
 SELECTED = 588  # coefficients for which orders are compared: half of those of a pixel patch
 
 
@@ -45,7 +45,7 @@ class Row:
     bf16: float
     int8: float | None
     int8_clip: float | None  # standard deviations
-    bicubic: float | None  # distance of the fp32 embedding from that of the bicubic-downscaled picture
+    bicubic: float | None  # distance of the fp32 embedding from that of the bicubic-downscaled image
 
 
 # The pixel model
@@ -64,7 +64,7 @@ def pixel_patches(frames: "torch.Tensor") -> "torch.Tensor":
 
 
 def dct_downscaled(frames: "np.ndarray", block: tuple[int, int, int]) -> "torch.Tensor":
-    """uint8 [T, H, W, 3] -> the lowest 2 x 14 x 14 coefficients of every block as a picture: float64, not rounded."""
+    """uint8 [T, H, W, 3] -> the lowest 2 x 14 x 14 coefficients of every block as an image: float64, not rounded."""
     import numpy as np
     import torch
 
@@ -82,7 +82,7 @@ def dct_downscaled(frames: "np.ndarray", block: tuple[int, int, int]) -> "torch.
 
 
 def bicubic_downscaled(frames: "np.ndarray", block: tuple[int, int, int]) -> "torch.Tensor":
-    """uint8 [T, H, W, 3] -> the usual smaller picture, with 8 bits, in float64. Blocks of two frames only."""
+    """uint8 [T, H, W, 3] -> the usual smaller image, with 8 bits, in float64. Blocks of two frames only."""
     import numpy as np
     import torch
 
@@ -114,16 +114,16 @@ def configs_of(weight: "torch.Tensor") -> Iterator["DCTConfig"]:
             yield DCTConfig.select(block, chroma, SELECTED, merge=1, name=order, order=order, weight=needed)
 
 
-def quantised(tokens: "torch.Tensor", clip: float) -> "torch.Tensor":
-    """Rounded to 255 levels from -clip to clip."""
-    step = clip / 127
+def quantised(tokens: "torch.Tensor", limit: float) -> "torch.Tensor":
+    """Rounded to 255 levels from -limit to limit."""
+    step = limit / 127
     return (tokens / step).round().clamp(-127, 127) * step
 
 
 def best_clip(tokens: "torch.Tensor", folded: "torch.Tensor") -> float:
-    """The clip of CLIPS with the least error of the embedding, on evenly spread tokens."""
+    """The limit of CLIP_LIMITS with the least error of the embedding, on evenly spread tokens."""
     some = tokens[:: max(1, len(tokens) // CLIP_TOKENS)]
-    return min(CLIPS, key=lambda clip: ((quantised(some, clip) - some) @ folded.T).norm().item())
+    return min(CLIP_LIMITS, key=lambda limit: ((quantised(some, limit) - some) @ folded.T).norm().item())
 
 
 def measure_config(config: "DCTConfig", items: list["np.ndarray"], weight: "torch.Tensor") -> Row:
@@ -151,7 +151,7 @@ def measure_config(config: "DCTConfig", items: list["np.ndarray"], weight: "torc
         name=config.name,
         block=config.block,
         coefficients=config.num_coefficients,
-        reference="picture" if whole else "DCT-downscaled",
+        reference="image" if whole else "DCT-downscaled",
         fp32=relative_error(embedding, expected),
         bf16=relative_error(tokens.bfloat16().float() @ folded.bfloat16().float().T, expected),
         int8=relative_error(quantised(tokens, clip) @ folded.T, expected),
@@ -169,15 +169,15 @@ def measure_pixels(items: list["np.ndarray"], weight: "torch.Tensor") -> Row:
     expected = torch.cat([pixel_patches(torch.from_numpy(frames).double()) for frames in items]) @ flat.double().T
     rounded = patches.bfloat16().float() @ flat.bfloat16().float().T
     fp32, bf16 = relative_error(patches @ flat.T, expected), relative_error(rounded, expected)
-    return Row("pixels", (2, 14, 14), patches.shape[1], "picture", fp32, bf16, None, None, None)
+    return Row("pixels", (2, 14, 14), patches.shape[1], "image", fp32, bf16, None, None, None)
 
 
 def two_frames(material: dict[str, list["np.ndarray"]]) -> list["np.ndarray"]:
-    """Stills as two equal frames, and clips of an even number of frames: uint8 [T, H, W, 3] each."""
+    """Stills as two equal frames, and videos of an even number of frames: uint8 [T, H, W, 3] each."""
     import numpy as np
 
     stills = [np.repeat(frames, 2, axis=0) for frames in material["stills"]]
-    return stills + [frames[: len(frames) // 2 * 2] for frames in material["clips"]]
+    return stills + [frames[: len(frames) // 2 * 2] for frames in material["videos"]]
 
 
 def measure(material: dict[str, list["np.ndarray"]], weight: "torch.Tensor") -> list[Row]:
@@ -206,8 +206,8 @@ def report(rows: list[Row]) -> str:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model-dir", type=Path, help="pixel Qwen2-VL (default: random weights of its size)")
-    parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="PATH", help="picture files and folders")
-    parser.add_argument("--clips", type=Path, nargs="+", default=[], metavar="PATH", help="clip files and folders")
+    parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="PATH", help="image files and folders")
+    parser.add_argument("--videos", type=Path, nargs="+", default=[], metavar="PATH", help="video files and folders")
     parser.add_argument("--seed", type=int, default=0, help="of motion and random weights (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

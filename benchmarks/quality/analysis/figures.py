@@ -10,10 +10,10 @@ import numpy as np
 
 from benchmarks.quality.analysis.run_results import (
     STARTED,
-    Arms,
     Limits,
     Result,
     Times,
+    Variants,
     cost_key,
     learning_curves,
     level_accuracy,
@@ -31,8 +31,8 @@ LEVEL_NAMES = {
     "flashes": "diameter, px",
 }
 OTHER_LEVELS = "height of print, px"
-MARKERS = "os^vDP*X"  # of arms whose points may cover each other
-BESIDE = 0.08  # octaves between arms of equal tokens
+MARKERS = "os^vDP*X"  # of variants whose points may cover each other
+BESIDE = 0.08  # octaves between variants of equal tokens
 CHARACTERS_AN_INCH = 15  # of a heading
 
 
@@ -60,22 +60,23 @@ def draw_curve(axis: Any, runs: list[Result], style: dict[str, Any], millisecond
     axis.fill_between(places, accuracy.min(axis=0), accuracy.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
 
 
-def styles(arms: Arms) -> dict[str, dict[str, Any]]:
-    """Colour and label of each arm, the same in all figures of an experiment."""
-    palette = pyplot().cm.tab10.colors if len(arms) <= 10 else pyplot().cm.tab20.colors
+def styles(variants: Variants) -> dict[str, dict[str, Any]]:
+    """Colour and label of each variant, the same in all figures of an experiment."""
+    palette = pyplot().cm.tab10.colors if len(variants) <= 10 else pyplot().cm.tab20.colors
     return {
-        arm: {"color": colour, "label": f"{arm}: {runs[0]['visual_tokens']} visual tokens"}
-        for (arm, runs), colour in zip(arms.items(), cycle(palette))
+        variant: {"color": colour, "label": f"{variant}: {runs[0]['visual_tokens']} visual tokens"}
+        for (variant, runs), colour in zip(variants.items(), cycle(palette))
     }
 
 
-def draw_budgets(arms: Arms, heading: str, path: Path) -> None:
-    """Accuracy against visual tokens and, of the arms with the number of tokens that most have, floats of a token."""
+def draw_budgets(variants: Variants, heading: str, path: Path) -> None:
+    """Accuracy against visual tokens and, of the variants with the number of tokens that most have, floats of a
+    token."""
     figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    numbers = Counter(runs[0]["visual_tokens"] for runs in arms.values())
+    numbers = Counter(runs[0]["visual_tokens"] for runs in variants.values())
     commonest, drawn = numbers.most_common(1)[0][0], Counter()
-    for (arm, runs), style, marker in zip(arms.items(), styles(arms).values(), cycle(MARKERS)):
-        style, tokens = {**style, "label": arm, "marker": marker}, runs[0]["visual_tokens"]
+    for (variant, runs), style, marker in zip(variants.items(), styles(variants).values(), cycle(MARKERS)):
+        style, tokens = {**style, "label": variant, "marker": marker}, runs[0]["visual_tokens"]
         beside = drawn[tokens] - (numbers[tokens] - 1) / 2  # those of equal tokens stand side by side
         drawn[tokens] += 1
         draw_over(axes[0], tokens * 2 ** (BESIDE * beside), runs, style)
@@ -85,22 +86,22 @@ def draw_budgets(arms: Arms, heading: str, path: Path) -> None:
     axes[0].set_xticks(sorted(numbers), [str(tokens) for tokens in sorted(numbers)])
     axes[0].set(xlabel="visual tokens of the language model", ylabel="right, % (mean and spread over seeds)")
     axes[0].legend(fontsize="small")
-    axes[1].set(xlabel=f"floats of a token that vary; arms of {commonest} visual tokens")
+    axes[1].set(xlabel=f"floats of a token that vary; variants of {commonest} visual tokens")
     finish_figure(figure, heading, path)
 
 
-def draw_learning(arms: Arms, times: Times, heading: str, path: Path) -> None:
-    """Accuracy on the way, against steps and, of arms whose times are known, against seconds of encoding and training,
-    without drawing."""
-    learning, style = without_starts(arms), styles(arms)
+def draw_learning(variants: Variants, times: Times, heading: str, path: Path) -> None:
+    """Accuracy on the way, against steps and, of variants whose times are known, against seconds of encoding and
+    training, without drawing."""
+    learning, style = without_starts(variants), styles(variants)
     timed = any(cost_key(runs[0]) in times for runs in learning.values())
     figure, axes = pyplot().subplots(
         1, 1 + timed, figsize=(5.5 + 5.5 * timed, 4.2), layout="constrained", squeeze=False, sharey=True
     )
-    for arm, runs in learning.items():
-        draw_curve(axes[0, 0], runs, style[arm])
+    for variant, runs in learning.items():
+        draw_curve(axes[0, 0], runs, style[variant])
         if time := times.get(cost_key(runs[0])):
-            draw_curve(axes[0, 1], runs, style[arm], time["encode"] + time["train"])
+            draw_curve(axes[0, 1], runs, style[variant], time["encode"] + time["train"])
     axes[0, 0].set(xlabel="steps", ylabel="right on the way, % (mean, worst and best seed)")
     if timed:
         axes[0, 1].set(xlabel="seconds of encoding and training")
@@ -108,13 +109,15 @@ def draw_learning(arms: Arms, times: Times, heading: str, path: Path) -> None:
     finish_figure(figure, heading, path)
 
 
-def draw_by_level(arms: Arms, limits: Limits, task: str, heading: str, path: Path) -> None:
+def draw_by_level(variants: Variants, limits: Limits, task: str, heading: str, path: Path) -> None:
     """Accuracy by level, with the spread over seeds and, dotted, what legibility.py reads."""
     figure, axis = pyplot().subplots(figsize=(7, 4.2), layout="constrained")
-    for (arm, runs), style in zip(arms.items(), styles(arms).values()):
+    for (variant, runs), style in zip(variants.items(), styles(variants).values()):
         draw_levels(axis, runs, style)
-        read = arm.removesuffix(STARTED)
-        if (limit := limits.get(read)) and (read == arm or read not in arms):  # once for a start and its arm
+        read = variant.removesuffix(STARTED)
+        if (limit := limits.get(read)) and (
+            read == variant or read not in variants
+        ):  # once for a start and its variant
             label = f"{read}: a classifier of single cells"
             axis.plot(*zip(*sorted(limit.items())), linestyle=":", marker="x", color=style["color"], label=label)
     axis.set(xlabel=LEVEL_NAMES.get(task, OTHER_LEVELS), ylabel="right, % (mean and spread over seeds)")

@@ -38,7 +38,7 @@ def paired_difference(ours: Iterable[float], theirs: Iterable[float]) -> Differe
 
 
 def crossed_difference(gains: np.ndarray, sizes: np.ndarray | None = None) -> Difference:
-    """Mean difference of two arms that were trained with the same S seeds and tested on the same I items, with what
+    """Mean difference of two variants that were trained with the same S seeds and tested on the same I items, with what
     would change with other seeds and with other items both in its interval.
 
     gains: by how much more the one scored than the other, summed over what counts in an item: float [S, I]. sizes:
@@ -68,7 +68,7 @@ def crossed_difference(gains: np.ndarray, sizes: np.ndarray | None = None) -> Di
 
 
 def verdict_over_seeds(gains: np.ndarray, sizes: np.ndarray | None, items: str) -> str:
-    """The verdict on two arms. items: what they are called; the others as for `crossed_difference`."""
+    """The verdict on two variants. items: what they are called; the others as for `crossed_difference`."""
     over = crossed_difference(gains, sizes)
     word = "no difference shown" if over.p >= LEVEL else ("better" if over.mean > 0 else "worse")
     return f"over {over.pairs} seeds and {gains.shape[1]} {items}: {describe(over)}: {word}"

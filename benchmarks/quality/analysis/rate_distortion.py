@@ -1,16 +1,16 @@
-"""How much of a picture is left: DCT tokens, by order of coefficients, against downscaling at the same tokens.
+"""How much of an image is left: DCT tokens, by order of coefficients, against downscaling at the same tokens.
 
     python -m benchmarks.quality.analysis.rate_distortion --plot rate_distortion.png --json rate_distortion.json
 
-Stills and clips (pans, a zoom, a cut) are made from photographs that are not in the table of coefficient statistics.
+Stills and videos (pans, a zoom, a cut) are made from photographs that are not in the table of coefficient statistics.
 Each is encoded and decoded with the real tokenizer, for every block side, chroma format, order and number of floats.
-The other way to fewer tokens is a smaller picture: downscaled, rounded to 8 bits, read in patches of 14 x 14 px without
+The other way to fewer tokens is a smaller image: downscaled, rounded to 8 bits, read in patches of 14 x 14 px without
 loss and, to be compared, enlarged again with bicubic or Lanczos, whichever comes nearer to the original.
 
-PSNR is of 8-bit RGB, by picture or clip, then the mean in dB; 60 dB stands for more. SSIM is of luma (Wang et al.,
+PSNR is of 8-bit RGB, by image or video, then the mean in dB; 60 dB stands for more. SSIM is of luma (Wang et al.,
 IEEE Trans. Image Processing 2004: Gaussian windows), of every second frame. Floats are those that differ: a still is
 encoded in blocks of one frame, as its frame differences are zero. Tokens are those of a 448 x 448 px still, or of one
-frame of a clip of that size.
+frame of a video of that size.
 """
 
 import argparse
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
 
 SIDES = (14, 28, 56)  # rows and columns of a block, in pixels
-# Of a frame. The half-size picture has 3/4, the quarter-size picture 3/16; whole blocks have 3/2 in 4:2:0.
+# Of a frame. The half-size image has 3/4, the quarter-size image 3/16; whole blocks have 3/2 in 4:2:0.
 FLOATS_PER_PIXEL = (3 / 64, 3 / 16, 3 / 8, 3 / 4, 9 / 8, 3 / 2)
-SCALES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # sides of the downscaled picture; 1/2 has the tokens of blocks of 28 px
+SCALES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # sides of the downscaled image; 1/2 has the tokens of blocks of 28 px
 FILTERS = {"bicubic": "BICUBIC", "area": "BOX", "Lanczos": "LANCZOS"}  # Pillow's names; all low-pass when downscaling
-CLIP_FRAMES = 4
-STILL_PIXELS, CLIP_PIXELS = 448 * 448, 224 * 224
+VIDEO_FRAMES = 4
+STILL_PIXELS, VIDEO_PIXELS = 448 * 448, 224 * 224
 MOST_PSNR = 60.0
 FRAME_PIXELS = 448 * 448  # of the frame for which tokens are counted
 
 
 @dataclass(frozen=True)
 class Point:
-    """One way of encoding, measured over all stills or all clips. floats_per_pixel and tokens are per frame."""
+    """One way of encoding, measured over all stills or all videos. floats_per_pixel and tokens are per frame."""
 
-    material: str  # stills, clips
+    material: str  # stills, videos
     method: str  # an order, a preset, or the filter of downscaling
     side: float  # of a block in pixels; for downscaling: of what a 14 x 14 patch shows, in pixels of the original
     chroma: str  # 444, 420
@@ -58,45 +58,45 @@ class Point:
 
 
 def held_out_material(seed: int) -> dict[str, list["np.ndarray"]]:
-    """{"stills": uint8 [1, H, W, 3] each, "clips": uint8 [T, H, W, 3] each}, one clip of each kind for each picture."""
+    """{"stills": uint8 [1, H, W, 3] each, "videos": uint8 [T, H, W, 3] each}, one video of each kind for each image."""
     import numpy as np
 
     from dct_qwen2vl.analysis.coefficient_statistics import resized, sizes_of
-    from dct_qwen2vl.analysis.natural_images import HELD_OUT_PICTURES, clips_of, load
+    from dct_qwen2vl.analysis.natural_images import HELD_OUT_IMAGES, load, videos_of
 
     rng = np.random.default_rng(seed)
-    pictures = [load(name) for name in HELD_OUT_PICTURES]
-    stills = [resized(picture[None], sizes_of(*picture.shape[:2], (STILL_PIXELS,))[0]) for picture in pictures]
-    clips = []
-    for number, picture in enumerate(pictures):
-        size = sizes_of(*picture.shape[:2], (CLIP_PIXELS,))[0]
-        made = list(clips_of(picture, pictures[number - 1], size, CLIP_FRAMES, rng))
-        clips.append(made[number % len(made)])
-    return {"stills": stills, "clips": clips}
+    images = [load(name) for name in HELD_OUT_IMAGES]
+    stills = [resized(image[None], sizes_of(*image.shape[:2], (STILL_PIXELS,))[0]) for image in images]
+    videos = []
+    for number, image in enumerate(images):
+        size = sizes_of(*image.shape[:2], (VIDEO_PIXELS,))[0]
+        made = list(videos_of(image, images[number - 1], size, VIDEO_FRAMES, rng))
+        videos.append(made[number % len(made)])
+    return {"stills": stills, "videos": videos}
 
 
-def given_material(images: list[Path], clips: list[Path]) -> dict[str, list["np.ndarray"]]:
+def given_material(images: list[Path], videos: list[Path]) -> dict[str, list["np.ndarray"]]:
     """As `held_out_material`, from files and folders; says what cannot be used. Raises ValueError, OSError."""
-    from dct_qwen2vl.analysis.coefficient_statistics import files_of, read_clips, read_images, resized, sizes_of
+    from dct_qwen2vl.analysis.coefficient_statistics import files_of, read_images, read_videos, resized, sizes_of
     from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
     skipped: list[str] = []
     arrays = read_images(files_of(images, IMAGE_EXTENSIONS)[0], skipped)
     stills = [resized(array[None], sizes_of(*array.shape[:2], (STILL_PIXELS,))[0]) for array in arrays]
-    films = (film[:CLIP_FRAMES] for film in read_clips(files_of(clips, VIDEO_EXTENSIONS)[0], skipped))
-    moving = [resized(film, sizes_of(*film.shape[1:3], (CLIP_PIXELS,))[0]) for film in films]
+    films = (film[:VIDEO_FRAMES] for film in read_videos(files_of(videos, VIDEO_EXTENSIONS)[0], skipped))
+    moving = [resized(film, sizes_of(*film.shape[1:3], (VIDEO_PIXELS,))[0]) for film in films]
     for line in skipped:
         print(f"skipped {line}")
     if not stills and not moving:
         raise ValueError("nothing to measure: no file could be used")
-    return {"stills": stills, "clips": moving}
+    return {"stills": stills, "videos": moving}
 
 
 # Measuring
 
 
 def score(material: list["np.ndarray"], decoded: Iterable["np.ndarray"]) -> tuple[float, float]:
-    """Mean PSNR in dB and mean SSIM of what became of each still or clip."""
+    """Mean PSNR in dB and mean SSIM of what became of each still or video."""
     import numpy as np
 
     results = []
@@ -120,7 +120,7 @@ def ssim(first: "np.ndarray", second: "np.ndarray") -> float:
 
 
 def resized_and_back(material: list["np.ndarray"], scale: float, down: str, up: str) -> Iterator["np.ndarray"]:
-    """Every still or clip, downscaled and enlarged again. down, up: Pillow's names of filters."""
+    """Every still or video, downscaled and enlarged again. down, up: Pillow's names of filters."""
     import numpy as np
     from PIL import Image
 
@@ -152,7 +152,7 @@ def configs_of(
 def measure_orders(
     name: str, material: list["np.ndarray"], side: int, floats: tuple[float, ...], weight: "torch.Tensor"
 ) -> Iterator[Point]:
-    """Every order. Stills in blocks of one frame, clips of two."""
+    """Every order. Stills in blocks of one frame, videos of two."""
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
     from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 
@@ -208,7 +208,7 @@ def measure(
     floats: tuple[float, ...] = FLOATS_PER_PIXEL,
     scales: tuple[float, ...] = SCALES,
 ) -> list[Point]:
-    """Everything, for stills and clips."""
+    """Everything, for stills and videos."""
     points: list[Point] = []
     for name, items in material.items():
         if items:
@@ -245,7 +245,7 @@ def token_table(points: list[Point], side: int) -> list[str]:
     """What blocks of one side keep, beside downscaling to the same tokens."""
     at_side = [point for point in points if abs(point.side - side) < 1e-9]
     at_side = [point for point in at_side if point.chroma == "420" or point.method in (*FILTERS, "exact")]
-    equal = 3 * (14 / side) ** 2  # floats per pixel of the downscaled picture
+    equal = 3 * (14 / side) ** 2  # floats per pixel of the downscaled image
     wanted = [point for point in at_side if point.method in FILTERS or point.method in ("exact", "x4", "x16")]
     for factor in (1, 1.5, 2):
         for point in at_side:
@@ -289,7 +289,7 @@ FLOAT_TICKS, TOKEN_TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2), (8, 16, 32, 64, 128, 256
 
 
 def plot(points: list[Point], path: Path, weight_source: str) -> None:
-    """PSNR and SSIM over floats per pixel (blocks of 28 px) and over tokens per frame; rows for stills and clips."""
+    """PSNR and SSIM over floats per pixel (blocks of 28 px) and over tokens per frame; rows for stills and videos."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -369,18 +369,18 @@ def mark_presets(axis, points: list[Point], measure: str, over: str) -> None:
 
 
 def chosen_material(arguments: argparse.Namespace):
-    """What --images and --clips name, or the held-out photographs."""
-    own = arguments.images or arguments.clips
-    return given_material(arguments.images, arguments.clips) if own else held_out_material(arguments.seed)
+    """What --images and --videos name, or the held-out photographs."""
+    own = arguments.images or arguments.videos
+    return given_material(arguments.images, arguments.videos) if own else held_out_material(arguments.seed)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
-        epilog="Without --images and --clips: the photographs of natural_pictures.HELD_OUT_PICTURES.",
+        epilog="Without --images and --videos: the photographs of natural_images.HELD_OUT_IMAGES.",
     )
-    parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="PATH", help="picture files and folders")
-    parser.add_argument("--clips", type=Path, nargs="+", default=[], metavar="PATH", help="clip files and folders")
+    parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="PATH", help="image files and folders")
+    parser.add_argument("--videos", type=Path, nargs="+", default=[], metavar="PATH", help="video files and folders")
     parser.add_argument("--model-dir", type=Path, help="pixel Qwen2-VL, for the order weighted (default: random)")
     parser.add_argument("--seed", type=int, default=0, help="of motion and random weights (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for all figures")

@@ -11,14 +11,14 @@ import numpy as np
 
 from benchmarks.quality.result_files import Result, read_results
 
-STARTED = ", start"  # after the arm's name: a model that warm starts began from
-NOT_COMPARED = ("arm", "seed", "save", "start_from")
-COSTS = ("task", "arm", "batch", "patch", "size")  # the settings that decide, with SHAPES, what a step costs
+STARTED = ", start"  # after the variant's name: a model that warm starts began from
+NOT_COMPARED = ("variant", "seed", "save", "start_from")
+COSTS = ("task", "variant", "batch", "patch", "size")  # the settings that decide, with SHAPES, what a step costs
 SHAPES = ("size", "cells")  # the knobs on which the length of a sample depends; all others change only what is drawn
 OLD_PATCH = 14  # px, of results that do not say
 
-Arms = dict[str, list[Result]]  # {arm: its runs by seed}
-Limits = dict[str, dict[int, float]]  # {arm: {level: percent that legibility.py reads}}
+Variants = dict[str, list[Result]]  # {variant: its runs by seed}
+Limits = dict[str, dict[int, float]]  # {variant: {level: percent that legibility.py reads}}
 Times = dict[str, dict[str, float]]  # {cost_key: milliseconds of each part of a step}
 
 
@@ -35,11 +35,14 @@ def load(*places: Path) -> list[Result]:
 
 def load_limits(place: Path | None) -> Limits:
     """Means over seeds of what legibility.py wrote to a result file or folder. Raises ValueError for a damaged file."""
-    read: Arms = {}
+    read: Variants = {}
     for result in read_results(place).values() if place else ():
         if "classifier" in result:
-            read.setdefault(result["classifier"]["arm"], []).append(result)
-    return {arm: {level: 100 * level_accuracy(runs, level) for level in levels_of(runs)} for arm, runs in read.items()}
+            read.setdefault(result["classifier"]["variant"], []).append(result)
+    return {
+        variant: {level: 100 * level_accuracy(runs, level) for level in levels_of(runs)}
+        for variant, runs in read.items()
+    }
 
 
 def compared(settings: dict[str, Any]) -> dict[str, Any]:
@@ -47,52 +50,54 @@ def compared(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def experiment(result: Result, runs: dict[str, Result]) -> str:
-    """What must be equal for two runs to be compared, as text: settings, but for the arm and the seed, and the test
-    pictures, which a kind of device draws in its own way. runs: by name, for those that others start from."""
+    """What must be equal for two runs to be compared, as text: settings, but for the variant and the seed, and the test
+    images, which a kind of device draws in its own way. runs: by name, for those that others start from."""
     settings, start = result["settings"], result["settings"]["start_from"]
     if start in runs:
         begun = runs[start]["settings"]
-        start = {**compared(begun), "arm": begun["arm"]}
-    elif start is not None:  # its result is elsewhere, but its name says TASK_ARM_seedN_DIGEST
-        start = {"arm": start.partition("_seed")[0]}
+        start = {**compared(begun), "variant": begun["variant"]}
+    elif start is not None:  # its result is elsewhere, but its name says TASK_VARIANT_seedN_DIGEST
+        start = {"variant": start.partition("_seed")[0]}
     return json.dumps({**compared(settings), "start": start, "test": test_set(result)}, sort_keys=True)
 
 
 def test_set(result: Result) -> str:
-    """A digest of how much there is to answer in each test picture of a finished run, in all and of hard levels."""
-    asked = [result["by_picture"][key] for key in ("all", "hard_all")]
+    """A digest of how much there is to answer in each test image of a finished run, in all and of hard levels."""
+    asked = [result["by_image"][key] for key in ("all", "hard_all")]
     return blake2b(json.dumps(asked).encode(), digest_size=4).hexdigest()
 
 
-def experiments(results: list[Result]) -> dict[str, Arms]:
-    """{experiment: {arm: its finished runs by seed}}, arms in the order of arms.ARMS; before warm starts the models
-    that they began from, as "ARM, start".
+def experiments(results: list[Result]) -> dict[str, Variants]:
+    """{experiment: {variant: its finished runs by seed}}, variants in the order of variants.VARIANTS; before warm
+    starts the models that they began from, as "VARIANT, start".
 
     Of runs that differ in nothing but `save` the first counts: more would look like more seeds.
     """
-    from benchmarks.quality.arms import ARMS
+    from benchmarks.quality.variants import VARIANTS
 
-    order = {name: number for number, name in enumerate(ARMS)}
+    order = {name: number for number, name in enumerate(VARIANTS)}
     runs = {result["name"]: result for result in results}
     grouped: dict[str, dict[str, dict[int, Result]]] = {}
     finished = [result for result in results if result["finished"]]
-    for result in sorted(finished, key=lambda r: (order.get(r["settings"]["arm"], len(order)), r["settings"]["seed"])):
-        arm, seed = result["settings"]["arm"], result["settings"]["seed"]
-        arms = grouped.setdefault(experiment(result, runs), {})
+    for result in sorted(
+        finished, key=lambda r: (order.get(r["settings"]["variant"], len(order)), r["settings"]["seed"])
+    ):
+        variant, seed = result["settings"]["variant"], result["settings"]["seed"]
+        variants = grouped.setdefault(experiment(result, runs), {})
         start = runs.get(result["settings"]["start_from"])
         if start is not None and start["finished"] and test_set(start) == test_set(result):
             begun = start["settings"]
-            arms.setdefault(begun["arm"] + STARTED, {}).setdefault(begun["seed"], start)
-        arms.setdefault(arm, {}).setdefault(seed, result)
+            variants.setdefault(begun["variant"] + STARTED, {}).setdefault(begun["seed"], start)
+        variants.setdefault(variant, {}).setdefault(seed, result)
     return {
-        name: {arm: [seeds[seed] for seed in sorted(seeds)] for arm, seeds in arms.items()}
-        for name, arms in grouped.items()
+        name: {variant: [seeds[seed] for seed in sorted(seeds)] for variant, seeds in variants.items()}
+        for name, variants in grouped.items()
     }
 
 
-def without_starts(arms: Arms) -> Arms:
-    """The arms that an experiment trained, not the models that they began from."""
-    return {arm: runs for arm, runs in arms.items() if not arm.endswith(STARTED)}
+def without_starts(variants: Variants) -> Variants:
+    """The variants that an experiment trained, not the models that they began from."""
+    return {variant: runs for variant, runs in variants.items() if not variant.endswith(STARTED)}
 
 
 def title(name: str) -> str:
@@ -100,7 +105,7 @@ def title(name: str) -> str:
     knobs = ", ".join(f"{key} {value}" for key, value in settings["knobs"].items())
     size, start = settings["size"], settings["start"]
     vision, language = (size.get(f"{part}_width") or size["width"] for part in ("vision", "language"))
-    warm = f", from {start['arm']}" if start else ""
+    warm = f", from {start['variant']}" if start else ""
     if start and "steps" in start:
         warm += f" of {start['steps']} steps"
     return (
@@ -140,29 +145,30 @@ def level_accuracy(runs: list[Result], level: int) -> float:
     return float(np.mean([right / count if count else math.nan for right, count in shares]))
 
 
-def picture_accuracy(run: Result, hard: bool) -> np.ndarray:
-    """Share of answers that are right, for each test picture: float64 [pictures]; NaN where none counts."""
-    right, count = (np.array(run["by_picture"][f"{'hard_' * hard}{key}"], dtype=float) for key in ("right", "all"))
+def image_accuracy(run: Result, hard: bool) -> np.ndarray:
+    """Share of answers that are right, for each test image: float64 [images]; NaN where none counts."""
+    right, count = (np.array(run["by_image"][f"{'hard_' * hard}{key}"], dtype=float) for key in ("right", "all"))
     return np.divide(right, count, out=np.full(len(count), np.nan), where=count > 0)
 
 
-def picture_counts(paired: list[tuple[Result, Result]], hard: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Answers that are right, of S pairs of runs in each of I test pictures, and how many there are: float64 [S, 2, I],
+def image_counts(paired: list[tuple[Result, Result]], hard: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Answers that are right, of S pairs of runs in each of I test images, and how many there are: float64 [S, 2, I],
     [I]."""
     right, count = (f"{'hard_' * hard}{key}" for key in ("right", "all"))
-    rights = [[run["by_picture"][right] for run in pair] for pair in paired]
-    return np.array(rights, dtype=float), np.array(paired[0][0]["by_picture"][count], dtype=float)
+    rights = [[run["by_image"][right] for run in pair] for pair in paired]
+    return np.array(rights, dtype=float), np.array(paired[0][0]["by_image"][count], dtype=float)
 
 
-def pairs_of(arms: Arms, ours: str, theirs: str) -> list[tuple[Result, Result]]:
-    """Runs of two arms with the same seeds."""
-    seeds = {run["settings"]["seed"]: run for run in arms.get(ours, [])}
-    others = [run for run in arms.get(theirs, []) if run["settings"]["seed"] in seeds]
+def pairs_of(variants: Variants, ours: str, theirs: str) -> list[tuple[Result, Result]]:
+    """Runs of two variants with the same seeds."""
+    seeds = {run["settings"]["seed"]: run for run in variants.get(ours, [])}
+    others = [run for run in variants.get(theirs, []) if run["settings"]["seed"] in seeds]
     return [(seeds[run["settings"]["seed"]], run) for run in others]
 
 
 def learning_curves(runs: list[Result]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps at which all runs of an arm were tested, and their accuracies in percent then: [points], [runs, points]."""
+    """Steps at which all runs of a variant were tested, and their accuracies in percent then: [points], [runs,
+    points]."""
     tested = [{point["step"]: point["accuracy"] for point in run["curve"]} for run in runs]
     steps = sorted(set(tested[0]).intersection(*tested[1:]))
     return np.array(steps), 100 * np.array([[run[step] for step in steps] for run in tested])

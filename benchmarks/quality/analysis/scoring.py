@@ -27,7 +27,7 @@ def by_level(right: torch.Tensor, level: torch.Tensor) -> dict[str, list[int]]:
     }
 
 
-def by_picture(right: torch.Tensor, level: torch.Tensor, hard: tuple[int, ...]) -> dict[str, list[int]]:
+def by_image(right: torch.Tensor, level: torch.Tensor, hard: tuple[int, ...]) -> dict[str, list[int]]:
     """For paired tests, for each test sample: tokens that are right, of how many; the same of the hard levels."""
     counts, is_hard = level != NOT_SCORED, torch.isin(level, torch.tensor(hard))
     return {

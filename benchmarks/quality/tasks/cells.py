@@ -1,9 +1,9 @@
-"""What all tasks have in common: the words, and pictures in cells, each of which is asked about.
+"""What all tasks have in common: the words, and images in cells, each of which is asked about.
 
-Letters used for shapes: B samples, C cells of a picture, A words of the answer for each cell, T frames.
+Letters used for shapes: B samples, C cells of an image, A words of the answer for each cell, T frames.
 
-A picture that asks one question teaches little: models trained from scratch stay at chance for thousands of steps. So
-every picture has many cells, and the answer names each and what is in it: cell0 7 cell1 blank cell2 3 ...; names and
+An image that asks one question teaches little: models trained from scratch stay at chance for thousands of steps. So
+every image has many cells, and the answer names each and what is in it: cell0 7 cell1 blank cell2 3 ...; names and
 blanks are learned, and do not count.
 """
 
@@ -59,7 +59,7 @@ def words(text: tuple[str, ...] | str, device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """frames uint8 [B, T, H, W, 3], T = 1 for pictures; question int64 [B, Q]; answer int64 [B, A]; level int64 [B, S]:
+    """frames uint8 [B, T, H, W, 3], T = 1 for images; question int64 [B, Q]; answer int64 [B, A]; level int64 [B, S]:
     the difficulty of each token at the places `scored` of the task; NOT_SCORED: learned, but not counted."""
 
     frames: torch.Tensor
@@ -72,7 +72,7 @@ class CellTask:
     """Base of the tasks, which are frozen dataclasses with at least these fields.
 
     name: of the task; frames: T; answers: words for each cell; chance: accuracy without eyes.
-    size: side of the picture in pixels; cells: along a side, or for tasks of rows their number. The defaults are such
+    size: side of the image in pixels; cells: along a side, or for tasks of rows their number. The defaults are such
         that what is drawn lies across borders of tokens.
     """
 
@@ -95,7 +95,7 @@ class CellTask:
 
     @property
     def hard(self) -> tuple[int, ...]:
-        """Levels of which the picture of half the sides has lost some of what the full one shows."""
+        """Levels of which the image of half the sides has lost some of what the full one shows."""
         raise NotImplementedError
 
     question_length: ClassVar[int] = 1

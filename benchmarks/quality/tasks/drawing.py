@@ -1,6 +1,6 @@
 """What the generated tasks are drawn with: glyphs of a real font, backgrounds, drawing in batches on the device.
 
-Letters used for shapes: B pictures, G glyphs of a picture, S side of a glyph's raster, H W rows and columns in pixels.
+Letters used for shapes: B images, G glyphs of an image, S side of a glyph's raster, H W rows and columns in pixels.
 
 Everything is a function of a torch.Generator, so the same seed gives the same bytes on the same kind of device.
 """
@@ -16,7 +16,7 @@ from dct_qwen2vl.analysis import natural_images
 
 OVERSAMPLING = 8  # glyphs are rendered this much larger and averaged down
 PHASES = 4  # subpixel places of a glyph along each axis
-BANK_MARGIN = 96  # pixels by which background pictures are larger than the pictures drawn on them
+BANK_MARGIN = 96  # pixels by which background images are larger than the images drawn on them
 BANK_VIEWS = 6  # of each photograph
 BANK_SCALES = (0.5, 2.0)  # pixels of the photograph for one of the background, log-uniform
 
@@ -112,8 +112,8 @@ def paint(canvas: torch.Tensor, masks: torch.Tensor, top: torch.Tensor, left: to
 
 
 class Backgrounds:
-    """Views of photographs that no coefficient table was made from (natural_images.HELD_OUT_PICTURES) and that
-    installed packages carry; without any, pictures of a 1/f spectrum.
+    """Views of photographs that no coefficient table was made from (natural_images.HELD_OUT_IMAGES) and that
+    installed packages carry; without any, images of a 1/f spectrum.
 
     bank: uint8 [P, H + BANK_MARGIN, W + BANK_MARGIN, 3]. names: the photographs in it.
     """
@@ -123,17 +123,17 @@ class Backgrounds:
         rng = np.random.default_rng(0)
         whole = (size[0] + BANK_MARGIN, size[1] + BANK_MARGIN)
         self.names, views = [], []
-        for name in natural_images.HELD_OUT_PICTURES:
+        for name in natural_images.HELD_OUT_IMAGES:
             try:
-                picture = natural_images.load(name)
+                image = natural_images.load(name)
             except FileNotFoundError:
                 continue
             self.names.append(name)
             for scale in np.exp2(rng.uniform(*np.log2(BANK_SCALES), BANK_VIEWS)):
-                centre = tuple(rng.uniform(0, side) for side in picture.shape[:2])
-                views.append(natural_images.view(picture, centre, whole, float(scale)))
+                centre = tuple(rng.uniform(0, side) for side in image.shape[:2])
+                views.append(natural_images.view(image, centre, whole, float(scale)))
         if not views:
-            self.names, views = ["1/f noise"], [_noise_picture(rng, whole) for _ in range(4 * BANK_VIEWS)]
+            self.names, views = ["1/f noise"], [_noise_image(rng, whole) for _ in range(4 * BANK_VIEWS)]
         self.bank = torch.from_numpy(np.stack(views)).to(device)
 
     def draw(self, random: Random, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +152,7 @@ class Backgrounds:
         return cut + level[:, None, None, None] + tint, level
 
 
-def _noise_picture(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+def _noise_image(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     """uint8 [H, W, 3], grey, with a photograph's 1/f spectrum."""
     frequency = np.hypot(np.fft.fftfreq(size[0])[:, None], np.fft.fftfreq(size[1])[None, :])
     spectrum = np.fft.fft2(rng.standard_normal(size)) / np.maximum(frequency, 1 / max(size))

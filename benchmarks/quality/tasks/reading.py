@@ -10,7 +10,7 @@ from benchmarks.quality.tasks.cells import DIGITS, NOT_SCORED, SHORT_WORDS, TOKE
 from benchmarks.quality.tasks.drawing import Backgrounds, GlyphAtlas, Random, compose, ink_on, paint
 
 LETTERS = "".join(sorted(set("".join(SHORT_WORDS))))
-SMALL = 8  # pixels; print up to this height is hard: the half-size picture has lost some of it
+SMALL = 8  # pixels; print up to this height is hard: the half-size image has lost some of it
 Tools = tuple[Any, ...]
 
 

@@ -1,6 +1,6 @@
 """All tasks, and where their batches come from.
 
-Batches are drawn on the device, in one go, from (task, split, seed, step): every arm of an experiment gets the same
+Batches are drawn on the device, in one go, from (task, split, seed, step): every variant of an experiment gets the same
 samples in the same order, and the test set has a split of its own that no seed reaches.
 """
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from benchmarks.quality.tasks.cells import Batch, CellTask
-from benchmarks.quality.tasks.clips import Flashes, Motion, Order, Ticker
 from benchmarks.quality.tasks.drawing import Random, generator_for
 from benchmarks.quality.tasks.reading import Numbers, OddOne, Reading, ShortWords
 from benchmarks.quality.tasks.scenes import Chart, Counting, Texture
+from benchmarks.quality.tasks.videos import Flashes, Motion, Order, Ticker
 
 TASKS: dict[str, type[CellTask]] = {
     task.name: task
@@ -45,7 +45,7 @@ class Source:
         self.tools = self.task.prepare(self.device)
 
     def batch(self, split: str, seed: int, step: int, count: int) -> Batch:
-        """split: "train", "test" or "fit" (what arms measure scales and bases on)."""
+        """split: "train", "test" or "fit" (what variants measure scales and bases on)."""
         generator = generator_for(self.device, self.task.name, asdict(self.task), split, seed, step)
         with torch.no_grad():
             return self.task.draw(self.tools, Random(generator), count)

@@ -1,4 +1,4 @@
-"""Tasks of pictures without print: counting, fine textures, charts."""
+"""Tasks of images without print: counting, fine textures, charts."""
 
 import math
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ class Counting(SceneTask):
 class Texture(SceneTask):
     """Do the fine stripes of each cell rise or fall to the right? By 45 degrees, give or take 15.
 
-    periods: of the stripes, in pixels. Below 4 they are near the limit of a picture of half the sides, or beyond: at 45
+    periods: of the stripes, in pixels. Below 4 they are near the limit of an image of half the sides, or beyond: at 45
         degrees it shows none below 2.8, along an axis none below 4.
     """
 
@@ -86,7 +86,7 @@ class Texture(SceneTask):
 
     def __post_init__(self) -> None:
         fits = self.size % self.cells == 0 and self.cell >= 2 * max(self.periods)
-        self.check(fits, f"two stripes of {max(self.periods)} px, and divide the picture")
+        self.check(fits, f"two stripes of {max(self.periods)} px, and divide the image")
 
     @property
     def hard(self) -> tuple[int, ...]:
@@ -110,7 +110,7 @@ class Texture(SceneTask):
 class Chart(SceneTask):
     """How high is each bar of a chart? 00 to 49; lines at every ten, the first at the foot. A cell is a bar.
 
-    cells: bars. units: pixels of one, the same in a picture.
+    cells: bars. units: pixels of one, the same in an image.
     """
 
     name: ClassVar[str] = "chart"
@@ -124,7 +124,7 @@ class Chart(SceneTask):
 
     def __post_init__(self) -> None:
         fits = self.size % self.cells == 0 and 50 * max(self.units) + self.foot <= self.size
-        self.check(fits, f"a bar of 50 x {max(self.units)} px, and divide the picture")
+        self.check(fits, f"a bar of 50 x {max(self.units)} px, and divide the image")
 
     @property
     def count(self) -> int:

@@ -87,8 +87,8 @@ def draw_figures(data: Data, folder: Path) -> list[Figure]:
 def has_data(figure: Figure, statistics: Statistics) -> bool:
     if figure.name == "skips":
         return sum(statistics.stats["skipped"].values()) > 0
-    if figure.name == "clips":
-        return bool(statistics.is_clip.any())
+    if figure.name == "videos":
+        return bool(statistics.is_video.any())
     if figure.name in ("sizes", "aspect_ratios", "visual_tokens"):
         return bool(statistics.media.any())
     return len(statistics) > 0
@@ -267,7 +267,7 @@ def draw_sizes(drawing: "Drawing", data: Data) -> None:
     scale_axis(axes, "y", log_y, is_whole=True)
     axes.set(xlabel="width, px", ylabel="height, px")
     axes.grid()
-    bar = drawing.colorbar(mesh, label="pictures and clips", ticks=LogLocator(), format=short_number)
+    bar = drawing.colorbar(mesh, label="images and videos", ticks=LogLocator(), format=short_number)
     bar.outline.set_visible(False)
     bar.minorticks_off()
 
@@ -280,7 +280,7 @@ def draw_aspect_ratios(drawing: "Drawing", data: Data) -> None:
     end = max(1.25, float(np.abs(ratios).max()) * 1.02)
     edges = 2 ** np.linspace(-end, end, BINS + 2)  # an odd number of bins: one is around 1:1
     axes.stairs(np.histogram(2**ratios, edges)[0], edges, fill=True, color=SERIES[0])
-    axes.set(xlabel="width : height", ylabel="pictures and clips", xscale="log", xlim=(edges[0], edges[-1]))
+    axes.set(xlabel="width : height", ylabel="images and videos", xscale="log", xlim=(edges[0], edges[-1]))
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}:1" if x >= 1 else f"1:{1 / x:.0f}"))
@@ -288,12 +288,12 @@ def draw_aspect_ratios(drawing: "Drawing", data: Data) -> None:
     count_ticks(axes.yaxis)
 
 
-def draw_clips(drawing: "Drawing", data: Data) -> None:
+def draw_videos(drawing: "Drawing", data: Data) -> None:
     statistics, (left, right) = data.statistics, drawing.subplots(1, 2, sharey=False)
-    seconds = statistics.seconds[statistics.is_clip & (statistics.seconds > 0)]
+    seconds = statistics.seconds[statistics.is_video & (statistics.seconds > 0)]
     if seconds.size:
-        draw_histogram(left, seconds, "duration, s", "clips", FEW_BINS)
-    draw_histogram(right, statistics.frames[statistics.is_clip], "frames", "clips", FEW_BINS)
+        draw_histogram(left, seconds, "duration, s", "videos", FEW_BINS)
+    draw_histogram(right, statistics.frames[statistics.is_video], "frames", "videos", FEW_BINS)
 
 
 def draw_text_lengths(drawing: "Drawing", data: Data) -> None:
@@ -340,9 +340,9 @@ FIGURES = (
     Figure("sources", "Samples written and entries skipped of each source.", draw_sources),
     Figure("skips", "Skipped entries by reason; colours are sources.", draw_skips),
     Figure("splits", "Sources in each split, in percent of its samples.", draw_splits),
-    Figure("sizes", "Pictures and clips by width and height; darker: more of them (logarithmic scale).", draw_sizes),
-    Figure("aspect_ratios", "Pictures and clips by width to height; 2:1 is twice as wide as high.", draw_aspect_ratios),
-    Figure("clips", "Clips by duration in seconds (left) and by number of frames (right).", draw_clips),
+    Figure("sizes", "Images and videos by width and height; darker: more of them (logarithmic scale).", draw_sizes),
+    Figure("aspect_ratios", "Images and videos by width to height; 2:1 is twice as wide as high.", draw_aspect_ratios),
+    Figure("videos", "Videos by duration in seconds (left) and by number of frames (right).", draw_videos),
     Figure("text_lengths", "Samples by characters of all turns.", draw_text_lengths),
     Figure("visual_tokens", "Samples by visual tokens; a colour for each token format.", draw_visual_tokens),
     Figure(

@@ -1,4 +1,4 @@
-"""The page of the report on a prepared set: one HTML file that holds its pictures and loads and runs nothing.
+"""The page of the report on a prepared set: one HTML file that holds its images and loads and runs nothing.
 
 It is built as a tree, not as text: what a set says can only become text of the page, whatever it is.
 """
@@ -140,7 +140,7 @@ def data_uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{b64encode(data).decode()}"
 
 
-def picture(findings: Findings, name: str) -> Element | None:
+def image(findings: Findings, name: str) -> Element | None:
     """A figure; None where there was nothing to draw."""
     for figure in findings.figures:
         if figure.name == name:
@@ -160,8 +160,8 @@ def beside(*elements: Element | None) -> Element:
     return node("div", *elements, class_="beside")
 
 
-def pictures(findings: Findings, *names: str) -> list[Element | None]:
-    return [picture(findings, name) for name in names]
+def images(findings: Findings, *names: str) -> list[Element | None]:
+    return [image(findings, name) for name in names]
 
 
 # Counts
@@ -169,13 +169,13 @@ def pictures(findings: Findings, *names: str) -> list[Element | None]:
 
 def tiles(findings: Findings) -> Element:
     statistics = findings.statistics
-    clips = len(np.unique(statistics.owner[statistics.is_clip]))
+    videos = len(np.unique(statistics.owner[statistics.is_video]))
     values = {
         "entries read": statistics.stats["read"],
         "entries skipped": sum(statistics.stats["skipped"].values()),
         "samples written": statistics.stats["written"],
-        "with pictures": int((statistics.media > 0).sum()) - clips,
-        "with clips": clips,
+        "with images": int((statistics.media > 0).sum()) - videos,
+        "with videos": videos,
         "text only": int((statistics.media == 0).sum()),
         "shards": len(statistics.shards),
     }
@@ -195,7 +195,7 @@ def sources_section(findings: Findings) -> Element:
     shown = [column for column in range(6) if column not in (2, 5) or total[column]]  # weights are rare
     rows = [[source_cell(row, column) for column in shown] for row in [*sum_up(counts, "more sources"), total]]
     cells = table("sources", [header[column] for column in shown], rows, has_sum=True)
-    return section("sources", "Sources", beside(picture(findings, "sources"), cells))
+    return section("sources", "Sources", beside(image(findings, "sources"), cells))
 
 
 def source_cell(row: tuple, column: int) -> Element | str:
@@ -222,7 +222,7 @@ def skips_section(findings: Findings) -> Element:
     return section(
         "skips",
         "Skipped entries",
-        beside(picture(findings, "skips"), table("skips", ("reason", "entries, of those read"), by_reason)),
+        beside(image(findings, "skips"), table("skips", ("reason", "entries, of those read"), by_reason)),
         node("h3", "By source"),
         table("skips-by-source", ("source", *map(words, reasons)), by_source),
         node("h3", "The first of each reason"),
@@ -275,7 +275,7 @@ def splits_section(findings: Findings) -> Element:
     return section(
         "splits",
         "Splits",
-        beside(picture(findings, "splits"), table("splits", ("split", "samples"), samples)),
+        beside(image(findings, "splits"), table("splits", ("split", "samples"), samples)),
         node("h3", "Share of each source in a split"),
         table("sources-by-split", ("source", *SPLITS, "spread, points"), cells),
     )
@@ -287,13 +287,13 @@ def splits_section(findings: Findings) -> Element:
 def quantities(findings: Findings) -> dict[str, np.ndarray]:
     """What the table of distributions has a row for."""
     statistics = findings.statistics
-    clips = statistics.is_clip
+    videos = statistics.is_video
     return {
         "height, px": statistics.height,
         "width, px": statistics.width,
-        "pictures and clips of a sample": statistics.media[statistics.media > 0],
-        "frames of a clip": statistics.frames[clips],
-        "duration of a clip, s": statistics.seconds[clips],
+        "images and videos of a sample": statistics.media[statistics.media > 0],
+        "frames of a video": statistics.frames[videos],
+        "duration of a video, s": statistics.seconds[videos],
         "characters of all turns": statistics.text,
     }
 
@@ -313,16 +313,16 @@ def sizes_section(findings: Findings) -> Element:
     return section(
         "sizes",
         "Sizes and lengths",
-        node("p", "As stored in the shards; of each picture and clip.", class_="note"),
-        beside(*pictures(findings, "sizes", "aspect_ratios", "clips", "text_lengths")),
+        node("p", "As stored in the shards; of each image and video.", class_="note"),
+        beside(*images(findings, "sizes", "aspect_ratios", "videos", "text_lengths")),
         distribution_table("distributions", quantities(findings)),
     )
 
 
 def tokens_section(findings: Findings) -> Element:
     lengths, statistics = findings.lengths, findings.statistics
-    pictured = statistics.media > 0
-    values = {f"visual, {name}": counts[pictured] for name, counts in lengths.visual.items()}
+    imaged = statistics.media > 0
+    values = {f"visual, {name}": counts[imaged] for name, counts in lengths.visual.items()}
     values["text, counted" if lengths.is_counted else "text, estimated"] = lengths.text
     longer = [
         (f"{limit:,}", *(counted(int((lengths.total(name) > limit).sum()), len(statistics)) for name in lengths.visual))
@@ -332,7 +332,7 @@ def tokens_section(findings: Findings) -> Element:
         "tokens",
         "Tokens of the language model",
         node("p", token_note(findings), class_="note"),
-        beside(*pictures(findings, "visual_tokens", "sequence_lengths")),
+        beside(*images(findings, "visual_tokens", "sequence_lengths")),
         distribution_table("tokens", values),
         node("h3", "Samples longer than a sequence length"),
         table("sequence-lengths", ("tokens", *lengths.visual), longer),
@@ -342,7 +342,7 @@ def tokens_section(findings: Findings) -> Element:
 def token_note(findings: Findings) -> str:
     low, high = findings.pixel_bounds
     note = (
-        f"Visual tokens follow from the sizes, with {low:,} to {high:,} pixels a picture or frame and training's usual "
+        f"Visual tokens follow from the sizes, with {low:,} to {high:,} pixels an image or frame and training's usual "
         "choice of frames. "
     )
     if findings.lengths.is_counted:
@@ -361,9 +361,7 @@ def token_note(findings: Findings) -> str:
 
 def samples_section(findings: Findings) -> Element:
     total = len(findings.statistics)
-    shown = (
-        f"{len(findings.samples):,} of {total:,}, chosen at random. Pictures are reduced in size; long texts are cut."
-    )
+    shown = f"{len(findings.samples):,} of {total:,}, chosen at random. Images are reduced in size; long texts are cut."
     cards = (sample_card(findings, sample) for sample in findings.samples)
     return section("samples", "Samples", node("p", shown, class_="note"), *cards)
 
@@ -375,7 +373,7 @@ def sample_card(findings: Findings, sample: ShownSample) -> Element:
     if sample.more_media:
         media.append(node("p", f"and {sample.more_media} more", class_="note"))
     if not media:
-        media.append(node("p", "no picture", class_="note"))
+        media.append(node("p", "no image", class_="note"))
     turns = [element for turn in sample.turns[:MOST_TURNS] for element in show_turn(turn.role, turn.text)]
     if len(sample.turns) > MOST_TURNS:
         turns.append(node("dt", f"and {len(sample.turns) - MOST_TURNS} more turns"))
@@ -384,13 +382,13 @@ def sample_card(findings: Findings, sample: ShownSample) -> Element:
 
 
 def sample_facts(findings: Findings, i: int) -> list[Element | str]:
-    """One line: source, size, clip, characters, tokens."""
+    """One line: source, size, video, characters, tokens."""
     statistics, lengths = findings.statistics, findings.lengths
     facts = []
     media = range(len(statistics.height))[statistics.media_of(i)]
     for medium in media[:MOST_MEDIA]:
         facts.append(f"{statistics.height[medium]} x {statistics.width[medium]} px")
-        if statistics.is_clip[medium]:
+        if statistics.is_video[medium]:
             facts.append(f"{statistics.frames[medium]:,} frames, {statistics.seconds[medium]:.1f} s")
     facts.append(f"{statistics.text[i]:,} characters")
     if media:
@@ -401,16 +399,16 @@ def sample_facts(findings: Findings, i: int) -> list[Element | str]:
 def show_thumbnail(thumbnail: Thumbnail) -> list[Element]:
     if thumbnail.fault:
         return [node("p", f"{thumbnail.name}: ", foreign(thumbnail.fault), class_="note")]
-    is_clip = len(thumbnail.pictures) > 1
-    attributes = {"width": thumbnail.width, "height": thumbnail.height, "class_": "frame" if is_clip else "still"}
+    is_video = len(thumbnail.images) > 1
+    attributes = {"width": thumbnail.width, "height": thumbnail.height, "class_": "frame" if is_video else "still"}
     return [
         node(
             "img",
             src=data_uri(data, "jpeg"),
-            alt=f"{thumbnail.name}, frame {n}" if is_clip else thumbnail.name,
+            alt=f"{thumbnail.name}, frame {n}" if is_video else thumbnail.name,
             **attributes,
         )
-        for n, data in enumerate(thumbnail.pictures)
+        for n, data in enumerate(thumbnail.images)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Random samples of a prepared set for the report: read from the shards by offset, pictures reduced to thumbnails."""
+"""Random samples of a prepared set for the report: read from the shards by offset, images reduced to thumbnails."""
 
 import io
 import json
@@ -19,8 +19,8 @@ from dct_qwen2vl.preparation.entries import Turn, UnusableSample, read_turns
 from dct_qwen2vl.preparation.metadata import PreparationError
 from dct_qwen2vl.preparation.report.statistics import Shard, Statistics
 
-PICTURE_SIDE, FRAME_SIDE = 320, 160  # px of the longer side of a picture and of a clip's frame, at most
-SHOWN_FRAMES = 6  # of a clip
+IMAGE_SIDE, FRAME_SIDE = 320, 160  # px of the longer side of an image and of a video's frame, at most
+SHOWN_FRAMES = 6  # of a video
 MOST_MEDIA = 4  # of a sample that are shown
 JPEG_QUALITY = 80
 VERIFY = "look at it with data_preparation.py --verify"
@@ -28,11 +28,11 @@ VERIFY = "look at it with data_preparation.py --verify"
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A medium made small. name: its file ending in the shard; pictures: JPEG files, of a clip several frames, none
+    """A medium made small. name: its file ending in the shard; images: JPEG files, of a video several frames, none
     where it cannot be decoded, as `fault` says. height, width: px of each."""
 
     name: str
-    pictures: tuple[bytes, ...] = ()
+    images: tuple[bytes, ...] = ()
     height: int = 0
     width: int = 0
     fault: str = ""
@@ -135,26 +135,26 @@ def show_sample(position: int, path: Path, shard: Shard, key: str, parts: dict[s
 
 
 def make_thumbnail(name: str, data: bytes) -> Thumbnail:
-    """A picture, or some frames of a clip, made small."""
+    """An image, or some frames of a video, made small."""
     try:
         if name.rsplit(".", 1)[-1].lower() in VIDEO_EXTENSIONS:
             frames = decode_video(data, VideoSampling(min_frames=SHOWN_FRAMES, max_frames=SHOWN_FRAMES), fit_frame)
         else:
-            frames = decode_image(data, fit_picture)[None]
+            frames = decode_image(data, fit_image)[None]
     except MediaError as error:
         return Thumbnail(name, fault=MEMORY_ADDRESS.sub("", str(error)))
     return Thumbnail(name, tuple(map(encode_jpeg, frames)), *frames.shape[1:3])
 
 
-def encode_jpeg(picture: np.ndarray) -> bytes:
+def encode_jpeg(image: np.ndarray) -> bytes:
     """uint8 RGB [H, W, 3] -> JPEG file."""
     stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    Image.fromarray(image).save(stream, "JPEG", quality=JPEG_QUALITY, optimize=True)
     return stream.getvalue()
 
 
-def fit_picture(height: int, width: int, frames: int) -> tuple[int, int]:
-    return fit_within(height, width, PICTURE_SIDE)
+def fit_image(height: int, width: int, frames: int) -> tuple[int, int]:
+    return fit_within(height, width, IMAGE_SIDE)
 
 
 def fit_frame(height: int, width: int, frames: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from dct_qwen2vl.preparation.data_splits import SPLITS
 from dct_qwen2vl.preparation.metadata import PreparationError
-from dct_qwen2vl.preparation.output_folder import SKIPPED_NAME, STATS_NAME, TOOL, stats_path
+from dct_qwen2vl.preparation.output_folder import SKIPPED_NAME, STATS_NAME, TOOL, stats_path, with_new_names
 
 TOTALS = ("read", "copies", "written", "thinned")
 SAMPLE_COLUMNS = ("source", "media", "text")
@@ -40,9 +40,9 @@ class Statistics:
     """A prepared set.
 
     stats: what stats.json holds. sources: the names of the source datasets, the one with most entries read first.
-    Columns [N]: source int32, index in `sources`; media int32, pictures and clips of the sample; text int64, characters
-    of all turns; split int8, index in SPLITS. Columns [M]: height, width int32, px; frames int32, 1 for a picture;
-    seconds float32, 0 for a picture.
+    Columns [N]: source int32, index in `sources`; media int32, images and videos of the sample; text int64, characters
+    of all turns; split int8, index in SPLITS. Columns [M]: height, width int32, px; frames int32, 1 for an image;
+    seconds float32, 0 for an image.
     """
 
     stats: dict[str, Any]
@@ -61,7 +61,7 @@ class Statistics:
         return len(self.text)
 
     @property
-    def is_clip(self) -> np.ndarray:
+    def is_video(self) -> np.ndarray:
         """bool [M]: the medium has more than one frame."""
         return self.frames > 1
 
@@ -120,7 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise PreparationError(f"{path} is not JSON ({error}); {AGAIN}") from error
     if not isinstance(value, dict):
         raise PreparationError(f"{path} holds a {type(value).__name__}, not an object; {AGAIN}")
-    return value
+    return with_new_names(value)
 
 
 def check_stats(stats: dict[str, Any], path: Path) -> None:
@@ -220,7 +220,7 @@ def read_examples(output_dir: Path, skipped: dict[str, int]) -> dict[str, dict[s
     try:
         with path.open(encoding="utf-8") as file:
             while missing and (line := file.readline()):
-                entry = json.loads(line)
+                entry = with_new_names(json.loads(line))
                 found.setdefault(entry["reason"], entry)
                 missing.discard(entry["reason"])
     except FileNotFoundError:

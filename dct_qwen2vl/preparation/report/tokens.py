@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Pixels of a side that become one token: block x merge of the preset, and patch x merge of Qwen2-VL's own pixels.
 FACTORS = {"pixels, exact": 28, "x4": 56, "x16": 112}
 FRAMES_OF_A_TOKEN = 2
-LARGEST_ASPECT_RATIO = 200  # beyond it Qwen2-VL's processor refuses a picture
+LARGEST_ASPECT_RATIO = 200  # beyond it Qwen2-VL's processor refuses an image
 
 # English text takes about four characters a token; names, code, digits and most other scripts take fewer.
 CHARACTERS_OF_A_TOKEN = 4
@@ -78,8 +78,8 @@ def sampled_frames(
     """Frames and durations of media -> frames that training reads, most pixels of each of them; int64 [media]."""
     sampling = VideoSampling()
     counts, bounds = np.ones(len(frames), np.int64), np.full(len(frames), max_pixels, np.int64)
-    clips = np.flatnonzero(frames > 1)
-    for i, total, duration in zip(clips.tolist(), frames[clips].tolist(), seconds[clips].tolist()):
+    videos = np.flatnonzero(frames > 1)
+    for i, total, duration in zip(videos.tolist(), frames[videos].tolist(), seconds[videos].tolist()):
         counts[i] = count = sampling.count(total, total / duration if duration else 0)
         bounds[i] = sampling.max_frame_pixels(count, min_pixels, max_pixels)
     return counts, bounds

@@ -4,7 +4,7 @@
     python preparation_report.py O --seq-length 2048 --tokenizer /models/Qwen2-VL-2B-Instruct
 
 In:  O/stats.json, O/skipped.jsonl, O/pretrain-*.stats.json and the shards, as data_preparation.py leaves them
-Out: O/report.html      the page; it holds its pictures and loads nothing
+Out: O/report.html      the page; it holds its images and loads nothing
      O/report/*.png     the figures alone
 
 The same set and settings give the same bytes.
@@ -19,7 +19,7 @@ from dct_qwen2vl.common.scripts import run_main
 REPORT_NAME = "report.html"
 NUM_SAMPLES = 30
 SEQ_LENGTHS = (1024, 2048, 4096, 8192)
-PIXEL_BOUNDS = (56 * 56, 28 * 28 * 1280)  # of a picture or frame: the image processor's defaults
+PIXEL_BOUNDS = (56 * 56, 28 * 28 * 1280)  # of an image or frame: the image processor's defaults
 
 
 def write_report(
@@ -86,14 +86,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=low,
         metavar="N",
-        help="training's lower bound of a picture (default: %(default)s)",
+        help="training's lower bound of an image (default: %(default)s)",
     )
     add(
         "--max-pixels",
         type=int,
         default=high,
         metavar="N",
-        help="training's upper bound of a picture (default: %(default)s)",
+        help="training's upper bound of an image (default: %(default)s)",
     )
     add("--num-samples", type=int, default=NUM_SAMPLES, metavar="N", help="samples shown (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of their choice (default: %(default)s)")

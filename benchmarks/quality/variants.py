@@ -1,14 +1,14 @@
-"""The arms of the experiments: ways in which a picture becomes tokens. Each is one linear map of blocks of pixels.
+"""The variants of the experiments: ways in which an image becomes tokens. Each is one linear map of blocks of pixels.
 
 Letters used for shapes:
 
     B T H W   samples, their frames, rows and columns in pixels
-    b         side of the block that a token covers, in pixels of the picture that is cut into blocks
+    b         side of the block that a token covers, in pixels of the image that is cut into blocks
     N K       tokens of a sample, t*h*w in Qwen2-VL's order; floats of a token
 
-Pixel arms cut a picture, downscaled or not, into blocks and scale the values; DCT arms apply the analysis of a
+Pixel variants cut an image, downscaled or not, into blocks and scale the values; DCT variants apply the analysis of a
 `DCTConfig`, whose matrix is put together from configuration_dct.py and tested against `DCTTokenizer.encode`. What is
-measured on data (unit variance, PCA) is measured on pictures of a split of their own, never on the test set.
+measured on data (unit variance, PCA) is measured on images of a split of their own, never on the test set.
 """
 
 import math
@@ -29,13 +29,13 @@ LOUD = {"x4-loud": 3, "x4-louder": 10}  # what their further coefficients are mu
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """One way from pixels to tokens.
 
-    side: of a token's block, in pixels of the picture as it is cut. shrink: by which the picture's sides are divided
-    before. scaling, of pixel arms: "clip", Qwen2-VL's normalisation; "unit", every float to mean 0, variance 1; "pca",
-    whitened principal components, of which `most` are kept. config: the token format of DCT arms, for which the other
-    fields are not asked.
+    side: of a token's block, in pixels of the image as it is cut. shrink: by which the image's sides are divided
+    before. scaling, of pixel variants: "clip", Qwen2-VL's normalisation; "unit", every float to mean 0, variance 1;
+    "pca", whitened principal components, of which `most` are kept. config: the token format of DCT variants, for which
+    the other fields are not asked.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Arm:
 
     @property
     def pixels_of_token(self) -> int:
-        """Side of what a token covers, in pixels of the picture as drawn."""
+        """Side of what a token covers, in pixels of the image as drawn."""
         return self.side * self.shrink
 
 
-def _dct(name: str, config: DCTConfig) -> Arm:
-    return Arm(name, config.block[1], config=config)
+def _dct(name: str, config: DCTConfig) -> Variant:
+    return Variant(name, config.block[1], config=config)
 
 
 def preset(name: str, patch: int) -> DCTConfig:
@@ -62,7 +62,7 @@ def preset(name: str, patch: int) -> DCTConfig:
 
 def _x4_like(
     name: str, patch: int, count: float | None, order: str = "variance", chroma: str = "420", **options
-) -> Arm:
+) -> Variant:
     """count: floats, in those of a plane of a patch; None for all that there are."""
     kept = None if count is None else int(count * patch**2)
     block = (FRAMES, 2 * patch, 2 * patch)
@@ -70,40 +70,43 @@ def _x4_like(
     return _dct(name, DCTConfig.select(block, chroma, kept, order=order, name=name, patch=patch, **options))
 
 
-def _flat(name: str, patch: int) -> Arm:
+def _flat(name: str, patch: int) -> Variant:
     """x4 with one scale for all coefficients: the DCT without its conditioning."""
     config = preset("x4", patch)
     scale = math.sqrt(float(np.mean(np.square(config.scale))))
     return _dct(name, replace(config, scale=(scale,) * config.num_coefficients, name=name))
 
 
-def _floor(name: str, patch: int) -> Arm:
-    """x4 with a floor under its scales, so that what natural pictures hardly have is not made as loud as the rest."""
+def _floor(name: str, patch: int) -> Variant:
+    """x4 with a floor under its scales, so that what natural images hardly have is not made as loud as the rest."""
     config = preset("x4", patch)
     scale = tuple(math.hypot(value, NOISE_FLOOR) for value in config.scale)
     return _dct(name, replace(config, scale=scale, name=name))
 
 
-def _loud(name: str, patch: int) -> Arm:
-    """x4 with larger values of what the half-size picture does not show (`DCTConfig.with_detail_gain`)."""
+def _loud(name: str, patch: int) -> Variant:
+    """x4 with larger values of what the half-size image does not show (`DCTConfig.with_detail_gain`)."""
     return _dct(name, preset("x4", patch).with_detail_gain(LOUD[name], (FRAMES, patch, patch)))
 
 
-def _block_pca(name: str, patch: int) -> Arm:
+def _block_pca(name: str, patch: int) -> Variant:
     """As many floats as `x4` has that are not zero in a still."""
-    return Arm(name, 2 * patch, scaling="pca", most=6 * patch**2)
+    return Variant(name, 2 * patch, scaling="pca", most=6 * patch**2)
 
 
 # name: (what it is, how it is made from its name and the side of a pixel model's patch). The order is that of tables.
-ARMS = {
-    "pixels": ("pixels, all tokens", Arm),
-    "pixels-unit": ("pixels of unit variance, all tokens", lambda name, patch: Arm(name, patch, scaling="unit")),
-    "pixels-pca": ("whitened pixels, all tokens", lambda name, patch: Arm(name, patch, scaling="pca")),
+VARIANTS = {
+    "pixels": ("pixels, all tokens", Variant),
+    "pixels-unit": ("pixels of unit variance, all tokens", lambda name, patch: Variant(name, patch, scaling="unit")),
+    "pixels-pca": ("whitened pixels, all tokens", lambda name, patch: Variant(name, patch, scaling="pca")),
     "exact": ("preset exact", lambda name, patch: _dct(name, preset("exact", patch))),
-    "quarter": ("lower max_pixels, 1/4", lambda name, patch: Arm(name, patch, 2)),
-    "quarter-unit": ("lower max_pixels, 1/4, unit variance", lambda name, patch: Arm(name, patch, 2, "unit")),
-    "quarter-pca": ("lower max_pixels, 1/4, whitened", lambda name, patch: Arm(name, patch, 2, "pca")),
-    "x4-raw": ("raw pixels of x4's blocks, unit variance", lambda name, patch: Arm(name, 2 * patch, scaling="unit")),
+    "quarter": ("lower max_pixels, 1/4", lambda name, patch: Variant(name, patch, 2)),
+    "quarter-unit": ("lower max_pixels, 1/4, unit variance", lambda name, patch: Variant(name, patch, 2, "unit")),
+    "quarter-pca": ("lower max_pixels, 1/4, whitened", lambda name, patch: Variant(name, patch, 2, "pca")),
+    "x4-raw": (
+        "raw pixels of x4's blocks, unit variance",
+        lambda name, patch: Variant(name, 2 * patch, scaling="unit"),
+    ),
     "x4-pca": ("whitened pixels of x4's blocks", _block_pca),
     "x4": ("preset x4", lambda name, patch: _dct(name, preset("x4", patch))),
     "x4-flat": ("x4, one scale for all", _flat),
@@ -116,25 +119,25 @@ ARMS = {
     "x4-zigzag": ("two thirds, zigzag order", lambda name, patch: _x4_like(name, patch, 6, "zigzag")),
     "x4-all": ("all floats, 4:2:0", lambda name, patch: _x4_like(name, patch, None)),
     "x4-444": ("all floats, 4:4:4", lambda name, patch: _x4_like(name, patch, None, chroma="444")),
-    "sixteenth": ("lower max_pixels, 1/16", lambda name, patch: Arm(name, patch, 4)),
-    "sixteenth-pca": ("lower max_pixels, 1/16, whitened", lambda name, patch: Arm(name, patch, 4, "pca")),
+    "sixteenth": ("lower max_pixels, 1/16", lambda name, patch: Variant(name, patch, 4)),
+    "sixteenth-pca": ("lower max_pixels, 1/16, whitened", lambda name, patch: Variant(name, patch, 4, "pca")),
     "x16": ("preset x16", lambda name, patch: _dct(name, preset("x16", patch))),
 }
 WEIGHTED = "x4-weighted"  # needs the patch embedding of a trained pixel model
 
 
-def make_arm(name: str, patch: int = PIXEL_PATCH[1], weight: torch.Tensor | None = None) -> Arm:
-    """An arm by name. patch: side of the pixel model's patch. weight: its patch embedding [E, 3, 2, patch, patch],
+def make_variant(name: str, patch: int = PIXEL_PATCH[1], weight: torch.Tensor | None = None) -> Variant:
+    """A variant by name. patch: side of the pixel model's patch. weight: its patch embedding [E, 3, 2, patch, patch],
     which x4-weighted orders by.
 
     Raises ValueError for an unknown name, or if x4-weighted has no weight.
     """
     if name == WEIGHTED and weight is not None:
         return _x4_like(name, patch, 6, "weighted", weight=weight)
-    if name not in ARMS:
+    if name not in VARIANTS:
         needs = ", which needs a trained pixel model (--start-from)" if name == WEIGHTED else ""
-        raise ValueError(f"unknown arm {name!r}{needs}: choose from {', '.join(ARMS)}")
-    return ARMS[name][1](name, patch)
+        raise ValueError(f"unknown variant {name!r}{needs}: choose from {', '.join(VARIANTS)}")
+    return VARIANTS[name][1](name, patch)
 
 
 def analysis_matrix(config: DCTConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -189,30 +192,32 @@ def downscale(frames: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 class Encoder:
-    """Applies an arm on a device: uint8 frames [B, T, H, W, 3] -> float32 tokens [B, N, K].
+    """Applies a variant on a device: uint8 frames [B, T, H, W, 3] -> float32 tokens [B, N, K].
 
-    A lone picture (T = 1) counts as two equal frames, as in Qwen2-VL; `pixels`, `quarter` and `sixteenth` have both
-    copies in a token, as it has, the arms with blocks or bases of their own have one. Arms that are measured on data
-    need `fit` first.
+    A lone image (T = 1) counts as two equal frames, as in Qwen2-VL; `pixels`, `quarter` and `sixteenth` have both
+    copies in a token, as it has, the variants with blocks or bases of their own have one. Variants that are measured on
+    data need `fit` first.
     """
 
-    def __init__(self, arm: Arm, size: tuple[int, int], length: int, device: torch.device | str = "cpu") -> None:
-        self.arm, self.still, self.device = arm, length == 1, torch.device(device)
-        step = arm.pixels_of_token * MERGE
+    def __init__(
+        self, variant: Variant, size: tuple[int, int], length: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.variant, self.still, self.device = variant, length == 1, torch.device(device)
+        step = variant.pixels_of_token * MERGE
         if any(side % step for side in size) or (length > 1 and length % FRAMES):
-            raise ValueError(f"arm {arm.name} needs sides that are multiples of {step} px and 1 or 2n frames")
+            raise ValueError(f"variant {variant.name} needs sides that are multiples of {step} px and 1 or 2n frames")
         steps = max(1, length // FRAMES)
-        self.grid = (steps, size[0] // arm.pixels_of_token, size[1] // arm.pixels_of_token)
-        self.one_frame = self.still and (arm.config is not None or arm.scaling != "clip")
+        self.grid = (steps, size[0] // variant.pixels_of_token, size[1] // variant.pixels_of_token)
+        self.one_frame = self.still and (variant.config is not None or variant.scaling != "clip")
         self.matrix: torch.Tensor | None = None
         self.mean = self.std = None
-        values = arm.side**2 * (1 if self.one_frame else FRAMES)  # of a channel in a block
+        values = variant.side**2 * (1 if self.one_frame else FRAMES)  # of a channel in a block
         self.clip_mean, self.clip_std = (
             torch.tensor(channels, device=self.device).repeat_interleave(values)
             for channels in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
         )
-        if arm.config is not None:
-            matrix, offset = analysis_matrix(arm.config)
+        if variant.config is not None:
+            matrix, offset = analysis_matrix(variant.config)
             if self.still:
                 matrix = matrix.reshape(len(matrix), 3, FRAMES, -1).sum(axis=2).reshape(len(matrix), -1)
             self.matrix = torch.from_numpy(matrix.T.copy()).to(self.device, torch.float32)
@@ -222,10 +227,10 @@ class Encoder:
 
     def in_patch(self, patch: int, floats: int) -> torch.Tensor:
         """Which of the `floats` of a token the pixel model's patch would show of its block, downscaled: bool [K]. Of
-        DCT arms the corner; of principal components as many of the largest; of others all."""
-        if self.arm.config is not None:
-            return torch.from_numpy(shown_in_patch(self.arm.config, (FRAMES, patch, patch)))
-        shown = 3 * patch**2 if self.arm.scaling == "pca" else floats
+        DCT variants the corner; of principal components as many of the largest; of others all."""
+        if self.variant.config is not None:
+            return torch.from_numpy(shown_in_patch(self.variant.config, (FRAMES, patch, patch)))
+        shown = 3 * patch**2 if self.variant.scaling == "pca" else floats
         return torch.arange(floats) >= floats - shown  # eigh sorts by rising variance
 
     @property
@@ -235,12 +240,12 @@ class Encoder:
 
     def _blocks(self, frames: torch.Tensor) -> torch.Tensor:
         """float32 [B, N, values of a block], about 128 for 8-bit values: [-128, 127]."""
-        frames = downscale(frames.to(self.device, torch.float32), self.arm.shrink) - 128
+        frames = downscale(frames.to(self.device, torch.float32), self.variant.shrink) - 128
         if not self.still:
             frames = frames.unflatten(1, (-1, FRAMES))
         else:
             frames = frames[:, :, None] if self.one_frame else frames[:, :, None].expand(-1, -1, FRAMES, -1, -1, -1)
-        return cut(frames, self.arm.side)
+        return cut(frames, self.variant.side)
 
     def _clip(self, blocks: torch.Tensor) -> torch.Tensor:
         """Qwen2-VL's normalisation of values about 128."""
@@ -248,18 +253,19 @@ class Encoder:
 
     @torch.no_grad()
     def fit(self, batches: Iterable[torch.Tensor]) -> None:
-        """Measures means, variances and principal components on uint8 frames [B, T, H, W, 3], where the arm has any."""
-        if self.arm.config is not None or self.arm.scaling == "clip":
+        """Measures means, variances and principal components on uint8 frames [B, T, H, W, 3], where the variant has
+        any."""
+        if self.variant.config is not None or self.variant.scaling == "clip":
             return
         blocks = torch.cat([self._clip(self._blocks(frames)).flatten(0, 1) for frames in batches])
         self.mean = blocks.mean(dim=0)
         centred = blocks - self.mean
-        if self.arm.scaling == "unit":
+        if self.variant.scaling == "unit":
             self.std = centred.square().mean(dim=0).sqrt().clamp_min(LEAST_STD)
             return
         covariance = (centred.T @ centred / len(centred)).double()
         variance, basis = torch.linalg.eigh(covariance)
-        kept = min(self.arm.most or len(variance), int((variance > LEAST_STD**2).sum()))
+        kept = min(self.variant.most or len(variance), int((variance > LEAST_STD**2).sum()))
         whitening = basis[:, -kept:] / variance[-kept:].sqrt()
         self.matrix = whitening.float()
 
@@ -267,11 +273,11 @@ class Encoder:
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
         """uint8 [B, T, H, W, 3] -> float32 [B, N, K]"""
         blocks = self._blocks(frames)
-        if self.arm.config is not None:
+        if self.variant.config is not None:
             return blocks @ self.matrix + self.shift
         blocks = self._clip(blocks)
-        if self.arm.scaling == "unit":
+        if self.variant.scaling == "unit":
             return (blocks - self.mean) / self.std
-        if self.arm.scaling == "pca":
+        if self.variant.scaling == "pca":
             return (blocks - self.mean) @ self.matrix
         return blocks

@@ -1,4 +1,4 @@
-"""Tasks of clips: motion, order of events, flashes, a ticker."""
+"""Tasks of videos: motion, order of events, flashes, a ticker."""
 
 import math
 from dataclasses import dataclass
@@ -177,12 +177,12 @@ class Ticker(SceneTask):
         line = torch.arange(self.cells, device=device)[:, None] * self.cell
         y = line + 1 + random.uniform(0, 1, count, self.cells, 1) * (self.cell - 2 - pixels)
         coverage = torch.zeros(count, self.frames, self.size, self.size, device=device)
-        column = torch.arange(self.size, device=device)  # and rows: pictures are square
+        column = torch.arange(self.size, device=device)  # and rows: images are square
         row = (column // self.cell).clamp_max(self.cells - 1)  # the line that a row of pixels belongs to
         visible = ((column >= start) & (column < start + window))[:, row]
         for frame in range(self.frames):
             x = start + 1 + before - self.speed * frame
-            shown = x > -atlas.side  # beyond the picture there is nothing to draw
+            shown = x > -atlas.side  # beyond the image there is nothing to draw
             masks, top, left = atlas.place(digits, height, y.expand(x.shape), x)
             masks, top, left = (part.flatten(1, 2) for part in (masks * shown[..., None, None], top, left))
             paint(coverage[:, frame], masks, top, left)
