@@ -117,7 +117,7 @@ def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(header, io.BytesIO(data))
 
 
-def make_raw_data(folder: Path, images: int, jpeg_share: float, pictures: dict[str, list[bytes]], seed: int) -> None:
+def make_raw_data(folder: Path, images: int, jpeg_share: float, encoded: dict[str, list[bytes]], seed: int) -> None:
     """`images` entries, each with a picture of its own, in TARS tars."""
     folder.mkdir(parents=True)
     rng, entries = random.Random(seed), []
@@ -126,7 +126,7 @@ def make_raw_data(folder: Path, images: int, jpeg_share: float, pictures: dict[s
             for number in range(source, images, TARS):
                 file_format = "JPEG" if rng.random() < jpeg_share else "PNG"
                 name = f"source{source}/{number:012d}.{'jpg' if file_format == 'JPEG' else 'png'}"
-                add_file(tar, name, add_comment(pictures[file_format][number % DIFFERENT], b"%012d" % number))
+                add_file(tar, name, add_comment(encoded[file_format][number % DIFFERENT], b"%012d" % number))
                 entries.append(make_entry(name, number, ANSWER * 3))
     (folder / "cambrian737k.json").write_text(json.dumps(entries))
 
@@ -256,11 +256,11 @@ def time_in_process(way: str, data: Path, output: Path, workers: int) -> float:
 def compare_ways(folder: Path, arguments: argparse.Namespace) -> dict[str, dict]:
     """Time all ways on all mixes; prints the tables."""
     drawn = list(draw_pictures(DIFFERENT, arguments.seed))
-    pictures = {file_format: [encode(picture, file_format) for picture in drawn] for file_format in ("JPEG", "PNG")}
+    encoded = {file_format: [encode(image, file_format) for image in drawn] for file_format in ("JPEG", "PNG")}
     results = {}
     for name, mix in MIXES.items():
         images = max(1, int(arguments.images * mix.images))
-        make_raw_data(folder / "raw", images, mix.jpeg_share, pictures, arguments.seed)
+        make_raw_data(folder / "raw", images, mix.jpeg_share, encoded, arguments.seed)
         size = sum(path.stat().st_size for path in (folder / "raw").glob("*.tar")) / images
         rounds = [
             {way: time_in_process(way, folder / "raw", folder / "out", arguments.workers) for way in mix.ways}

@@ -68,15 +68,15 @@ def video_file(frames: int) -> bytes:
     """H.264 in mp4, 24 frames a second, the encoder's default groups of pictures."""
     import av
 
-    stream = io.BytesIO()
-    with av.open(stream, "w", format="mp4") as container:
-        video = container.add_stream("libx264", rate=24, options={"preset": "veryfast"})
-        video.height, video.width = VIDEO_SIZE
-        video.pix_fmt = "yuv420p"
+    data = io.BytesIO()
+    with av.open(data, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=24, options={"preset": "veryfast"})
+        stream.height, stream.width = VIDEO_SIZE
+        stream.pix_fmt = "yuv420p"
         for frame in clip(frames, *VIDEO_SIZE, step=1):
-            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(video.encode())
-    return stream.getvalue()
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return data.getvalue()
 
 
 def read_rgb(data: bytes, indices: np.ndarray) -> list[np.ndarray]:
@@ -103,12 +103,12 @@ def processors(pixels: int) -> dict:
 
 def array_cases() -> dict[str, Ways]:
     ways = processors(SIDE * SIDE)
-    image, frames = picture(SIDE, SIDE), list(clip(FRAMES, SIDE, SIDE))
+    photograph, frames = picture(SIDE, SIDE), list(clip(FRAMES, SIDE, SIDE))
     # Cheap to get, and as good as real planes for timing: luma from green, chroma from every other red and blue sample.
     still = np.stack(frames)
     planes = [np.ascontiguousarray(part) for part in (still[..., 1], still[:, ::2, ::2, 2], still[:, ::2, ::2, 0])]
     cases = {
-        "image array": {name: partial(way, images=image, return_tensors="pt") for name, way in ways.items()},
+        "image array": {name: partial(way, images=photograph, return_tensors="pt") for name, way in ways.items()},
         "clip array": {
             name: partial(way, images=None, videos=[frames], return_tensors="pt") for name, way in ways.items()
         },

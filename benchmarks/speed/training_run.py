@@ -80,12 +80,12 @@ def draw_clip(number: int, folder: Path, seed: int) -> dict:
     frames = clip(CLIP_FRAMES, CLIP_SIDE, CLIP_SIDE, step=int(rng.integers(1, 6)))
     name = f"pictures/{number:06d}.mp4"
     with av.open(str(folder / name), "w") as container:
-        video = container.add_stream("libx264", rate=CLIP_RATE, options={"preset": "veryfast", "threads": "1"})
-        video.width = video.height = CLIP_SIDE
-        video.pix_fmt = "yuv420p"
+        stream = container.add_stream("libx264", rate=CLIP_RATE, options={"preset": "veryfast", "threads": "1"})
+        stream.width = stream.height = CLIP_SIDE
+        stream.pix_fmt = "yuv420p"
         for frame in frames:
-            container.mux(video.encode(av.VideoFrame.from_ndarray(np.roll(frame, number % 50, axis=1), format="rgb24")))
-        container.mux(video.encode())
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(frame, number % 50, axis=1), format="rgb24")))
+        container.mux(stream.encode())
     return {"id": str(number), "video": name, "conversations": conversation(rng, "video", 2, 32)}
 
 

@@ -184,11 +184,11 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
         }
         data = {}
         if images is not None:
-            clips = [[image] for image in flat_images(images)]
-            data["pixel_values"], data["image_grid_thw"] = self._encode_all(clips, device, options)
+            sequences = [[image] for image in flat_images(images)]
+            data["pixel_values"], data["image_grid_thw"] = self._encode_all(sequences, device, options)
         if videos is not None:
-            clips = flat_videos(videos)
-            data["pixel_values_videos"], data["video_grid_thw"] = self._encode_all(clips, device, options)
+            sequences = flat_videos(videos)
+            data["pixel_values_videos"], data["video_grid_thw"] = self._encode_all(sequences, device, options)
         if tensor_type is not TensorType.PYTORCH:
             data = {name: value.cpu().numpy() for name, value in data.items()}
         return BatchFeature(data=data, tensor_type=tensor_type)

@@ -266,12 +266,12 @@ def downsize(image: Image.Image, data: bytes, orientation: int | None, options: 
         return min(sides[0], longest), min(sides[1], longest)
 
     if image.format == "JPEG" and orientation is not None:
-        picture = Image.fromarray(decode_image(data, fit))
+        smaller = Image.fromarray(decode_image(data, fit))
     else:
-        picture = load_rgb(image, orientation)
-        height, width = fit(picture.height, picture.width)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    return encode_jpeg(picture, "images_downsized", options)
+        smaller = load_rgb(image, orientation)
+        height, width = fit(smaller.height, smaller.width)
+        smaller = smaller.resize((width, height), Image.Resampling.BICUBIC)
+    return encode_jpeg(smaller, "images_downsized", options)
 
 
 def encode_jpeg(picture: Image.Image, treatment: str, options: ConversionOptions) -> StoredMedia:

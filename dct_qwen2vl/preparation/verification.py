@@ -256,11 +256,11 @@ def decode_part(kind: str, ending: str, data: bytes) -> tuple[int, int, int]:
     return probe.height, probe.width, probe.frames
 
 
-def is_copy(picture: bytes) -> bool:
+def is_copy(data: bytes) -> bool:
     """Whether a picture was not encoded by this tool, which makes baseline RGB JPEGs without chroma subsampling. Two
     different files may have become one and the same of those."""
     try:
-        with Image.open(io.BytesIO(picture)) as image:
+        with Image.open(io.BytesIO(data)) as image:
             factors = {(component[1], component[2]) for component in getattr(image, "layer", [])}
             return image.format != "JPEG" or image.mode != "RGB" or "progressive" in image.info or factors != {(1, 1)}
     except Exception:  # a broken one, which is said elsewhere

@@ -589,9 +589,9 @@ PROMPTS = {
 
 def prompt_inputs(processor, prompt: str, natural_frames) -> dict:
     text, images, videos = PROMPTS[prompt]
-    pictures = [natural_frames(1, 100 + 60 * n, 170, seed=n)[0] for n in range(images)]
-    clips = [list(natural_frames(5, 80, 120, seed=9)) for _ in range(videos)]
-    return processor(text=[text], images=pictures or None, videos=clips or None, return_tensors="pt")
+    arrays = [natural_frames(1, 100 + 60 * n, 170, seed=n)[0] for n in range(images)]
+    sequences = [list(natural_frames(5, 80, 120, seed=9)) for _ in range(videos)]
+    return processor(text=[text], images=arrays or None, videos=sequences or None, return_tensors="pt")
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

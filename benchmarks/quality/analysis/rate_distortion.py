@@ -81,8 +81,8 @@ def given_material(images: list[Path], clips: list[Path]) -> dict[str, list["np.
     from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
     skipped: list[str] = []
-    pictures = read_images(files_of(images, IMAGE_EXTENSIONS)[0], skipped)
-    stills = [resized(picture[None], sizes_of(*picture.shape[:2], (STILL_PIXELS,))[0]) for picture in pictures]
+    arrays = read_images(files_of(images, IMAGE_EXTENSIONS)[0], skipped)
+    stills = [resized(array[None], sizes_of(*array.shape[:2], (STILL_PIXELS,))[0]) for array in arrays]
     films = (film[:CLIP_FRAMES] for film in read_clips(files_of(clips, VIDEO_EXTENSIONS)[0], skipped))
     moving = [resized(film, sizes_of(*film.shape[1:3], (CLIP_PIXELS,))[0]) for film in films]
     for line in skipped:
