@@ -84,7 +84,9 @@ def draw_clip(number: int, folder: Path, seed: int) -> dict:
         stream.width = stream.height = CLIP_SIDE
         stream.pix_fmt = "yuv420p"
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(frame, number % 50, axis=1), format="rgb24")))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.roll(frame, number % 50, axis=1), format="rgb24"))
+            )
         container.mux(stream.encode())
     return {"id": str(number), "video": name, "conversations": conversation(rng, "video", 2, 32)}
 

@@ -443,7 +443,9 @@ def measure(images: list[Path], clips: list[Path], pixels: tuple[int, ...], seed
     import numpy as np
 
     found = Measurement()
-    measure_images(read_images(images, found.skipped), found, pixels, np.random.default_rng(seed), with_motion=not clips)
+    measure_images(
+        read_images(images, found.skipped), found, pixels, np.random.default_rng(seed), with_motion=not clips
+    )
     measure_clips(read_clips(clips, found.skipped), found, pixels)
     if not found.clips.blocks:
         reasons = f", the first: {found.skipped[0]}" if found.skipped else ""

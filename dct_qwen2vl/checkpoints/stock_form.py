@@ -129,7 +129,7 @@ def to_dct(
     processor = make_processor(model_dir, dct, min_pixels, max_pixels)
     dtype = _saved_dtype(model_dir, weight)
     with new_directory(model_dir, output_dir, force) as folder:
-        copy_other_files(model_dir, folder, without=(VIDEO_PROCESSOR,))
+        copy_other_files(model_dir, folder)
         write_json(folder / "config.json", converted_config(config, dct.num_coefficients))
         processor.save_pretrained(folder)
         tensors = changed_tensors(files, lambda weight: fold_block_embedding(weight, dct, dtype=dtype))

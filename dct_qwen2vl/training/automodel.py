@@ -232,8 +232,14 @@ def build_trainer(config: TrainingConfig, module: QwenAutoModel, callbacks: list
     )
 
 
-def run(config: TrainingConfig, data: EnergonDataModule, merge_size: int, extra_callbacks: list[Callback]) -> None:
-    """Fine-tunes, resuming from the newest checkpoint, and writes RUN_DIR/hf."""
+def run(
+    config: TrainingConfig,
+    data: EnergonDataModule,
+    merge_size: int,
+    extra_callbacks: list[Callback],
+    export_dir: Path,
+) -> None:
+    """Fine-tunes, resuming from the newest checkpoint, and writes the model to `export_dir`."""
     module = QwenAutoModel(
         config.model_dir,
         config.freeze,
@@ -254,4 +260,4 @@ def run(config: TrainingConfig, data: EnergonDataModule, merge_size: int, extra_
         tokenizer=None,  # the loader has it; NeMo would store it in a field that this class does not have
     )
     if trainer.is_global_zero:
-        module.save_hf(config.run_dir / "hf")
+        module.save_hf(export_dir)

@@ -13,6 +13,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     check_checkpoint,
     read_json,
     saved_pixel_bounds,
+    unfolded_format,
 )
 from dct_qwen2vl.data.energon_files import count_samples, read_splits
 from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig, flag_of
@@ -27,6 +28,11 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
                        f"QWEN2_VL --output-dir {model_dir}")  # fmt: skip
     dct = check_checkpoint(model_dir)
     info = ModelInfo(dct["name"] if dct else "none", dct)
+    unfolded = unfolded_format(model_dir)
+    if unfolded and wanted != "none":
+        raise RunError(f"{model_dir} is the stock form of a DCT model ({unfolded['name']}), training takes its "
+                       f"coefficient form: a run's hf_dct, or python convert_checkpoint.py --to dct --model-dir "
+                       f"{model_dir} --output-dir {model_dir}-dct")  # fmt: skip
     if info.dct_name == "none" and wanted != "none":
         raise RunError(f"{model_dir} reads pixels, not DCT tokens: python convert_checkpoint.py --model-dir "
                        f"{model_dir} --output-dir {model_dir}-x4, or --dct none to train on pixels")  # fmt: skip

@@ -145,7 +145,7 @@ def test_there_and_back_in_fp32(name, trained, stock, tmp_path):
     assert ((first - second).norm(dim=0) <= 2**-20 * first.norm(dim=0)).all()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     files = {path.name for path in trained(name).iterdir()}
-    assert {path.name for path in (tmp_path / "back").iterdir()} == files
+    assert {path.name for path in (tmp_path / "back").iterdir()} == files | {"video_preprocessor_config.json"}
     for file in files - {"model.safetensors"}:
         one, other = (folder / file for folder in (trained(name), tmp_path / "back"))
         same = one.read_bytes() == other.read_bytes()
@@ -240,6 +240,10 @@ def test_pixel_bounds_and_sampling_are_kept(trained, tmp_path):
     assert processor.size == {"shortest_edge": 6272, "longest_edge": 100352}
     videos = json.loads((tmp_path / "stock" / "video_preprocessor_config.json").read_text())
     assert (videos["fps"], videos["patch_size"], videos["max_pixels"]) == (1.0, 28, 100352)
+    assert run(tmp_path / "stock", tmp_path / "back", "--to", "dct") == 0
+    assert run(tmp_path / "back", tmp_path / "again", "--to", "stock") == 0
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "config.json", "dct_format.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "stock" / name).read_bytes(), name
     assert run(folder, tmp_path / "other", "--to", "stock", "--max-pixels", "50176") == 0
     assert AutoProcessor.from_pretrained(tmp_path / "other").image_processor.max_pixels == 50176
 

@@ -435,7 +435,11 @@ def entries(draw) -> dict:
     number = 1 if clips and all(name.endswith("jpg") for name in clips) else len(clips)  # frames are one clip
     right = ["<image>"] * len(images) + ["<video>"] * number
     placeholder_images = ["<image>"] * len(right)
-    placeholders = draw(st.sampled_from([right, right, [], placeholder_images, [*right, "<video>"], placeholder_images, placeholder_images]))
+    placeholders = draw(
+        st.sampled_from(
+            [right, right, [], placeholder_images, [*right, "<video>"], placeholder_images, placeholder_images]
+        )
+    )
     turns = draw(dialogues(draw(st.permutations(placeholders))))
     if draw(st.integers(0, 2)) == 0:
         place = draw(st.integers(0, len(turns) - 1))
