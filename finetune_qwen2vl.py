@@ -13,6 +13,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+from dct_qwen2vl.checkpoints.inspection import read_config, time_step
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.training import run_lock
@@ -43,6 +44,8 @@ def build_task_encoder(config: TrainingConfig, info: ModelInfo, rows: bool):
         "max_bad_in_a_row": config.max_bad_in_a_row,
     }
     tokenizer, processor = load_processor(config, info)
+    model = read_config(config.model_dir)
+    options["time_step"] = time_step(model, processor.temporal_patch_size, config.video_fps)
     if rows:
         return PackingTaskEncoder(
             tokenizer,

@@ -26,6 +26,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     safetensors_files,
     saved_pixel_bounds,
     unfolded_format,
+    with_patch,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def read_config(model_dir: Path) -> dict:
 
 def converted_config(config: dict, num_coefficients: int) -> dict:
     """The config of the same model with a 1x1x1 patch embedding over `num_coefficients` channels."""
-    vision = {**config["vision_config"], "in_channels": num_coefficients, "patch_size": 1, "temporal_patch_size": 1}
+    config = with_patch(config, num_coefficients, 1, 1)
+    vision = config["vision_config"]
     # Qwen's released files carry these two under names that transformers ignores; they would contradict the rest.
     vision.pop("in_chans", None)
     vision.pop("spatial_patch_size", None)
@@ -145,7 +147,7 @@ def make_processor(model_dir: Path, dct, min_pixels: int | None, max_pixels: int
     if low > high:
         raise CheckpointError(f"min_pixels {low} is over max_pixels {high}: change --min-pixels or --max-pixels")
     processor = DCTImageProcessor(dct=dct, min_pixels=low, max_pixels=high)
-    processor._set_processor_class("Qwen2VLProcessor")
+    processor._set_processor_class(inspection.MODEL_TYPES[inspection.read_config(model_dir)["model_type"]])
     return processor
 
 

@@ -34,6 +34,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     saved_pixel_bounds,
     token_format,
     unfolded_format,
+    with_patch,
 )
 
 if TYPE_CHECKING:
@@ -127,6 +128,9 @@ def to_dct(
     if not left_out <= MOST_LEFT_OUT:
         raise _too_far(model_dir, dct, left_out)
     processor = make_processor(model_dir, dct, min_pixels, max_pixels)
+    saved = read_processor(model_dir)
+    for name in ("do_resize", "do_rescale", "do_convert_rgb", "resample"):
+        setattr(processor, name, saved.get(name, getattr(processor, name)))
     dtype = _saved_dtype(model_dir, weight)
     with new_directory(model_dir, output_dir, force) as folder:
         copy_other_files(model_dir, folder)
@@ -140,14 +144,8 @@ def to_dct(
 def stock_config(config: dict[str, Any], dct) -> dict[str, Any]:
     """config.json of the same model, whose patch is the block. Servers read the channels under either name."""
     frames, rows, _ = dct.block
-    vision = {
-        **config["vision_config"],
-        "in_channels": 3,
-        "in_chans": 3,
-        "patch_size": rows,
-        "spatial_patch_size": rows,
-        "temporal_patch_size": frames,
-    }
+    vision = with_patch(config, 3, frames, rows)["vision_config"]
+    vision = {**vision, "in_chans": 3, "spatial_patch_size": rows}
     return {**{name: value for name, value in config.items() if name != "auto_map"}, "vision_config": vision}
 
 

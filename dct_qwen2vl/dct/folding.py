@@ -23,17 +23,20 @@ ROWS_AT_ONCE = 128  # of an embedding, so that float64 copies of a large block s
 
 
 def fold_patch_embedding(
-    weight: torch.Tensor, config: DCTConfig, patch: tuple[int, int, int] = PIXEL_PATCH
+    weight: torch.Tensor,
+    config: DCTConfig,
+    patch: tuple[int, int, int] = PIXEL_PATCH,
+    std: tuple[float, ...] = CLIP_STD,
 ) -> torch.Tensor:
     """W' = W S: a Conv3d weight for pixels [E, 3, 2, 14, 14] -> one for tokens [E, K, 1, 1, 1], of the same dtype.
 
     Columns of coefficients that the pixel model never saw start at zero: at step 0 the folded model computes what the
-    pixel model computes on the picture downscaled in the DCT domain. patch: see `synthesis_matrix`. Raises ValueError
-    for a weight of any other shape.
+    pixel model computes on the picture downscaled in the DCT domain. patch, std: see `synthesis_matrix`. Raises
+    ValueError for a weight of any other shape.
     """
     if weight.ndim != 5 or tuple(weight.shape[1:]) != (3, *patch):
         raise ValueError(f"fold_patch_embedding expects a weight [E, 3, {str(patch)[1:-1]}], got {list(weight.shape)}")
-    synthesis = torch.from_numpy(synthesis_matrix(config, patch)).to(weight.device)
+    synthesis = torch.from_numpy(synthesis_matrix(config, patch, std)).to(weight.device)
     folded = weight.reshape(weight.shape[0], -1).to(torch.float64) @ synthesis.T
     return folded.to(weight.dtype).reshape(weight.shape[0], -1, 1, 1, 1)
 
@@ -79,6 +82,25 @@ def fold_block_embedding(
         return folded.view(len(rows), -1, 1, 1, 1)
 
     return _by_rows(fold, weight, dtype or weight.dtype)
+
+
+def bias_for_mean(
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: tuple[float, ...],
+    other: tuple[float, ...],
+    std: tuple[float, ...],
+) -> torch.Tensor:
+    """The bias with which pixels minus `other` give what pixels minus `mean` give with `bias`. Tokens are centred by
+    CLIP's mean: a model with another mean (Qwen3-VL: 0.5) is folded with mean=its own, other=CLIP_MEAN, and unfolded
+    the other way round.
+
+    weight: [E, 3, frames, rows, columns] over pixels. Its patch holds a flat colour unchanged, whatever its size.
+    bias: [E].
+    std: of the pixels, as in `unfold_patch_embedding`.
+    """
+    shift = (torch.tensor(other, dtype=torch.float64) - torch.tensor(mean, dtype=torch.float64)) / torch.tensor(std)
+    return (bias.double() + weight.double().sum(dim=(2, 3, 4)) @ shift).to(bias.dtype)
 
 
 def distance_from_format(weight: torch.Tensor, config: DCTConfig, std: tuple[float, ...] = CLIP_STD) -> float:

@@ -15,6 +15,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     saved_pixel_bounds,
     unfolded_format,
 )
+from dct_qwen2vl.common.files import read_json as read_file
 from dct_qwen2vl.data.energon_files import count_samples, read_splits
 from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig, flag_of
 from dct_qwen2vl.training.run_file import check_run_folder
@@ -168,6 +169,14 @@ def check(config: TrainingConfig) -> ModelInfo:
     return info
 
 
+def unknown_to_megatron(model_dir: Path) -> str | None:
+    """Why the megatron engine cannot train this model, or None; also where there is no model."""
+    config = read_file(model_dir / "config.json")
+    if isinstance(config, dict) and config.get("model_type") == "qwen2_5_vl":
+        return "--engine megatron has no Qwen2.5-VL, since NeMo 2.4 has none: use --engine automodel"
+    return None
+
+
 def megatron_refusal() -> str | None:
     """Why the megatron engine cannot run here, or None."""
     import torch
@@ -181,7 +190,9 @@ def megatron_refusal() -> str | None:
 
 def choose_engine(config: TrainingConfig) -> str:
     """ "auto" becomes what can run here. Raises RunError if what was asked for cannot."""
-    reason = megatron_refusal() if config.engine != "automodel" else "--engine automodel was asked for"
+    reason = "--engine automodel was asked for"
+    if config.engine != "automodel":
+        reason = unknown_to_megatron(config.model_dir) or megatron_refusal()
     if config.engine == "megatron" and reason:
         raise RunError(reason)
     if not reason:

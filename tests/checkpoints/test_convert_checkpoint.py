@@ -343,7 +343,7 @@ def with_another_patch_embedding(folder: Path) -> None:
 DAMAGES = {
     "no config.json": lambda folder: (folder / "config.json").unlink(),
     "config.json is not JSON": lambda folder: (folder / "config.json").write_text("{"),
-    "model_type 'qwen2_5_vl', only qwen2_vl": lambda folder: edit_json(folder / "config.json", model_type="qwen2_5_vl"),
+    "model_type 'qwen3_vl', only qwen2_vl and": lambda folder: edit_json(folder / "config.json", model_type="qwen3_vl"),
     "has no vision_config": lambda folder: edit_json(folder / "config.json", vision_config=None),
     "lacks model-00002-of-": without_shard,
     "is damaged": with_cut_shard,
