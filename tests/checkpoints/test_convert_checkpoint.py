@@ -157,7 +157,9 @@ def test_pixel_bounds_are_the_sources_unless_given(qwen2vl_directory, output, tm
     read = json.loads((output / "preprocessor_config.json").read_text())
     assert (read["min_pixels"], read["max_pixels"]) == (56 * 56, 448 * 448)
     assert read["image_processor_type"] == "DCTImageProcessor"
-    assert read["auto_map"] == {"AutoImageProcessor": "image_processing_dct.DCTImageProcessor"}
+    assert read["auto_map"] == {
+        f"Auto{kind}Processor": f"image_processing_dct.DCT{kind}Processor" for kind in ("Image", "Video")
+    }
     assert run(qwen2vl_directory, tmp_path / "x4", "--min-pixels", "6272", "--max-pixels", "50176") == 0
     read = json.loads((tmp_path / "x4" / "preprocessor_config.json").read_text())
     assert (read["min_pixels"], read["max_pixels"]) == (6272, 50176)
