@@ -13,6 +13,7 @@ from dct_qwen2vl.common.scripts import UserError
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 PROCESSOR = "preprocessor_config.json"
 INDEX = "model.safetensors.index.json"
+STOCK_FORM = "dct_format.json"  # beside the stock form of a DCT model: its token format, for the way back
 # Parsed when model and tokenizer are loaded; the other two, config.json and PROCESSOR, are looked into.
 PARSED = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -150,6 +151,18 @@ def token_format(model_dir: Path, processor: dict[str, Any]) -> dict[str, Any] |
             raise CheckpointError(f"{path} has {name} {processor[name]!r}, its token format {dct['name']} has {value}: "
                                   f"{remedy(model_dir)}")  # fmt: skip
     return dct
+
+
+def unfolded_format(model_dir: Path) -> dict[str, Any] | None:
+    """Of the stock form of a DCT model, its token format as a dict; None for any other directory. Raises
+    CheckpointError."""
+    path = model_dir / STOCK_FORM
+    if not path.is_file():
+        return None
+    dct = read_json(path).get("dct")
+    if not isinstance(dct, dict):
+        raise CheckpointError(f"{path} has no token format in its field dct: remove it, and name the format with --dct")
+    return {**FORMAT_DEFAULTS, **dct}
 
 
 def check_format(model_dir: Path, processor: dict[str, Any], dct: dict[str, Any] | None) -> None:
