@@ -145,7 +145,7 @@ def make_processor(model_dir: Path, dct, min_pixels: int | None, max_pixels: int
     if low > high:
         raise CheckpointError(f"min_pixels {low} is over max_pixels {high}: change --min-pixels or --max-pixels")
     processor = DCTImageProcessor(dct=dct, min_pixels=low, max_pixels=high)
-    processor._set_processor_class("Qwen2VLProcessor")
+    processor._processor_class = "Qwen2VLProcessor"  # _set_processor_class does it in transformers 4
     return processor
 
 

@@ -1,6 +1,6 @@
 """One version of transformers answers: are the logits of a checkpoint those of the reference?
 
-    PYTHONPATH=.compat/5.24.0 python tests/compat/forward.py CHECKPOINT REFERENCE.safetensors
+    PYTHONPATH=.compat/5.24.0 python benchmarks/compat/forward.py CHECKPOINT REFERENCE.safetensors
 
 It imports nothing of this repository: a server has the checkpoint's folder and stock classes, nothing else.
 It prints one JSON object: the case's name -> the largest difference of logits, relative to the largest logit.
