@@ -7,6 +7,7 @@ SEED ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_PROCESSES ?= 2
+COMPAT_VERSIONS ?=
 
 VENV := .venv
 SHELL_FILES := $(wildcard *.sh */*.sh) .ci/run
@@ -18,7 +19,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_M
 # Dozens of processes import the same packages: compiled modules are kept.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test lint format lock clean distclean
+.PHONY: help setup demo test compat lint format lock clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -33,6 +34,9 @@ demo: setup  ## the whole pipeline on drawn sample data, into DEMO_DIR
 
 test: lint  ## lint, then all tests; TEST_ARGS="tests/repository/test_setup.py -k lock" for some
 	$(IN_VENV) $(OFFLINE) python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+
+compat: setup  ## the same logits in other versions of transformers? Fetches two (70 MB each)
+	@$(IN_VENV) python -m benchmarks.compat.compare_versions $(COMPAT_VERSIONS)
 
 lint: setup  ## ruff, shellcheck, hadolint
 	$(IN_VENV) ruff check .
@@ -58,4 +62,4 @@ clean:  ## remove what demo and test made
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove .venv, too
-	rm -rf "$(VENV)" "$(VENV).old" "$(VENV).uv"
+	rm -rf "$(VENV)" "$(VENV).old" "$(VENV).uv" .compat

@@ -7,8 +7,13 @@ order is computed from this checkpoint's patch embedding.
 
 Only the patch embedding changes: its weight is folded into the coefficient domain (fold_patch_embedding). The other
 tensors are memory-mapped and passed through in shards of at most 2 GB, so the model is never in memory twice.
-Stock transformers loads the result; its image processor (and dct_tokenizer.py, which defines it) is saved beside the
-weights.
+Stock transformers loads the result; its image processor (and the code that defines it) is saved beside the weights.
+
+    python convert_checkpoint.py --to stock --model-dir MY-x4 --output-dir MY-x4-stock
+    python convert_checkpoint.py --to dct --model-dir MY-x4-stock --output-dir MY-x4
+
+The stock form of a DCT model is a plain Qwen2-VL whose patch is the block: it computes the same and needs no code of
+this repository. The coefficient form is what is trained (checkpoints/stock_form.py).
 """
 
 import argparse
@@ -21,6 +26,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     CheckpointError,
     safetensors_files,
 )
+from dct_qwen2vl.checkpoints.stock_form import to_dct, to_stock
 from dct_qwen2vl.common.scripts import run_main
 
 if TYPE_CHECKING:
@@ -58,6 +64,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """With `dct` resolved to a DCTConfig, unless it is a file; an unknown one is a usage error."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model-dir", type=Path, required=True, help="Hugging Face Qwen2-VL directory (pixel model)")
+    parser.add_argument(
+        "--to",
+        choices=("stock", "dct"),
+        help="stock: a DCT model as a plain Qwen2-VL with larger patches, which needs no code of this repository; dct: "
+        "such a model as it is trained (default: fold a pixel model)",
+    )
     parser.add_argument("--output-dir", type=Path, required=True, help="directory to write")
     parser.add_argument("--dct", help="exact, x4, x16 or a DCT configuration as .json (default: x4)")
     own = parser.add_argument_group("another token format, instead of --dct")
@@ -94,8 +106,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"argument --{alone[0].replace('_', '-')}: needs --block, as in --block 2 28 28")
     if arguments.block is not None and arguments.dct is not None:
         parser.error("argument --block: not allowed with argument --dct")
+    named = arguments.dct is not None or arguments.block is not None
+    if arguments.to and arguments.detail_gain != 1:
+        parser.error(f"argument --detail-gain: not allowed with --to {arguments.to}, which changes no model")
+    if arguments.to == "stock" and named:
+        parser.error("argument --dct, --block: not allowed with --to stock, which reads the format in --model-dir")
+    if arguments.to == "dct" and arguments.order == "weighted":
+        parser.error("argument --order: weighted is of a pixel model's patch, not allowed with --to dct")
     arguments.chroma, arguments.order = arguments.chroma or "420", arguments.order or "variance"
-    resolve_format(parser, arguments)
+    if named or not arguments.to:
+        resolve_format(parser, arguments)
     return arguments
 
 
@@ -124,7 +144,24 @@ def read_format(path: str):
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     errors = (ValueError, OSError)
-    return run_main("convert_checkpoint.py", lambda: convert_and_say(arguments), arguments.debug, errors=errors)
+    work = change_form_and_say if arguments.to else convert_and_say
+    return run_main("convert_checkpoint.py", lambda: work(arguments), arguments.debug, errors=errors)
+
+
+def change_form_and_say(arguments: argparse.Namespace) -> int:
+    folders, bounds = (arguments.model_dir, arguments.output_dir), (arguments.min_pixels, arguments.max_pixels)
+    if arguments.to == "stock":
+        done = to_stock(*folders, *bounds, arguments.force)
+        frames, rows, columns = done.dct.block
+        print(f"Unfolded the patch embedding: {done.dct.name} is a plain Qwen2-VL with patches of {frames} frames x "
+              f"{rows} x {columns} px.")  # fmt: skip
+    else:
+        dct = read_format(arguments.dct) if isinstance(arguments.dct, str) else arguments.dct
+        done = to_dct(*folders, dct, *bounds, arguments.force)
+        print(f"Folded the patch embedding: {done.dct.name}, {done.dct.num_coefficients} coefficients a token, leaves "
+              f"out {done.left_out:.2g} of its norm.")  # fmt: skip
+    print(f"Wrote {done.weight_bytes / 1e6:.1f} MB of weights and the processor to {arguments.output_dir}.")
+    return 0
 
 
 def convert_and_say(arguments: argparse.Namespace) -> int:

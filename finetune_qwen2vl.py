@@ -2,7 +2,8 @@
 
     python finetune_qwen2vl.py --model-dir M --data-dir D --output-dir O --experiment-name E ...
 
-Writes into O/E: checkpoints/, hf/ (the fine-tuned model), metrics.jsonl, tensorboard/, logs/, run.json.
+Writes into O/E: checkpoints/, hf/ (the fine-tuned model to take along, a plain Qwen2-VL), hf_dct/ (the same model over
+DCT coefficients, to train further), metrics.jsonl, tensorboard/, logs/, run.json.
 Started again with the same arguments it resumes from the newest checkpoint.
 """
 
@@ -10,7 +11,10 @@ import os
 import sys
 import traceback
 from dataclasses import replace
+from pathlib import Path
 
+from dct_qwen2vl.checkpoints.inspection import read_config, time_step
+from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.training import run_lock
 from dct_qwen2vl.training.checks import check, check_ranges, choose_engine, choose_precision
@@ -40,6 +44,8 @@ def build_task_encoder(config: TrainingConfig, info: ModelInfo, rows: bool):
         "max_bad_in_a_row": config.max_bad_in_a_row,
     }
     tokenizer, processor = load_processor(config, info)
+    model = read_config(config.model_dir)
+    options["time_step"] = time_step(model, processor.temporal_patch_size, config.video_fps)
     if rows:
         return PackingTaskEncoder(
             tokenizer,
@@ -106,7 +112,19 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
         # Nothing is compiled; Megatron-core, which NeMo imports, would start processes that could.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from dct_qwen2vl.training import automodel as chosen
-    chosen.run(config, data, data.task_encoder.image_processor.merge_size, callbacks)
+    export_dir = config.run_dir / ("hf_dct" if info.dct else "hf")
+    chosen.run(config, data, data.task_encoder.image_processor.merge_size, callbacks, export_dir)
+    if info.dct and config.rank == 0:
+        write_stock_form(config, export_dir)
+
+
+def write_stock_form(config: TrainingConfig, model_dir: Path) -> None:
+    """RUN_DIR/hf from the trained coefficient form; its video processor samples frames as the run did."""
+    from dct_qwen2vl.checkpoints.stock_form import VIDEO_PROCESSOR, to_stock
+
+    sampling = {name: getattr(config, f"video_{name}") for name in ("fps", "min_frames", "max_frames")}
+    write_json(model_dir / VIDEO_PROCESSOR, sampling)  # goes along on the way to the stock form and back
+    to_stock(model_dir, config.run_dir / "hf", force=True)
 
 
 def explain(error: Exception) -> str | None:
@@ -147,7 +165,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if config.rank == 0:
         (config.run_dir / "finished").touch()
-        print(f"Done: the fine-tuned model is in {config.run_dir / 'hf'}")
+        further = f", a plain Qwen2-VL; to train it further: {config.run_dir / 'hf_dct'}" if info.dct else ""
+        print(f"Done: the fine-tuned model is in {config.run_dir / 'hf'}{further}")
     return 0
 
 

@@ -32,7 +32,7 @@ from dct_qwen2vl.data.conversations import DEFAULT_SYSTEM, put_first
 from dct_qwen2vl.data.media import BadSample, MediaError, VideoSampling
 from dct_qwen2vl.data.media_encoder import MediaEncoder, stack_media
 from dct_qwen2vl.data.packing import MeasuredSample, PackedBatch, fit_rows, pack
-from dct_qwen2vl.data.positions import mrope_positions
+from dct_qwen2vl.data.positions import Run, mrope_positions
 from dct_qwen2vl.data.samples import (
     IGNORE_INDEX,
     ConversationSample,
@@ -50,7 +50,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
 
     tokenizer: Qwen2-VL's, with its special tokens. image_processor: `DCTImageProcessor`, or any processor with
     Qwen2VLImageProcessor's interface. seq_length: samples with more tokens are skipped and counted, never cut.
-    max_bad_in_a_row: that many consecutive failures in one worker stop the run.
+    max_bad_in_a_row: that many consecutive failures in one worker stop the run. time_step: of a video's positions, as
+    `inspection.time_step` gives it.
     """
 
     cookers = (Cooker(cook),)
@@ -62,8 +63,10 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         seq_length: int = 2048,
         video_sampling: VideoSampling | None = None,
         max_bad_in_a_row: int = 100,
+        time_step: float = 1.0,
     ) -> None:
         super().__init__()
+        self.time_step = time_step
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.seq_length = seq_length
@@ -200,7 +203,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
 
     def _segments(
         self, messages: list[tuple[str, list[str]]], media: list[tuple[str, tuple[int, int, int]]]
-    ) -> tuple[list[int], list[bool], list[int | tuple[int, int, int]]]:
+    ) -> tuple[list[int], list[bool], list[Run]]:
         """-> ids, whether each is learned, runs for `mrope_positions`.
 
         The sequence is the one of Qwen2-VL's chat template: `<|im_start|>role\\n text <|im_end|>\\n` for each turn.
@@ -208,12 +211,12 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         """
         ids: list[int] = []
         learned: list[bool] = []
-        runs: list[int | tuple[int, int, int]] = []
+        runs: list[Run] = []
 
-        def add(segment: list[int], learn: bool = False, grid: tuple[int, int, int] | None = None) -> None:
+        def add(segment: list[int], learn: bool = False, run: Run | None = None) -> None:
             ids.extend(segment)
             learned.extend([learn] * len(segment))
-            runs.append(grid or len(segment))
+            runs.append(run or len(segment))
 
         remaining = iter(media)
         if messages[0][0] != "system":
@@ -229,7 +232,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
                     kind, (t, h, w) = next(remaining)
                     grid = (t, h // self.image_processor.merge_size, w // self.image_processor.merge_size)
                     add([self._vision_start])
-                    add([self._pad[kind]] * (grid[0] * grid[1] * grid[2]), grid=grid)
+                    run = grid if self.time_step == 1 or kind == "image" else (*grid, self.time_step)
+                    add([self._pad[kind]] * math.prod(grid), run=run)
                     add([self._vision_end, *self._ids(piece)])
                 add([self._im_end])
             add(self._ids("\n"))

@@ -55,6 +55,35 @@ def qwen2vl_directory(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen2_5_vl_directory(qwen2vl_directory, tmp_path_factory) -> Path:
+    """A tiny stock Qwen2.5-VL with random weights and the tokenizer of the tiny Qwen2-VL. Windows of its attention are
+    4 x 4 tokens of the language model, in all blocks of the vision tower but the second."""
+    import json
+
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("qwen2_5_vl") / "tiny"
+    shutil.copytree(qwen2vl_directory, folder)
+    values = json.loads((folder / "config.json").read_text())
+    vision = {
+        **{"depth": 3, "hidden_size": 128, "out_hidden_size": 64, "intermediate_size": 192, "num_heads": 4},
+        **{"in_channels": 3, "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2},
+        **{"window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2},
+    }
+    dropped = ("model_type", "architectures", "vision_config", "transformers_version")
+    values = {name: value for name, value in values.items() if name not in dropped}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**values, vision_config=vision))
+    model.save_pretrained(folder)
+    path = folder / "preprocessor_config.json"
+    processor = {**json.loads(path.read_text()), "processor_class": "Qwen2_5_VLProcessor"}
+    path.write_text(json.dumps(processor))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """Raw data, shards with Energon metadata and a converted checkpoint, made by the real stages: pipeline.Prepared."""
     from pipeline import prepare

@@ -3,11 +3,12 @@
 Weights are memory-mapped and passed through in shards of at most 2 GB.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     INDEX,
     PATCH_EMBEDDING,
     PROCESSOR,
+    STOCK_FORM,
     CheckpointError,
     no_patch_embedding,
     open_tensors,
@@ -23,6 +25,8 @@ from dct_qwen2vl.checkpoints.inspection import (
     reads_pixel_patches,
     safetensors_files,
     saved_pixel_bounds,
+    unfolded_format,
+    with_patch,
 )
 
 if TYPE_CHECKING:
@@ -32,12 +36,16 @@ if TYPE_CHECKING:
 SHARD_BYTES = 2_000_000_000
 
 
-REWRITTEN = ("config.json", PROCESSOR, INDEX)
+REWRITTEN = ("config.json", PROCESSOR, INDEX, STOCK_FORM)
 
 
 def read_config(model_dir: Path) -> dict:
     """config.json of a pixel Qwen2-VL. Raises CheckpointError."""
     config = inspection.read_config(model_dir)
+    unfolded = unfolded_format(model_dir)
+    if not reads_pixel_patches(config) and unfolded:
+        raise CheckpointError(f"{model_dir} is the stock form of a DCT model ({unfolded['name']}): its coefficient "
+                              "form is made with --to dct")  # fmt: skip
     if not reads_pixel_patches(config):
         raise CheckpointError(f"{model_dir / 'config.json'} does not read 2x14x14 pixel patches: is it converted "
                               "already? Use it as it is")  # fmt: skip
@@ -46,7 +54,8 @@ def read_config(model_dir: Path) -> dict:
 
 def converted_config(config: dict, num_coefficients: int) -> dict:
     """The config of the same model with a 1x1x1 patch embedding over `num_coefficients` channels."""
-    vision = {**config["vision_config"], "in_channels": num_coefficients, "patch_size": 1, "temporal_patch_size": 1}
+    config = with_patch(config, num_coefficients, 1, 1)
+    vision = config["vision_config"]
     # Qwen's released files carry these two under names that transformers ignores; they would contradict the rest.
     vision.pop("in_chans", None)
     vision.pop("spatial_patch_size", None)
@@ -65,11 +74,18 @@ def folded_tensors(files: list[Path], dct) -> Iterator[tuple[str, "torch.Tensor"
     """(name, tensor) one by one, memory-mapped, the patch embedding folded. Raises CheckpointError if it is missing."""
     from dct_qwen2vl.dct.folding import fold_patch_embedding
 
+    return changed_tensors(files, lambda weight: fold_patch_embedding(weight, dct))
+
+
+def changed_tensors(
+    files: list[Path], change: Callable[["torch.Tensor"], "torch.Tensor"]
+) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """(name, tensor) one by one, memory-mapped; the patch embedding is changed. Raises CheckpointError."""
     found = False
     for name, tensors in open_tensors(files, "pt"):
         tensor = tensors.get_tensor(name)
         if name.endswith(PATCH_EMBEDDING):
-            tensor, found = fold_patch_embedding(tensor, dct), True
+            tensor, found = change(tensor), True
         yield name, tensor
     if not found:
         raise no_patch_embedding(files)
@@ -107,7 +123,7 @@ def write_shards(tensors: Iterator[tuple[str, "torch.Tensor"]], output_dir: Path
         path.rename(output_dir / final)
         weight_map.update(dict.fromkeys(names, final))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(output_dir / INDEX, index)
+    write_json(output_dir / INDEX, index)
     return total
 
 
@@ -131,15 +147,20 @@ def make_processor(model_dir: Path, dct, min_pixels: int | None, max_pixels: int
     if low > high:
         raise CheckpointError(f"min_pixels {low} is over max_pixels {high}: change --min-pixels or --max-pixels")
     processor = DCTImageProcessor(dct=dct, min_pixels=low, max_pixels=high)
-    processor._set_processor_class("Qwen2VLProcessor")
+    # transformers 4 has _set_processor_class for it, 5 has not.
+    processor._processor_class = inspection.MODEL_TYPES[inspection.read_config(model_dir)["model_type"]]
     return processor
 
 
-def copy_other_files(model_dir: Path, output_dir: Path) -> None:
-    """Tokenizer, chat template, licence, generation config: everything that is not rewritten, byte for byte."""
+def copy_other_files(model_dir: Path, output_dir: Path, without: tuple[str, ...] = ()) -> None:
+    """Tokenizer, chat template, licence, generation config: everything that is not rewritten, byte for byte.
+
+    without: ends of names. Files with these names are left out.
+    """
     for path in sorted(model_dir.iterdir()):
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-        if path.is_file() and path.name not in REWRITTEN and not weights and not path.name.startswith("."):
+        unwanted = path.name in REWRITTEN or path.name.endswith(without) or path.name.startswith(".")
+        if path.is_file() and not weights and not unwanted:
             shutil.copyfile(path, output_dir / path.name)
 
 
@@ -162,6 +183,17 @@ def convert(
         raise CheckpointError(f"{model_dir} merges {merge}x{merge} tokens, --dct says {dct.merge}: make them equal")
     files = safetensors_files(model_dir)
     processor = make_processor(model_dir, dct, min_pixels, max_pixels)
+    with new_directory(model_dir, output_dir, force) as temporary:
+        copy_other_files(model_dir, temporary)
+        write_json(temporary / "config.json", converted_config(config, dct.num_coefficients))
+        processor.save_pretrained(temporary)
+        return write_shards(folded_tensors(files, dct), temporary, shard_bytes)
+
+
+@contextlib.contextmanager
+def new_directory(model_dir: Path, output_dir: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary folder, which gets the name `output_dir` at the end of the block; after an error nothing is left of
+    it. Raises CheckpointError for an `output_dir` that may not be replaced."""
     if output_dir.resolve() == model_dir.resolve():
         raise CheckpointError(f"--output-dir must differ from --model-dir, both are {model_dir}")
     if output_dir.exists() and any(output_dir.iterdir()) and not (force and (output_dir / "config.json").is_file()):
@@ -171,18 +203,15 @@ def convert(
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
     try:
-        copy_other_files(model_dir, temporary)
-        _write_json(temporary / "config.json", converted_config(config, dct.num_coefficients))
-        processor.save_pretrained(temporary)
-        total = write_shards(folded_tensors(files, dct), temporary, shard_bytes)
+        yield temporary
         temporary.chmod(0o755)
         if output_dir.exists():
             shutil.rmtree(output_dir)
         os.replace(temporary, output_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return total
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
+    """Indented, in UTF-8."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

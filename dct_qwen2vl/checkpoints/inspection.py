@@ -13,6 +13,7 @@ from dct_qwen2vl.common.scripts import UserError
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 PROCESSOR = "preprocessor_config.json"
 INDEX = "model.safetensors.index.json"
+STOCK_FORM = "dct_format.json"  # beside the stock form of a DCT model: its token format, for the way back
 # Parsed when model and tokenizer are loaded; the other two, config.json and PROCESSOR, are looked into.
 PARSED = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -20,6 +21,9 @@ PARSED = (
 )
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # files of one are enough
 FORMAT_DEFAULTS = {"merge": 2, "name": "custom"}  # of a DCTConfig, whose other fields are needed
+
+
+MODEL_TYPES = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}  # that are read: their processors
 
 
 class CheckpointError(UserError):
@@ -45,12 +49,37 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no config.json in {model_dir}: give --model-dir a Hugging Face Qwen2-VL directory")
     config = read_json(path)
-    if config.get("model_type") != "qwen2_vl":
-        raise CheckpointError(f"{path} is of model_type {config.get('model_type')!r}, only qwen2_vl is read: give "
-                              "--model-dir a Hugging Face Qwen2-VL directory")  # fmt: skip
+    if config.get("model_type") not in MODEL_TYPES:
+        raise CheckpointError(f"{path} is of model_type {config.get('model_type')!r}, only {' and '.join(MODEL_TYPES)} "
+                              "are read: give --model-dir a Hugging Face Qwen2-VL directory")  # fmt: skip
     if not isinstance(config.get("vision_config"), dict):
         raise CheckpointError(f"{path} has no vision_config: give --model-dir a Hugging Face Qwen2-VL directory")
     return config
+
+
+def tower_width(config: dict[str, Any]) -> int:
+    """E. In Qwen2-VL's vision_config, `hidden_size` is the width of the language model."""
+    vision = config["vision_config"]
+    return vision.get("embed_dim", 1280) if config["model_type"] == "qwen2_vl" else vision.get("hidden_size", 3584)
+
+
+def time_step(config: dict[str, Any], temporal_patch_size: int, fps: float) -> float:
+    """By how much M-RoPE's time axis advances from one step of a video to the next. Qwen2.5-VL counts in seconds,
+    which follow from the frames that are read of a second (transformers 4.51.3, `second_per_grid_ts`); Qwen2-VL counts
+    the steps."""
+    if config["model_type"] == "qwen2_vl":
+        return 1.0
+    return config["vision_config"].get("tokens_per_second", 4) * temporal_patch_size / fps
+
+
+def with_patch(config: dict[str, Any], channels: int, frames: int, side: int) -> dict[str, Any]:
+    """config.json of the same model with another patch embedding. Windows of Qwen2.5-VL's attention, which are in
+    pixels, keep their size in tokens."""
+    vision = config["vision_config"]
+    changed = {"in_channels": channels, "patch_size": side, "temporal_patch_size": frames}
+    if config["model_type"] == "qwen2_5_vl":
+        changed["window_size"] = vision.get("window_size", 112) // vision.get("patch_size", 14) * side
+    return {**config, "vision_config": {**vision, **changed}}
 
 
 def reads_pixel_patches(config: dict[str, Any]) -> bool:
@@ -152,9 +181,22 @@ def token_format(model_dir: Path, processor: dict[str, Any]) -> dict[str, Any] |
     return dct
 
 
+def unfolded_format(model_dir: Path) -> dict[str, Any] | None:
+    """Of the stock form of a DCT model, its token format as a dict; None for any other directory. Raises
+    CheckpointError."""
+    path = model_dir / STOCK_FORM
+    if not path.is_file():
+        return None
+    dct = read_json(path).get("dct")
+    if not isinstance(dct, dict):
+        raise CheckpointError(f"{path} has no token format in its field dct: remove it, and name the format with --dct")
+    return {**FORMAT_DEFAULTS, **dct}
+
+
 def check_format(model_dir: Path, processor: dict[str, Any], dct: dict[str, Any] | None) -> None:
     """Processor, config.json and weights must be of one token format; dct: the processor's. Raises CheckpointError."""
-    vision, size = read_config(model_dir)["vision_config"], processor.get("size")
+    config, size = read_config(model_dir), processor.get("size")
+    vision = config["vision_config"]
     if dct is None and size and not (isinstance(size, dict) and {"shortest_edge", "longest_edge"} <= set(size)):
         raise CheckpointError(f"{model_dir / PROCESSOR} has a size without shortest_edge and longest_edge, which "
                               "transformers does not read: take the field size out")  # fmt: skip
@@ -169,7 +211,7 @@ def check_format(model_dir: Path, processor: dict[str, Any], dct: dict[str, Any]
             f"{remedy(model_dir)}"
         )
     shape = patch_embedding_shape(safetensors_files(model_dir))
-    wanted = (vision.get("embed_dim", 1280), *reads)
+    wanted = (tower_width(config), *reads)
     if shape != wanted:
         raise CheckpointError(f"{model_dir}: {PATCH_EMBEDDING} is {_by(shape)}, config.json says {_by(wanted)}: "
                               f"{remedy(model_dir)}")  # fmt: skip

@@ -14,9 +14,13 @@ def vision_positions(grid: tuple[int, int, int], merge_size: int) -> np.ndarray:
     return np.tile(ordered, (steps, 1))
 
 
-def mrope_positions(runs: list[int | tuple[int, int, int]]) -> np.ndarray:
+Run = int | tuple[int, int, int] | tuple[int, int, int, float]  # see `mrope_positions`
+
+
+def mrope_positions(runs: list[Run]) -> np.ndarray:
     """M-RoPE position ids, int64 [3, L], of a sequence of runs: an int n is n text tokens, a tuple (t, h, w) is a
-    visual run of t*h*w language-model tokens (grid after the spatial merge).
+    visual run of t*h*w language-model tokens (grid after the spatial merge). A fourth number is by how much time
+    advances from step to step, 1 if it is left out; what it gives is rounded down.
 
     Text advances all three axes together; a visual run counts time, row and column from where the text stopped, and
     the next text starts after its largest index (Qwen2-VL, arXiv 2409.12191, section 2.1; `get_rope_index`).
@@ -24,8 +28,11 @@ def mrope_positions(runs: list[int | tuple[int, int, int]]) -> np.ndarray:
     columns, start = [], 0
     for run in runs:
         if isinstance(run, tuple):
-            columns.append(np.indices(run, dtype=np.int64).reshape(3, -1) + start)
-            start += max(run)
+            indices = np.indices(run[:3], dtype=np.int64).reshape(3, -1)
+            if len(run) == 4:
+                indices[0] = indices[0].astype(np.float32) * np.float32(run[3])
+            columns.append(indices + start)
+            start += int(indices.max()) + 1
         else:
             columns.append(np.broadcast_to(np.arange(start, start + run, dtype=np.int64), (3, run)))
             start += run

@@ -394,19 +394,21 @@ def shown_in_patch(config: DCTConfig, patch: tuple[int, int, int] = PIXEL_PATCH)
     return np.all([frequency < side for frequency, side in zip(frequencies, patch)], axis=0)
 
 
-def synthesis_matrix(config: DCTConfig, patch: tuple[int, int, int] = PIXEL_PATCH) -> np.ndarray:
+def synthesis_matrix(
+    config: DCTConfig, patch: tuple[int, int, int] = PIXEL_PATCH, std: tuple[float, ...] = CLIP_STD
+) -> np.ndarray:
     """S, float64 [K, 3*2*14*14]: from a token to the normalised RGB patch (channel, frame, row, column) that Qwen2-VL's
     Conv3d expects.
 
     The patch is the block, downscaled in the DCT domain: its lowest (2, 14, 14) coefficients, times
     sqrt(2*14*14 / (bt*bh*bw)) so that a constant image keeps its value, transformed back. Rows of other coefficients
-    are zero. For a block of (2, 14, 14) this is the inverse transform. patch: what stands for (2, 14, 14) in models
-    with patches of another size.
+    are zero. For a block of (2, 14, 14) this is the inverse transform. patch, std: what stands for (2, 14, 14) and
+    CLIP's in other models.
     """
     plane, ft, fy, fx = np.unravel_index(np.array(config.kept), (3, *config.block))
     inside = shown_in_patch(config, patch)
     frames, rows, columns = (dct_matrix(side) for side in patch)
-    colour = np.linalg.inv(RGB_TO_YCBCR) / np.array(CLIP_STD)[:, None]  # [rgb, plane]
+    colour = np.linalg.inv(RGB_TO_YCBCR) / np.array(std)[:, None]  # [rgb, plane]
     gain = np.array(config.scale) * math.sqrt(math.prod(patch) / math.prod(config.block))
     synthesis = np.zeros((config.num_coefficients, 3, *patch))
     synthesis[inside] = np.einsum(

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import Qwen2VLImageProcessor
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling
 from transformers.utils import TensorType
 
@@ -34,8 +34,13 @@ from .image_inputs_dct import (
 from .image_sizes_dct import bounds_in, pixel_bounds, target_size
 from .transform_dct import DCTTokenizer
 
+try:
+    from transformers.video_processing_utils import BaseVideoProcessor
+except ImportError:  # before transformers 4.52 the image processor is given the videos
+    BaseVideoProcessor = None
 
-class DCTImageProcessor(Qwen2VLImageProcessor):
+
+class DCTImageProcessor(BaseImageProcessor):
     """Qwen2-VL's image processor with DCT tokens: the same call, the same outputs, other numbers in `pixel_values`.
 
     dct: a preset's name, a `DCTConfig`, its dict, or the path of a JSON file.
@@ -57,6 +62,7 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
     """
 
     _auto_class = "AutoImageProcessor"
+    model_input_names = ["pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -79,16 +85,13 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
             min_pixels = low if min_pixels is None else min_pixels
             max_pixels = high if max_pixels is None else max_pixels
         min_pixels, max_pixels = pixel_bounds(min_pixels, max_pixels, 56 * 56, 28 * 28 * 1280)
-        super().__init__(
-            do_resize=do_resize,
-            do_rescale=do_rescale,
-            resample=resample,
-            do_convert_rgb=do_convert_rgb,
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-            **fixed,
-            **kwargs,
-        )
+        # Qwen2VLImageProcessor is no base: its constructor has another form in each of 4.51, 4.57 and 5.
+        BaseImageProcessor.__init__(self, **kwargs)
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.do_resize, self.do_rescale, self.do_convert_rgb = do_resize, do_rescale, do_convert_rgb
+        self.resample = resample
+        for name, value in fixed.items():
+            setattr(self, name, value)
         self.dct = config.to_dict()
         self._tokenizers: dict[torch.device, DCTTokenizer] = {}
 
@@ -111,6 +114,13 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
         """The transform, in float32 on the CPU."""
         return self._tokenizer_on(torch.device("cpu"))
 
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        """vLLM hands the text tokenizer to every processor, and counts visual tokens by the pixel model's patch."""
+        raise ValueError(
+            "DCT tokens are not for this server: serve the model that python convert_checkpoint.py --to stock writes"
+        )
+
     def _tokenizer_on(self, device: torch.device) -> DCTTokenizer:
         if device not in self._tokenizers:
             self._tokenizers[device] = DCTTokenizer(DCTConfig.from_dict(self.dct), device=device)
@@ -124,6 +134,9 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
         """What is saved."""
         values = super(DCTImageProcessor, copy.copy(self)).to_dict()
         del values["_tokenizers"]
+        if "AutoImageProcessor" in values.get("auto_map", {}):  # transformers 4.52 and later ask for both
+            name = values["auto_map"]["AutoImageProcessor"].replace("ImageProcessor", "VideoProcessor")
+            values["auto_map"] = {**values["auto_map"], "AutoVideoProcessor": name}
         return values
 
     def __repr__(self) -> str:
@@ -272,3 +285,19 @@ class DCTImageProcessor(Qwen2VLImageProcessor):
         if not do_convert_rgb and image.mode not in ("RGB", "L"):
             raise ValueError(f"without do_convert_rgb, PIL images must be RGB or L, got {image.mode}")
         return pil_to_rgb(image)
+
+
+if BaseVideoProcessor is not None:
+
+    class DCTVideoProcessor(DCTImageProcessor, BaseVideoProcessor):
+        """The same processor as transformers 4.52 and later ask for it: videos come first, and frames are not sampled.
+
+        AutoProcessor makes it from the settings of `DCTImageProcessor`; its name follows from that one's.
+        """
+
+        _auto_class = "AutoVideoProcessor"
+        model_input_names = ["pixel_values_videos", "video_grid_thw"]  # noqa: RUF012
+
+        def __call__(self, videos: Any = None, **kwargs: Any) -> BatchFeature:
+            """See `DCTImageProcessor.preprocess`."""
+            return self.preprocess(videos=videos, **kwargs)

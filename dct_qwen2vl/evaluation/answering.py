@@ -36,13 +36,13 @@ class Answerer:
         self, model_dir: Path, max_new_tokens: int, sampling: "VideoSampling | None" = None, **pixel_bounds: int
     ) -> None:
         import torch
-        from transformers import Qwen2VLForConditionalGeneration
+        from transformers import AutoModelForImageTextToText
 
         from dct_qwen2vl.data.media_encoder import MediaEncoder
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self.model = Qwen2VLForConditionalGeneration.from_pretrained(model_dir, torch_dtype=dtype).to(device).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(model_dir, torch_dtype=dtype).to(device).eval()
         self.processor = load_processor(model_dir, **pixel_bounds)
         self.media = MediaEncoder(self.processor.image_processor, sampling)
         self.max_new_tokens = max_new_tokens
@@ -51,9 +51,23 @@ class Answerer:
         """Greedy answers to a batch of questions."""
         inputs = {name: tensor.to(self.model.device) for name, tensor in self.model_inputs(questions).items()}
         output = self.model.generate(
-            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None
+            **inputs,
+            **self.time_inputs(inputs),
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
         )
         return self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def time_inputs(self, inputs: dict[str, "torch.Tensor"]) -> dict[str, list[float]]:
+        """Seconds between the time steps of each video, as training counts them; {} where the model has no such input
+        or there is no video."""
+        if self.model.config.model_type != "qwen2_5_vl" or "video_grid_thw" not in inputs:
+            return {}
+        seconds = self.processor.image_processor.temporal_patch_size / self.media.sampling.fps
+        return {"second_per_grid_ts": [seconds] * len(inputs["video_grid_thw"])}
 
     def model_inputs(self, questions: list[Question]) -> dict[str, "torch.Tensor"]:
         """What the model reads of a batch. L: tokens of its longest question; N, K, M: as in media_encoder.py.

@@ -242,10 +242,10 @@ def draw_images(folder: Path) -> tuple[dict[str, Path], dict[str, float]]:
     run = folder / "experiments" / EXPERIMENT
     images = {
         "loss_curve": draw_loss(run / "metrics.jsonl", folder / "loss.png"),
-        "sample_sheet": draw_samples(run / "hf", folder / "shards", folder / "samples.png"),
+        "sample_sheet": draw_samples(run / "hf_dct", folder / "shards", folder / "samples.png"),
         "accuracy_table": write_table(folder / "evaluation" / "accuracy.json", folder / "accuracy.txt"),
     }
-    return images, tokens_per_image(folder / "sample" / "model" / "tiny-qwen2-vl", run / "hf", folder / "shards")
+    return images, tokens_per_image(folder / "sample" / "model" / "tiny-qwen2-vl", run / "hf_dct", folder / "shards")
 
 
 def last_words(folder: Path, summary: dict) -> list[str]:

@@ -24,7 +24,7 @@ from nemo.collections.vlm import HFAutoModelForImageTextToText
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, PytorchOptimizerModule
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read, write_pixel_bounds
 from dct_qwen2vl.data.loader import EnergonDataModule, energon_state_classes
@@ -44,7 +44,7 @@ from dct_qwen2vl.training.run_folder import (
 
 
 class QwenAutoModel(HFAutoModelForImageTextToText):
-    """Qwen2-VL as a LightningModule that takes `QwenBatch`es.
+    """Qwen2-VL or Qwen2.5-VL as a LightningModule that takes `QwenBatch`es.
 
     model_dir: HF directory. freeze: parts that are not trained ("vision" is the tower without its projector).
     max_gradient_norm: 0 for no clipping. pixel_bounds: min_pixels, max_pixels of this run where they are not those of
@@ -77,7 +77,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         """Loads the weights in fp32: the optimizer's copy; lower precision is the Trainer's autocast."""
         if self.model is not None:
             return
-        self.model = Qwen2VLForConditionalGeneration.from_pretrained(self.model_dir, torch_dtype=torch.float32)
+        self.model = AutoModelForImageTextToText.from_pretrained(self.model_dir, torch_dtype=torch.float32)
         self.model.train()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad = not is_frozen(name, self.freeze)
@@ -113,7 +113,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         vision = self.model.config.vision_config
         merge = vision.spatial_merge_size
         floats = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        tokens = torch.zeros(merge * merge, floats, device=self.device, dtype=self.model.visual.get_dtype())
+        tokens = torch.zeros(merge * merge, floats, device=self.device, dtype=self.model.dtype)
         return self.model.visual(tokens, grid_thw=torch.tensor([[1, merge, merge]], device=self.device)).sum()
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
@@ -232,8 +232,14 @@ def build_trainer(config: TrainingConfig, module: QwenAutoModel, callbacks: list
     )
 
 
-def run(config: TrainingConfig, data: EnergonDataModule, merge_size: int, extra_callbacks: list[Callback]) -> None:
-    """Fine-tunes, resuming from the newest checkpoint, and writes RUN_DIR/hf."""
+def run(
+    config: TrainingConfig,
+    data: EnergonDataModule,
+    merge_size: int,
+    extra_callbacks: list[Callback],
+    export_dir: Path,
+) -> None:
+    """Fine-tunes, resuming from the newest checkpoint, and writes the model to `export_dir`."""
     module = QwenAutoModel(
         config.model_dir,
         config.freeze,
@@ -254,4 +260,4 @@ def run(config: TrainingConfig, data: EnergonDataModule, merge_size: int, extra_
         tokenizer=None,  # the loader has it; NeMo would store it in a field that this class does not have
     )
     if trainer.is_global_zero:
-        module.save_hf(config.run_dir / "hf")
+        module.save_hf(export_dir)

@@ -13,7 +13,9 @@ from dct_qwen2vl.checkpoints.inspection import (
     check_checkpoint,
     read_json,
     saved_pixel_bounds,
+    unfolded_format,
 )
+from dct_qwen2vl.common.files import read_json as read_file
 from dct_qwen2vl.data.energon_files import count_samples, read_splits
 from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig, flag_of
 from dct_qwen2vl.training.run_file import check_run_folder
@@ -27,6 +29,11 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
                        f"QWEN2_VL --output-dir {model_dir}")  # fmt: skip
     dct = check_checkpoint(model_dir)
     info = ModelInfo(dct["name"] if dct else "none", dct)
+    unfolded = unfolded_format(model_dir)
+    if unfolded and wanted != "none":
+        raise RunError(f"{model_dir} is the stock form of a DCT model ({unfolded['name']}), training takes its "
+                       f"coefficient form: a run's hf_dct, or python convert_checkpoint.py --to dct --model-dir "
+                       f"{model_dir} --output-dir {model_dir}-dct")  # fmt: skip
     if info.dct_name == "none" and wanted != "none":
         raise RunError(f"{model_dir} reads pixels, not DCT tokens: python convert_checkpoint.py --model-dir "
                        f"{model_dir} --output-dir {model_dir}-x4, or --dct none to train on pixels")  # fmt: skip
@@ -162,6 +169,14 @@ def check(config: TrainingConfig) -> ModelInfo:
     return info
 
 
+def unknown_to_megatron(model_dir: Path) -> str | None:
+    """Why the megatron engine cannot train this model, or None; also where there is no model."""
+    config = read_file(model_dir / "config.json")
+    if isinstance(config, dict) and config.get("model_type") == "qwen2_5_vl":
+        return "--engine megatron has no Qwen2.5-VL, since NeMo 2.4 has none: use --engine automodel"
+    return None
+
+
 def megatron_refusal() -> str | None:
     """Why the megatron engine cannot run here, or None."""
     import torch
@@ -175,7 +190,9 @@ def megatron_refusal() -> str | None:
 
 def choose_engine(config: TrainingConfig) -> str:
     """ "auto" becomes what can run here. Raises RunError if what was asked for cannot."""
-    reason = megatron_refusal() if config.engine != "automodel" else "--engine automodel was asked for"
+    reason = "--engine automodel was asked for"
+    if config.engine != "automodel":
+        reason = unknown_to_megatron(config.model_dir) or megatron_refusal()
     if config.engine == "megatron" and reason:
         raise RunError(reason)
     if not reason:

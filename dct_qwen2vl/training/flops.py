@@ -48,12 +48,26 @@ def vision_flops(vision, grids: torch.Tensor) -> float:
         return 0.0
     tokens = float(grids.prod(dim=1).sum())
     pairs = float((grids[:, 0] * (grids[:, 1] * grids[:, 2]) ** 2).sum())  # attention stays within one time step
+    if vision.model_type == "qwen2_5_vl":
+        return _windowed_vision_flops(vision, tokens, pairs)
     width, inner = vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio)
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width
     block = 4 * width * width + 2 * width * inner
     merged = width * vision.spatial_merge_size**2
     merger = (merged * merged + merged * vision.hidden_size) / vision.spatial_merge_size**2
     return 2 * tokens * (patch + vision.depth * block + merger) + vision.depth * 4 * pairs * width
+
+
+def _windowed_vision_flops(vision, tokens: float, pairs: float) -> float:
+    """Of Qwen2.5-VL's tower: gated MLPs; attention within windows in all blocks but some. Windows count as full."""
+    width, merge = vision.hidden_size, vision.spatial_merge_size
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width
+    block = 4 * width * width + 3 * width * vision.intermediate_size
+    merger = (width * merge**2) * (width * merge**2 + vision.out_hidden_size) / merge**2
+    full = len(vision.fullatt_block_indexes)
+    in_windows = min(pairs, tokens * (vision.window_size // vision.patch_size) ** 2)
+    attention = 4 * width * (full * pairs + (vision.depth - full) * in_windows)
+    return 2 * tokens * (patch + vision.depth * block + merger) + attention
 
 
 def language_flops(config, lengths: torch.Tensor, heads: int | None = None) -> float:

@@ -277,7 +277,7 @@ class WholeCheckpointIO(MegatronCheckpointIO):
 
 
 class SaveHF(Callback):
-    """Writes RUN_DIR/hf at the end of training, and also where a run resumes from its last step and trains no more."""
+    """Writes the model at the end of training, and also where a run resumes from its last step and trains no more."""
 
     def __init__(self, output_dir: Path, pixel_bounds: dict[str, int]) -> None:
         self.output_dir = output_dir
@@ -359,8 +359,14 @@ def build_trainer(config: TrainingConfig, callbacks: list[Callback]) -> nl.Train
     )
 
 
-def run(config: TrainingConfig, data: EnergonDataModule, merge_size: int, extra_callbacks: list[Callback]) -> None:
-    """Fine-tunes, resuming from the newest checkpoint, and writes RUN_DIR/hf. Raises OutOfMemory."""
+def run(
+    config: TrainingConfig,
+    data: EnergonDataModule,
+    merge_size: int,
+    extra_callbacks: list[Callback],
+    export_dir: Path,
+) -> None:
+    """Fine-tunes, resuming from the newest checkpoint, and writes the model to `export_dir`. Raises OutOfMemory."""
     row_tokens = max(config.seq_length * config.micro_batch_size, config.pack_tokens)
     module = QwenMegatronModel(
         config.model_dir,
@@ -388,7 +394,7 @@ def run(config: TrainingConfig, data: EnergonDataModule, merge_size: int, extra_
     callbacks = [
         log,
         *step_checkpoints(config, log.restart_clock),
-        SaveHF(config.run_dir / "hf", config.pixel_bounds),
+        SaveHF(export_dir, config.pixel_bounds),
         *extra_callbacks,
     ]
     trainer = build_trainer(config, callbacks)

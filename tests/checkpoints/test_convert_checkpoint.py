@@ -157,7 +157,9 @@ def test_pixel_bounds_are_the_sources_unless_given(qwen2vl_directory, output, tm
     read = json.loads((output / "preprocessor_config.json").read_text())
     assert (read["min_pixels"], read["max_pixels"]) == (56 * 56, 448 * 448)
     assert read["image_processor_type"] == "DCTImageProcessor"
-    assert read["auto_map"] == {"AutoImageProcessor": "image_processing_dct.DCTImageProcessor"}
+    assert read["auto_map"] == {
+        f"Auto{kind}Processor": f"image_processing_dct.DCT{kind}Processor" for kind in ("Image", "Video")
+    }
     assert run(qwen2vl_directory, tmp_path / "x4", "--min-pixels", "6272", "--max-pixels", "50176") == 0
     read = json.loads((tmp_path / "x4" / "preprocessor_config.json").read_text())
     assert (read["min_pixels"], read["max_pixels"]) == (6272, 50176)
@@ -343,7 +345,7 @@ def with_another_patch_embedding(folder: Path) -> None:
 DAMAGES = {
     "no config.json": lambda folder: (folder / "config.json").unlink(),
     "config.json is not JSON": lambda folder: (folder / "config.json").write_text("{"),
-    "model_type 'qwen2_5_vl', only qwen2_vl": lambda folder: edit_json(folder / "config.json", model_type="qwen2_5_vl"),
+    "model_type 'qwen3_vl', only qwen2_vl and": lambda folder: edit_json(folder / "config.json", model_type="qwen3_vl"),
     "has no vision_config": lambda folder: edit_json(folder / "config.json", vision_config=None),
     "lacks model-00002-of-": without_shard,
     "is damaged": with_cut_shard,

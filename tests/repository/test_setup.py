@@ -305,7 +305,7 @@ def make(*arguments: str) -> str:
 
 def test_make_help_lists_every_target():
     listed = re.findall(r"^make (\S+)", make("help"), re.MULTILINE)
-    assert listed == ["help", "setup", "demo", "test", "lint", "format", "lock", "clean", "distclean"]
+    assert listed == ["help", "setup", "demo", "test", "compat", "lint", "format", "lock", "clean", "distclean"]
     assert make() == make("help")
 
 
@@ -341,7 +341,7 @@ def test_pre_commit_runs_what_lint_runs():
 
 
 def test_continuous_integration_passes_on_arguments_and_status(tmp_path):
-    (tmp_path / "make").write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\nexit 3\n')
+    (tmp_path / "make").write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\n[ "$1" = compat ] || exit 3\n')
     (tmp_path / "make").chmod(0o755)
     result = subprocess.run(
         [str(REPOSITORY / ".ci" / "run"), "TEST_ARGS=-k lock"],
@@ -352,7 +352,7 @@ def test_continuous_integration_passes_on_arguments_and_status(tmp_path):
         timeout=60,
     )
     assert result.returncode == 3
-    assert result.stdout.splitlines() == [str(REPOSITORY), "test", "TEST_ARGS=-k lock"]
+    assert result.stdout.splitlines() == [str(REPOSITORY), "compat", str(REPOSITORY), "test", "TEST_ARGS=-k lock"]
 
 
 # Every script answers --help at once.

@@ -230,7 +230,7 @@ def test_a_gradient_that_is_no_number_is_never_saved(faulty):
 @pytest.mark.launch
 def test_weights_of_both_runs_are_equal(one_process):
     whole, killed = (
-        load_file(one_process["output"] / name / "hf" / "model.safetensors") for name in ("whole", "killed")
+        load_file(one_process["output"] / name / "hf_dct" / "model.safetensors") for name in ("whole", "killed")
     )
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
@@ -239,7 +239,7 @@ def test_weights_of_both_runs_are_equal(one_process):
 @pytest.mark.launch
 def test_training_moved_every_part(one_process, prepared):
     before = load_file(prepared.model / "model.safetensors")
-    after = load_file(one_process["output"] / "whole" / "hf" / "model.safetensors")
+    after = load_file(one_process["output"] / "whole" / "hf_dct" / "model.safetensors")
     assert before.keys() == after.keys()
     still = [name for name in before if torch.equal(before[name], after[name])]
     assert still == []
@@ -248,7 +248,7 @@ def test_training_moved_every_part(one_process, prepared):
 @pytest.mark.launch
 def test_adapters_and_the_vision_tower_move_what_they_should_and_nothing_else(two_processes, prepared):
     run_dir = two_processes["output"] / "killed"
-    before, after = (load_file(folder / "model.safetensors") for folder in (prepared.model, run_dir / "hf"))
+    before, after = (load_file(folder / "model.safetensors") for folder in (prepared.model, run_dir / "hf_dct"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys()
     assert moved == {
@@ -264,7 +264,7 @@ def test_adapters_and_the_vision_tower_move_what_they_should_and_nothing_else(tw
 def test_a_checkpoint_s_model_is_the_one_with_its_adapters(two_processes):
     run_dir = two_processes["output"] / "killed"
     newest = load_file(run_dir / "checkpoints" / f"step{STEPS:06d}" / "hf" / "model.safetensors")
-    final = load_file(run_dir / "hf" / "model.safetensors")
+    final = load_file(run_dir / "hf_dct" / "model.safetensors")
     assert newest.keys() == final.keys() and all(torch.equal(newest[name], final[name]) for name in final)
 
 
@@ -277,10 +277,10 @@ def test_run_with_other_adapters_is_not_continued(two_processes, prepared):
 
 
 @pytest.mark.launch
-def test_result_is_a_complete_hf_directory(one_process, prepared):
+def test_result_to_train_further_is_a_complete_hf_directory(one_process, prepared):
     from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
-    folder = one_process["output"] / "whole" / "hf"
+    folder = one_process["output"] / "whole" / "hf_dct"
     model, info = Qwen2VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert info["missing_keys"] == info["unexpected_keys"] == info["mismatched_keys"] == []
     assert model.visual.patch_embed.proj.weight.shape[1:] == (1764, 1, 1, 1)
@@ -288,6 +288,40 @@ def test_result_is_a_complete_hf_directory(one_process, prepared):
     assert processor.image_processor.dct["name"] == "x4"
     assert processor.image_processor.max_pixels == 112 * 112  # of the run, not of the checkpoint it started from
     assert (folder / CODE).read_bytes() == (prepared.model / CODE).read_bytes()
+    assert checks.check_model(folder, None).dct_name == "x4"
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("launched", [("one_process", "whole"), ("two_processes", "killed")], ids=["weights", "lora"])
+def test_result_to_take_along_is_a_plain_qwen2_vl_that_computes_the_same(launched, request, natural_frames):
+    from transformers import AutoProcessor, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
+
+    run_dir = request.getfixturevalue(launched[0])["output"] / launched[1]
+    assert not list((run_dir / "hf").glob("*.py"))
+    logits = []
+    for folder in (run_dir / "hf_dct", run_dir / "hf"):
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=folder.name == "hf_dct", use_fast=False)
+        content = [{"type": "image"}, {"type": "text", "text": "What colour is the circle?"}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(text=[text], images=[natural_frames(1, 112, 112)[0]], return_tensors="pt")
+        model = Qwen2VLForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float32)
+        with torch.no_grad():
+            logits.append(model(**inputs).logits)
+    assert type(processor.image_processor) is Qwen2VLImageProcessor
+    assert (processor.image_processor.patch_size, processor.image_processor.max_pixels) == (28, 112 * 112)
+    assert inputs["pixel_values"].shape == (16, 4704)
+    assert float((logits[0] - logits[1]).norm() / logits[0].norm()) < 1e-5
+    videos = json.loads((run_dir / "hf" / "video_preprocessor_config.json").read_text())
+    assert (videos["fps"], videos["min_frames"], videos["max_frames"], videos["patch_size"]) == (2.0, 4, 768, 28)
+
+
+@pytest.mark.launch
+def test_a_stock_form_is_not_trained_on(one_process, prepared, tmp_path):
+    folder = one_process["output"] / "whole" / "hf"
+    line = refused(prepared, tmp_path, MODEL_DIR=str(folder)).rstrip()
+    assert "is the stock form of a DCT model (x4), training takes its coefficient form: a run's hf_dct, or " in line
+    assert line.endswith(f"python convert_checkpoint.py --to dct --model-dir {folder} --output-dir {folder}-dct")
+    assert checks.check_model(folder, "none").dct is None
 
 
 @pytest.mark.launch
@@ -301,7 +335,7 @@ def test_only_the_newest_checkpoints_are_kept_and_whole(one_process):
 def test_weights_can_be_read_by_others(one_process):
     """safetensors lets the owner only."""
     files = sorted((one_process["output"] / "whole").rglob("*.safetensors"))
-    assert len(files) == 3  # hf/ and two checkpoints
+    assert len(files) == 4  # hf/, hf_dct/ and two checkpoints
     assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
 
 

@@ -191,7 +191,7 @@ def assert_same_training(found: Path, wanted: Path, after: int = 0) -> None:
 
 def exported(run_dir: Path) -> dict[str, torch.Tensor]:
     tensors = {}
-    for file in (run_dir / "hf").glob("*.safetensors"):
+    for file in (run_dir / "hf_dct").glob("*.safetensors"):
         tensors.update(load_file(file))
     return tensors
 

@@ -1,0 +1,303 @@
+"""The two forms of a DCT model, each made from the other.
+
+    coefficient form   what is trained: 1x1x1 patch embedding over K coefficients, image processor of this repository
+    stock form         what is handed out: a plain Qwen2-VL, whose patch is the block of pixels, with stock processors
+
+Both compute the same: tokens are linear in the pixels (dct/folding.py). The stock form needs no code of this
+repository. Its token format lies in dct_format.json, which loaders ignore, so that the way back needs no flag.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dct_qwen2vl.checkpoints.conversion import (
+    SHARD_BYTES,
+    changed_tensors,
+    converted_config,
+    copy_other_files,
+    make_processor,
+    new_directory,
+    patch_embedding,
+    write_json,
+    write_shards,
+)
+from dct_qwen2vl.checkpoints.inspection import (
+    PROCESSOR,
+    STOCK_FORM,
+    CheckpointError,
+    check_format,
+    read_config,
+    read_json,
+    read_processor,
+    safetensors_files,
+    saved_pixel_bounds,
+    token_format,
+    unfolded_format,
+    with_patch,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+VIDEO_PROCESSOR = "video_preprocessor_config.json"  # read by transformers from 4.52 on
+OWN_PROCESSORS = "processor_config.json"  # transformers 5 saves all processors in it, and reads them there first
+# Settings of the image processor that both forms have.
+SHARED_SETTINGS = ("do_resize", "do_rescale", "rescale_factor", "resample", "do_convert_rgb", "merge_size")
+# How videos are sampled where the processor does it: Qwen2-VL's, and those of training.
+VIDEO_SAMPLING = {"fps": 2.0, "min_frames": 4, "max_frames": 768}
+# The norm of what the format cannot show, over the norm of the weight. Rounding to bfloat16 leaves 0.0016.
+MOST_LEFT_OUT = 0.005
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written.
+
+    dct: DCTConfig. The token format.
+    weight_bytes: of all tensors.
+    left_out: share of the patch embedding's norm that the format cannot show; 0 on the way to the stock form.
+    """
+
+    dct: Any
+    weight_bytes: int
+    left_out: float = 0.0
+
+
+def to_stock(
+    model_dir: Path,
+    output_dir: Path,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Converted:
+    """Writes the stock form of a coefficient-form directory, whole or not at all.
+
+    The patch embedding is written in float32, whatever the type of the other weights: rounded to bfloat16 over pixels
+    it would not give the coefficient form back. Loaders cast it to the type they run in.
+
+    min_pixels, max_pixels: of an image or frame; those of `model_dir` if None.
+    Raises CheckpointError.
+    """
+    import torch
+
+    from dct_qwen2vl.dct.folding import unfold_patch_embedding
+
+    dct, config = _coefficient_format(model_dir), read_config(model_dir)
+    bounds = _pixel_bounds(model_dir, min_pixels, max_pixels)
+    files = safetensors_files(model_dir)
+    dtype = str(patch_embedding(files).dtype).removeprefix("torch.")
+
+    def unfold(weight: "torch.Tensor") -> "torch.Tensor":
+        return unfold_patch_embedding(weight, dct, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+    with new_directory(model_dir, output_dir, force) as folder:
+        copy_other_files(model_dir, folder, without=(".py",))
+        write_json(folder / "config.json", stock_config(config, dct))
+        _write_processors(model_dir, folder, dct, bounds)
+        write_json(folder / STOCK_FORM, {"patch_embedding_dtype": dtype, "dct": dct.to_dict()})
+        total = write_shards(changed_tensors(files, unfold), folder, shard_bytes)
+    return Converted(dct, total)
+
+
+def to_dct(
+    model_dir: Path,
+    output_dir: Path,
+    dct=None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Converted:
+    """Writes the coefficient form of a stock-form directory, whole or not at all.
+
+    dct: DCTConfig. None: the one in dct_format.json; where there is none, the preset of the model's patch.
+    min_pixels, max_pixels: as in `to_stock`.
+    Raises CheckpointError, also for a model whose patch embedding the format cannot show.
+    """
+    from dct_qwen2vl.dct.folding import distance_from_format, fold_block_embedding
+
+    config = read_config(model_dir)
+    _check_pixels(model_dir)
+    dct = dct or _saved_format(model_dir) or _preset_of(model_dir, config)
+    _check_patch(model_dir, config, dct)
+    files = safetensors_files(model_dir)
+    weight = patch_embedding(files)
+    left_out = distance_from_format(weight, dct)
+    if not left_out <= MOST_LEFT_OUT:
+        raise _too_far(model_dir, dct, left_out)
+    processor = make_processor(model_dir, dct, min_pixels, max_pixels)
+    saved = read_processor(model_dir)
+    for name in ("do_resize", "do_rescale", "do_convert_rgb", "resample"):
+        setattr(processor, name, saved.get(name, getattr(processor, name)))
+    dtype = _saved_dtype(model_dir, weight)
+    with new_directory(model_dir, output_dir, force) as folder:
+        copy_other_files(model_dir, folder)
+        write_json(folder / "config.json", converted_config(config, dct.num_coefficients))
+        processor.save_pretrained(folder)
+        tensors = changed_tensors(files, lambda weight: fold_block_embedding(weight, dct, dtype=dtype))
+        total = write_shards(tensors, folder, shard_bytes)
+    return Converted(dct, total, left_out)
+
+
+def stock_config(config: dict[str, Any], dct) -> dict[str, Any]:
+    """config.json of the same model, whose patch is the block. Servers read the channels under either name."""
+    frames, rows, _ = dct.block
+    vision = with_patch(config, 3, frames, rows)["vision_config"]
+    vision = {**vision, "in_chans": 3, "spatial_patch_size": rows}
+    return {**{name: value for name, value in config.items() if name != "auto_map"}, "vision_config": vision}
+
+
+def stock_processor(processor: dict[str, Any], dct, bounds: tuple[int, int]) -> dict[str, Any]:
+    """preprocessor_config.json of a `Qwen2VLImageProcessor` that cuts images into the format's blocks.
+
+    processor: the coefficient form's. bounds: min_pixels and max_pixels. Older transformers read them under these
+    names, newer ones as `size`.
+    """
+    from dct_qwen2vl.dct.configuration_dct import CLIP_MEAN, CLIP_STD
+
+    return {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(CLIP_MEAN),
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "image_std": list(CLIP_STD),
+        "max_pixels": bounds[1],
+        "merge_size": dct.merge,
+        "min_pixels": bounds[0],
+        "patch_size": dct.block[1],
+        "processor_class": processor.get("processor_class", "Qwen2VLProcessor"),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": bounds[0], "longest_edge": bounds[1]},
+        "temporal_patch_size": dct.block[0],
+        **{name: processor[name] for name in SHARED_SETTINGS if name in processor},
+    }
+
+
+def _write_processors(model_dir: Path, folder: Path, dct, bounds: tuple[int, int]) -> None:
+    """The image and the video processor; what names code of this repository goes out of other files."""
+    images = stock_processor(read_processor(model_dir), dct, bounds)
+    write_json(folder / PROCESSOR, images)
+    source = model_dir / VIDEO_PROCESSOR
+    sampling = {name: value for name, value in (read_json(source) if source.is_file() else {}).items()
+                if name in VIDEO_SAMPLING or name in ("do_sample_frames", "num_frames")}  # fmt: skip
+    videos = {name: value for name, value in images.items() if name != "image_processor_type"}
+    kind = {"video_processor_type": "Qwen2VLVideoProcessor"}
+    write_json(folder / VIDEO_PROCESSOR, {**videos, **kind, **VIDEO_SAMPLING, **sampling})
+    for name, unwanted in (
+        (OWN_PROCESSORS, ("image_processor", "video_processor", "auto_map")),
+        ("tokenizer_config.json", ("auto_map",)),
+    ):
+        path = folder / name
+        values = read_json(path) if path.is_file() else {}
+        if any(key in values for key in unwanted):
+            write_json(path, {key: value for key, value in values.items() if key not in unwanted})
+
+
+def _coefficient_format(model_dir: Path):
+    """The DCTConfig of a coefficient-form directory, whose files go together. Raises CheckpointError."""
+    from dct_qwen2vl.dct.configuration_dct import DCTConfig
+
+    read_config(model_dir)
+    processor = read_processor(model_dir)
+    dct = token_format(model_dir, processor)
+    if dct is None:
+        saved = unfolded_format(model_dir)
+        what = f"is the stock form of {saved['name']} already" if saved else "reads pixels: it is a stock Qwen2-VL"
+        raise CheckpointError(f"{model_dir} {what}: use it as it is")
+    check_format(model_dir, processor, dct)
+    try:
+        return DCTConfig.from_dict(processor["dct"])
+    except ValueError as error:
+        raise CheckpointError(f"{model_dir / PROCESSOR}: {error}: convert the model again") from error
+
+
+def _check_pixels(model_dir: Path) -> None:
+    """Raises CheckpointError for what is the coefficient form already, or whose files do not go together."""
+    processor = read_processor(model_dir)
+    dct = token_format(model_dir, processor)
+    if dct is not None:
+        raise CheckpointError(f"{model_dir} is the coefficient form of {dct['name']} already: use it as it is")
+    check_format(model_dir, processor, None)
+
+
+def _pixel_bounds(model_dir: Path, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
+    """Raises CheckpointError."""
+    from dct_qwen2vl.dct.image_sizes_dct import pixel_bounds
+
+    saved = saved_pixel_bounds(model_dir)
+    own = saved["min_pixels"] or 56 * 56, saved["max_pixels"] or 28 * 28 * 1280
+    try:
+        return pixel_bounds(min_pixels, max_pixels, *own)
+    except ValueError as error:
+        raise CheckpointError(f"{error}: change --min-pixels or --max-pixels") from error
+
+
+def _saved_format(model_dir: Path):
+    """The DCTConfig in dct_format.json, None where there is none. Raises CheckpointError."""
+    from dct_qwen2vl.dct.configuration_dct import DCTConfig
+
+    saved = unfolded_format(model_dir)
+    try:
+        return None if saved is None else DCTConfig.from_dict(saved)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{model_dir / STOCK_FORM}: {error}: remove it, and name the format with --dct"
+        ) from error
+
+
+def _saved_dtype(model_dir: Path, weight: "torch.Tensor") -> "torch.dtype":
+    """The type that the patch embedding had before `to_stock`; that of `weight` where nothing says it."""
+    import torch
+
+    path = model_dir / STOCK_FORM
+    name = read_json(path).get("patch_embedding_dtype") if path.is_file() else None
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else weight.dtype
+
+
+def _patch(config: dict[str, Any]) -> tuple[int, int, int]:
+    vision = config["vision_config"]
+    side = vision.get("patch_size", 14)
+    return vision.get("temporal_patch_size", 2), side, side
+
+
+def _preset_of(model_dir: Path, config: dict[str, Any]):
+    """The preset whose blocks are the model's patches. Raises CheckpointError."""
+    from dct_qwen2vl.dct.configuration_dct import PRESETS, DCTConfig
+
+    for name in PRESETS:
+        dct = DCTConfig.preset(name)
+        if dct.block == _patch(config):
+            return dct
+    frames, rows, columns = _patch(config)
+    raise CheckpointError(
+        f"{model_dir} has no {STOCK_FORM}, and no preset has its patches of {frames} x {rows} x {columns}: "
+        f"name the format, as in --block {frames} {rows} {columns}"
+    )
+
+
+def _check_patch(model_dir: Path, config: dict[str, Any], dct) -> None:
+    """Raises CheckpointError for blocks that are not the model's patches, or another merge."""
+    patch, merge = _patch(config), config["vision_config"].get("spatial_merge_size", 2)
+    if patch == dct.block and merge == dct.merge:
+        return
+    own, wanted = (
+        f"{' x '.join(map(str, sides))}, merged {m} x {m}" for sides, m in ((patch, merge), (dct.block, dct.merge))
+    )
+    advice = (
+        "leave out --to dct to fold a pixel model" if patch == (2, 14, 14) else "name the format with --dct or --block"
+    )
+    raise CheckpointError(f"{model_dir} has patches of {own}, the format {dct.name} blocks of {wanted}: {advice}")
+
+
+def _too_far(model_dir: Path, dct, left_out: float) -> CheckpointError:
+    frames, rows, columns = dct.block
+    return CheckpointError(
+        f"{model_dir} is no unfolded {dct.name} model: {left_out:.2%} of its patch embedding's norm lies outside what "
+        f"these tokens show (at most {MOST_LEFT_OUT:.1%}); --block {frames} {rows} {columns} --chroma 444 keeps all"
+    )
