@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if config.rank == 0:
         (config.run_dir / "finished").touch()
-        further = f", a plain Qwen2-VL; to train it further: {config.run_dir / 'hf_dct'}" if info.dct else ""
+        further = f", in the stock form; to train it further: {config.run_dir / 'hf_dct'}" if info.dct else ""
         print(f"Done: the fine-tuned model is in {config.run_dir / 'hf'}{further}")
     return 0
 
