@@ -21,10 +21,10 @@ from dct_qwen2vl.checkpoints.inspection import (
     CheckpointError,
     no_patch_embedding,
     open_tensors,
+    own_pixel_bounds,
     read_json,
     reads_pixel_patches,
     safetensors_files,
-    saved_pixel_bounds,
     unfolded_format,
     with_patch,
 )
@@ -138,9 +138,9 @@ def make_processor(model_dir: Path, dct, min_pixels: int | None, max_pixels: int
     for name, expected in (("image_mean", OPENAI_CLIP_MEAN), ("image_std", OPENAI_CLIP_STD)):
         if source.get(name, expected) != expected:
             raise CheckpointError(f"{path} has {name} {source[name]}; the folding is for Qwen2-VL's {expected}")
-    saved = saved_pixel_bounds(model_dir)
-    low = saved["min_pixels"] or 56 * 56 if min_pixels is None else min_pixels
-    high = saved["max_pixels"] or 28 * 28 * 1280 if max_pixels is None else max_pixels
+    own_low, own_high = own_pixel_bounds(model_dir)
+    low = own_low if min_pixels is None else min_pixels
+    high = own_high if max_pixels is None else max_pixels
     if low < 1 or high < 1:
         raise CheckpointError(f"min_pixels {low} and max_pixels {high} must be at least 1: change --min-pixels or "
                               "--max-pixels")  # fmt: skip

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Qwen2VLImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
 
 from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, remedy
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 
 
-def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **pixel_bounds: int) -> Qwen2VLImageProcessor:
+def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **pixel_bounds: int) -> BaseImageProcessor:
     """The image processor of a checkpoint, by this repository's code: a copy that lies beside the weights is not run.
 
     dct: the checkpoint's token format as `inspection.token_format` gives it, None for pixels. pixel_bounds:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dct_qwen2vl.common.scripts import UserError
+from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS
 
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 PROCESSOR = "preprocessor_config.json"
@@ -84,8 +85,14 @@ def with_patch(config: dict[str, Any], channels: int, frames: int, side: int) ->
 
 def reads_pixel_patches(config: dict[str, Any]) -> bool:
     """Whether a model's patch embedding is over 2 x 14 x 14 pixels, as Qwen2-VL's is; not so after a conversion."""
+    return patch_of(config) == (2, 14, 14)
+
+
+def patch_of(config: dict[str, Any]) -> tuple[int, int, int]:
+    """Frames, rows and columns of what the patch embedding reads; Qwen2-VL's where config.json says nothing."""
     vision = config["vision_config"]
-    return (vision.get("temporal_patch_size", 2), vision.get("patch_size", 14)) == (2, 14)
+    side = vision.get("patch_size", 14)
+    return vision.get("temporal_patch_size", 2), side, side
 
 
 def saved_pixel_bounds(model_dir: Path) -> dict[str, int | None]:
@@ -103,6 +110,12 @@ def saved_pixel_bounds(model_dir: Path) -> dict[str, int | None]:
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise CheckpointError(f"{path} has {name} {value!r}, which is no number: get the file again")
     return bounds
+
+
+def own_pixel_bounds(model_dir: Path) -> tuple[int, int]:
+    """min_pixels and max_pixels of the processor; Qwen2-VL's where it leaves them open. Raises CheckpointError."""
+    saved = saved_pixel_bounds(model_dir)
+    return saved["min_pixels"] or PIXEL_BOUNDS[0], saved["max_pixels"] or PIXEL_BOUNDS[1]
 
 
 def safetensors_files(model_dir: Path) -> list[Path]:

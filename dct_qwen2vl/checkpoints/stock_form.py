@@ -27,11 +27,12 @@ from dct_qwen2vl.checkpoints.inspection import (
     STOCK_FORM,
     CheckpointError,
     check_format,
+    own_pixel_bounds,
+    patch_of,
     read_config,
     read_json,
     read_processor,
     safetensors_files,
-    saved_pixel_bounds,
     token_format,
     unfolded_format,
     with_patch,
@@ -229,8 +230,7 @@ def _pixel_bounds(model_dir: Path, min_pixels: int | None, max_pixels: int | Non
     """Raises CheckpointError."""
     from dct_qwen2vl.dct.image_sizes_dct import pixel_bounds
 
-    saved = saved_pixel_bounds(model_dir)
-    own = saved["min_pixels"] or 56 * 56, saved["max_pixels"] or 28 * 28 * 1280
+    own = own_pixel_bounds(model_dir)
     try:
         return pixel_bounds(min_pixels, max_pixels, *own)
     except ValueError as error:
@@ -260,21 +260,15 @@ def _saved_dtype(model_dir: Path, weight: "torch.Tensor") -> "torch.dtype":
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else weight.dtype
 
 
-def _patch(config: dict[str, Any]) -> tuple[int, int, int]:
-    vision = config["vision_config"]
-    side = vision.get("patch_size", 14)
-    return vision.get("temporal_patch_size", 2), side, side
-
-
 def _preset_of(model_dir: Path, config: dict[str, Any]):
     """The preset whose blocks are the model's patches. Raises CheckpointError."""
     from dct_qwen2vl.dct.configuration_dct import PRESETS, DCTConfig
 
     for name in PRESETS:
         dct = DCTConfig.preset(name)
-        if dct.block == _patch(config):
+        if dct.block == patch_of(config):
             return dct
-    frames, rows, columns = _patch(config)
+    frames, rows, columns = patch_of(config)
     raise CheckpointError(
         f"{model_dir} has no {STOCK_FORM}, and no preset has its patches of {frames} x {rows} x {columns}: "
         f"name the format, as in --block {frames} {rows} {columns}"
@@ -283,7 +277,7 @@ def _preset_of(model_dir: Path, config: dict[str, Any]):
 
 def _check_patch(model_dir: Path, config: dict[str, Any], dct) -> None:
     """Raises CheckpointError for blocks that are not the model's patches, or another merge."""
-    patch, merge = _patch(config), config["vision_config"].get("spatial_merge_size", 2)
+    patch, merge = patch_of(config), config["vision_config"].get("spatial_merge_size", 2)
     if patch == dct.block and merge == dct.merge:
         return
     own, wanted = (

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,9 +67,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The value of a JSON file; None where it is missing or is no JSON."""
+def read_json(path: Path, object_hook: Callable[[dict], Any] | None = None) -> Any:
+    """The value of a JSON file; None where it is missing or is no JSON. object_hook: as `json.loads` has it."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), object_hook=object_hook)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None

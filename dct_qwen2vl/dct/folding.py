@@ -14,6 +14,8 @@ Letters used for shapes in this file:
     bt bh bw  frames, rows and columns of one block, in frames and pixels
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -34,8 +36,7 @@ def fold_patch_embedding(
     pixel model computes on the image downscaled in the DCT domain. patch, std: see `synthesis_matrix`. Raises
     ValueError for a weight of any other shape.
     """
-    if weight.ndim != 5 or tuple(weight.shape[1:]) != (3, *patch):
-        raise ValueError(f"fold_patch_embedding expects a weight [E, 3, {str(patch)[1:-1]}], got {list(weight.shape)}")
+    _check_shape("fold_patch_embedding", weight, (3, *patch))
     synthesis = torch.from_numpy(synthesis_matrix(config, patch, std)).to(weight.device)
     folded = weight.reshape(weight.shape[0], -1).to(torch.float64) @ synthesis.T
     return folded.to(weight.dtype).reshape(weight.shape[0], -1, 1, 1, 1)
@@ -50,13 +51,12 @@ def unfold_patch_embedding(
     dtype: of the result; that of `weight` if None. The arithmetic is float64, rounded once.
     Raises ValueError for a weight of any other shape.
     """
-    expected = (config.num_coefficients, 1, 1, 1)
-    _check_shape("unfold_patch_embedding", weight, expected, f"{config.num_coefficients}, 1, 1, 1")
+    _check_shape("unfold_patch_embedding", weight, (config.num_coefficients, 1, 1, 1))
     axes = [_tensor(matrix) for matrix in (RGB_TO_YCBCR * np.array(std), *map(dct_matrix, config.block))]
     kept, scale = torch.tensor(config.kept), torch.tensor(config.scale, dtype=torch.float64)
 
     def unfold(rows: torch.Tensor) -> torch.Tensor:
-        coefficients = torch.zeros(len(rows), 3 * _size(config.block), dtype=torch.float64)
+        coefficients = torch.zeros(len(rows), 3 * math.prod(config.block), dtype=torch.float64)
         coefficients[:, kept] = rows.flatten(1).double() / scale
         return _along_axes(coefficients.view(len(rows), 3, *config.block), axes)
 
@@ -71,8 +71,7 @@ def fold_block_embedding(
     It undoes `unfold_patch_embedding`. Of another weight it keeps what tokens of this format can show. Parameters and
     errors are the same.
     """
-    expected = (3, *config.block)
-    _check_shape("fold_block_embedding", weight, expected, ", ".join(map(str, expected)))
+    _check_shape("fold_block_embedding", weight, (3, *config.block))
     to_rgb = np.linalg.inv(RGB_TO_YCBCR) / np.array(std)[:, None]
     axes = [_tensor(matrix) for matrix in (to_rgb, *(dct_matrix(side).T for side in config.block))]
     kept, scale = torch.tensor(config.kept), torch.tensor(config.scale, dtype=torch.float64)
@@ -112,13 +111,10 @@ def distance_from_format(weight: torch.Tensor, config: DCTConfig, std: tuple[flo
     return float((whole - projected).norm()) / norm if norm else 0.0
 
 
-def _check_shape(function: str, weight: torch.Tensor, expected: tuple[int, ...], words: str) -> None:
+def _check_shape(function: str, weight: torch.Tensor, expected: tuple[int, ...]) -> None:
     if weight.ndim != 5 or tuple(weight.shape[1:]) != expected:
+        words = ", ".join(map(str, expected))
         raise ValueError(f"{function} expects a weight [E, {words}], got {list(weight.shape)}")
-
-
-def _size(block: tuple[int, int, int]) -> int:
-    return block[0] * block[1] * block[2]
 
 
 def _tensor(matrix: np.ndarray) -> torch.Tensor:

@@ -31,7 +31,7 @@ from .image_inputs_dct import (
     to_levels,
     to_three_channels,
 )
-from .image_sizes_dct import bounds_in, pixel_bounds, target_size
+from .image_sizes_dct import PIXEL_BOUNDS, bounds_in, pixel_bounds, target_size
 from .transform_dct import DCTTokenizer
 
 try:
@@ -84,7 +84,7 @@ class DCTImageProcessor(BaseImageProcessor):
             low, high = bounds_in(size)
             min_pixels = low if min_pixels is None else min_pixels
             max_pixels = high if max_pixels is None else max_pixels
-        min_pixels, max_pixels = pixel_bounds(min_pixels, max_pixels, 56 * 56, 28 * 28 * 1280)
+        min_pixels, max_pixels = pixel_bounds(min_pixels, max_pixels, *PIXEL_BOUNDS)
         # Qwen2VLImageProcessor is no base: its constructor has another form in each of 4.51, 4.57 and 5.
         BaseImageProcessor.__init__(self, **kwargs)
         self.min_pixels, self.max_pixels = min_pixels, max_pixels

@@ -5,6 +5,7 @@ The file is saved beside converted checkpoints, with image_processing_dct.py.
 
 import math
 
+PIXEL_BOUNDS = 56 * 56, 28 * 28 * 1280  # min_pixels and max_pixels where nothing says others: Qwen2-VL's
 LONGEST_ASPECT = 200  # of the sides; Qwen2-VL refuses longer ones
 
 

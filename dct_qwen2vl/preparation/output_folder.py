@@ -55,13 +55,9 @@ def stats_path(shard: Path) -> Path:
     return shard.with_suffix(".stats.json")
 
 
-def with_new_names(stats: Any) -> Any:
-    """Stats, or a line of skipped.jsonl, with today's names, whatever version wrote them; any JSON value is taken."""
-    if isinstance(stats, list):
-        return [with_new_names(value) for value in stats]
-    if not isinstance(stats, dict):
-        return stats
-    renamed = {OLD_NAMES.get(name, name): with_new_names(value) for name, value in stats.items()}
+def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """One JSON object of stats or of skipped.jsonl with today's names, whatever version wrote it; an `object_hook`."""
+    renamed = {OLD_NAMES.get(name, name): value for name, value in values.items()}
     if isinstance(renamed.get("reason"), str):
         renamed["reason"] = OLD_NAMES.get(renamed["reason"], renamed["reason"])
     return renamed
@@ -69,7 +65,7 @@ def with_new_names(stats: Any) -> Any:
 
 def read_stats(path: Path) -> Any:
     """What the stats of a shard or of a set hold; None where the file is missing or no JSON."""
-    return with_new_names(read_json(path))
+    return read_json(path, object_hook=with_new_names)
 
 
 def read_run(output_dir: Path) -> dict[str, Any] | None:

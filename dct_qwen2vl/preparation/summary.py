@@ -24,8 +24,8 @@ from dct_qwen2vl.preparation.output_folder import (
     SKIPPED_NAME,
     STATS_NAME,
     TOOL,
-    read_stats,
     stats_path,
+    with_new_names,
 )
 from dct_qwen2vl.preparation.plan import Plan, SkipList, SkippedEntry
 
@@ -62,7 +62,8 @@ def summarise(
     """Write the files named above from the shards' stats; returns what stats.json holds."""
     counts = SetCounts(plan.skipped)
     for number in range(len(layout.split_of)):
-        counts.add(read_stats(stats_path(output_dir / SHARD_NAME.format(number))))
+        data = stats_path(output_dir / SHARD_NAME.format(number)).read_bytes()
+        counts.add(json.loads(data, object_hook=with_new_names))
     stats = make_stats(plan, layout, metadata, tars, run, counts)
     write_filtered_metadata(output_dir / filtered_name(metadata), plan, layout, metadata, counts.broken)
     with replacing(output_dir / SKIPPED_NAME) as stream:

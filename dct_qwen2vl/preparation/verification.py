@@ -380,7 +380,8 @@ def count_skipped(path: Path) -> dict[str, int] | str:
     """The lines of skipped.jsonl by reason."""
     try:
         with path.open("rb") as lines:
-            return dict(sorted(Counter(with_new_names(json.loads(line))["reason"] for line in lines).items()))
+            entries = (json.loads(line, object_hook=with_new_names) for line in lines)
+            return dict(sorted(Counter(entry["reason"] for entry in entries).items()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"unreadable ({error})"
 

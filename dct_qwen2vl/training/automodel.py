@@ -118,7 +118,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Makes the gradient the mean over the learned tokens of the step, whatever its micro-batches and processes.
-        Videos it to max_gradient_norm (0: not at all). Keeps the norm and the rate of this step for the log. Raises
+        Clips it to max_gradient_norm (0: not at all). Keeps the norm and the rate of this step for the log. Raises
         NonFiniteStep."""
         step, self._step = self._step, []
         tokens = torch.stack([tokens for _, tokens, _ in step]).sum()

@@ -19,6 +19,7 @@ from PIL import Image
 from prepared_set import StoredSample, write_json, write_set
 
 import data_preparation
+from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS
 from dct_qwen2vl.preparation.report import writing
 from dct_qwen2vl.preparation.report.figures import DPI, FIGURES, HEIGHT, WIDTH
 from dct_qwen2vl.preparation.report.samples import (
@@ -35,7 +36,7 @@ from dct_qwen2vl.preparation.report.tokens import (
     measure_lengths,
     target_sizes,
 )
-from dct_qwen2vl.preparation.report.writing import PIXEL_BOUNDS, write_report
+from dct_qwen2vl.preparation.report.writing import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 HOSTILE = (

@@ -113,14 +113,14 @@ def read_statistics(output_dir: Path) -> Statistics:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_hook=with_new_names)
     except FileNotFoundError:
         raise PreparationError(f"{path} is missing; {AGAIN}") from None
     except (ValueError, RecursionError) as error:
         raise PreparationError(f"{path} is not JSON ({error}); {AGAIN}") from error
     if not isinstance(value, dict):
         raise PreparationError(f"{path} holds a {type(value).__name__}, not an object; {AGAIN}")
-    return with_new_names(value)
+    return value
 
 
 def check_stats(stats: dict[str, Any], path: Path) -> None:
@@ -220,7 +220,7 @@ def read_examples(output_dir: Path, skipped: dict[str, int]) -> dict[str, dict[s
     try:
         with path.open(encoding="utf-8") as file:
             while missing and (line := file.readline()):
-                entry = with_new_names(json.loads(line))
+                entry = json.loads(line, object_hook=with_new_names)
                 found.setdefault(entry["reason"], entry)
                 missing.discard(entry["reason"])
     except FileNotFoundError:

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dct_qwen2vl.common.scripts import run_main
+from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS
 
 REPORT_NAME = "report.html"
 NUM_SAMPLES = 30
 SEQ_LENGTHS = (1024, 2048, 4096, 8192)
-PIXEL_BOUNDS = (56 * 56, 28 * 28 * 1280)  # of an image or frame: the image processor's defaults
 
 
 def write_report(
