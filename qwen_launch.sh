@@ -51,6 +51,7 @@ SAVE_INTERVAL=${SAVE_INTERVAL:-250}  # steps
 NUM_WORKERS=${NUM_WORKERS:-4}        # loader processes of one process
 SEED=${SEED:-42}
 ENGINE=${ENGINE:-auto}               # megatron, automodel, or auto
+SHARDING=${SHARDING:-none}           # fsdp2: the processes share weights, gradients and optimizer (automodel engine)
 
 if [ -z "${PYTHON:-}" ]; then
   if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python; fi
@@ -62,7 +63,7 @@ fi
 
 arguments=(
   --model-dir "$MODEL_DIR" --data-dir "$DATASET_DIR" --output-dir "$OUTPUT_DIR" --experiment-name "$EXPERIMENT_NAME"
-  --devices "$DEVICES" --num-nodes "$NNODES" --engine "$ENGINE"
+  --devices "$DEVICES" --num-nodes "$NNODES" --engine "$ENGINE" --sharding "$SHARDING"
   --tensor-parallel "$TP" --pipeline-parallel "$PP" --seq-length "$SEQ_LENGTH"
   --max-steps "$MAX_STEPS" --lr "$LR" --min-lr "$MIN_LR" --warmup-steps "$WARMUP_STEPS"
   --val-interval "$VAL_INTERVAL" --save-interval "$SAVE_INTERVAL" --num-workers "$NUM_WORKERS" --seed "$SEED"

@@ -32,6 +32,7 @@ from dct_qwen2vl.data.samples import IGNORE_INDEX, QwenBatch
 from dct_qwen2vl.training.config import TrainingConfig
 from dct_qwen2vl.training.log import NON_FINITE, StepGuard, TrainingLog, ValidationSum
 from dct_qwen2vl.training.lora import LoRA, adapt_hf, adapted_weights, adapters_of, merged_hf
+from dct_qwen2vl.training.media_embedding import blank_image
 from dct_qwen2vl.training.run_folder import (
     build_loggers,
     count_batches_of_whole_steps,
@@ -41,6 +42,7 @@ from dct_qwen2vl.training.run_folder import (
     sync_files,
     trainer_options,
 )
+from dct_qwen2vl.training.sharding import ShardedStrategy, gradient_of_ones, shard, whole
 
 
 class QwenAutoModel(HFAutoModelForImageTextToText):
@@ -69,12 +71,14 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         self.max_gradient_norm = max_gradient_norm
         self.guard = guard
         self.gradient_norm = 0.0
+        self.gradient_of_ones = 1.0
         self.last_learning_rate = 0.0
         self.validation = ValidationSum()
         self._step: list[tuple[torch.Tensor, torch.Tensor, list[str]]] = []  # loss, tokens, keys of its micro-batches
 
     def configure_model(self) -> None:
-        """Loads the weights in fp32: the optimizer's copy; lower precision is the Trainer's autocast."""
+        """Loads the weights in fp32: the optimizer's copy; lower precision is the Trainer's autocast. `ShardedStrategy`
+        has set the mesh that they are spread over."""
         if self.model is not None:
             return
         self.model = AutoModelForImageTextToText.from_pretrained(self.model_dir, torch_dtype=torch.float32)
@@ -83,6 +87,10 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
             parameter.requires_grad = not is_frozen(name, self.freeze)
         if self.lora:
             adapt_hf(self.model, self.lora)
+        if self.device_mesh is not None:
+            mesh = self.device_mesh["data_parallel"]
+            shard(self.model, mesh)
+            self.gradient_of_ones = gradient_of_ones(mesh)
 
     def forward(self, batch: QwenBatch) -> torch.Tensor:
         """-> logits [B, L, vocabulary]."""
@@ -92,12 +100,14 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         """The sum of the losses of the learned tokens; `configure_gradient_clipping` divides by the tokens of the step.
 
         "loss" is multiplied by the micro-batches of a step and by the processes: Lightning divides by the first, and
-        DDP averages over the second. "loss_sum" and "tokens" are the micro-batch's own.
+        DDP averages over the second (`gradient_of_ones` says whether FSDP2 does). "loss_sum" and "tokens" are the
+        micro-batch's own.
         """
         loss_sum, tokens = self._loss(batch)
         self._step.append((loss_sum.detach(), tokens, batch.keys))
-        loss = loss_sum * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
-        if len(batch.image_grid_thw) + len(batch.video_grid_thw) == 0:
+        processes = self.trainer.world_size / self.gradient_of_ones
+        loss = loss_sum * (self.trainer.accumulate_grad_batches * processes)
+        if self.device_mesh is None and len(batch.image_grid_thw) + len(batch.video_grid_thw) == 0:
             loss = loss + 0.0 * self._idle_vision()
         return {"loss": loss, "loss_sum": loss_sum.detach(), "tokens": tokens}
 
@@ -110,11 +120,8 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
     def _idle_vision(self) -> torch.Tensor:
         """A text-only micro-batch still runs the vision tower on one blank image: in data-parallel training every
         process must have a gradient for every weight, or the others wait for ever."""
-        vision = self.model.config.vision_config
-        merge = vision.spatial_merge_size
-        floats = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        tokens = torch.zeros(merge * merge, floats, device=self.device, dtype=self.model.dtype)
-        return self.model.visual(tokens, grid_thw=torch.tensor([[1, merge, merge]], device=self.device)).sum()
+        tokens, grid = blank_image(self.model, self.device)
+        return self.model.visual(tokens, grid_thw=grid).sum()
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Makes the gradient the mean over the learned tokens of the step, whatever its micro-batches and processes.
@@ -127,7 +134,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         torch._foreach_div_(gradients, float(tokens.clamp(min=1)))
         limit = self.max_gradient_norm or math.inf
-        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
+        self.gradient_norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters(), limit)))
         micro_batches = [(float(loss_sum), keys) for loss_sum, _, keys in step]
         self.guard.check(self.trainer.global_step + 1, self.gradient_norm, micro_batches)
         self.last_learning_rate = optimizer.param_groups[0]["lr"]
@@ -166,6 +173,11 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         temporary.replace(output_dir)
 
 
+def names_in_hf(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of `QwenAutoModel` by their names in its Hugging Face model."""
+    return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+
 class FolderCheckpointIO(CheckpointIO):
     """Reads and writes the checkpoint folders described at the top of this file; nothing is unpickled but plain data,
     tensors and Energon's own state classes."""
@@ -178,7 +190,7 @@ class FolderCheckpointIO(CheckpointIO):
         temporary = path.with_name(f".{path.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        weights = {name.removeprefix("model."): tensor for name, tensor in checkpoint.pop("state_dict").items()}
+        weights = names_in_hf(checkpoint.pop("state_dict"))
         self.module.save_hf(temporary / "hf", weights)
         torch.save({**checkpoint, "adapters": adapters_of(weights)}, temporary / "trainer.pt")
         sync_files(temporary)
@@ -218,11 +230,18 @@ def build_optimizer(config: TrainingConfig) -> PytorchOptimizerModule:
     )
 
 
+def build_strategy(config: TrainingConfig) -> str | ShardedStrategy:
+    """How the processes of the run share the model."""
+    if config.sharding == "fsdp2":
+        return ShardedStrategy(config.world_size)
+    return "ddp" if config.world_size > 1 else "auto"
+
+
 def build_trainer(config: TrainingConfig, module: QwenAutoModel, callbacks: list[Callback]) -> nl.Trainer:
     """Lightning's Trainer as NeMo wraps it. Steps are optimizer steps; Lightning counts validation in micro-batches."""
     return nl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
-        strategy="ddp" if config.world_size > 1 else "auto",
+        strategy=build_strategy(config),
         precision=config.precision,
         accumulate_grad_batches=config.accumulate,
         val_check_interval=config.val_interval * config.accumulate,
@@ -259,5 +278,6 @@ def run(
         optim=build_optimizer(config),
         tokenizer=None,  # the loader has it; NeMo would store it in a field that this class does not have
     )
+    weights = trainer.strategy.lightning_module_state_dict()  # collective, where they are sharded
     if trainer.is_global_zero:
-        module.save_hf(export_dir)
+        module.save_hf(export_dir, names_in_hf(weights))

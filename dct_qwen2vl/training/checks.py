@@ -128,6 +128,9 @@ def check_numbers(config: TrainingConfig) -> None:
             f"GBS {config.global_batch_size} is not divisible by MBS {config.micro_batch_size} x "
             f"{config.data_parallel} processes = {per_step}: change --global-batch-size or --micro-batch-size"
         )
+    if config.sharding != "none" and config.world_size == 1:
+        raise RunError(f"--sharding {config.sharding} spreads a model over processes and there is one: raise --devices "
+                       "or leave --sharding out")  # fmt: skip
     if os.environ.get("WORLD_SIZE") and int(os.environ["WORLD_SIZE"]) != config.world_size:
         raise RunError(
             f"torchrun started {os.environ['WORLD_SIZE']} processes, --devices {config.devices} x --num-nodes "
@@ -198,11 +201,17 @@ def choose_engine(config: TrainingConfig) -> str:
     if not reason:
         if config.precision not in (None, "bf16-mixed"):
             raise RunError(f"--engine megatron trains in bf16-mixed, not {config.precision}: leave --precision out")
+        refuse_flags_of("automodel", config, ": add --engine automodel, or leave it out")
         return "megatron"
-    for each in fields(config):
-        if each.metadata["engine"] == "megatron" and getattr(config, each.name) not in (each.default, 0):
-            raise RunError(f"{flag_of(each.name)} is of the megatron engine, but {reason}")
+    refuse_flags_of("megatron", config, f", but {reason}")
     return "automodel"
+
+
+def refuse_flags_of(engine: str, config: TrainingConfig, why: str) -> None:
+    """Raises RunError where a setting that only this engine knows is not at its default. why: ends the message."""
+    for each in fields(config):
+        if each.metadata["engine"] == engine and getattr(config, each.name) not in (each.default, 0):
+            raise RunError(f"{flag_of(each.name)} is of the {engine} engine{why}")
 
 
 def choose_precision(config: TrainingConfig, engine: str) -> str:

@@ -167,6 +167,14 @@ class TrainingConfig:
     recompute: bool = setting(
         "where", False, "megatron: less memory, a third more arithmetic", engine="megatron", resume=FREE
     )
+    sharding: str = setting(
+        "where",
+        "none",
+        "automodel: fsdp2 spreads weights, gradients and optimizer over the processes, none gives each a copy",
+        choices=("none", "fsdp2"),
+        engine="automodel",
+        resume=FREE,
+    )
     profile: int | None = setting(
         "where",
         None,
