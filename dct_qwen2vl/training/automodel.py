@@ -147,6 +147,8 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
 
     def on_validation_epoch_end(self) -> None:
         """Mean over all learned tokens of the split, whatever the number of processes."""
+        if self.device_mesh is not None:
+            self.model.reshard()  # backward does it in training; here the root's weights would stay gathered
         self.validation.end()
         self.log("val_loss", self.validation.loss, rank_zero_only=True)
 

@@ -116,6 +116,7 @@ OLD_RUN_FILE = """{
   "run_dir": "experiments/old", "pixel_bounds": {"max_pixels": 12544}, "data_parallel": 4,
   "chosen_engine": "automodel", "data_restarts": 1, "accumulate": 8, "token_format": "x4"
 }"""
+SINCE_THEN = {"sharding": "none"}
 OLD_MEGATRON_RUN = {
     "max_pixels": None, "global_batch_size": 16, "freeze": [], "lora_rank": 0, "engine": "auto", "pack_tokens": 8192,
     "pack_vision_tokens": 16384, "tensor_parallel": 2, "recompute": True, "profile": 3, "precision": "bf16-mixed",
@@ -146,7 +147,33 @@ def test_a_run_begun_before_goes_on_and_keeps_the_keys_of_its_file(engine, preci
             run_file.check_run_folder(replace(without_flag, **{name: value}))
     run_file.check_run_folder(replace(without_flag, keep=7, output_dir=Path.cwd() / "experiments"))
     run_file.write_run_file(replace(settings, data_restarts=old["data_restarts"]), INFO)
-    assert json.loads(Path("experiments/old/run.json").read_text()) == old
+    assert json.loads(Path("experiments/old/run.json").read_text()) == old | SINCE_THEN
+
+
+def test_the_flag_of_one_engine_is_refused_by_the_other(monkeypatch):
+    monkeypatch.setattr(checks, "megatron_refusal", lambda: None)
+    for engine in ("megatron", "auto"):
+        with pytest.raises(checks.RunError) as refusal:
+            checks.choose_engine(typed("--engine", engine, "--sharding", "fsdp2"))
+        assert str(refusal.value) == ("--sharding is of the automodel engine: add --engine automodel, or leave it out")
+    assert checks.choose_engine(typed("--sharding", "none")) == "megatron"
+    assert checks.choose_engine(typed("--engine", "automodel", "--sharding", "fsdp2")) == "automodel"
+
+
+def test_sharding_may_change_when_a_run_goes_on(tmp_path):
+    def settings(*words: str) -> LargerConfig:
+        return typed("--output-dir", str(tmp_path), "--devices", "2", *words).resolved("automodel", "32")
+
+    begin(settings("--sharding", "fsdp2"))
+    assert json.loads((tmp_path / "qwen2vl_dct" / "run.json").read_text())["sharding"] == "fsdp2"
+    run_file.check_run_folder(settings())
+    run_file.check_run_folder(settings("--sharding", "fsdp2"))
+
+
+def test_one_process_has_nothing_to_share():
+    checks.check_numbers(typed("--devices", "2", "--sharding", "fsdp2").resolved("automodel", "32"))
+    with pytest.raises(checks.RunError, match=r"--sharding fsdp2 spreads a model over processes and there is one"):
+        checks.check_numbers(typed("--sharding", "fsdp2").resolved("automodel", "32"))
 
 
 def test_what_cannot_be_undone_by_other_data_is_named_first(tmp_path):
