@@ -63,6 +63,11 @@ def parse_split(text: str) -> tuple[int, int, int]:
     return units
 
 
+def say_shares(shares: tuple[int, int, int]) -> str:
+    """(8, 1, 1) -> "8,1,1"."""
+    return ",".join(map(str, shares))
+
+
 def parse_weight(text: str) -> tuple[str, float]:
     """ "ocr_vqa=0.5" -> ("ocr_vqa", 0.5). Raises ValueError."""
     name, equals, weight = text.rpartition("=")
