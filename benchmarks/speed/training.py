@@ -10,7 +10,7 @@ and in memory, in the layout that the loader gives. An optimizer step sees the s
 
     stock 1   NeMo's model on pixels, one sample a micro-batch: the recipe as it ships, but with all weights trained
     stock N   the same at the micro-batch that is fastest
-    none      this repository's engine on pixels: rows of samples up to two budgets of tokens
+    none      this repository's engine on pixels: packed sequences up to two budgets of tokens
     exact, x4, x16   the same on DCT tokens
 
 MFU counts the matrix products that a way has to do (flops.py) against the device's dense bf16 peak; busy is the share
@@ -223,7 +223,7 @@ def stock_forward(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return (losses.float() * mask).sum(), mask.sum().int()
 
 
-def row_forward(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+def packed_forward(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
     batch = batch.to("cuda")
     losses = model(batch)
     return losses.float().sum(), torch.full((), len(batch.learned), dtype=torch.int, device="cuda")
@@ -234,20 +234,21 @@ def size_of(sample) -> tuple[int, int]:
     return len(sample.input_ids), len(sample.pixel_values) + len(sample.pixel_values_videos)
 
 
-def rows_of(name: str, works: list[Work], budget: tuple[int, int], seed: int) -> tuple:
-    """The configuration of a 2B model of this token format, and the samples as rows in pinned memory."""
-    from dct_qwen2vl.data.packing import fit_rows, pack
+def sequences_of(name: str, works: list[Work], budget: tuple[int, int], seed: int) -> tuple:
+    """The configuration of a 2B model of this token format, and the samples as packed sequences in pinned memory."""
+    from dct_qwen2vl.data.packing import fit_sequences, pack
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
 
     config = None if name == "none" else DCTConfig.preset(name)
     block, width = (config.block, config.num_coefficients) if config else (PIXEL_BLOCK, PIXEL_WIDTH)
     samples = make_samples(works, block, width, seed)
-    rows = fit_rows([size_of(sample) for sample in samples], budget)
-    packed = [pack([samples[n] for n in row], 2, width, torch.bfloat16, (IMAGE_ID, VIDEO_ID)) for row in rows]
-    return real_config(width if config else None), [row.pin_memory() for row in packed]
+    sequences = fit_sequences([size_of(sample) for sample in samples], budget)
+    ids = (IMAGE_ID, VIDEO_ID)
+    packed = [pack([samples[n] for n in chosen], 2, width, torch.bfloat16, ids) for chosen in sequences]
+    return real_config(width if config else None), [batch.pin_memory() for batch in packed]
 
 
-def row_training(hf_config) -> Training:
+def packed_training(hf_config) -> Training:
     from dct_qwen2vl.training.megatron_model import fuse_gradient_accumulation, model_config
 
     model = model_config(hf_config, 65536).configure_model()
@@ -339,29 +340,29 @@ def measure_stock(works: list[Work], sizes: list[int], seed: int, repeats: int) 
     return lines
 
 
-def measure_rows(name: str, works: list[Work], budget: tuple[int, int], seed: int, repeats: int) -> dict:
+def measure_packed(name: str, works: list[Work], budget: tuple[int, int], seed: int, repeats: int) -> dict:
     from dct_qwen2vl.training.flops import training_flops
 
-    hf_config, batches = rows_of(name, works, budget, seed)
+    hf_config, batches = sequences_of(name, works, budget, seed)
     flops = sum(training_flops(hf_config, b.grid_thw, b.sample_starts.diff(), len(b.learned)) for b in batches)
     visual = sum(len(batch.visual) for batch in batches)
-    training = row_training(hf_config)
-    step = partial(training.step, forward=row_forward)
+    training = packed_training(hf_config)
+    step = partial(training.step, forward=packed_forward)
     line = measure(name, step, batches, works, flops, visual, repeats)
     del training, step
     free()
-    return {**line, "rows": len(batches), "budget": budget}
+    return {**line, "sequences": len(batches), "budget": budget}
 
 
 def profile_step(name: str, works: list[Work], budget: tuple[int, int], seed: int, path: Path) -> None:
     """A table of the kernels of one step, by time."""
     from torch.profiler import ProfilerActivity, profile
 
-    hf_config, batches = rows_of(name, works, budget, seed)
-    training = row_training(hf_config)
-    training.step(batches, row_forward)
+    hf_config, batches = sequences_of(name, works, budget, seed)
+    training = packed_training(hf_config)
+    training.step(batches, packed_forward)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
-        training.step(batches, row_forward)
+        training.step(batches, packed_forward)
     path.write_text(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90))
 
 
@@ -401,7 +402,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ways", nargs="+", default=["stock", "none", "exact", "x4", "x16"], help="what is measured")
     parser.add_argument("--samples", type=int, default=32, help="samples of an optimizer step")
     parser.add_argument("--stock-sizes", nargs="+", type=int, default=[1, 2, 4, 8], help="micro-batches of stock")
-    parser.add_argument("--pack-tokens", type=int, default=16384, help="most tokens of a row, of ways that have rows")
+    parser.add_argument("--pack-tokens", type=int, default=16384, help="most tokens of a packed sequence")
     parser.add_argument("--pack-vision-tokens", type=int, default=32768, help="and most vision tokens")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps; the median counts")
     parser.add_argument("--seed", type=int, default=0, help="of tokens and of the mix")
@@ -427,7 +428,7 @@ def main(argv: list[str] | None = None) -> int:
             if way == "stock":
                 lines += measure_stock(works, arguments.stock_sizes, arguments.seed, 1)
             else:
-                lines.append(measure_rows(way, works, budget, arguments.seed, arguments.repeats))
+                lines.append(measure_packed(way, works, budget, arguments.seed, arguments.repeats))
             if arguments.json:
                 arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print_ratios(lines)
