@@ -14,13 +14,15 @@ standard deviation, is the best of CLIP_LIMITS. The weights themselves have bf16
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.common.scripts import run_main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -216,23 +218,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    return run_main("feature_fidelity.py", lambda: measure_and_say(arguments), arguments.debug)
+
+
+def measure_and_say(arguments: argparse.Namespace) -> int:
+    """Raises UserError, OSError."""
     from benchmarks.quality.analysis.patch_weights import patch_weight
     from benchmarks.quality.analysis.rate_distortion import chosen_material
 
-    try:
-        weight, source = patch_weight(arguments.model_dir, arguments.seed)
-        rows = measure(chosen_material(arguments), weight)
-    except (ValueError, OSError) as error:
-        if arguments.debug:
-            raise
-        print(f"feature_fidelity.py: {error}", file=sys.stderr)
-        return 1
+    weight, source = patch_weight(arguments.model_dir, arguments.seed)
+    rows = measure(chosen_material(arguments), weight)
     print(f"patch embedding {list(weight.shape)}: {source}")
     print("relative error of the embedding\n")
     print(report(rows))
     if arguments.json:
-        values = {"weight": source, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.json, {"weight": source, "rows": [asdict(row) for row in rows]})
     return 0
 
 

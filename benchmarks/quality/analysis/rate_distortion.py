@@ -14,13 +14,15 @@ frame of a video of that size.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.common.scripts import UserError, run_main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +78,7 @@ def held_out_material(seed: int) -> dict[str, list["np.ndarray"]]:
 
 
 def given_material(images: list[Path], videos: list[Path]) -> dict[str, list["np.ndarray"]]:
-    """As `held_out_material`, from files and folders; says what cannot be used. Raises ValueError, OSError."""
+    """As `held_out_material`, from files and folders; says what cannot be used. Raises UserError, OSError."""
     from dct_qwen2vl.analysis.coefficient_statistics import files_of, read_images, read_videos, resized, sizes_of
     from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
@@ -88,7 +90,7 @@ def given_material(images: list[Path], videos: list[Path]) -> dict[str, list["np
     for line in skipped:
         print(f"skipped {line}")
     if not stills and not moving:
-        raise ValueError("nothing to measure: no file could be used")
+        raise UserError("nothing to measure: no file could be used; give --images or --videos others")
     return {"stills": stills, "videos": moving}
 
 
@@ -391,23 +393,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    return run_main("rate_distortion.py", lambda: measure_and_say(arguments), arguments.debug)
+
+
+def measure_and_say(arguments: argparse.Namespace) -> int:
+    """Raises UserError, OSError."""
     from benchmarks.quality.analysis.patch_weights import patch_weight
 
-    try:
-        weight, source = patch_weight(arguments.model_dir, arguments.seed)
-        points = measure(chosen_material(arguments), weight)
-        print(f'weight of the order "weighted": {source}')
-        print(report(points, FLOATS_PER_PIXEL, SIDES))
-        if arguments.json:
-            values = {"weight": source, "points": [asdict(point) for point in points]}
-            arguments.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        if arguments.plot:
-            plot(points, arguments.plot, source)
-    except (ValueError, OSError) as error:
-        if arguments.debug:
-            raise
-        print(f"rate_distortion.py: {error}", file=sys.stderr)
-        return 1
+    weight, source = patch_weight(arguments.model_dir, arguments.seed)
+    points = measure(chosen_material(arguments), weight)
+    print(f'weight of the order "weighted": {source}')
+    print(report(points, FLOATS_PER_PIXEL, SIDES))
+    if arguments.json:
+        write_json(arguments.json, {"weight": source, "points": [asdict(point) for point in points]})
+    if arguments.plot:
+        plot(points, arguments.plot, source)
     return 0
 
 
