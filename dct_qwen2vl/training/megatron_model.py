@@ -7,6 +7,9 @@ projected to at learned positions only. Weights and names of parameters are thos
 embedding's shape.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.jit import jit_fuser
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
@@ -27,6 +31,7 @@ from nemo.collections.vlm.qwen2vl.model.base import MCoreQwen2VLModel, Qwen2VLCo
 from nemo.collections.vlm.qwen2vl.model.vision import Qwen2VisionModel
 
 from dct_qwen2vl.data.packing import PackedBatch
+from dct_qwen2vl.training.attention import packed_attention
 
 VISION_ROTARY_BASE = 10000.0  # fixed in Qwen2-VL's vision tower
 
@@ -47,10 +52,10 @@ class VisionMLP(MLP):
 
 
 class PackedCoreAttention(torch.nn.Module):
-    """Attention within each sample of a packed sequence, by the FlashAttention kernel that PyTorch carries.
+    """Attention within each part of a packed sequence (`attention.py`).
 
     cuDNN's kernel for packed sequences, which TransformerEngine takes on Hopper, spent half of a training step in its
-    backward pass on the empty part of a grid of (samples x tokens of the sequence). This one works on tokens alone.
+    backward pass on the empty part of a grid of (samples x tokens of the sequence). These kernels work on tokens alone.
     """
 
     def __init__(self, config, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **unused) -> None:
@@ -60,10 +65,7 @@ class PackedCoreAttention(torch.nn.Module):
     def forward(self, query, key, value, attention_mask=None, packed_seq_params=None, **unused) -> torch.Tensor:
         """[L, heads, width] each; key and value may have fewer heads. -> [L, heads * width]."""
         starts, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
-        output, *_ = torch.ops.aten._flash_attention_forward(
-            query, key, value, starts, starts, longest, longest, 0.0, self.causal, False
-        )
-        return output.flatten(1)
+        return packed_attention(query, key, value, starts, longest, self.causal).flatten(1)
 
 
 def mrope_frequencies(position_ids: torch.Tensor, head_width: int, base: float, sections: list[int]) -> torch.Tensor:
@@ -209,6 +211,29 @@ class PackedQwen2VLConfig(Qwen2VLConfig):
         )
 
 
+@functools.cache
+def fused_cross_entropy() -> Callable | None:
+    """TransformerEngine's, made not to compare its upstream gradient with 1 on the host, which waits for the device.
+
+    None where TransformerEngine is missing or older than the argument."""
+    try:
+        from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+    except ImportError:
+        return None
+    if "is_cg_capturable" not in inspect.signature(parallel_cross_entropy).parameters:
+        return None
+    return functools.partial(parallel_cross_entropy, is_cg_capturable=True)
+
+
+def token_losses(language: LanguageModule, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Logits [T, 1, vocabulary], or this process's part of it, and targets int64 [T] -> loss of each, float32 [T]."""
+    fused = fused_cross_entropy() if language.config.cross_entropy_loss_fusion else None
+    if fused is None:
+        return language.compute_language_model_loss(targets[None], logits)[0]
+    group = parallel_state.get_tensor_model_parallel_group()
+    return fused(logits, targets[:, None], 0.0, False, group)[:, 0]
+
+
 class PackedQwen2VL(MCoreQwen2VLModel):
     """Qwen2-VL over one packed sequence. In a pipeline the first stage holds the vision tower and the embedding."""
 
@@ -234,7 +259,7 @@ class PackedQwen2VL(MCoreQwen2VLModel):
         logits, _ = language.output_layer(hidden.index_select(0, batch.learned), weight=weight)
         if return_logits:
             return logits[:, 0]
-        return language.compute_language_model_loss(batch.targets[None], logits)[0]
+        return token_losses(language, logits, batch.targets)
 
     def _embed(self, batch: PackedBatch) -> torch.Tensor:
         """-> [L, 1, hidden]: text embeddings, visual tokens in their places."""
