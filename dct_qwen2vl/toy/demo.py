@@ -19,6 +19,9 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.common.scripts import UserError, run_main
+
 MARKER = ".made_by_demo"
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXPERIMENT = "demo"
@@ -66,7 +69,7 @@ NOISE = re.compile(
 )
 
 
-class StageError(RuntimeError):
+class StageError(UserError):
     """A stage failed. The message names its log."""
 
 
@@ -282,26 +285,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    folder = arguments.output_dir.resolve()
-    seconds = {}
-    try:
-        fresh_folder(folder)
-        named = folder.relative_to(REPOSITORY) if folder.is_relative_to(REPOSITORY) else folder
-        for stage in stages(named, arguments.seed):
-            seconds[stage.name] = run_stage(stage, folder / "logs" / f"{stage.name}.log")
-    except StageError as error:
-        if arguments.debug:
-            raise
-        print(f"demo.py: {error}", file=sys.stderr)
-        return 1
+    return run_main("demo.py", lambda: run_demo(arguments.output_dir, arguments.seed), arguments.debug)
+
+
+def run_demo(output_dir: Path, seed: int) -> int:
+    """All stages, then the images and the summary. Raises StageError, OSError."""
+    folder, seconds = output_dir.resolve(), {}
+    fresh_folder(folder)
+    named = folder.relative_to(REPOSITORY) if folder.is_relative_to(REPOSITORY) else folder
+    for stage in stages(named, seed):
+        seconds[stage.name] = run_stage(stage, folder / "logs" / f"{stage.name}.log")
     print("\n=== images", flush=True)
     start = time.perf_counter()
     images, tokens = draw_images(folder)
     seconds["images"] = time.perf_counter() - start
     summary = summarise(folder, seconds, images, tokens)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "summary.json", summary)
     print("Drew samples.png and loss.png")
-    print("\n".join(last_words(arguments.output_dir, summary)))
+    print("\n".join(last_words(output_dir, summary)))
     return 0
 
 
