@@ -88,7 +88,7 @@ def bicubic_downscaled(frames: "np.ndarray", block: tuple[int, int, int]) -> "to
     import numpy as np
     import torch
 
-    from dct_qwen2vl.analysis.coefficient_statistics import resized
+    from dct_qwen2vl.analysis.coefficient_moments import resized
 
     size = (frames.shape[1] * 14 // block[1], frames.shape[2] * 14 // block[2])
     return torch.from_numpy(resized(frames, size).astype(np.float64))

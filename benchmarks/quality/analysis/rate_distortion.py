@@ -63,7 +63,7 @@ def held_out_material(seed: int) -> dict[str, list["np.ndarray"]]:
     """{"stills": uint8 [1, H, W, 3] each, "videos": uint8 [T, H, W, 3] each}, one video of each kind for each image."""
     import numpy as np
 
-    from dct_qwen2vl.analysis.coefficient_statistics import resized, sizes_of
+    from dct_qwen2vl.analysis.coefficient_moments import resized, sizes_of
     from dct_qwen2vl.analysis.natural_images import HELD_OUT_IMAGES, load, videos_of
 
     rng = np.random.default_rng(seed)
@@ -79,7 +79,8 @@ def held_out_material(seed: int) -> dict[str, list["np.ndarray"]]:
 
 def given_material(images: list[Path], videos: list[Path]) -> dict[str, list["np.ndarray"]]:
     """As `held_out_material`, from files and folders; says what cannot be used. Raises UserError, OSError."""
-    from dct_qwen2vl.analysis.coefficient_statistics import files_of, read_images, read_videos, resized, sizes_of
+    from dct_qwen2vl.analysis.coefficient_moments import resized, sizes_of
+    from dct_qwen2vl.analysis.media_files import files_of, read_images, read_videos
     from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
     skipped: list[str] = []
