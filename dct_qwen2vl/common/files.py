@@ -73,3 +73,25 @@ def read_json(path: Path, object_hook: Callable[[dict], Any] | None = None) -> A
         return json.loads(path.read_bytes(), object_hook=object_hook)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+
+
+def read_object(
+    path: Path,
+    advice: str,
+    error: type[UserError] = UserError,
+    object_hook: Callable[[dict], Any] | None = None,
+) -> dict[str, Any]:
+    """The object in a JSON file that has to be there. Raises `error`.
+
+    advice: what to do, the end of the message.
+    object_hook: as `json.loads` has it.
+    """
+    try:
+        value = json.loads(path.read_bytes(), object_hook=object_hook)
+    except OSError as why:
+        raise error(f"{path} cannot be read ({why.strerror}): {advice}") from why
+    except (ValueError, RecursionError) as why:
+        raise error(f"{path} is not JSON ({why}): {advice}") from why
+    if not isinstance(value, dict):
+        raise error(f"{path} is JSON, but no object with fields: {advice}")
+    return value

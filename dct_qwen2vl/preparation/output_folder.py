@@ -18,6 +18,7 @@ from typing import Any
 
 from dct_qwen2vl.common.files import UNFINISHED, read_json, remove, write_json
 from dct_qwen2vl.common.locks import flock
+from dct_qwen2vl.data.energon_files import FOLDER as ENERGON_FOLDER
 from dct_qwen2vl.preparation.metadata import PreparationError
 
 SHARD_NAME = "pretrain-{:06d}.tar"
@@ -32,7 +33,7 @@ OWN_FILE = re.compile(
     rf"({UNFINISHED})?"
 )
 TEMPORARY = re.compile(rf".+{UNFINISHED}")
-ENERGON_FOLDER, REPORT_FOLDER = ".nv-meta", "report"
+REPORT_FOLDER = "report"
 OWN_FILE_IN = {
     ENERGON_FOLDER: re.compile(rf"(\.info|split|dataset)\.yaml({UNFINISHED})?"),
     REPORT_FOLDER: re.compile(rf".+\.png({UNFINISHED})?"),

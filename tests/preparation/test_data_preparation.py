@@ -35,8 +35,8 @@ from raw_sets import (
 )
 
 import data_preparation
+from dct_qwen2vl.data.energon_files import count_samples, read_splits
 from dct_qwen2vl.preparation import fingerprint
-from dct_qwen2vl.preparation.energon_metadata import count_splits
 from dct_qwen2vl.preparation.output_folder import OLD_NAMES, locked
 from dct_qwen2vl.preparation.plan import source_of
 from dct_qwen2vl.preparation.report import writing
@@ -797,7 +797,9 @@ def test_the_dialogue_it_names_gives_exactly_the_splits(many, tmp_path, capsys):
     done = subprocess.run(["bash", "-c", dialogue_command], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "Found 30 tar files in total" in done.stdout, done.stdout + done.stderr
     assert "CrudeWebdataset" in (output / ".nv-meta" / "dataset.yaml").read_text()
-    assert count_splits(output) == read_stats(output)["splits"]
+    splits = read_splits(output, ("train", "val", "test"))
+    counts = {name: count_samples(output, shards) for name, shards in splits.items()}
+    assert counts == read_stats(output)["splits"]
     for split, items in splits_of(output).items():
         ids = sorted(sample["json"]["id"] for sample in energon_samples(output, split))  # Energon decodes JSON here
         assert ids == sorted(item["id"] for item in items)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dct_qwen2vl.common.files import read_object
 from dct_qwen2vl.preparation.data_splits import SPLITS
 from dct_qwen2vl.preparation.metadata import PreparationError
 from dct_qwen2vl.preparation.output_folder import SKIPPED_NAME, STATS_NAME, TOOL, stats_path, with_new_names
@@ -92,7 +93,7 @@ class Statistics:
 def read_statistics(output_dir: Path) -> Statistics:
     """Raises PreparationError where a file is missing, is no stats file or contradicts another one."""
     path = output_dir / STATS_NAME
-    stats = read_json(path)
+    stats = read_object(path, AGAIN, PreparationError, with_new_names)
     check_stats(stats, path)
     sources = tuple(sorted(stats["sources"], key=lambda name: (-stats["sources"][name]["read"], name)))
     numbers = {name: number for number, name in enumerate(sources)}
@@ -109,18 +110,6 @@ def read_statistics(output_dir: Path) -> Statistics:
     statistics = Statistics(stats, shards, sources, split.astype(np.int8), **columns)
     check_sources(statistics, path)
     return statistics
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes(), object_hook=with_new_names)
-    except FileNotFoundError:
-        raise PreparationError(f"{path} is missing; {AGAIN}") from None
-    except (ValueError, RecursionError) as error:
-        raise PreparationError(f"{path} is not JSON ({error}); {AGAIN}") from error
-    if not isinstance(value, dict):
-        raise PreparationError(f"{path} holds a {type(value).__name__}, not an object; {AGAIN}")
-    return value
 
 
 def check_stats(stats: dict[str, Any], path: Path) -> None:
@@ -166,7 +155,7 @@ def agree(path: Path, what: str, value: int, other: str, expected: int) -> None:
 def read_shard(shard: Path, written: int, sources: dict[str, int]) -> tuple[str, dict[str, np.ndarray]]:
     """The split of a shard and its columns, `source` as index in the set's sources."""
     path = stats_path(shard)
-    stats = read_json(path)
+    stats = read_object(path, AGAIN, PreparationError, with_new_names)
     samples, media, names = stats.get("samples"), stats.get("media"), stats.get("sources")
     if stats.get("split") not in SPLITS:
         raise PreparationError(f"{path}: split must be one of {', '.join(SPLITS)}; {AGAIN}")
