@@ -64,7 +64,7 @@ from dct_qwen2vl.preparation.workers import WorkerPool
 
 
 def prepare(config: PreparationConfig) -> int:
-    """All of the work; returns the exit status. Raises PreparationError or OSError."""
+    """All of the work. Returns the exit status. Raises PreparationError or OSError."""
     metadata = find_metadata(config.data_dir, config.metadata)
     check_output(config.output_dir, config.force)
     if is_complete(config, metadata):
@@ -78,7 +78,10 @@ def prepare(config: PreparationConfig) -> int:
 
 
 def write_set(config: PreparationConfig, metadata: list[Path]) -> dict[str, Any] | None:
-    """Plan, write, summarise; returns the set's stats, or None where it is not complete: after a dry run or a part."""
+    """Plans, writes and sums up.
+
+    Returns the set's stats. After a dry run or a part the set is not complete: returns None.
+    """
     with WorkerPool(config.num_workers) as pool:
         reader = MetadataReader(metadata, config.limit)
         with tqdm(desc="Checking entries", unit="entry", leave=False) as bar:
@@ -99,8 +102,10 @@ def write_set(config: PreparationConfig, metadata: list[Path]) -> dict[str, Any]
 
 
 def refuse_findings(output_dir: Path, stats: dict[str, Any]) -> None:
-    """Raise PreparationError where a run without --strict wrote a set, or some of its shards, that --strict would have
-    stopped at."""
+    """Raises PreparationError for findings that --strict would have stopped at, in a set that was written without it.
+
+    stats: of the set. Shards that --strict wrote have no findings.
+    """
     kinds = {"skipped": stats["skipped"], "repaired": stats["repairs"]}
     findings = [f"{kind}: {what} {count}" for kind, counts in kinds.items() for what, count in counts.items()]
     findings += [f"not read whole: {name}" for name, tar in stats["tars"].items() if tar["damage"] or tar["refused"]]
@@ -115,7 +120,7 @@ def refuse_findings(output_dir: Path, stats: dict[str, Any]) -> None:
 def plan_set(
     pool: WorkerPool, config: PreparationConfig, reader: MetadataReader, collector: Collector
 ) -> tuple[list[TarSource], Plan, Layout, dict[str, Any]]:
-    """Find the media, decide what goes where, and mark the output folder; but for the last in a dry run."""
+    """Finds the media, decides what goes where, and marks the output folder. A dry run does not mark it."""
     data_dir, output_dir = config.data_dir, config.output_dir
     with planning_lock(config) as work:
         tars = index_tars(data_dir, work, pool)
@@ -131,7 +136,7 @@ def plan_set(
 
 
 def lay_out(plan: Plan, config: PreparationConfig) -> Layout:
-    """Split, weigh, shuffle and cut. Raises PreparationError where that is not possible."""
+    """Splits, weighs, shuffles and cuts. Raises PreparationError where that is not possible."""
     names = {name: number for number, name in enumerate(plan.sources)}
     unknown = [name for name, _ in config.source_weight if name not in names]
     if unknown:
@@ -159,7 +164,7 @@ def lay_out(plan: Plan, config: PreparationConfig) -> Layout:
 
 @contextlib.contextmanager
 def run_lock(config: PreparationConfig) -> Iterator[None]:
-    """Keep other runs from this folder; parts from the same part, and from a run of the whole."""
+    """Keeps other runs from this folder. Parts keep the same part from it, and a run of the whole."""
     if config.dry_run:
         yield
         return
@@ -173,8 +178,10 @@ def run_lock(config: PreparationConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def planning_lock(config: PreparationConfig) -> Iterator[Path | None]:
-    """The folder for indexes and unpacked tars, where one part at a time works and the others wait for what it finds;
-    None in a dry run, which writes nothing."""
+    """The folder for indexes and unpacked tars, None in a dry run, which writes nothing.
+
+    One part at a time works in it. The others wait for what it finds.
+    """
     if config.dry_run:
         yield None
         return
@@ -185,8 +192,12 @@ def planning_lock(config: PreparationConfig) -> Iterator[Path | None]:
 
 @contextlib.contextmanager
 def finish_lock(config: PreparationConfig, is_due: bool) -> Iterator[None]:
-    """Where there is something to write or to clear, keep other runs from this folder and clear what killed ones left.
-    A part, which may meet others here, does without."""
+    """Keeps other runs from this folder and clears what killed ones left, where there is something to write or to
+    clear.
+
+    is_due: whether there is something to write.
+    A part may meet others here and does without the lock.
+    """
     output_dir = config.output_dir
     if config.part or not (is_due or list_leftovers(output_dir)):
         yield
@@ -208,7 +219,7 @@ def write_missing(
     plan: Plan,
     layout: Layout,
 ) -> tuple[float, int]:
-    """Write the shards of this part that are not finished; returns the seconds it took and the number of samples."""
+    """Writes the shards of this part that are not finished. Returns the seconds it took and the number of samples."""
     output_dir, start = config.output_dir, time.perf_counter()
     shards = {number: output_dir / SHARD_NAME.format(number) for number in own_shards(layout, config.part)}
     missing = [number for number, shard in shards.items() if not is_finished(shard)]
@@ -251,7 +262,7 @@ def finish(config: PreparationConfig, stats: dict[str, Any]) -> int:
 
 
 def verify_set(config: PreparationConfig) -> int:
-    """Read the set back; returns the exit status."""
+    """Reads the set back. Returns the exit status."""
     from dct_qwen2vl.preparation.verification import verify
 
     problems = verify(config.output_dir, config.num_workers)

@@ -4,7 +4,6 @@ Weights are memory-mapped and passed through in shards of at most 2 GB.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -28,6 +27,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     unfolded_format,
     with_patch,
 )
+from dct_qwen2vl.common.files import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -210,8 +210,3 @@ def new_directory(model_dir: Path, output_dir: Path, force: bool = False) -> Ite
         os.replace(temporary, output_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Indented, in UTF-8."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -72,10 +72,11 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def add_flags(parser: argparse.ArgumentParser, kind: type, prefix: str = "") -> None:
-    """Gives a parser the flags of a dataclass of settings.
+def add_flags(parser: Any, kind: type, prefix: str = "", **options: Any) -> None:
+    """Gives a parser, or a group of one, the flags of a dataclass of settings.
 
     prefix: what the names have in front, as in --video-fps.
+    options: what argparse is told of all of them in place of what their fields say.
     """
     groups: dict[str, Any] = {"": parser}
     for each in fields(kind):
@@ -84,10 +85,10 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, prefix: str = "") -> 
             continue
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        add, options = groups[group].add_argument, _flag_options(each)
-        add(flag_of(prefix + each.name), **options)
+        add, about = groups[group].add_argument, {**_flag_options(each), **options}
+        add(flag_of(prefix + each.name), **about)
         if first_name:
-            add(flag_of(prefix + first_name), dest=prefix + each.name, **{**options, "help": argparse.SUPPRESS})
+            add(flag_of(prefix + first_name), dest=prefix + each.name, **{**about, "help": argparse.SUPPRESS})
 
 
 def _flag_options(each: Field) -> dict[str, Any]:
@@ -128,6 +129,24 @@ def from_flags(kind: type[Config], arguments: argparse.Namespace) -> Config:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
 
 
+def from_words(kind: type[Config], words: dict[str, Any], prefix: str = "", **defaults: Any) -> Config:
+    """The settings in words that another program has parsed. Raises UserError for one that is of another type.
+
+    words: name with the prefix -> text, number or None, which leaves the default. Those of other settings are ignored.
+    defaults: where they differ from those of `kind`.
+    """
+    values = dict(defaults)
+    for each in fields(kind):
+        word = words.get(prefix + each.name)
+        if word is None:
+            continue
+        try:
+            values[each.name] = _type_of_word(each.type)(word)
+        except ValueError as error:
+            raise UserError(f"{prefix}{each.name} must be {_type_of_word(each.type).__name__}, got {word!r}") from error
+    return kind(**values)
+
+
 def check_ranges(config: Any, prefix: str = "", error: type[UserError] = UserError) -> None:
     """Raises `error` for a number that is outside its bounds.
 
@@ -138,7 +157,7 @@ def check_ranges(config: Any, prefix: str = "", error: type[UserError] = UserErr
         check_bounds(flag_of(prefix + name), getattr(config, name), each.metadata, error)
     for name, each in given.items():
         high = each.metadata["not_over"]
-        if high and getattr(config, name) > getattr(config, high):
+        if high in given and getattr(config, name) > getattr(config, high):
             low_said, high_said = (f"{flag_of(prefix + one)} {getattr(config, one)}" for one in (name, high))
             raise error(f"{low_said} is over {high_said}: change one of them")
 

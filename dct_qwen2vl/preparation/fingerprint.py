@@ -1,5 +1,7 @@
-"""What the bytes of a set depend on: its settings, its data, the libraries that encode. run.json holds it, so that a
-run goes on only where its shards fit those that are there."""
+"""What the bytes of a set depend on: its settings, its data, the libraries that encode.
+
+run.json holds it. A run goes on only where its shards fit those that are there.
+"""
 
 from dataclasses import fields
 from hashlib import sha256
@@ -42,8 +44,10 @@ def list_sizes(inputs: list[Path]) -> list[list]:
 
 
 def is_complete(config: PreparationConfig, metadata: list[Path]) -> bool:
-    """Whether an earlier run has written all that this one would write. Where the plan looked for plain files, they are
-    looked at as the tars are: none may be newer."""
+    """Whether an earlier run has written all that this one would write.
+
+    No tar may be newer than that run, and no plain file where the plan looked for plain files.
+    """
     run, stats = read_run(config.output_dir), read_json(config.output_dir / STATS_NAME)
     if config.force or config.dry_run or not run or not isinstance(stats, dict):
         return False

@@ -16,7 +16,10 @@ from dct_qwen2vl.preparation.plan import Plan
 
 
 def say_tars(tars: list[TarSource], config: PreparationConfig) -> None:
-    """How many files there are, and on stderr what is not used. Raises PreparationError for the latter if strict."""
+    """Says how many files there are and, on stderr, what is not used of them.
+
+    Raises PreparationError for the latter with --strict.
+    """
     print(f"Found {sum(tar.members for tar in tars)} files in {len(tars)} tars")
     for line in name_unread(config.data_dir):
         print(line, file=sys.stderr)

@@ -12,7 +12,8 @@ from typing import Any
 
 from dct_qwen2vl.common import settings
 from dct_qwen2vl.common.scripts import UserError
-from dct_qwen2vl.common.settings import add_flags, from_flags
+from dct_qwen2vl.common.settings import add_flags, from_flags, setting_of
+from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
 
 PARTS = ("vision", "projector", "language")
 SEQUENCE_TOKENS, SEQUENCES_PER_STEP = 8192, 16  # of packed sequences, where the command line does not say
@@ -59,6 +60,12 @@ def setting(
     return settings.setting(group, default, help, **more, **options)
 
 
+def _video_setting(name: str) -> Any:
+    """A field of `VideoSampling`."""
+    more = {"group": "what", "engine": None, "resume": DATA, "flag": None, "recorded": True}
+    return setting_of(VideoSampling, name, PREFIX, **more)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """What the engines, the run folder and LoRA take; run.json is `asdict` of it and the numbers derived from it.
@@ -82,14 +89,10 @@ class TrainingConfig:
     max_pixels: int | None = setting(
         "what", None, "most pixels of an image (default: the checkpoint's)", at_least=1, resume=DATA
     )
-    video_fps: float = setting("what", 2.0, "frames read from a second of a video", over=0, resume=DATA)
-    video_min_frames: int = setting(
-        "what", 4, "least frames read from a video that has them", at_least=1, not_over="video_max_frames", resume=DATA
-    )
-    video_max_frames: int = setting("what", 768, "most frames read from a video", at_least=1, resume=DATA)
-    video_total_pixels: int = setting(
-        "what", 24_576 * 28 * 28, "most pixels of a video, two frames counted as one", at_least=1, resume=DATA
-    )
+    video_fps: float = _video_setting("fps")
+    video_min_frames: int = _video_setting("min_frames")
+    video_max_frames: int = _video_setting("max_frames")
+    video_total_pixels: int = _video_setting("total_pixels")
     seq_length: int = setting("what", 2048, "longer samples are skipped and counted, tokens", at_least=1, resume=DATA)
 
     max_steps: int = setting("how", 1000, "optimizer steps", at_least=1)

@@ -28,7 +28,10 @@ AGAIN = "run data_preparation.py on the folder again"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of the set. first: the number of its first sample in the set."""
+    """One tar of the set.
+
+    first: number of its first sample in the set.
+    """
 
     name: str
     split: str
@@ -40,10 +43,15 @@ class Shard:
 class Statistics:
     """A prepared set.
 
-    stats: what stats.json holds. sources: the names of the source datasets, the one with most entries read first.
-    Columns [N]: source int32, index in `sources`; media int32, images and videos of the sample; text int64, characters
-    of all turns; split int8, index in SPLITS. Columns [M]: height, width int32, px; frames int32, 1 for an image;
-    seconds float32, 0 for an image.
+    stats: the object in stats.json.
+    sources: names of the source datasets, the one with most entries read first.
+    split: int8 [N]. Index in SPLITS.
+    source: int32 [N]. Index in `sources`.
+    media: int32 [N]. Images and videos of the sample.
+    text: int64 [N]. Characters of all turns.
+    height, width: int32 [M], px.
+    frames: int32 [M]. 1 for an image.
+    seconds: float32 [M]. 0 for an image.
     """
 
     stats: dict[str, Any]
@@ -91,7 +99,10 @@ class Statistics:
 
 
 def read_statistics(output_dir: Path) -> Statistics:
-    """Raises PreparationError where a file is missing, is no stats file or contradicts another one."""
+    """A prepared set.
+
+    Raises PreparationError for a file that is missing, is no stats file or contradicts another one.
+    """
     path = output_dir / STATS_NAME
     stats = read_object(path, AGAIN, PreparationError, with_new_names)
     check_stats(stats, path)
@@ -175,7 +186,7 @@ def read_shard(shard: Path, written: int, sources: dict[str, int]) -> tuple[str,
 
 
 def read_column(path: Path, name: str, values: Any, count: int) -> np.ndarray:
-    """`count` numbers, whole but for the seconds; sizes and frames are 1 or more."""
+    """`count` numbers. Seconds may be fractions; sizes and frames are 1 or more. Raises PreparationError."""
     whole = name != "seconds"
     dtype = np.int64 if name == "text" else np.int32 if whole else np.float32
     if count == 0 and values == []:
@@ -194,7 +205,7 @@ def read_column(path: Path, name: str, values: Any, count: int) -> np.ndarray:
 
 
 def check_sources(statistics: Statistics, path: Path) -> None:
-    """The samples of each source in the columns are as many as stats.json says."""
+    """Raises PreparationError unless each source has as many samples in the columns as stats.json says."""
     counts = np.bincount(statistics.source, minlength=len(statistics.sources)).tolist()
     for name, count in zip(statistics.sources, counts):
         agree(
