@@ -93,8 +93,11 @@ class Measurement:
         self.summary_videos.add(frames, weight)
 
     def square(self, directions: bool) -> "np.ndarray":
-        """Mean square of every coefficient of BLOCK, float64 [3, *BLOCK]: a frame's energy as in the stills, spread
-        over frame frequencies as it is in the videos for the same frequency in rows and columns.
+        """Mean square of every coefficient of BLOCK, float64 [3, *BLOCK].
+
+        A frame's energy is that of the stills. It is spread over frame frequencies as in the videos, for the same
+        frequency in
+        rows and columns.
 
         directions: False counts everything once more transposed.
         """
@@ -169,10 +172,13 @@ def measure_videos(videos: Iterator["np.ndarray"], found: Measurement, pixels: t
 
 
 def fit_table(square: "np.ndarray") -> "CoefficientTable":
-    """The spectrum that explains mean squares [3, *BLOCK].
+    """The spectrum that explains mean squares.
 
-    Richardson-Lucy iteration, which keeps power positive, on interpolated instead of single lines: each stored line is
-    multiplied by the mean of measured over expected, over the coefficients to which it contributes.
+    square: float64 [3, *BLOCK].
+
+    By Richardson-Lucy iteration, which keeps power positive. Each stored line is multiplied by the mean of measured
+    over
+    expected, over the coefficients to which it contributes.
     """
     import numpy as np
 

@@ -41,7 +41,11 @@ def plot(found: Measurement, table: "CoefficientTable", path: Path) -> None:
 
 
 def plot_over_radius(axis, measured: "np.ndarray", tabled: "np.ndarray", still: "np.ndarray") -> None:
-    """Means over rings of one frequency step. measured, tabled: one plane, [2, side, side]; still: [side, side]."""
+    """Draws means over rings of one frequency step.
+
+    measured, tabled: [2, side, side]. One plane.
+    still: [side, side].
+    """
     import numpy as np
 
     side = len(still)

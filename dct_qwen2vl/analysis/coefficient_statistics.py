@@ -33,7 +33,7 @@ from dct_qwen2vl.analysis.coefficient_moments import (
     measure_videos,
 )
 from dct_qwen2vl.analysis.coefficient_plot import plot
-from dct_qwen2vl.analysis.media_files import files_of, read_images, read_videos, spread
+from dct_qwen2vl.analysis.media_files import add_media_flags, files_of, read_images, read_videos, spread
 from dct_qwen2vl.common.files import write_text
 from dct_qwen2vl.common.scripts import UserError, run_main
 
@@ -53,8 +53,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0],
         epilog="Without --images and --videos: the photographs of natural_images.TABLE_IMAGES.",
     )
-    parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="PATH", help="image files and folders")
-    parser.add_argument("--videos", type=Path, nargs="+", default=[], metavar="PATH", help="video files and folders")
+    add_media_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the motion made from images (default: %(default)s)")
     parser.add_argument(
         "--pixels",

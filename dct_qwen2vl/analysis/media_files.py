@@ -3,6 +3,7 @@
 Letters used for shapes: T H W, frames, rows and columns in px.
 """
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,14 @@ from dct_qwen2vl.common.scripts import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+def add_media_flags(parser: argparse.ArgumentParser) -> None:
+    """--images and --videos."""
+    for kind in ("image", "video"):
+        parser.add_argument(
+            f"--{kind}s", type=Path, nargs="+", default=[], metavar="PATH", help=f"{kind} files and folders"
+        )
 
 
 def files_of(paths: list[Path], extensions: tuple[str, ...]) -> tuple[list[Path], int]:

@@ -75,7 +75,7 @@ def fit_cell(height: int, width: int, cell: int) -> tuple[int, int]:
 
 
 def scaled(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W, 3] -> [*size, 3]: smooth when made smaller, square pixels when enlarged."""
+    """uint8 [H, W, 3] -> [*size, 3]. Smooth when it gets smaller, square pixels when it gets larger."""
     height, width = size
     smaller = height < pixels.shape[0]
     method = Image.Resampling.LANCZOS if smaller else Image.Resampling.NEAREST
@@ -83,7 +83,10 @@ def scaled(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def framed(pixels: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
-    """uint8 [H, W, 3] with a white and black rectangle round (top, left, bottom, right)."""
+    """uint8 [H, W, 3] with a white and black rectangle in it.
+
+    box: top, left, bottom and right, px.
+    """
     from PIL import ImageDraw
 
     image = Image.fromarray(pixels)
@@ -97,7 +100,7 @@ def framed(pixels: np.ndarray, box: tuple[float, float, float, float]) -> np.nda
 def error_image(error: np.ndarray, scale: float) -> np.ndarray:
     """float [H, W] in levels -> uint8 [H, W, 3] in the colours of the scale.
 
-    The colours go by the square root, so that small errors stay visible beside large ones.
+    Colours go by the square root, so that small errors stay visible beside large ones.
     """
     from matplotlib import colormaps
 

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def encode_file(arguments: argparse.Namespace) -> int:
-    """Raises UserError, OSError."""
+    """Writes the tokens of a file. Raises UserError, OSError."""
     check_output(arguments.output, arguments.force)
     import torch
     from safetensors.torch import save
@@ -76,7 +76,7 @@ def encode_file(arguments: argparse.Namespace) -> int:
 
 
 def decode_file(arguments: argparse.Namespace) -> int:
-    """Raises UserError, OSError."""
+    """Writes the image or video of a file of tokens. Raises UserError, OSError."""
     check_output(arguments.output, arguments.force)
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
     from dct_qwen2vl.dct.transform_dct import DCTTokenizer

@@ -75,7 +75,10 @@ class StageError(UserError):
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the pipeline. environment: variables on top of the caller's."""
+    """One command of the pipeline.
+
+    environment: variables on top of the caller's.
+    """
 
     name: str
     command: list[str]
@@ -93,7 +96,7 @@ class Stage:
 
 
 class Screen:
-    """What a stage says, without the noise of its libraries, and the last state alone of each progress bar.
+    """Shows what a stage says, without the noise of its libraries, and of each progress bar the last state alone.
 
     A terminal also shows the states in between, one over the other.
     """
@@ -129,7 +132,10 @@ class Screen:
 
 
 def stages(folder: Path, seed: int) -> list[Stage]:
-    """Raw data to answers, in order. folder: absolute, or from the repository, where all stages run."""
+    """Raw data to answers, in order.
+
+    folder: absolute, or relative to the repository, where all stages run.
+    """
     shards, model = str(folder / "shards"), str(folder / "tiny-qwen2-vl-x4")
     source = str(folder / "sample" / "model" / "tiny-qwen2-vl")
     run = folder / "experiments" / EXPERIMENT
@@ -155,7 +161,10 @@ def stages(folder: Path, seed: int) -> list[Stage]:
 
 
 def run_stage(stage: Stage, log: Path) -> float:
-    """Runs it with its output in `log` and, without noise, on the screen; returns seconds. Raises StageError."""
+    """Runs a stage. Returns the seconds it took. Raises StageError.
+
+    log: gets its output. The screen gets it without noise.
+    """
     print(f"\n=== {stage.name}\n$ {stage.shown()}", flush=True)
     start, screen = time.perf_counter(), Screen()
     # Libraries warn of each other at import. What the pipeline has to say it prints.
@@ -182,7 +191,7 @@ def run_stage(stage: Stage, log: Path) -> float:
 
 
 def find_reason(lines: list[str]) -> str:
-    """Why a stage failed: its script's last message, or the first exception of a traceback; "" if there is neither."""
+    """Why a stage failed: its script's last message, or the first exception of a traceback. "" if there is neither."""
     messages = [line for line in lines if re.match(r"\w+\.(py|sh): ", line)]
     exceptions = [re.match(r"(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception): .+)", line) for line in lines]
     errors = [found[1] for found in exceptions if found]
@@ -190,7 +199,7 @@ def find_reason(lines: list[str]) -> str:
 
 
 def fresh_folder(folder: Path) -> None:
-    """An empty folder; one that an earlier demo made is replaced. Raises StageError for any other content."""
+    """An empty folder. One that an earlier demo made is replaced. Raises StageError for any other content."""
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).is_file():
             raise StageError(f"{folder} holds something that no demo made: choose another --output-dir")

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dct_qwen2vl.analysis.media_files import add_media_flags
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.common.scripts import run_main
 
@@ -208,8 +209,7 @@ def report(rows: list[Row]) -> str:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model-dir", type=Path, help="pixel Qwen2-VL (default: random weights of its size)")
-    parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="PATH", help="image files and folders")
-    parser.add_argument("--videos", type=Path, nargs="+", default=[], metavar="PATH", help="video files and folders")
+    add_media_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="of motion and random weights (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dct_qwen2vl.analysis.media_files import add_media_flags
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.common.scripts import UserError, run_main
 
@@ -382,8 +383,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0],
         epilog="Without --images and --videos: the photographs of natural_images.HELD_OUT_IMAGES.",
     )
-    parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="PATH", help="image files and folders")
-    parser.add_argument("--videos", type=Path, nargs="+", default=[], metavar="PATH", help="video files and folders")
+    add_media_flags(parser)
     parser.add_argument("--model-dir", type=Path, help="pixel Qwen2-VL, for the order weighted (default: random)")
     parser.add_argument("--seed", type=int, default=0, help="of motion and random weights (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for all figures")
