@@ -74,7 +74,13 @@ def folded_tensors(files: list[Path], dct) -> Iterator[tuple[str, "torch.Tensor"
     """(name, tensor) one by one, memory-mapped, the patch embedding folded. Raises CheckpointError if it is missing."""
     from dct_qwen2vl.dct.folding import fold_patch_embedding
 
-    return changed_tensors(files, lambda weight: fold_patch_embedding(weight, dct))
+    def fold(weight: "torch.Tensor") -> "torch.Tensor":
+        try:
+            return fold_patch_embedding(weight, dct)
+        except ValueError as error:
+            raise CheckpointError(f"{files[0].parent}: {error}: get the files again") from error
+
+    return changed_tensors(files, fold)
 
 
 def changed_tensors(
