@@ -1,12 +1,14 @@
 """Settings: the fields of a frozen dataclass, and the flags, the help and the bounds that are made from them.
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    lr: float = setting("how", 1e-5, "peak learning rate", over=0)
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        lr: float = setting("how", 1e-5, "peak learning rate", over=0)
 
-add_flags(parser, Config)
-config = from_flags(Config, parser.parse_args())
-check_ranges(config)
+    add_flags(parser, Config)
+    config = from_flags(Config, parser.parse_args())
+    check_ranges(config)
+
+Programs add metadata of their own: training/config.py a rule for resumed runs, preparation/config.py the fingerprint.
 """
 
 import argparse
