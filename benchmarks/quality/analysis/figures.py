@@ -110,7 +110,7 @@ def draw_learning(variants: Variants, times: Times, heading: str, path: Path) ->
 
 
 def draw_by_level(variants: Variants, limits: Limits, task: str, heading: str, path: Path) -> None:
-    """Accuracy by level, with the spread over seeds and, dotted, what legibility.py reads."""
+    """Accuracy by level, with the spread over seeds and, dotted, what digit_classifier.py reads."""
     figure, axis = pyplot().subplots(figsize=(7, 4.2), layout="constrained")
     for (variant, runs), style in zip(variants.items(), styles(variants).values()):
         draw_levels(axis, runs, style)

@@ -1,6 +1,6 @@
 """What can be read at all? A convolutional classifier reads digits from images put together from a variant's tokens.
 
-    python -m benchmarks.quality.analysis.legibility --variants exact x4 x4-corner quarter --output legibility
+    python -m benchmarks.quality.analysis.digit_classifier --variants exact x4 x4-corner quarter --output legibility
 
 It is trained on single cells of the reading task, one digit in each, and has nothing else to learn: no tokens, no
 language, no looking for a place, no blanks. What it reads can be read, and what a language model misses beyond that is
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 result = run(settings, output, device, arguments.commit)
             except (ValueError, OSError) as error:
-                print(f"legibility.py: {error}", file=sys.stderr)
+                print(f"digit_classifier.py: {error}", file=sys.stderr)
                 return 1
             print(f"{variant} seed {seed}: right {result['accuracy']:.1%} after {result['seconds']} s", flush=True)
             results.append(result)
