@@ -13,6 +13,7 @@ Needed packages: benchmarks/quality/requirements.txt, and Debian's r-doc-pdf, te
 """
 
 import argparse
+import functools
 import importlib.metadata
 import itertools
 import platform
@@ -35,7 +36,7 @@ from dct_qwen2vl.common.scripts import run_main
 
 INKS = ("black", "coloured", "equal-luma")
 COMPRESSIONS = ("clean", "jpeg75")
-COLOUR_DPI = 75  # at which pages are also read in colours
+FULL = {"pages": 75, "drawn": 8}  # the size at which all inks and compressions are read; at others black, clean print
 PACKAGES = ("rapidocr-onnxruntime", "onnxruntime", "pypdfium2")
 
 
@@ -68,11 +69,12 @@ class Condition:
 
 def conditions(arguments: argparse.Namespace) -> Iterator[Condition]:
     """All that are asked for."""
-    kinds = [("pages", dpi, ink) for dpi in arguments.dpi for ink in INKS if ink == "black" or dpi == COLOUR_DPI]
-    kinds += [("drawn", height, ink) for height in arguments.heights for ink in INKS]
-    for kind, engine, seed in itertools.product(kinds, arguments.engines, arguments.seeds):
-        for compression, view in itertools.product(COMPRESSIONS, arguments.views):
-            yield Condition(*kind, compression, view, engine, seed, arguments.pages, arguments.lines)
+    sizes = [("pages", dpi) for dpi in arguments.dpi] + [("drawn", height) for height in arguments.heights]
+    for (source, size), seed, engine in itertools.product(sizes, arguments.seeds, arguments.engines):
+        every = list(itertools.product(INKS, COMPRESSIONS))
+        for ink, compression in every if size == FULL[source] else every[:1]:
+            for view in arguments.views:
+                yield Condition(source, size, ink, compression, view, engine, seed, arguments.pages, arguments.lines)
 
 
 def shown(sheet: Sheet, number: int, condition: Condition) -> np.ndarray:
@@ -90,10 +92,15 @@ def read_sheet(image: np.ndarray, sheet: Sheet, reader: Reader) -> tuple[int, in
     return wrong, sum(len(line.text) for line in sheet.lines)
 
 
+@functools.lru_cache(maxsize=1)  # conditions of the same sheets follow each other
+def sheets_of(source: str, size: int, manuals: Manuals) -> list[Sheet]:
+    """What `Condition` says of source and size."""
+    return list(manuals.sheets(size) if source == "pages" else manuals.drawn(size))
+
+
 def run(condition: Condition, manuals: Manuals, reader: Reader, environment: dict[str, str]) -> Result:
     """Reads all pages under a condition."""
-    started = time.perf_counter()
-    sheets = list(manuals.sheets(condition.size) if condition.source == "pages" else manuals.drawn(condition.size))
+    started, sheets = time.perf_counter(), sheets_of(condition.source, condition.size, manuals)
     images = [shown(sheet, number, condition) for number, sheet in enumerate(sheets)]
     counts = np.array([read_sheet(image, sheet, reader) for image, sheet in zip(images, sheets)])
     return {
@@ -125,11 +132,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, metavar="PATH", help="FILE.jsonl, or FOLDER for FOLDER/ocr.jsonl")
     default = Path("/usr/share/R/doc/manual")
     add("--manuals", type=Path, default=default, metavar="DIR", help="PDF files of r-doc-pdf (default: %(default)s)")
-    add("--pages", type=int, default=24, help="(default: %(default)s)")
-    add("--lines", type=int, default=5, help="read of each page (default: %(default)s)")
+    add("--pages", type=int, default=20, help="(default: %(default)s)")
+    add("--lines", type=int, default=4, help="read of each page (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], help="of pages, lines, colours (default: %(default)s)")
-    add("--dpi", type=int, nargs="+", default=[50, 60, 75, 100], help="of pages (default: %(default)s)")
-    add("--heights", type=int, nargs="+", default=[6, 8], help="of drawn capitals, px (default: %(default)s)")
+    add("--dpi", type=int, nargs="*", default=[50, 60, 75, 100], help="of pages (default: %(default)s)")
+    add("--heights", type=int, nargs="*", default=[6, 8], help="of drawn capitals, px (default: %(default)s)")
     add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="(default: %(default)s)")
     add("--views", nargs="+", choices=VIEWS, default=list(VIEWS), help="(default: %(default)s)")
     add("--threads", type=int, default=1, help="of an engine (default: %(default)s)")
