@@ -117,8 +117,9 @@ def run(condition: Condition, manuals: Manuals, reader: Reader, environment: dic
 
 
 def environment_of(commit: str) -> dict[str, str]:
-    """Versions; of Tesseract, the date tells the Debian package."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    """Where and with what the pages are read; without what is not installed. Tesseract's version is Debian's."""
+    installed = {package.name.lower() for package in importlib.metadata.distributions()}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
     where = {"device": platform.processor() or platform.machine(), "python": platform.python_version()}
     return {**where, **versions, "date": time.strftime("%Y-%m-%d"), "commit": commit}
 
