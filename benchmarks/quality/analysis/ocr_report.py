@@ -16,7 +16,7 @@ from benchmarks.quality.analysis.figures import pyplot
 from benchmarks.quality.result_files import Result, read_results, result_files
 from dct_qwen2vl.common.scripts import UserError, run_main
 
-TOKENS = {1: "all tokens", 4: "1/4 of the tokens", 16: "1/16 of the tokens"}
+TOKENS = {1: "all visual tokens", 4: "1/4 of the visual tokens", 16: "1/16 of the visual tokens"}
 # view: (label, share of the tokens, colour and marker). Colours of Okabe and Ito, told apart by the colour-blind.
 STYLES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "as-is": ("the page as it is", 1, {"color": "#000000", "marker": "s", "markersize": 9, "markerfacecolor": "none"}),
@@ -71,7 +71,7 @@ def draw(results: list[Result], path: Path) -> None:
     """Characters wrong over dots per inch of clean black pages, a panel for each engine."""
     chosen = [result for result in results if (result["ocr"]["source"], result["ocr"]["ink"]) == ("pages", "black")]
     chosen = [result for result in chosen if result["ocr"]["compression"] == "clean"]
-    figure, axes = pyplot().subplots(1, len(ENGINES), figsize=(9, 4.4), layout="constrained", sharey=True)
+    figure, axes = pyplot().subplots(1, len(ENGINES), figsize=(9, 4.8), layout="constrained", sharey=True)
     for axis, (engine, name) in zip(axes, ENGINES.items()):
         of_engine = [result for result in chosen if result["ocr"]["engine"] == engine]
         for view in STYLES:
@@ -80,7 +80,7 @@ def draw(results: list[Result], path: Path) -> None:
         axis.set(title=f"read by {name}", xlabel="dots per inch of the page", xticks=sizes, ylim=(-3, 103))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("characters wrong, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=100, metadata={"Software": None})
     pyplot().close(figure)
 
