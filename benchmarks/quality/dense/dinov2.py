@@ -61,5 +61,5 @@ def make_backbone(weights: dict[str, torch.Tensor] | None) -> Any:
 def positions_for(table: torch.Tensor, side: int) -> torch.Tensor:
     """Learned positions [1, 1 + 37 * 37, E] for a grid of side * side tokens, class token left out: [1, side**2, E]."""
     grid = table[:, 1:].unflatten(1, (POSITIONS, POSITIONS)).permute(0, 3, 1, 2)
-    resized = torch.nn.functional.interpolate(grid, size=(side, side), mode="bicubic", antialias=True)
+    resized = torch.nn.functional.interpolate(grid, size=(side, side), mode="bicubic")  # as transformers does
     return resized.flatten(2).transpose(1, 2)
