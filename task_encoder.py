@@ -43,6 +43,7 @@ from dct_qwen2vl.data.samples import (
     parse_entry,
     parse_messages,
 )
+from dct_qwen2vl.data.text_tokens import TextTokens
 
 
 class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, QwenBatch, QwenBatch]):
@@ -78,6 +79,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         missing = [name for name, token_id in zip(names, ids) if token_id is None or token_id == tokenizer.unk_token_id]
         if missing:
             raise ValueError(f"the tokenizer lacks Qwen2-VL's special tokens {', '.join(missing)}")
+        self._text_tokens = TextTokens(tokenizer)
         self._media = MediaEncoder(image_processor, self.video_sampling)
         self._im_start, self._im_end, self._vision_start, self._vision_end, *pads = ids
         self._pad = {"image": pads[0], "video": pads[1]}
@@ -242,8 +244,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         return ids, learned, runs
 
     def _ids(self, text: str) -> list[int]:
-        """Plain text only: special tokens that stand in the data are spelled out, they open no turn and no image."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+        """Of a text in which turns and media are plain text: `TextTokens`."""
+        return self._text_tokens.encode(text)
 
     def _stack(self, kind: str, media: list, tokens_name: str, grid_name: str) -> dict[str, torch.Tensor]:
         """Tokens [N, K] and grids [M, 3] of all media of a kind, empty tensors if there are none."""

@@ -85,8 +85,8 @@ def read_questions(
     """Questions of a split in the order of its shards; entries that cannot be used are reported on stderr.
 
     read: kind and content of a media part -> its frames, as `MediaEncoder.read`.
-    special: the tokenizer's special tokens, which the chat template takes for what they stand for when a text spells
-        them out.
+    special: tokens that training learns as text where a text spells them out (`TextTokens.stay_text`); the chat
+        template takes them for what they stand for.
     reading: where to begin; it is kept up to date.
     """
     from dct_qwen2vl.data.media import BadSample, MediaError

@@ -23,6 +23,7 @@ from dct_qwen2vl.checkpoints.hf_folder import load_image_processor
 from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError
 from dct_qwen2vl.data.media import VideoSampling, YUVFrames, as_array
 from dct_qwen2vl.data.samples import IGNORE_INDEX
+from dct_qwen2vl.data.text_tokens import TextTokens
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.evaluation import questions as reading
 from dct_qwen2vl.evaluation.answer_file import AnswerFile
@@ -304,6 +305,42 @@ def test_a_question_is_asked_as_training_asks_it(prepared, system):
     assert learned.labels[len(ids) - 1] == IGNORE_INDEX and learned.labels[len(ids)] == learned.input_ids[len(ids)]
 
 
+BOX = "<|object_ref_start|>it<|object_ref_end|><|box_start|>(110,220),(330,440)<|box_end|>"
+
+
+def test_grounding_is_asked_as_training_asks_it_and_answered(prepared, tmp_path, monkeypatch, image_file):
+    """Its tokens are ids, in the question as in training, and they stay in an answer."""
+    data = image_file(Image.new("RGB", (112, 112), "red"), "PNG")
+    sample = conversation_sample(answer(f"<image>\nWhat is at {BOX}?", BOX), ("image", data))
+    monkeypatch.setattr("dct_qwen2vl.data.samples.read_samples", lambda *_: [sample])
+    tokenizer = load_processor(prepared.model).tokenizer
+    given = []
+
+    def generate(model, **inputs):
+        given.append(inputs["input_ids"])
+        ids = tokenizer(f"{BOX}<|im_end|><|endoftext|>", return_tensors="pt")["input_ids"]
+        return torch.cat([inputs["input_ids"], ids], dim=1)
+
+    monkeypatch.setattr(Qwen2VLForConditionalGeneration, "generate", generate)
+    assert evaluate_qwen2vl.main(folders(prepared, tmp_path)) == 0
+    learned = trained_on(prepared.model, sample)
+    assert given[0][0].tolist() == learned.input_ids[: given[0].shape[1]].tolist()
+    assert tokenizer.convert_tokens_to_ids("<|box_start|>") in given[0][0].tolist()
+    prediction = json.loads((tmp_path / "predictions.jsonl").read_text())
+    assert (prediction["prediction"], prediction["correct"]) == (BOX, True)
+
+
+def test_ids_without_a_token_are_marked_in_an_answer(prepared):
+    """The model's vocabulary is padded: an untrained model gives ids that the tokenizer does not know."""
+    from transformers import Qwen2Tokenizer
+
+    fast = load_processor(prepared.model).tokenizer
+    for tokenizer in (fast, Qwen2Tokenizer.from_pretrained(prepared.model)):
+        red, unknown = tokenizer("red")["input_ids"], len(tokenizer)
+        assert TextTokens(tokenizer).decode([unknown, *red, unknown + 1, *red, tokenizer.eos_token_id]) == "�red�red"
+    assert TextTokens(fast).decode([]) == ""
+
+
 def test_texts_that_spell_special_tokens_are_left_out_and_counted(prepared, monkeypatch, capsys):
     texts = {"a": "What is <|image_pad|>?", "b": "What is it?", "c": "What?"}
     samples = [
@@ -484,7 +521,7 @@ def test_answers_of_media_that_were_read_otherwise_are_not_used(go_on, interrupt
     now = f'"version": {evaluate_qwen2vl.ANSWERS_VERSION}'.encode()
     assert interrupted.count(now) == 1
     assert go_on(interrupted.replace(now, b'"version": 1')) == (whole, 18)
-    assert "is not used (version was 1, now is 2): starting again" in capsys.readouterr().err
+    assert "is not used (version was 1, now is 3): starting again" in capsys.readouterr().err
 
 
 def test_a_run_killed_before_its_last_step_asks_nothing_again(prepared, go_on, whole, tmp_path, monkeypatch):
