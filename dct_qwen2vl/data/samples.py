@@ -33,10 +33,14 @@ from megatron.energon.errors import FatalSampleError
 from dct_qwen2vl.data.conversations import (
     LONE_SURROGATE,
     ROLES,
+    Message,
     content_of,
+    is_share,
+    learning_of,
     names_media,
     split_turns,
     text_of,
+    turns_of,
 )
 from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, BadSample, part_order
 
@@ -138,11 +142,10 @@ def parse_entry(entry: Any) -> Any:
         raise BadSample("bad_json", str(error)) from error
 
 
-def parse_messages(entry: Any, has_media: bool) -> list[tuple[str, list[str]]]:
-    """(role, pieces) of the turns of an entry, LLaVA (`from`/`value`) or OpenAI (`role`/`content`), roles "system",
-    "user", "assistant"; pieces as in turns.py, those of a system turn one text. has_media: whether the sample has
-    any. Raises BadSample."""
-    turns = entry.get("conversations") or entry.get("messages") if isinstance(entry, dict) else entry
+def parse_messages(entry: Any, has_media: bool) -> list[Message]:
+    """The turns of an entry, LLaVA (`from`/`value`) or OpenAI (`role`/`content`), as `turns_of` gives them. has_media:
+    whether the sample has any. Raises BadSample."""
+    turns = turns_of(entry)
     if not isinstance(turns, list) or not turns:
         raise BadSample("no_conversation", "the json part holds no list of turns")
     roles = [check_turn(turn) for turn in turns]
@@ -154,9 +157,12 @@ def parse_messages(entry: Any, has_media: bool) -> list[tuple[str, list[str]]]:
     split = split_turns(list(zip(roles, contents)), has_media or names_media(entry))
     if any(role == "assistant" and len(pieces) > 1 for role, pieces in zip(roles, split)):
         raise BadSample("placeholder_in_answer")
+    learned = [bool(learning_of(turn)) for turn in turns]
+    if not any(learned[-len(spoken) :][1::2]):
+        raise BadSample("nothing_learned", "none of its answers is to be learned")
     return [
-        (role, [text_of(content)] if role == "system" else pieces)
-        for role, content, pieces in zip(roles, contents, split)
+        Message(role, [text_of(content)] if role == "system" else pieces, is_learned)
+        for role, content, pieces, is_learned in zip(roles, contents, split, learned)
     ]
 
 
@@ -166,6 +172,8 @@ def check_turn(turn: Any) -> str:
     text = text_of(content_of(turn)) if role else None
     if text is None or LONE_SURROGATE.search(text):
         raise BadSample("bad_turn", f"a turn needs a known role and text, got {str(turn)[:80]!r}")
+    if role == "assistant" and not is_share(learning_of(turn)):
+        raise BadSample("bad_turn", f"a turn is learned or not, got {learning_of(turn)!r:.80}")
     return role
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+    from dct_qwen2vl.data.conversations import Message
     from dct_qwen2vl.data.media_encoder import Frames
 
 
@@ -106,8 +107,8 @@ def read_questions(
             reading.left_out[getattr(error, "reason", "undecodable_media")] += 1
             print(f"evaluate_qwen2vl.py: {sample.__key__} left out: {error}", file=sys.stderr)
             continue
-        system = messages[0][1][0] if messages[0][0] == "system" else None
-        spoken = [pieces for role, pieces in messages if role != "system"]
+        system = messages[0].pieces[0] if messages[0].role == "system" else None
+        spoken = [message.pieces for message in messages if message.role != "system"]
         types = entry.get("question_type", [])
         reading.entries += not reading.turns
         for turn, (question, (answer,)) in enumerate(zip(spoken[::2], spoken[1::2], strict=True)):
@@ -122,14 +123,14 @@ def read_questions(
         reading.turns = 0
 
 
-def refuse_special(messages: list[tuple[str, list[str]]], special: Iterable[str]) -> None:
+def refuse_special(messages: "list[Message]", special: Iterable[str]) -> None:
     """Raises BadSample for a question or system turn with a special token in its text: training learns it as text,
     which the chat template cannot say."""
     from dct_qwen2vl.data.media import BadSample
 
-    for role, pieces in messages:
-        for token in special if role != "assistant" else ():
-            if any(token in text for text in pieces[::2]):
+    for message in messages:
+        for token in special if message.role != "assistant" else ():
+            if any(token in text for text in message.pieces[::2]):
                 raise BadSample("special_token", f"its text spells out {token}")
 
 

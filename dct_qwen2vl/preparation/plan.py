@@ -17,7 +17,7 @@ from zlib import crc32
 
 import numpy as np
 
-from dct_qwen2vl.data.conversations import list_parts, name_in
+from dct_qwen2vl.data.conversations import list_named_images, list_names, list_parts, name_in, strip_scheme
 from dct_qwen2vl.preparation.entries import CheckedEntry, UnusableSample, check_entry, field_of, read_turns
 from dct_qwen2vl.preparation.media_index import (
     DIGEST,
@@ -162,12 +162,12 @@ def source_of(entry: Any) -> str:
     for name in (entry.get("source"), entry.get("dataset")):
         if isinstance(name, str) and name:
             return name[:MAXIMUM_NAME]
-    names = field_of(entry, "image") or field_of(entry, "video")
-    names = names or next(filter(None, map(name_in, list_parts(entry))), None)
-    if names is None or names == []:
+    names = list_names(field_of(entry, "image")) or list_names(field_of(entry, "video"))
+    names = names or list_names(next(filter(None, map(name_in, list_parts(entry))), None)) or list_named_images(entry)
+    if not names:
         return TEXT_SOURCE
-    name = names[0] if isinstance(names, list) else names
-    folder, slash, _ = name.removeprefix("./").partition("/") if isinstance(name, str) else (None, "", "")
+    name = strip_scheme(names[0]).replace("\\", "/") if isinstance(names[0], str) else ""
+    folder, slash, _ = name.removeprefix("./").partition("/")
     return folder[:MAXIMUM_NAME] if slash and folder not in ("", "..") else NO_FOLDER
 
 

@@ -384,6 +384,28 @@ def test_a_token_that_somebody_added_is_an_id(qwen2vl_directory, new_encoder):
     assert {tokenizer.convert_tokens_to_ids(token) for token in ("<act>", "<act>now", "<plain>")} <= {*ids}
 
 
+def test_an_answer_of_no_weight_is_read_and_not_learned(encoder, png):
+    turns = ("<image>What?", "A circle.", "And the colour?", "Red.")
+    whole = encoder.encode(sample(llava(*turns), ("image", png)))
+    entry = llava(*turns)
+    entry["conversations"][1]["loss"] = False
+    encoded = encoder.encode(sample(entry, ("image", png)))
+    assert torch.equal(encoded.input_ids, whole.input_ids)
+    assert learned_text(encoder, whole) == "A circle.<|im_end|>Red.<|im_end|>"
+    assert learned_text(encoder, encoded) == "Red.<|im_end|>"
+    entry["conversations"][3]["weight"] = 0
+    with pytest.raises(BadSample, match="none of its answers is to be learned"):
+        encoder.encode(sample(entry, ("image", png)))
+
+
+def test_a_system_prompt_and_markers_in_shards_of_other_tools(encoder, png):
+    plain = llava("<image>\nWhat?", ANSWER)
+    plain["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    marked = llava(f"{VISION_START}{IMAGE_PAD}{VISION_END}\nWhat?", ANSWER, system="Be brief.", image="a.jpg")
+    ids = [encoder.encode(sample(entry, ("image", png))).input_ids.tolist() for entry in (plain, marked)]
+    assert ids[0] == ids[1]
+
+
 # Bad samples
 
 BAD = [

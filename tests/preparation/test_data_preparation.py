@@ -562,7 +562,7 @@ def test_help_and_wrong_arguments(tmp_path, capsys):
         ({"image": [], "video": "videos/a.mp4"}, "videos"),
         ({"image": "a.jpg"}, "no folder"),
         ({"image": "../coco/a.jpg"}, "no folder"),
-        ({"image": {"path": "coco/a.jpg"}}, "no folder"),
+        ({"image": {"path": "coco/a.jpg"}}, "coco"),
         ({"image": []}, "text"),
         ({"video": []}, "text"),
         ({"videos": []}, "text"),
