@@ -37,7 +37,7 @@ from dct_qwen2vl.preparation.metadata import PreparationError
 from dct_qwen2vl.preparation.tar_walk import EDGE_BYTES, DamagedTar, Member, walk_tar
 from dct_qwen2vl.preparation.workers import WorkerPool
 
-INDEX_VERSION = 1  # of the files in O/.work
+INDEX_VERSION = 2  # of the files in O/.work
 DIGEST = np.dtype("S16")
 GZIP_MAGIC = b"\x1f\x8b"
 BAD_GZIP = (EOFError, BadGzipFile, zlib.error)
@@ -248,26 +248,65 @@ def index_tar(path: Path, readable: Path, damage: str = "") -> TarSource:
 
 
 class WalkedTar:
-    """Collects the members of a tar in columns."""
+    """Collects the members of a tar in columns. A link has the range and the content of the file that it stands for."""
 
     def __init__(self) -> None:
         self.names = NameList()
         self.digests = bytearray()
         self.ranges = array("q")
         self.refused: list[bytes] = []
+        self.links: list[tuple[int, Member]] = []  # those not followed yet, with the number of members before them
+        self.rows: dict[bytes, int] = {}  # the last member of a name; made where there are links
 
     def add(self, member: Member) -> None:
         if member.refused:
             self.refused.append(write_refusal(member.name, member.refused))
-            return
-        self.names.append(member.name)
-        self.digests += digest_of(member.name)
-        self.digests += digest_folded(member.name.decode("utf-8", "surrogateescape"))
-        self.digests += digest_content(member.name, member.size, member.edges)
-        self.ranges.extend((member.offset, member.size))
+        elif not member.target:
+            self.append(member.name, digest_content(member.name, member.size, member.edges), member.offset, member.size)
+        elif member.is_symbolic or not self.follow(member):
+            self.links.append((len(self.names), member))
+
+    def append(self, name: bytes, content: bytes, offset: int, size: int) -> None:
+        if self.rows:
+            self.rows[name] = len(self.names)
+        self.names.append(name)
+        self.digests += digest_of(name) + digest_folded(name.decode("utf-8", "surrogateescape")) + content
+        self.ranges.extend((offset, size))
+
+    def follow(self, link: Member) -> bool:
+        """Append a link as the file that it stands for; False where that is not there (yet)."""
+        self.number_rows()
+        row = self.rows.get(link.target)
+        if row is not None:
+            start = (3 * row + 2) * DIGEST.itemsize
+            content = bytes(self.digests[start : start + DIGEST.itemsize])
+            self.append(link.name, content, *self.ranges[2 * row : 2 * row + 2])
+        return row is not None
+
+    def number_rows(self) -> None:
+        if not self.rows:
+            self.rows = {self.names[row]: row for row in range(len(self.names))}
+
+    def follow_links(self) -> None:
+        """Follow those that lead to later members or to other links; refuse those that lead nowhere."""
+        if self.links:
+            self.number_rows()
+        waiting, before = self.links, None
+        while waiting and len(waiting) != before:
+            before = len(waiting)
+            waiting = [link for link in waiting if not self.is_replaced(*link) and not self.follow(link[1])]
+        self.refused += [write_refusal(link.name, "link") for _, link in waiting]
+
+    def is_replaced(self, members: int, link: Member) -> bool:
+        """Whether a later file of the tar has the name of a link, which is then a duplicate."""
+        if self.rows.get(link.name, -1) < members:
+            return False
+        self.refused.append(write_refusal(link.name, "duplicate"))
+        return True
 
     def finish(self) -> tuple[Index, bytes]:
         """The members that count and the refused ones as JSON lines. Of one name's members the last counts."""
+        self.follow_links()
         names, folded, content = np.frombuffer(bytes(self.digests), DIGEST).reshape(-1, 3).T
         _, from_end = np.unique(names[::-1], return_index=True)
         counts = np.zeros(len(names), bool)
