@@ -17,6 +17,9 @@ from dct_qwen2vl.preparation import media_index
 from dct_qwen2vl.preparation.media_index import (
     DIGEST,
     NO_PLACE,
+    OTHER_CASE,
+    OTHER_SPELLING,
+    TAR_AS_FOLDER,
     Places,
     TarSource,
     count_refused,
@@ -88,7 +91,8 @@ def find(folder: Path, *names: str, work: Path | None = None) -> tuple[Places, d
     digests = np.array([digest_name(name) for name in names], DIGEST)
     folded = np.array([digest_folded(name) for name in names], DIGEST)
     order = np.argsort(digests)
-    places = locate(tars, folder, folder / "out", digests[order], folded[order])
+    spelled = [names[number] for number in order.tolist()]
+    places = locate(tars, folder, folder / "out", digests[order], folded[order], spelled.__getitem__)
     found = {}
     for row, number in enumerate(order.tolist()):
         data = None
@@ -540,7 +544,36 @@ def test_another_letter_case_or_unicode_form_is_found_if_it_is_the_only_one(tmp_
         "a/K\u00fcche.png": b"k",
         "straße.png": b"s",
     }
-    assert places.other_case.sum() == 5
+    assert (places.repair == OTHER_CASE).sum() == 5
+
+
+def test_names_as_they_may_have_been_meant(tmp_path):
+    write_tar(tmp_path / "media.tar", {"a/b c.jpg": b"1", "a/1%41.jpg": b"2", "a/1A.jpg": b"3", "d.jpg": b"4"})
+    write_tar(tmp_path / "Coco.tar", {"train/1.jpg": b"5", "train/d e.jpg": b"6", "coco/2.jpg": b"7", "..x": b"8"})
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "e f.jpg").write_bytes(b"9")
+    expected = {
+        "a/b c.jpg \n": b"1",
+        "a\\b c.jpg": b"1",
+        "a/b%20c.jpg": b"1",
+        " .\\a\\b%20c.jpg": b"1",
+        "a/1%41.jpg": b"2",
+        "plain\\e%20f.jpg": b"9",
+        "coco/train/1.jpg": b"5",
+        "COCO\\train\\d%20e.jpg": b"6",
+        "coco/2.jpg": b"7",
+        "coco/coco/2.jpg": b"7",
+        "media/train/1.jpg": None,
+        "train/1.jpg": b"5",
+        "..\\data\\d.jpg": None,
+        "%2e%2e/d.jpg": None,
+        "coco/../d.jpg": None,
+        "other/d.jpg": None,
+    }
+    places, found = find(tmp_path, *expected)
+    assert found == expected
+    assert (places.repair == OTHER_SPELLING).sum() == 5
+    assert (places.repair == TAR_AS_FOLDER).sum() == 3
 
 
 def test_one_image_in_several_places_is_known_as_one(tmp_path):
