@@ -24,6 +24,11 @@ ASKED_AT_ONCE = 256  # questions whose media are in memory together, at most
 MEDIA_AT_ONCE = 2 << 30  # bytes of them
 
 
+NO_TYPE = "all"  # of a question whose entry names no type
+ALL_TYPES = "overall"  # the table's own line
+MOST_CHARACTERS = 60  # of a type's name
+
+
 @dataclass(frozen=True)
 class Question:
     """One question.
@@ -109,7 +114,7 @@ def read_questions(
             continue
         system = messages[0].pieces[0] if messages[0].role == "system" else None
         spoken = [message.pieces for message in messages if message.role != "system"]
-        types = entry.get("question_type", [])
+        types = list_types(entry, len(spoken) // 2)
         reading.entries += not reading.turns
         for turn, (question, (answer,)) in enumerate(zip(spoken[::2], spoken[1::2], strict=True)):
             if turn < reading.turns:
@@ -118,9 +123,23 @@ def read_questions(
                 return
             reading.questions += 1
             reading.turns += 1
-            kind = types[turn] if turn < len(types) else "all"
-            yield Question(sample.__key__, turn, kind, place_media(question, media), answer, media, system)
+            yield Question(sample.__key__, turn, types[turn], place_media(question, media), answer, media, system)
         reading.turns = 0
+
+
+def list_types(entry: Any, count: int) -> list[str]:
+    """The type of each of an entry's questions: one for all of them, or a list with one for each."""
+    given = entry.get("question_type") if isinstance(entry, dict) else None
+    types = given[:count] if isinstance(given, list) else [given] * count
+    return [name_type(kind) for kind in types] + [NO_TYPE] * (count - len(types))
+
+
+def name_type(given: Any) -> str:
+    """A type as one line of the table is called; NO_TYPE where an entry names none."""
+    if not isinstance(given, (str, int, float)):
+        return NO_TYPE
+    name = " ".join(str(given).encode("utf-8", "replace").decode().split())[:MOST_CHARACTERS]
+    return f"{name} (type)" if name == ALL_TYPES else name or NO_TYPE
 
 
 def refuse_special(messages: "list[Message]", special: Iterable[str]) -> None:

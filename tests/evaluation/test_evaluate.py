@@ -26,7 +26,7 @@ from dct_qwen2vl.data.samples import IGNORE_INDEX
 from dct_qwen2vl.data.text_tokens import TextTokens
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.evaluation import questions as reading
-from dct_qwen2vl.evaluation.answer_file import AnswerFile
+from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines
 from dct_qwen2vl.evaluation.answering import Answerer, answer_all, load_processor
 from dct_qwen2vl.evaluation.questions import Question, Reading, blinded, read_questions
 from dct_qwen2vl.evaluation.scoring import accuracies, describe_answers, same_answer
@@ -358,6 +358,40 @@ def test_texts_that_spell_special_tokens_are_left_out_and_counted(prepared, monk
     assert "a left out: its text spells out <|image_pad|>" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "types"),
+    [
+        ("colour", ["colour", "colour"]),
+        (["colour"], ["colour", "all"]),
+        (["colour", "count", "more"], ["colour", "count"]),
+        ([1, None], ["1", "all"]),
+        (True, ["True", "True"]),
+        ({"colour": 1}, ["all", "all"]),
+        ([["colour"], {}], ["all", "all"]),
+        (["overall", " "], ["overall (type)", "all"]),
+        (["two\nlines", "\ud800x"], ["two lines", "?x"]),
+        (None, ["all", "all"]),
+    ],
+)
+def test_types_of_questions_of_any_form(prepared, tmp_path, monkeypatch, given, types):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "x"}]
+    sample = conversation_sample({"conversations": turns * 2, "question_type": given})
+    monkeypatch.setattr("dct_qwen2vl.data.samples.read_samples", lambda *_: [sample])
+    asked = list(read_questions(prepared.shards, "test", None, at_own_size))
+    assert [question.question_type for question in asked] == types
+    answers = describe_answers(asked, ["x", "y"], ["x", "x"])
+    shares = accuracies(answers, "prediction")
+    assert (shares["overall"], set(shares)) == (0.5, {"overall", *types})
+
+
+def test_a_bare_list_of_turns_is_asked(prepared, monkeypatch):
+    turns = [{"from": "system", "value": "Be brief."}, *answer("What?", "red")["conversations"]]
+    samples = [conversation_sample(turns), conversation_sample(json.dumps(turns).encode())]
+    monkeypatch.setattr("dct_qwen2vl.data.samples.read_samples", lambda *_: samples)
+    asked = list(read_questions(prepared.shards, "test", None, at_own_size))
+    assert [(q.text, q.answer, q.system, q.question_type) for q in asked] == [("What?", "red", "Be brief.", "all")] * 2
+
+
 def spell(*texts: str) -> list:
     """A sample for each question."""
     turns = [[{"from": "human", "value": text}, {"from": "gpt", "value": "x"}] for text in texts]
@@ -545,9 +579,42 @@ def test_a_damaged_file_of_answers_is_not_used(header, tmp_path):
     (tmp_path / PART).write_bytes(header + b"\n" + b'{"key": "a"}\n{"read": 5}\n')
     with AnswerFile(tmp_path / PART, {"options": {"--limit": 1}}) as file:
         assert file.refused and (file.answers, file.read) == ([], None)
-        file.add_round([{"key": "b"}], {"questions": 1})
+        file.add_round(ANSWERED, READ)
     with AnswerFile(tmp_path / PART, {"options": {"--limit": 1}}) as file:
-        assert (file.refused, file.answers, file.read) == ("", [{"key": "b"}], {"questions": 1})
+        assert (file.refused, file.answers, file.read) == ("", ANSWERED, READ)
+
+
+ANSWERED = describe_answers([question("colour", "red")], ["red"], ["blue"])
+READ = Reading(entries=1, questions=1).as_dict()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda answer, read: answer.pop("blind_prediction"),
+        lambda answer, read: answer.update(question_type=["colour"]),
+        lambda answer, read: answer.update(prediction=None),
+        lambda answer, read: read.pop("turns"),
+        lambda answer, read: read.update(more=1),
+        lambda answer, read: read.update(questions=1),
+        lambda answer, read: read.update(entries=-1),
+        lambda answer, read: read.update(entries=True),
+        lambda answer, read: read.update(left_out={"too_long": "many"}),
+        lambda answer, read: read.update(left_out=[]),
+    ],
+)
+def test_answers_from_a_damaged_round_on_are_asked_again(tmp_path, change):
+    answer, read = {**ANSWERED[0]}, {**READ, "questions": 2, "entries": 2}
+    change(answer, read)
+    with AnswerFile(tmp_path / PART, {}) as file:
+        file.add_round(ANSWERED, READ)
+        file.add_round([answer], read)
+    with AnswerFile(tmp_path / PART, {}) as file:
+        assert (file.answers, file.read) == (ANSWERED, READ)
+
+
+def test_names_with_half_a_surrogate_pair_are_written_as_json():
+    assert json.loads(as_lines([{"key": "a\udc80ä"}])) == {"key": "a\udc80ä"}
 
 
 def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(prepared, interrupted, tmp_path, one_line_error):
