@@ -42,6 +42,7 @@ from dct_qwen2vl.data.conversations import (
     text_of,
     turns_of,
 )
+from dct_qwen2vl.data.energon_files import PreparedSetError, prepare_again
 from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, BadSample, part_order
 
 # Shards hold file bytes and decoding is done here, in media.py; this is what a dataset.yaml that does not say gets.
@@ -188,19 +189,32 @@ class _SampleReader(DefaultTaskEncoder):
 
 
 def read_samples(data_dir: Path, split: str) -> Iterator[ConversationSample]:
-    """The samples of a split once, in the order of its shards, media as file bytes."""
-    with _quiet_energon():
-        dataset = get_val_dataset(
-            data_dir,
-            split_part=split,
-            worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
-            batch_size=1,
-            task_encoder=_SampleReader(),
-            **DATASET_OPTIONS,
-        )
-        batches = iter(get_loader(dataset))
-    for samples in batches:
-        yield from samples
+    """The samples of a split once, in the order of its shards, media as file bytes. Raises PreparedSetError where
+    Energon cannot read them."""
+    try:
+        with _quiet_energon():
+            dataset = get_val_dataset(
+                data_dir,
+                split_part=split,
+                worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
+                batch_size=1,
+                task_encoder=_SampleReader(),
+                **DATASET_OPTIONS,
+            )
+            batches = iter(get_loader(dataset))
+        for samples in batches:
+            yield from samples
+    except Exception as error:  # Energon lets through whatever tarfile, sqlite3 and its own checks raise
+        raise unreadable(data_dir, split, error) from error
+
+
+def unreadable(data_dir: Path, split: str, error: BaseException) -> PreparedSetError:
+    """The error for a split of which a file is damaged, with what was found first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    remedy = f"copy its shards and their .idx there again, or {prepare_again(data_dir)}"
+    return PreparedSetError(f"the {split} split of {data_dir} cannot be read ({what:.300}): {remedy}")
 
 
 @contextmanager
