@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 # Speakers of LLaVA (`from`) and OpenAI (`role`) -> roles of Qwen2-VL's chat template
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
+    **{"system": "system", "developer": "system"},
+}
 DEFAULT_SYSTEM = "You are a helpful assistant."  # what the chat template inserts when there is no system turn
 PLACEHOLDER = re.compile(r"(?:\r?\n)?<(image|video)>(?:\r?\n)?")  # line breaks around one in a string are no text
 TAGS = r"(?:<(?:image|video)>[ \t]*)+"
@@ -67,7 +70,7 @@ def system_beside(entry: dict[str, Any]) -> Any:
 def own_system(turns: list[Any]) -> Any:
     """What the first turn says, where it is the system's; None otherwise."""
     first = turns[0] if isinstance(turns[0], dict) else {}
-    return content_of(first) if first.get("from", first.get("role")) == "system" else None
+    return content_of(first) if ROLES.get(str(first.get("from", first.get("role")))) == "system" else None
 
 
 def is_blank(value: Any) -> bool:

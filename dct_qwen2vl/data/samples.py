@@ -201,7 +201,8 @@ def read_samples(data_dir: Path, split: str) -> Iterator[ConversationSample]:
                 task_encoder=_SampleReader(),
                 **DATASET_OPTIONS,
             )
-            batches = iter(get_loader(dataset))
+            # Nothing to collect: file bytes are freed by their reference counts.
+            batches = iter(get_loader(dataset, gc_collect_every_n_steps=0))
         for samples in batches:
             yield from samples
     except Exception as error:  # Energon lets through whatever tarfile, sqlite3 and its own checks raise

@@ -21,9 +21,11 @@ What is wrong with an entry is repaired where there is one right way to do so, a
       that is no text, is empty or is no Unicode
     a media path that begins with "/" or has ".." in it           skipped                       unsafe_path
     more than 1,024 media                                         skipped                       too_many_media
+    a medium that is a web address                                skipped                       missing_media
+    a list of turns as JSON text                                  the list put in its place     turns_as_text
     no list of turns, or an empty one                             skipped                       no_conversations
     a turn that is no object; speaker or text missing or no text  skipped                       malformed_turn
-    a speaker other than human, user, gpt, assistant, system      skipped                       unknown_role
+    a speaker that ROLES in conversations.py does not name        skipped                       unknown_role
     an answer's `loss`, `weight` or `train` that is no share      skipped                       malformed_turn
     no answer that is to be learned (`loss: false`, `weight: 0`)  skipped                       nothing_learned
     another number for it (`weight: 0.5`)                         1 put in its place            partial_weight
@@ -111,6 +113,7 @@ OTHER_MARKER = re.compile(
     re.IGNORECASE,
 )
 
+WEB_ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9]+://", re.IGNORECASE)  # of buckets, too
 EMBEDDED = "the entry holds an image itself, not its name: write it to a file and name that"
 
 MAXIMUM_CHARACTERS = 8 * 32_768  # Qwen2-VL's context is 32,768 tokens; a token of ordinary text has 1 to 6 characters
@@ -177,7 +180,7 @@ def check_entry(entry: Any) -> CheckedEntry:
     if not has_finite_numbers(entry.values(), 1):
         entry = replace_numbers(entry)
         repairs.append("not_a_number")
-    entry = leave_out_second_prompt(entry, repairs)
+    entry = leave_out_second_prompt(read_turns_as_text(entry, repairs), repairs)
     media = list_media(entry)
     given = read_turns(entry)
     turns = check_roles(leave_out_turns(given, repairs))
@@ -295,6 +298,10 @@ def clean_name(name: Any) -> str:
     """
     if (isinstance(name, dict) and name.get("bytes") is not None) or is_data_url(name):
         raise UnusableSample("embedded_media", EMBEDDED)
+    if isinstance(name, str) and WEB_ADDRESS.match(name):
+        raise UnusableSample(
+            "missing_media", f"{name:.300} is a web address: fetch the file and name it as it lies here"
+        )
     given, name = name, strip_scheme(name)
     if not isinstance(name, str) or (not name.isascii() and LONE_SURROGATE.search(name)):
         raise UnusableSample("malformed_entry", f"{name!r:.100} is not the name of a media file")
@@ -317,7 +324,8 @@ def read_turns(entry: dict) -> list[Turn]:
     """The turns, at least one, in either style. Raises UnusableSample."""
     turns = turns_of(entry)
     if not isinstance(turns, list) or not turns:
-        raise UnusableSample("no_conversations", "conversations is missing, empty or no list")
+        keys = f"; its fields are {', '.join(map(str, entry))[:100]}" if isinstance(entry, dict) and entry else ""
+        raise UnusableSample("no_conversations", f"neither conversations nor messages is a list of turns{keys}")
     read = [check_turn(number, turn) for number, turn in enumerate(turns)]
     contents = [(role, content_of(turn)) for (role, _), turn in zip(read, turns)]
     split = split_turns(contents, names_media(entry))
@@ -338,6 +346,23 @@ def check_turn(number: int, turn: Any) -> tuple[str, str]:
         said = f"turn {number} is to be learned by {learning_of(turn)!r:.100}"
         raise UnusableSample("malformed_turn", f"{said}, which is neither true nor false nor a weight from 0 on")
     return ROLES[speaker], text
+
+
+def read_turns_as_text(entry: dict, repairs: list[str]) -> dict:
+    """With a list of turns in place of its JSON text, as tables write it."""
+    name = "conversations" if entry.get("conversations") else "messages"
+    text = entry.get(name)
+    if not isinstance(text, str) or not text.lstrip().startswith("["):
+        return entry
+    try:
+        turns = DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return entry
+    repairs.append("turns_as_text")
+    if not has_finite_numbers(turns, 2):
+        turns = replace_numbers(turns, 1)
+        repairs.append("not_a_number")
+    return {**entry, name: turns}
 
 
 def leave_out_second_prompt(entry: dict, repairs: list[str]) -> dict:

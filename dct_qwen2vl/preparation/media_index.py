@@ -34,6 +34,7 @@ import numpy as np
 
 from dct_qwen2vl.common.files import replacing
 from dct_qwen2vl.preparation.archives import list_tars, name_unread_below
+from dct_qwen2vl.preparation.file_kinds import name_kind
 from dct_qwen2vl.preparation.metadata import PreparationError
 from dct_qwen2vl.preparation.other_names import (
     MOST_SPELLINGS,
@@ -191,7 +192,9 @@ def open_tar(path: Path, work: Path | None) -> TarSource:
         readable = work / f"{key}.unpacked" if is_gzip(path) else path
         return load_index(path, readable, work / f"{key}.npz") or make_index(path, readable, work / f"{key}.npz")
     except DamagedTar as error:
-        remedy = "fetch it again or take it out of the folder"
+        with path.open("rb") as file:
+            kind = "" if is_gzip(path) else name_kind(file.read(32))
+        remedy = kind or "fetch it again or take it out of the folder"
         raise PreparationError(f"{path} cannot be read as a tar ({error}); {remedy}") from error
     except OSError as error:
         raise PreparationError(f"{path} cannot be read ({error.strerror or error})") from error

@@ -324,7 +324,7 @@ def make_plan(
     )
     for line in places.unread:
         print(line, file=sys.stderr)
-    missing = MissingMedia(tars)
+    missing = MissingMedia(tars, data_dir)
     for row, number in find_first_of_each(columns.media_start, (places.source == NO_PLACE)[media], usable):
         skip(row, "missing_media", missing.describe(columns.spelled[number].decode()))
     for row, number in find_first_of_each(columns.media_start, (places.size > MAXIMUM_MEDIA_BYTES)[media], usable):
@@ -343,8 +343,9 @@ def make_plan(
 class MissingMedia:
     """Says of names that lead to no file why that is so; of the first, which file there is instead."""
 
-    def __init__(self, tars: list[TarSource]) -> None:
+    def __init__(self, tars: list[TarSource], data_dir: Path) -> None:
         self.tars = tars
+        self.data_dir = data_dir
         self.is_first = True
 
     @cached_property
@@ -354,6 +355,8 @@ class MissingMedia:
         return {line["member"]: f"refused in {tar.path.name} ({line['reason']})" for tar, line in found}
 
     def describe(self, name: str) -> str:
+        if (self.data_dir / name).is_dir():
+            return f"{name} is a folder: name the files in it"
         why = self.refused.get(name, "in no tar and no folder")
         nearest = find_nearest(name, self.tars) if self.is_first else ""
         self.is_first = False

@@ -392,6 +392,36 @@ def test_a_system_prompt_beside_the_turns_is_used(place_media, field):
     assert place_media(json.dumps(blank).encode(), [])[0].pieces == ["Be brief."]
 
 
+def test_a_developer_is_the_system(place_media):
+    good = {"messages": [{"role": "developer", "content": "Be brief."}, *asked("What?")["messages"]]}
+    assert check_entry(good) == CheckedEntry(good, (), ())
+    assert [message.role for message in place_media(json.dumps(good).encode(), [])] == ["system", "user", "assistant"]
+
+
+def test_turns_as_json_text_are_read():
+    """As CSV and Parquet hold them."""
+    turns = entry(("human", "<image>What?"), ("gpt", "1"))["conversations"]
+    turns[1]["score"] = float("nan")
+    for name in ("conversations", "messages"):
+        checked = check_entry({"image": "a.jpg", name: json.dumps(turns)})
+        expected = {"image": "a.jpg", name: [turns[0], {**turns[1], "score": None}]}
+        assert checked == CheckedEntry(expected, (("image", "a.jpg"),), ("turns_as_text", "not_a_number"))
+        assert check_entry(checked.entry).repairs == ()
+    for text in ("What?", "[broken", "[" * 100_000, "[]", " "):
+        assert reason_of({"conversations": text}) == "no_conversations"
+
+
+def test_what_an_entry_of_another_form_has_is_said():
+    with pytest.raises(UnusableSample, match=r"messages is a list of turns; its fields are question, answer$"):
+        check_entry({"question": "What?", "answer": "1"})
+
+
+@pytest.mark.parametrize("name", ["https://example.org/a.jpg", "s3://bucket/a.jpg", "HTTP://a/b"])
+def test_a_web_address_is_named_as_it_was_given(name):
+    with pytest.raises(UnusableSample, match=f"^missing_media: {name} is a web address"):
+        check_entry(ask("<image>", image=name))
+
+
 def answers_with(*said: dict) -> dict:
     return {"messages": [turn | more for more in said for turn, more in zip(asked("What?")["messages"], ({}, more))]}
 

@@ -631,6 +631,33 @@ def test_a_member_that_is_refused_is_not_said_to_be_nowhere(tmp_path):
     assert skipped["detail"].startswith("link.jpg is refused in media.tar (link)")
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "it is a pointer of git-lfs: type git lfs pull in its folder",
+        ),
+        (b"PAR1", "it is Parquet: write its rows as JSON lines"),
+        (b"\x1f\x8b\x08", "it is compressed: gunzip it"),
+        ("[]".encode("utf-16"), "it is UTF-16: write it as UTF-8"),
+        (b"id,question", "it begins with b'id,question'"),
+        (b'{\n "data": []}', "is not JSON lines (an entry a line): Expecting"),
+        (b'{"data": [1]}', "neither conversations nor messages is a list of turns; its fields are data"),
+    ],
+)
+def test_what_lies_in_place_of_metadata_is_named(tmp_path, capsys, data, said):
+    (tmp_path / "cambrian737k.json").write_bytes(data)
+    fails_with(capsys, tmp_path, tmp_path / "shards", said)
+
+
+def test_a_folder_in_place_of_frames_is_named(tmp_path, capsys):
+    data = tmp_path / "data"
+    make_set(data, [entry(0, video="clip/")], {})
+    (data / "clip").mkdir()
+    fails_with(capsys, data, tmp_path / "shards", "clip is a folder: name the files in it")
+
+
 def test_missing_or_unreadable_data(tmp_path, capsys):
     data, output = tmp_path / "data", tmp_path / "shards"
     fails_with(capsys, data, output, "is not a folder")

@@ -347,6 +347,23 @@ def test_what_is_no_tar_at_all(tmp_path, data, message):
         index(tmp_path, data)
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "it is a pointer of git-lfs: type git lfs",
+        ),
+        (b"PK\3\4" + bytes(600), "it is a zip archive: unzip it"),
+        (b"\xfd7zXZ\0" + bytes(600), "it is compressed: unxz it"),
+        (b"<!DOCTYPE html><title>404</title>", "it is a web page, perhaps of an error: fetch it again"),
+    ],
+)
+def test_what_lies_in_place_of_a_tar_is_named(tmp_path, data, said):
+    with pytest.raises(PreparationError, match=rf"media\.tar cannot be read as a tar \(.*\); {said}"):
+        index(tmp_path, data)
+
+
 def test_a_tar_that_may_not_be_read(tmp_path, monkeypatch):
     write_tar(tmp_path / "media.tar", FILES)
     monkeypatch.setattr(media_index, "index_tar", refuse)
