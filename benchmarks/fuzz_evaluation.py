@@ -178,7 +178,9 @@ def prepare() -> None:
     import torch
 
     torch.set_num_threads(1)
-    evaluate({})
+    outcome = evaluate({})
+    if outcome != "stored all answers":
+        raise Finding(f"what is not damaged: {outcome}")
     gc.collect()
     gc.freeze()
 

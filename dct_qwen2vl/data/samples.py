@@ -24,11 +24,11 @@ from megatron.energon import (
     Sample,
     WorkerConfig,
     basic_sample_keys,
-    get_loader,
     get_val_dataset,
     stateless,
 )
 from megatron.energon.errors import FatalSampleError
+from megatron.energon.savable_loader import BasicDataLoader
 
 from dct_qwen2vl.data.conversations import (
     LONE_SURROGATE,
@@ -202,7 +202,7 @@ def read_samples(data_dir: Path, split: str) -> Iterator[ConversationSample]:
                 **DATASET_OPTIONS,
             )
             # Nothing to collect: file bytes are freed by their reference counts.
-            batches = iter(get_loader(dataset, gc_collect_every_n_steps=0))
+            batches = iter(BasicDataLoader(dataset, gc_collect_every_n_steps=0))
         for samples in batches:
             yield from samples
     except Exception as error:  # Energon lets through whatever tarfile, sqlite3 and its own checks raise
