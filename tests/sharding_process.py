@@ -84,7 +84,7 @@ def train(model_dir: Path, folder: Path, typed: list[str], checkpoint: Path | No
         model_dir, config.freeze, config.max_gradient_norm, lora=LoRA.of(config), guard=StepGuard(folder / "refused")
     )
     build_optimizer(config).connect(module)
-    trainer = build_trainer(config, module, [figures, *step_checkpoints(config, lambda: None)])
+    trainer = build_trainer(config, module, [figures, *step_checkpoints(config, lambda: None)], validates=True)
     batches = micro_batches(model_dir, trainer.global_rank)
     loaders = [DataLoader(batches * STEPS, batch_size=None), DataLoader(batches, batch_size=None)]
     trainer.fit(module, *loaders, ckpt_path=checkpoint)
