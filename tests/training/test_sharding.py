@@ -157,18 +157,24 @@ def test_a_medium_without_its_tokens_is_an_error(models):
 
 @pytest.fixture(scope="module")
 def launched(prepared, tmp_path_factory) -> dict:
-    """A sharded run killed and started again by the launcher; then its checkpoint in one process without sharding."""
+    """A sharded run, killed and started again by the launcher."""
     output = tmp_path_factory.mktemp("launched")
     killed = launch_environment(prepared, output, "killed", 2) | {"SHARDING": "fsdp2"}
     kill_when_under_way(start(killed), output / "killed")
     before = whole_lines(output / "killed")
-    log = finish(start(killed), killed)
+    return {"output": output, "log": finish(start(killed), killed), "before": before}
+
+
+@pytest.fixture(scope="module")
+def alone(launched, prepared) -> dict:
+    """Its checkpoint, from which one process goes on without sharding."""
+    output = launched["output"]
     alone = launch_environment(prepared, output, "alone", 1)
     (output / "alone" / "checkpoints").mkdir(parents=True)
     step = Path("checkpoints") / f"step{2 * SAVE_INTERVAL:06d}"
     shutil.copytree(output / "killed" / step, output / "alone" / step)
     shutil.copyfile(output / "killed" / "run.json", output / "alone" / "run.json")
-    return {"output": output, "log": log, "before": before, "alone": finish(start(alone, "--restart-data"), alone)}
+    return {"run_dir": output / "alone", "log": finish(start(alone, "--restart-data"), alone)}
 
 
 @pytest.mark.launch
@@ -192,9 +198,9 @@ def test_the_model_at_the_end_of_a_sharded_run_is_that_of_its_last_checkpoint(la
 
 
 @pytest.mark.launch
-def test_one_process_goes_on_from_a_sharded_run(launched):
-    both, alone = (metrics(launched["output"] / name) for name in ("killed", "alone"))
-    assert resumed_step(launched["alone"]) == 2 * SAVE_INTERVAL
-    losses = [line["loss"] for line in alone if "loss" in line and line["step"] > 2 * SAVE_INTERVAL]
+def test_one_process_goes_on_from_a_sharded_run(launched, alone):
+    both = metrics(launched["output"] / "killed")
+    assert resumed_step(alone["log"]) == 2 * SAVE_INTERVAL
+    losses = [line["loss"] for line in metrics(alone["run_dir"]) if "loss" in line and line["step"] > 2 * SAVE_INTERVAL]
     first, last = (next(line["loss"] for line in both if line["step"] == step) for step in (1, 2 * SAVE_INTERVAL))
     assert len(losses) == SAVE_INTERVAL and max(losses) < last + 0.5 * (first - last)
