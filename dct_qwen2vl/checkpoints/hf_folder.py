@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import Qwen2VLImageProcessor
+from transformers import AutoTokenizer, Qwen2VLImageProcessor, Qwen2VLProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
-from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, remedy
+from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, read_processor, remedy, token_format
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 
 
@@ -23,6 +23,17 @@ def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **pixel_bo
         return processor_class.from_pretrained(model_dir, **pixel_bounds)
     except ValueError as error:
         raise CheckpointError(f"{model_dir / PROCESSOR} cannot be used ({error}): {remedy(model_dir)}") from error
+
+
+def load_processor(model_dir: Path, **pixel_bounds: int) -> Qwen2VLProcessor:
+    """A checkpoint's tokenizer, which pads on the left, chat template and image processor, all but the template as
+    training loads them. pixel_bounds: of the image processor. Raises CheckpointError."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
+    dct = token_format(model_dir, read_processor(model_dir))
+    image_processor = load_image_processor(model_dir, dct, **pixel_bounds)
+    configuration, of_own_file = Qwen2VLProcessor.get_processor_dict(model_dir)
+    template = of_own_file.get("chat_template") or configuration.get("chat_template") or tokenizer.chat_template
+    return Qwen2VLProcessor(image_processor, tokenizer, chat_template=template)
 
 
 def copy_all_but_weights(model_dir: Path, folder: Path) -> None:

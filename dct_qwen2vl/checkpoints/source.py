@@ -1,0 +1,94 @@
+"""A checkpoint of any tool, as transformers 4.51 reads it: checked in full before anything is made of it."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dct_qwen2vl.checkpoints import inspection
+from dct_qwen2vl.checkpoints.inspection import (
+    CheckpointError,
+    check_tokenizer,
+    read_json,
+)
+from dct_qwen2vl.checkpoints.normalising import (
+    normal_config,
+    normalise_json,
+    normalise_processor,
+    normalise_tokenizer,
+    write_json,
+)
+from dct_qwen2vl.checkpoints.weights import (
+    EMBEDDING,
+    HEAD,
+    Stored,
+    check_no_pointers,
+    read_headers,
+    source_files,
+    with_model_names,
+)
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".distcp")
+STATE_OF_TRAINING = ("trainer_state.json", "zero_to_fp32.py", "latest", "adapter_config.json", "quantize_config.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked checkpoint.
+
+    model_dir: as the user gave it.
+    folder: its small files as transformers reads them; gone when the block of `opened` ends.
+    tensors: where they lie, by the names that the model has for them.
+    notes: lines, one for each thing that was normalised.
+    """
+
+    model_dir: Path
+    folder: Path
+    tensors: dict[str, Stored]
+    notes: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def opened(model_dir: Path) -> Iterator[Source]:
+    """Reads and checks a directory. Raises CheckpointError, also for what the block finds, in terms of `model_dir`."""
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as name:
+        folder = Path(name)
+        try:
+            yield read_source(model_dir, folder)
+        except CheckpointError as error:
+            if name not in str(error):
+                raise
+            raise CheckpointError(str(error).replace(name, str(model_dir))) from error
+
+
+def read_source(model_dir: Path, folder: Path) -> Source:
+    """folder: an empty one, which gets the small files. Raises CheckpointError."""
+    inspection.read_config(model_dir)
+    check_no_pointers(model_dir)
+    files, notes = source_files(model_dir)
+    tensors, renamed = with_model_names(model_dir, read_headers(files))
+    copy_small_files(model_dir, folder)
+    notes += [*normalise_json(folder), *renamed, *normalise_processor(folder), *normalise_tokenizer(folder)]
+    check_tokenizer(folder)
+    from dct_qwen2vl.checkpoints import loading
+
+    before = read_json(folder / "config.json")
+    config, changes = normal_config(before, tensors, loading.token_ids(folder))
+    if config != before:
+        write_json(folder / "config.json", config)
+    notes += [*changes, *loading.complete_tokenizer(folder), *loading.give_template(folder)]
+    notes += loading.mend_generation(folder)
+    loading.check_loads(folder, tensors)
+    if config.get("tie_word_embeddings") and EMBEDDING in tensors:
+        tensors.pop(HEAD, None)  # the same numbers, by check_loads
+    return Source(model_dir, folder, tensors, tuple(notes))
+
+
+def copy_small_files(model_dir: Path, folder: Path) -> None:
+    """Everything but weights and what a training run needs to go on."""
+    for path in sorted(model_dir.iterdir()):
+        unwanted = path.suffix in WEIGHTS or path.name in STATE_OF_TRAINING or path.name.startswith(".")
+        if path.is_file() and not unwanted and path.name != inspection.INDEX:
+            shutil.copyfile(path, folder / path.name)
