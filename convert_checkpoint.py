@@ -150,10 +150,13 @@ def change_form_and_say(arguments: argparse.Namespace) -> int:
     folders, bounds = (arguments.model_dir, arguments.output_dir), (arguments.min_pixels, arguments.max_pixels)
     if arguments.to == "stock":
         done = to_stock(*folders, *bounds, arguments.force)
+        if done.dct is None:
+            print("It is a stock Qwen2-VL: written as transformers 4.51 reads it.")
+    if arguments.to == "stock" and done.dct:
         frames, rows, columns = done.dct.block
         print(f"Unfolded the patch embedding: {done.dct.name} is a plain Qwen2-VL with patches of {frames} frames x "
               f"{rows} x {columns} px.")  # fmt: skip
-    else:
+    elif arguments.to == "dct":
         dct = read_format(arguments.dct) if isinstance(arguments.dct, str) else arguments.dct
         done = to_dct(*folders, dct, *bounds, arguments.force)
         print(f"Folded the patch embedding: {done.dct.name}, {done.dct.num_coefficients} coefficients a token, leaves "

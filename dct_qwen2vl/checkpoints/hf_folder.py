@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, Qwen2VLImageProcessor, Qwen2VLProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, read_processor, remedy, token_format
+from dct_qwen2vl.checkpoints.normalising import VIDEO_PROCESSOR, write_json
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 
 
@@ -49,6 +50,18 @@ def let_others_read(folder: Path) -> None:
     """The weights of a Hugging Face directory get the permissions of its other files."""
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes 0600
+
+
+def write_video_sampling(folder: Path, sampling: dict[str, Any]) -> None:
+    """How a coefficient form samples videos, beside its processor's settings: transformers from 4.52 on reads the file
+    in place of these.
+
+    sampling: fields of a video processor.
+    """
+    settings = json.loads((folder / PROCESSOR).read_text(encoding="utf-8"))
+    settings.pop("image_processor_type", None)
+    values = {**settings, "video_processor_type": "DCTVideoProcessor", **sampling}
+    write_json(folder / VIDEO_PROCESSOR, values)
 
 
 def write_pixel_bounds(folder: Path, bounds: dict[str, int]) -> None:

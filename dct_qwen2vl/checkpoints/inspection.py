@@ -16,6 +16,7 @@ from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS
 
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 PROCESSOR = "preprocessor_config.json"
+SHARED = "processor_config.json"  # transformers 5 saves all processors in it, and reads them there first
 INDEX = "model.safetensors.index.json"
 STOCK_FORM = "dct_format.json"  # beside the stock form of a DCT model: its token format, for the way back
 # Parsed when model and tokenizer are loaded; the other two, config.json and PROCESSOR, are looked into.
@@ -281,7 +282,10 @@ def check_tokenizer(model_dir: Path) -> None:
 def read_processor(model_dir: Path) -> dict[str, Any]:
     """The image processor's configuration. Raises CheckpointError."""
     if not (model_dir / PROCESSOR).is_file():
-        raise CheckpointError(f"{model_dir} lacks {PROCESSOR}: {remedy(model_dir)}")
+        advice = remedy(model_dir)
+        if "image_processor" in (read_json(model_dir / SHARED) if (model_dir / SHARED).is_file() else {}):
+            advice = f"{SHARED} has its settings; {normalise(model_dir)}"
+        raise CheckpointError(f"{model_dir} lacks {PROCESSOR}: {advice}")
     return read_json(model_dir / PROCESSOR)
 
 
@@ -315,15 +319,14 @@ def unfolded_format(model_dir: Path) -> dict[str, Any] | None:
 
 
 def note_on_old_code(model_dir: Path) -> str | None:
-    """A line for a coefficient form whose processor's code lies beside the weights as it was before transformers 4.52;
+    """A line for a coefficient form beside whose weights the processor's code is as it was before transformers 4.52;
     None for any other directory. This repository reads it all the same. Raises CheckpointError."""
     processor = read_processor(model_dir)
     if processor.get("dct") is None or "AutoVideoProcessor" in (processor.get("auto_map") or ()):
         return None
     return (
-        f"{model_dir} was converted by an earlier version: transformers after 4.51 does not load its processor. Convert "
-        f"the model again for that, or python convert_checkpoint.py --to stock --model-dir {model_dir} --output-dir "
-        f"{model_dir}-stock"
+        f"{model_dir} was converted by an earlier version: transformers after 4.51 does not load its processor. "
+        f"Convert the model again for that, or {normalise(model_dir)}"
     )
 
 
@@ -360,11 +363,17 @@ def check_checkpoint(model_dir: Path) -> dict[str, Any] | None:
     processor = read_processor(model_dir)
     dct = token_format(model_dir, processor)
     check_format(model_dir, processor, dct)
+    saved_pixel_bounds(model_dir)
     check_tokenizer(model_dir)
     for name in PARSED:
         if (model_dir / name).is_file():
             read_json(model_dir / name)
     return dct
+
+
+def normalise(model_dir: Path) -> str:
+    """The command that writes a pixel model as transformers 4.51 reads it."""
+    return f"python convert_checkpoint.py --to stock --model-dir {model_dir} --output-dir {model_dir}-stock"
 
 
 def remedy(model_dir: Path) -> str:

@@ -22,6 +22,7 @@ from dct_qwen2vl.checkpoints.chat_template import CHAT_TEMPLATE
 from dct_qwen2vl.checkpoints.hf_folder import load_processor
 from dct_qwen2vl.checkpoints.inspection import (
     CheckpointError,
+    normalise,
     read_json,
     read_processor,
     remedy,
@@ -66,8 +67,8 @@ def check_directory(model_dir: Path) -> None:
     try:
         check_loads(model_dir, read_headers(safetensors_files(model_dir)))
     except CheckpointError as error:
-        mended = f"python convert_checkpoint.py --to stock --model-dir {model_dir} --output-dir {model_dir}-stock"
-        advice = f"{mended} writes it as it can be loaded, or says why not" if pixels else remedy(model_dir)
+        mended = f"{normalise(model_dir)} writes it as it can be loaded, or says why not"
+        advice = mended if pixels else remedy(model_dir)
         raise CheckpointError(f"{str(error).rsplit(': ', 1)[0]}: {advice}") from error
 
 

@@ -9,7 +9,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dct_qwen2vl.checkpoints.inspection import PARSED, PROCESSOR, pixel_bounds_in, read_json
+from dct_qwen2vl.checkpoints.inspection import (
+    MODEL_TYPES,
+    PARSED,
+    PROCESSOR,
+    SHARED,
+    pixel_bounds_in,
+    read_config,
+    read_json,
+    reads_pixel_patches,
+)
 from dct_qwen2vl.checkpoints.weights import EMBEDDING, HEAD, Stored
 
 TEXT_FIELDS = (
@@ -22,12 +31,11 @@ PARTS = ("text_config", "vision_config")
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
-OWN_PROCESSORS = "processor_config.json"  # transformers 5 saves all processors in it, and reads them there first
 VIDEO_PROCESSOR = "video_preprocessor_config.json"  # read by transformers from 4.52 on
 BOUNDS = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
 SAMPLING = ("fps", "min_frames", "max_frames", "do_sample_frames", "num_frames")  # of a video processor
 NOT_OF_PROCESSOR = ("image_processor", "video_processor", "tokenizer", "auto_map", *(name for name, _ in BOUNDS))
-JSON_FILES = ("config.json", PROCESSOR, OWN_PROCESSORS, VIDEO_PROCESSOR)
+JSON_FILES = ("config.json", PROCESSOR, SHARED, VIDEO_PROCESSOR)
 TOKENIZER_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 
 
@@ -135,12 +143,14 @@ def normalise_processor(folder: Path) -> list[str]:
     """Puts the image processor's settings into preprocessor_config.json, where older versions look for them, and takes
     those of other processors out of processor_config.json. Returns lines. Raises CheckpointError."""
     notes: list[str] = []
-    path, shared = folder / PROCESSOR, folder / OWN_PROCESSORS
+    path, shared = folder / PROCESSOR, folder / SHARED
     own, several = _read(path), _read(shared)
     nested = several.get("image_processor")
     there = {**(nested if isinstance(nested, dict) else {}), **_kept(several, [name for name, _ in BOUNDS])}
     if not own and there:
-        notes.append(f"{PROCESSOR} is missing: the settings of {OWN_PROCESSORS} are taken")
+        notes.append(f"{PROCESSOR} is missing: the settings of {SHARED} are taken")
+    if not own and not there:
+        return notes + _give_processor(folder)
     settings = _with_bounds(path, own or there, shared, there, notes)
     if settings != own:
         write_json(path, settings)
@@ -153,14 +163,24 @@ def normalise_processor(folder: Path) -> list[str]:
     return notes
 
 
+def _give_processor(folder: Path) -> list[str]:
+    """Qwen2-VL's settings where there are none and the model reads its patches."""
+    config = read_config(folder)
+    if not reads_pixel_patches(config):
+        return []
+    names = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": MODEL_TYPES[config["model_type"]]}
+    write_json(folder / PROCESSOR, names)
+    return [f"{PROCESSOR} is missing: Qwen2-VL's own settings are taken"]
+
+
 def _with_bounds(path: Path, own: dict, shared: Path, there: dict, notes: list[str]) -> dict[str, Any]:
     """The image processor's settings with its pixel bounds under one name. own, there: what the two files say."""
     first, second = pixel_bounds_in(path, own), pixel_bounds_in(shared, there)
     bounds = {name: second[name] if value is None else value for name, value in first.items()}
     if bounds != first:
-        notes.append(f"min_pixels and max_pixels are those of {OWN_PROCESSORS}")
+        notes.append(f"min_pixels and max_pixels are those of {SHARED}")
     elif any(second[name] not in (None, value) for name, value in bounds.items()):
-        notes.append(f"{OWN_PROCESSORS} has other pixel bounds than {PROCESSOR}, which counts")
+        notes.append(f"{SHARED} has other pixel bounds than {PROCESSOR}, which counts")
     size, edges = own.get("size"), {edge for _, edge in BOUNDS}
     if isinstance(size, dict) and edges <= set(size) and bounds == first:
         return own

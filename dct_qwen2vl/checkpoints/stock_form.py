@@ -17,15 +17,18 @@ from dct_qwen2vl.checkpoints.conversion import (
     chosen_bounds,
     converted_config,
     copy_other_files,
+    keep_video_sampling,
     make_processor,
     new_directory,
     own_colours,
     patch_embedding,
+    read_tensors,
     write_shards,
 )
 from dct_qwen2vl.checkpoints.inspection import (
     PATCH_EMBEDDING,
     PROCESSOR,
+    SHARED,
     STOCK_FORM,
     CheckpointError,
     check_format,
@@ -37,7 +40,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     unfolded_format,
     with_patch,
 )
-from dct_qwen2vl.checkpoints.normalising import OWN_PROCESSORS, VIDEO_PROCESSOR, write_json
+from dct_qwen2vl.checkpoints.normalising import VIDEO_PROCESSOR, write_json
 from dct_qwen2vl.checkpoints.source import Source, opened
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ MOST_LEFT_OUT = 0.005
 class Converted:
     """What was written.
 
-    dct: DCTConfig. The token format.
+    dct: DCTConfig. The token format; None for a stock Qwen2-VL that was only normalised.
     weight_bytes: of all tensors.
     left_out: share of the patch embedding's norm that the format cannot show; 0 on the way to the stock form.
     notes: lines, one for each thing of the source that was normalised.
@@ -75,7 +78,8 @@ def to_stock(
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Converted:
-    """Writes the stock form of a coefficient-form directory, whole or not at all.
+    """Writes the stock form of a coefficient-form directory, whole or not at all. A stock Qwen2-VL that another version
+    or tool has saved is written as transformers 4.51 reads it.
 
     The patch embedding is written in float32, whatever the type of the other weights: rounded to bfloat16 over pixels
     it would not give the coefficient form back. Loaders cast it to the type they run in.
@@ -88,6 +92,8 @@ def to_stock(
     from dct_qwen2vl.dct.folding import unfold_patch_embedding
 
     with opened(model_dir) as source:
+        if token_format(source.folder, read_processor(source.folder)) is None:
+            return _normalised(source, output_dir, min_pixels, max_pixels, force, shard_bytes)
         dct, config = _coefficient_format(source), read_config(source.folder)
         bounds = chosen_bounds(source.folder, min_pixels, max_pixels)
         dtype = str(patch_embedding(source).dtype).removeprefix("torch.")
@@ -102,6 +108,27 @@ def to_stock(
             write_json(folder / STOCK_FORM, {"patch_embedding_dtype": dtype, "dct": dct.to_dict()})
             total = write_shards(changed_tensors(source, unfold), folder, shard_bytes)
         return Converted(dct, total, notes=source.notes)
+
+
+def _normalised(
+    source: Source, output_dir: Path, min_pixels: int | None, max_pixels: int | None, force: bool, shard_bytes: int
+) -> Converted:
+    """Raises CheckpointError where there is nothing to change."""
+    if not source.notes and min_pixels is None and max_pixels is None:
+        saved = unfolded_format(source.folder)
+        what = f"is the stock form of {saved['name']} already" if saved else "reads pixels: it is a stock Qwen2-VL"
+        raise CheckpointError(f"{source.model_dir} {what}: use it as it is")
+    bounds = dict(zip(("min_pixels", "max_pixels"), chosen_bounds(source.folder, min_pixels, max_pixels), strict=True))
+    with new_directory(source.model_dir, output_dir, force) as folder:
+        copy_other_files(source.folder, folder, without=(".py",))
+        write_json(folder / "config.json", read_json(source.folder / "config.json"))
+        settings = {name: value for name, value in read_processor(source.folder).items() if name != "size"}
+        write_json(folder / PROCESSOR, {**settings, **bounds})
+        unfolded = source.folder / STOCK_FORM
+        if unfolded.is_file():
+            write_json(folder / STOCK_FORM, read_json(unfolded))
+        total = write_shards(read_tensors(source.tensors), folder, shard_bytes)
+    return Converted(None, total, notes=source.notes)
 
 
 def to_dct(
@@ -140,6 +167,7 @@ def to_dct(
             copy_other_files(source.folder, folder)
             write_json(folder / "config.json", converted_config(config, dct.num_coefficients))
             processor.save_pretrained(folder)
+            keep_video_sampling(folder)
             tensors = changed_tensors(source, lambda weight: fold_block_embedding(weight, dct, dtype=dtype))
             total = write_shards(tensors, folder, shard_bytes)
         return Converted(dct, total, left_out, source.notes)
@@ -191,7 +219,7 @@ def _write_processors(model_dir: Path, folder: Path, dct, bounds: tuple[int, int
     kind = {"video_processor_type": "Qwen2VLVideoProcessor"}
     write_json(folder / VIDEO_PROCESSOR, {**videos, **kind, **VIDEO_SAMPLING, **sampling})
     for name, unwanted in (
-        (OWN_PROCESSORS, ("image_processor", "video_processor", "auto_map")),
+        (SHARED, ("image_processor", "video_processor", "auto_map")),
         ("tokenizer_config.json", ("auto_map",)),
     ):
         path = folder / name
@@ -207,10 +235,6 @@ def _coefficient_format(source: Source):
     model_dir = source.folder
     processor = read_processor(model_dir)
     dct = token_format(model_dir, processor)
-    if dct is None:
-        saved = unfolded_format(model_dir)
-        what = f"is the stock form of {saved['name']} already" if saved else "reads pixels: it is a stock Qwen2-VL"
-        raise CheckpointError(f"{model_dir} {what}: use it as it is")
     check_format(model_dir, processor, dct, source.tensors[PATCH_EMBEDDING].shape)
     try:
         return DCTConfig.from_dict(processor["dct"])
