@@ -23,6 +23,7 @@ from dct_qwen2vl.checkpoints.hf_folder import load_processor
 from dct_qwen2vl.checkpoints.inspection import (
     CheckpointError,
     normalise,
+    read_config,
     read_json,
     read_processor,
     remedy,
@@ -30,7 +31,16 @@ from dct_qwen2vl.checkpoints.inspection import (
     token_format,
 )
 from dct_qwen2vl.checkpoints.normalising import TEXT_FIELDS
-from dct_qwen2vl.checkpoints.weights import EMBEDDING, HEAD, Stored, missing_and_left, read_headers, some
+from dct_qwen2vl.checkpoints.weights import (
+    EMBEDDING,
+    HEAD,
+    Stored,
+    check_trainable,
+    missing_and_left,
+    quantisation,
+    read_headers,
+    some,
+)
 
 TOKEN_IDS = {
     "image_token_id": "<|image_pad|>",
@@ -65,7 +75,9 @@ def check_directory(model_dir: Path) -> None:
     """Whether training and evaluation can load a directory as it is. Raises CheckpointError."""
     pixels = token_format(model_dir, read_processor(model_dir)) is None
     try:
-        check_loads(model_dir, read_headers(safetensors_files(model_dir)))
+        stored = read_headers(safetensors_files(model_dir))
+        check_trainable(model_dir, stored, quantisation(read_config(model_dir)))
+        check_loads(model_dir, stored)
     except CheckpointError as error:
         mended = f"{normalise(model_dir)} writes it as it can be loaded, or says why not"
         advice = mended if pixels else remedy(model_dir)
@@ -75,8 +87,8 @@ def check_directory(model_dir: Path) -> None:
 def check_loads(folder: Path, tensors: Mapping[str, Stored]) -> None:
     """folder: all files but the weights. tensors: of the weights. Raises CheckpointError."""
     config = load_config(folder)
-    check_tensors(folder, config, tensors)
     check_token_ids(folder, config, load_tokenizer(folder))
+    check_tensors(folder, config, tensors)
     check_processor(folder)
     check_generation(folder)
 
@@ -87,6 +99,8 @@ def load_config(folder: Path) -> PretrainedConfig:
     with one_line(str(path), "get the file again"):
         config = AutoConfig.from_pretrained(folder)
     vision = config.vision_config
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(f"{path} has a quantization_config, the weights are whole: take it out")
     _check_types(path, config, {name: value for name, value in _defaults(config).items() if name in TEXT_FIELDS})
     _check_types(path, vision, _defaults(vision))
     _check_heads(path, "", config.hidden_size, config.num_attention_heads, 2)

@@ -25,6 +25,8 @@ from dct_qwen2vl.checkpoints.weights import (
     HEAD,
     Stored,
     check_no_pointers,
+    check_trainable,
+    quantisation,
     read_headers,
     source_files,
     with_model_names,
@@ -65,10 +67,12 @@ def opened(model_dir: Path) -> Iterator[Source]:
 
 def read_source(model_dir: Path, folder: Path) -> Source:
     """folder: an empty one, which gets the small files. Raises CheckpointError."""
-    inspection.read_config(model_dir)
     check_no_pointers(model_dir)
+    method = quantisation(inspection.read_config(model_dir))
     files, notes = source_files(model_dir)
-    tensors, renamed = with_model_names(model_dir, read_headers(files))
+    stored = read_headers(files)
+    check_trainable(model_dir, stored, method)
+    tensors, renamed = with_model_names(model_dir, stored)
     copy_small_files(model_dir, folder)
     notes += [*normalise_json(folder), *renamed, *normalise_processor(folder), *normalise_tokenizer(folder)]
     check_tokenizer(folder)

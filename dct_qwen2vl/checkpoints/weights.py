@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dct_qwen2vl.checkpoints.inspection import (
     INDEX,
@@ -110,7 +111,6 @@ def with_model_names(model_dir: Path, stored: Mapping[str, Stored]) -> tuple[dic
             raise CheckpointError(f"{model_dir} holds {own} twice, as {named[own].name} and as {name}: keep the "
                                   "tensors of one model")  # fmt: skip
         named[own] = tensor
-    _check_marks(model_dir, stored)
     known = {prefix: names for prefix, names in prefixes.items() if prefix is not None}
     if len(known) > 1:
         several = " and ".join(names[0] for names in list(known.values())[:SEEN])
@@ -139,17 +139,25 @@ def _renaming(named: Mapping[str, Stored]) -> list[str]:
     return [f"{len(changed)} tensors get the names of transformers 4.51: {changed[0][0]} is {changed[0][1]}"]
 
 
-def _check_marks(model_dir: Path, stored: Mapping[str, Stored]) -> None:
-    """Raises CheckpointError for unmerged adapters and quantised weights."""
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """What config.json says the weights are quantised by; None where it says nothing."""
+    said = config.get("quantization_config")
+    if said is None:
+        return None
+    return str(said.get("quant_method", "quantised")) if isinstance(said, dict) else "quantised"
+
+
+def check_trainable(model_dir: Path, stored: Mapping[str, Stored], method: str | None = None) -> None:
+    """Raises CheckpointError for unmerged adapters and quantised weights. method: what config.json calls it."""
     adapters = [name for name in stored if ADAPTERS.fullmatch(name)]
     if adapters:
         raise CheckpointError(f"{model_dir} holds adapters that are not merged, such as {adapters[0]}: "
                               "merge_and_unload() the model of PEFT, save it, and convert that")  # fmt: skip
     quantised = [name for name, tensor in stored.items() if QUANTISED.fullmatch(name) or tensor.dtype not in FLOATS]
     if quantised:
-        kind = stored[quantised[0]].dtype
-        raise CheckpointError(f"{model_dir} is quantised ({quantised[0]} is {kind}): give --model-dir the model in 16 "
-                              "or 32 bit that it was made from")  # fmt: skip
+        kind = f"{method or 'quantised'}, {quantised[0]} is {stored[quantised[0]].dtype}"
+        raise CheckpointError(f"{model_dir} holds quantised weights ({kind}): give --model-dir the model in 16 or 32 "
+                              "bit that it was made from")  # fmt: skip
 
 
 def missing_and_left(
