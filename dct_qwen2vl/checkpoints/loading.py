@@ -6,7 +6,6 @@ chat template and generation settings are loaded for real.
 
 import contextlib
 import inspect
-import json
 import math
 import re
 import tempfile
@@ -30,7 +29,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     safetensors_files,
     token_format,
 )
-from dct_qwen2vl.checkpoints.normalising import TEXT_FIELDS
+from dct_qwen2vl.checkpoints.normalising import TEXT_FIELDS, write_json
 from dct_qwen2vl.checkpoints.weights import (
     EMBEDDING,
     HEAD,
@@ -90,7 +89,7 @@ def check_loads(folder: Path, tensors: Mapping[str, Stored]) -> None:
     check_token_ids(folder, config, load_tokenizer(folder))
     check_tensors(folder, config, tensors)
     check_processor(folder)
-    check_generation(folder)
+    check_generation(folder, config.vocab_size)
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -107,6 +106,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     width = vision.embed_dim if config.model_type == "qwen2_vl" else vision.hidden_size
     _check_heads(path, "the vision tower's ", width, vision.num_heads, 4)
     _check_rope(path, config)
+    _check_ids(path, config, config.vocab_size)
     handed = vision.hidden_size if config.model_type == "qwen2_vl" else vision.out_hidden_size
     if handed != config.hidden_size:
         raise CheckpointError(f"{path} has a vision tower that hands on {handed} numbers, its language model takes "
@@ -270,13 +270,26 @@ def shows_media(tokenizer: Any, template: Any) -> bool:
         return False
 
 
-def check_generation(folder: Path) -> None:
-    """generation_config.json must load, and be saved with a trained model. Raises CheckpointError."""
+def check_generation(folder: Path, vocabulary: int) -> None:
+    """generation_config.json must load, and be saved with a trained model. vocabulary: size. Raises CheckpointError."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return
     with one_line(str(path), "get the file again"), tempfile.TemporaryDirectory() as again:
-        GenerationConfig.from_pretrained(folder).save_pretrained(again)
+        generation = GenerationConfig.from_pretrained(folder)
+        generation.save_pretrained(again)
+    _check_ids(path, generation, vocabulary)
+
+
+def _check_ids(path: Path, config: Any, vocabulary: int) -> None:
+    """Raises CheckpointError for special tokens that are no tokens."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if value is not None and not all(type(each) is int and 0 <= each < vocabulary for each in ids):
+            raise CheckpointError(
+                f"{path} has {name} {value!r:.60}, which is no token of {vocabulary}: get the file again"
+            )
 
 
 # What is completed in a directory of another tool
@@ -292,11 +305,11 @@ def give_template(folder: Path) -> list[str]:
     why = "there is no chat template" if not processor.chat_template else "the chat template has no places for media"
     for name in ("chat_template.jinja", "chat_template.json"):
         (folder / name).unlink(missing_ok=True)
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}, indent=2) + "\n")
+    write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
         values = {**read_json(settings), "chat_template": CHAT_TEMPLATE}
-        settings.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(settings, values)
     return [f"{why}: Qwen2-VL's is written"]
 
 
@@ -322,20 +335,20 @@ def _slow_agrees(folder: Path, fast: Any) -> bool:
         return False
 
 
-def mend_generation(folder: Path) -> list[str]:
+def mend_generation(folder: Path, vocabulary: int) -> list[str]:
     """generation_config.json that transformers loads and refuses to save: sampling's numbers mean that sampling is on.
     Returns lines."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return []
     try:
-        check_generation(folder)
+        check_generation(folder, vocabulary)
         return []
     except CheckpointError:
         before = path.read_bytes()
-        path.write_text(json.dumps({**read_json(path), "do_sample": True}, indent=2) + "\n", encoding="utf-8")
+        write_json(path, {**read_json(path), "do_sample": True})
     try:
-        check_generation(folder)
+        check_generation(folder, vocabulary)
     except CheckpointError:
         path.write_bytes(before)
         return []

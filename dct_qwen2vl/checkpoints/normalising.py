@@ -237,5 +237,7 @@ def _kept(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Indented, in UTF-8."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Indented, in UTF-8; half a surrogate pair, which UTF-8 does not have, makes it ASCII."""
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    lone = any("\ud800" <= letter <= "\udfff" for letter in text)
+    path.write_text((json.dumps(values, indent=2) if lone else text) + "\n", encoding="utf-8")

@@ -83,7 +83,7 @@ def read_source(model_dir: Path, folder: Path) -> Source:
     if config != before:
         write_json(folder / "config.json", config)
     notes += [*changes, *loading.complete_tokenizer(folder), *loading.give_template(folder)]
-    notes += loading.mend_generation(folder)
+    notes += loading.mend_generation(folder, loading.load_config(folder).vocab_size)
     loading.check_loads(folder, tensors)
     if config.get("tie_word_embeddings") and EMBEDDING in tensors:
         tensors.pop(HEAD, None)  # the same numbers, by check_loads
