@@ -34,6 +34,8 @@ def load_processor(model_dir: Path, **pixel_bounds: int) -> Qwen2VLProcessor:
     image_processor = load_image_processor(model_dir, dct, **pixel_bounds)
     configuration, of_own_file = Qwen2VLProcessor.get_processor_dict(model_dir)
     template = of_own_file.get("chat_template") or configuration.get("chat_template") or tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
     return Qwen2VLProcessor(image_processor, tokenizer, chat_template=template)
 
 

@@ -63,7 +63,7 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no config.json in {model_dir}: {_where_it_is(model_dir)}")
     config = read_json(path)
-    if config.get("model_type") not in MODEL_TYPES:
+    if str(config.get("model_type")) not in MODEL_TYPES:
         raise CheckpointError(f"{path} is of model_type {config.get('model_type')!r}, only {' and '.join(MODEL_TYPES)} "
                               "are read: give --model-dir a Hugging Face Qwen2-VL directory")  # fmt: skip
     if not isinstance(config.get("vision_config"), dict):

@@ -34,6 +34,7 @@ from dct_qwen2vl.checkpoints.weights import (
     EMBEDDING,
     HEAD,
     Stored,
+    check_index,
     check_trainable,
     missing_and_left,
     quantisation,
@@ -52,7 +53,8 @@ SAMPLE = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is 1
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "What?"}]}]
 PLACES = re.compile(r"<\|vision_start\|>(<\|image_pad\|>|<\|video_pad\|>)<\|vision_end\|>|What\?")
 COPY_TOKENIZER = "copy tokenizer.json and tokenizer_config.json from the Qwen2-VL that it was made from"
-POSITIVE = ("rms_norm_eps", "rope_theta", "tokens_per_second")
+POSITIVE = ("rms_norm_eps", "rope_theta")
+NUMBERS = ("mlp_ratio", "tokens_per_second")  # whose default is whole, but need not be
 
 
 @contextlib.contextmanager
@@ -76,6 +78,7 @@ def check_directory(model_dir: Path) -> None:
     try:
         stored = read_headers(safetensors_files(model_dir))
         check_trainable(model_dir, stored, quantisation(read_config(model_dir)))
+        check_index(model_dir, stored)
         check_loads(model_dir, stored)
     except CheckpointError as error:
         mended = f"{normalise(model_dir)} writes it as it can be loaded, or says why not"
@@ -125,6 +128,8 @@ def _check_types(path: Path, config: PretrainedConfig, defaults: Mapping[str, An
         value = getattr(config, name, default)
         if isinstance(default, bool):
             right = isinstance(value, bool)
+        elif name in NUMBERS:
+            right = type(value) in (int, float) and 0 < value < math.inf
         elif isinstance(default, int):
             right = (type(value) is int and 0 < value < 2**31) or (value is None and name == "sliding_window")
         elif isinstance(default, float):

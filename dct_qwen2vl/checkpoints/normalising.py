@@ -14,6 +14,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     PARSED,
     PROCESSOR,
     SHARED,
+    CheckpointError,
     pixel_bounds_in,
     read_config,
     read_json,
@@ -184,6 +185,9 @@ def _with_bounds(path: Path, own: dict, shared: Path, there: dict, notes: list[s
     size, edges = own.get("size"), {edge for _, edge in BOUNDS}
     if isinstance(size, dict) and edges <= set(size) and bounds == first:
         return own
+    if size and not any(first.values()):
+        raise CheckpointError(f"{path} has a size without shortest_edge and longest_edge, which are no pixel bounds of "
+                              "Qwen2-VL: take the field size out")  # fmt: skip
     if size:
         notes.append("the field size of the image processor becomes min_pixels and max_pixels")
     others = {name: value for name, value in own.items() if name != "size"}

@@ -84,7 +84,14 @@ def read_source(model_dir: Path, folder: Path) -> Source:
         write_json(folder / "config.json", config)
     notes += [*changes, *loading.complete_tokenizer(folder), *loading.give_template(folder)]
     notes += loading.mend_generation(folder, loading.load_config(folder).vocab_size)
-    loading.check_loads(folder, tensors)
+    try:
+        loading.check_loads(folder, tensors)
+    except CheckpointError as error:
+        if method is None:
+            raise
+        raise CheckpointError(
+            f"{error} (config.json says that it is quantised by {method}, which is not read)"
+        ) from error
     if config.get("tie_word_embeddings") and EMBEDDING in tensors:
         tensors.pop(HEAD, None)  # the same numbers, by check_loads
     return Source(model_dir, folder, tensors, tuple(notes))

@@ -139,6 +139,17 @@ def _renaming(named: Mapping[str, Stored]) -> list[str]:
     return [f"{len(changed)} tensors get the names of transformers 4.51: {changed[0][0]} is {changed[0][1]}"]
 
 
+def check_index(model_dir: Path, stored: Mapping[str, Stored]) -> None:
+    """The index, where it is read, must name the tensors that the shards hold. Raises CheckpointError."""
+    if (model_dir / "model.safetensors").is_file() or not (model_dir / INDEX).is_file():
+        return
+    named = read_json(model_dir / INDEX)["weight_map"]
+    wrong = [name for name in stored if name not in named] + [name for name in named if name not in stored]
+    if wrong:
+        raise CheckpointError(f"{model_dir / INDEX} names other tensors than the shards hold ({some(wrong)}): get the "
+                              "file again")  # fmt: skip
+
+
 def quantisation(config: Mapping[str, Any]) -> str | None:
     """What config.json says the weights are quantised by; None where it says nothing."""
     said = config.get("quantization_config")
