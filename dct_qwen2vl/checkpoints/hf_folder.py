@@ -33,9 +33,10 @@ def load_processor(model_dir: Path, **pixel_bounds: int) -> Qwen2VLProcessor:
     dct = token_format(model_dir, read_processor(model_dir))
     image_processor = load_image_processor(model_dir, dct, **pixel_bounds)
     configuration, of_own_file = Qwen2VLProcessor.get_processor_dict(model_dir)
-    template = of_own_file.get("chat_template") or configuration.get("chat_template") or tokenizer.chat_template
-    if isinstance(template, dict):  # several, by name
-        template = template.get("default")
+    templates = of_own_file.get("chat_template"), configuration.get("chat_template"), tokenizer.chat_template
+    # Several templates stand by their names.
+    named = [each.get("default") if isinstance(each, dict) else each for each in templates]
+    template = next((each for each in named if isinstance(each, str) and each), None)
     return Qwen2VLProcessor(image_processor, tokenizer, chat_template=template)
 
 

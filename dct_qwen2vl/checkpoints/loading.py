@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, PretrainedConfig
@@ -261,6 +262,7 @@ def check_processor(folder: Path) -> None:
     """Image processor and chat template, as evaluation loads them. Raises CheckpointError."""
     with one_line(f"the processor of {folder}", "get its files again"):
         processor = load_processor(folder)
+        processor.image_processor(images=[np.zeros((60, 70, 3), np.uint8)], min_pixels=3136, max_pixels=200_704)
     if not shows_media(processor.tokenizer, processor.chat_template):
         raise CheckpointError(f"the chat template of {folder} has no places for images and videos: remove it, or copy "
                               "chat_template.json from Qwen2-VL")  # fmt: skip
@@ -268,6 +270,8 @@ def check_processor(folder: Path) -> None:
 
 def shows_media(tokenizer: Any, template: Any) -> bool:
     """Whether a chat template renders a question with an image and a video, in their order."""
+    if not isinstance(template, str):
+        return False
     try:
         text = tokenizer.apply_chat_template(QUESTION, chat_template=template, tokenize=False)
         return [found[1] for found in PLACES.finditer(text)] == ["<|image_pad|>", "<|video_pad|>", None]
