@@ -7,6 +7,7 @@ tensors, the processor, a forward pass and generation. Directories that were con
 passes --check must load. The model is the tiny one of the tests. The exit status is 1 if there was a finding.
 """
 
+import copy
 import json
 import os
 import random
@@ -72,7 +73,7 @@ def sound(form: str) -> Path:
     return folder
 
 
-def copy(form: str, folder: Path) -> Path:
+def copy_sound(form: str, folder: Path) -> Path:
     """Files that are not changed are links."""
     folder.mkdir()
     for path in sound(form).iterdir():
@@ -104,7 +105,7 @@ def change_value(rng: random.Random, value: Any) -> None:
         holder = holder[step]
     kind = rng.randrange(8)
     if kind < 4:
-        holder[key] = rng.choice(VALUES)
+        holder[key] = copy.deepcopy(rng.choice(VALUES))
     elif kind == 4:
         del holder[key]
     elif kind == 5 and isinstance(holder, dict):
@@ -114,7 +115,7 @@ def change_value(rng: random.Random, value: Any) -> None:
     elif type(holder[key]) in (int, float):
         holder[key] = rng.choice((holder[key] * 2, holder[key] + 1, -holder[key], holder[key] // 2, str(holder[key])))
     else:
-        holder[key] = rng.choice(VALUES)
+        holder[key] = copy.deepcopy(rng.choice(VALUES))
 
 
 def change_json(rng: random.Random, path: Path) -> None:
@@ -185,7 +186,7 @@ def change_header(rng: random.Random, header: dict[str, Any]) -> None:
 
 def run_mutated(kind: str, rng: random.Random) -> str:
     with tempfile.TemporaryDirectory() as name:
-        folder = copy("pixels", Path(name) / "source")
+        folder = copy_sound("pixels", Path(name) / "source")
         for file in {rng.choice(FILES[kind]) for _ in range(rng.choice((1, 1, 2)))}:
             change_file(rng, folder, file)
         return convert(folder, sound_numbers=True)
@@ -205,7 +206,7 @@ def run_processor(rng: random.Random) -> str:
 
 def run_tensors(rng: random.Random) -> str:
     with tempfile.TemporaryDirectory() as name:
-        folder = copy("pixels", Path(name) / "source")
+        folder = copy_sound("pixels", Path(name) / "source")
         change_tensors(rng, folder)
         return convert(folder, sound_numbers=False)
 
@@ -213,7 +214,7 @@ def run_tensors(rng: random.Random) -> str:
 def run_files(rng: random.Random) -> str:
     """Files that are cut, empty, gone or of another kind."""
     with tempfile.TemporaryDirectory() as name:
-        folder = copy("pixels", Path(name) / "source")
+        folder = copy_sound("pixels", Path(name) / "source")
         for path in rng.sample(sorted(folder.iterdir()), rng.choice((1, 1, 2))):
             data = path.read_bytes()
             path.unlink()
@@ -237,7 +238,7 @@ def run_converted(rng: random.Random) -> str:
     from dct_qwen2vl.checkpoints.loading import check_directory
 
     with tempfile.TemporaryDirectory() as name, quiet():
-        folder = copy("x4", Path(name) / "x4")
+        folder = copy_sound("x4", Path(name) / "x4")
         files = [file for kind in FILES.values() for file in kind if (folder / file).is_file()]
         if rng.random() < 0.3:
             change_tensors(rng, folder)
