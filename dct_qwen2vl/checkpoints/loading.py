@@ -91,6 +91,7 @@ def check_loads(folder: Path, tensors: Mapping[str, Stored]) -> None:
     """folder: all files but the weights. tensors: of the weights. Raises CheckpointError."""
     config = load_config(folder)
     check_token_ids(folder, config, load_tokenizer(folder))
+    _check_ids(folder / "config.json", config, config.vocab_size)
     check_tensors(folder, config, tensors)
     check_processor(folder)
     check_generation(folder, config.vocab_size)
@@ -110,7 +111,6 @@ def load_config(folder: Path) -> PretrainedConfig:
     width = vision.embed_dim if config.model_type == "qwen2_vl" else vision.hidden_size
     _check_heads(path, "the vision tower's ", width, vision.num_heads, 4)
     _check_rope(path, config)
-    _check_ids(path, config, config.vocab_size)
     handed = vision.hidden_size if config.model_type == "qwen2_vl" else vision.out_hidden_size
     if handed != config.hidden_size:
         raise CheckpointError(f"{path} has a vision tower that hands on {handed} numbers, its language model takes "
