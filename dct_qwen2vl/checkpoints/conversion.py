@@ -27,9 +27,10 @@ from dct_qwen2vl.checkpoints.inspection import (
     unfolded_format,
     with_patch,
 )
-from dct_qwen2vl.checkpoints.normalising import SAMPLING, VIDEO_PROCESSOR, write_json
+from dct_qwen2vl.checkpoints.normalising import SAMPLING, VIDEO_PROCESSOR
 from dct_qwen2vl.checkpoints.source import Source, opened
 from dct_qwen2vl.checkpoints.weights import Stored
+from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.dct.image_sizes_dct import pixel_bounds
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     safetensors_files,
     token_format,
 )
-from dct_qwen2vl.checkpoints.normalising import TEXT_FIELDS, write_json
+from dct_qwen2vl.checkpoints.normalising import TEXT_FIELDS
 from dct_qwen2vl.checkpoints.weights import (
     EMBEDDING,
     HEAD,
@@ -42,6 +42,7 @@ from dct_qwen2vl.checkpoints.weights import (
     read_headers,
     some,
 )
+from dct_qwen2vl.common.files import write_json
 
 TOKEN_IDS = {
     "image_token_id": "<|image_pad|>",

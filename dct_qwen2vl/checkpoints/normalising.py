@@ -3,7 +3,6 @@
 Each function changes what has one right reading and returns lines that say so. What has several is refused.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +20,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     reads_pixel_patches,
 )
 from dct_qwen2vl.checkpoints.weights import EMBEDDING, HEAD, Stored
+from dct_qwen2vl.common.files import write_json
 
 TEXT_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -238,10 +238,3 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _kept(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: values[name] for name in names if name in values}
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Indented, in UTF-8; half a surrogate pair, which UTF-8 does not have, makes it ASCII."""
-    text = json.dumps(values, indent=2, ensure_ascii=False)
-    lone = any("\ud800" <= letter <= "\udfff" for letter in text)
-    path.write_text((json.dumps(values, indent=2) if lone else text) + "\n", encoding="utf-8")

@@ -18,7 +18,6 @@ from dct_qwen2vl.checkpoints.normalising import (
     normalise_json,
     normalise_processor,
     normalise_tokenizer,
-    write_json,
 )
 from dct_qwen2vl.checkpoints.weights import (
     EMBEDDING,
@@ -31,6 +30,7 @@ from dct_qwen2vl.checkpoints.weights import (
     source_files,
     with_model_names,
 )
+from dct_qwen2vl.common.files import write_json
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".distcp")
 STATE_OF_TRAINING = ("trainer_state.json", "zero_to_fp32.py", "latest", "adapter_config.json", "quantize_config.json")

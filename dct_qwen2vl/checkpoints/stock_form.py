@@ -40,8 +40,9 @@ from dct_qwen2vl.checkpoints.inspection import (
     unfolded_format,
     with_patch,
 )
-from dct_qwen2vl.checkpoints.normalising import VIDEO_PROCESSOR, write_json
+from dct_qwen2vl.checkpoints.normalising import VIDEO_PROCESSOR
 from dct_qwen2vl.checkpoints.source import Source, opened
+from dct_qwen2vl.common.files import write_json
 
 if TYPE_CHECKING:
     import torch
