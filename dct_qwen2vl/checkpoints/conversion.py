@@ -144,16 +144,14 @@ def own_colours(folder: Path, dct):
             raise CheckpointError(f"{path} has {name} {said!r}, tokens are made of pixels with {value!r}: get the file "
                                   "again")  # fmt: skip
     colours = {}
-    for name, key in (("mean", "image_mean"), ("std", "image_std")):
+    for name, key, low, high in (("mean", "image_mean", 0, 1), ("std", "image_std", 0.01, 10)):
         numbers = source.get(key) or list(getattr(dct, name))
         if not isinstance(numbers, list) or list(map(type, numbers)) not in THREE_NUMBERS:
             raise CheckpointError(f"{path} has {key} {numbers!r}, not three numbers: get the file again")
+        if not all(low <= number <= high for number in numbers):
+            raise CheckpointError(f"{path} has {key} {numbers!r}, which are not of pixels in 0..1: get the file again")
         colours[name] = tuple(map(float, numbers))
-    try:
-        return replace(dct, **colours)
-    except ValueError as error:
-        raise CheckpointError(f"{path} has image_mean and image_std that cannot be ({error}): "
-                              "get the file again") from error  # fmt: skip
+    return replace(dct, **colours)
 
 
 def chosen_bounds(folder: Path, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:

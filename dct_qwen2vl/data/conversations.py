@@ -74,12 +74,14 @@ def own_system(turns: list[Any]) -> Any:
 
 
 def is_blank(value: Any) -> bool:
-    return isinstance(value, str) and not value.strip()
+    return isinstance(value, str) and (not value or value.isspace())
 
 
 def learning_of(turn: dict[str, Any]) -> Any:
     """What a turn says of its being learned: the least of LEARNED_FIELDS, or a value that is no share; True where it
     says nothing."""
+    if LEARNED_FIELDS.isdisjoint(turn):
+        return True
     said = [turn[name] for name in LEARNED_FIELDS if turn.get(name) is not None]
     odd = [value for value in said if not is_share(value)]
     return odd[0] if odd else min(said, default=True)
@@ -123,6 +125,8 @@ def name_in(part: dict[str, Any]) -> Any:
 def list_names(value: Any) -> list[Any]:
     """The names of media in a field: one, or a list, or lists in it. A field of None, "", {} and [] alone names none.
     Of an object its `path` or `url` is the name. What is no name stays."""
+    if isinstance(value, str):  # next to all are
+        return [] if is_blank(value) else [value]
     names = flatten_names(value)
     return [] if all(map(names_nothing, names)) else names
 
@@ -149,7 +153,7 @@ def holds_medium(part: dict[str, Any]) -> bool:
 
 
 def is_data_url(name: Any) -> bool:
-    return isinstance(name, str) and name[:5].lower() == "data:"
+    return isinstance(name, str) and ":" in name and name[:5].lower() == "data:"
 
 
 def list_named_images(entry: dict[str, Any]) -> list[str]:

@@ -378,6 +378,8 @@ def leave_out_second_prompt(entry: dict, repairs: list[str]) -> dict:
 def learn_whole_turns(turns: list[Turn], repairs: list[str]) -> list[Turn]:
     """The same turns; an answer that is to be learned in part is learned. Raises UnusableSample where none is."""
     shares = [learning_of(turn.source) for turn in turns if turn.role == "assistant"]
+    if all(share is True for share in shares):
+        return turns
     if not any(shares):
         raise UnusableSample("nothing_learned", "none of its answers is to be learned (loss, weight or train)")
     if all(share in (0, 1) for share in shares):
@@ -486,7 +488,7 @@ def name_placeholders(turn: Turn) -> list[Medium | None]:
     content = content_of(turn.source)
     if has_parts(content):
         return [read_part(part) for part in content if kind_of(part)]
-    names = named_images(turn.text) if len(turn.pieces) > 1 else []
+    names = named_images(turn.text) if "<img>" in turn.text else []
     own = [Medium("image", (clean_name(name),)) for name in names]
     return own or [None] * (len(turn.pieces) // 2)
 

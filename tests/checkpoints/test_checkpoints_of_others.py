@@ -474,6 +474,7 @@ REFUSED = {
         lambda f: edit_json(f / PROCESSOR, do_normalize=False),
         "has do_normalize False, tokens are made of",
     ),
+    "pixels of 0..255": (lambda f: edit_json(f / PROCESSOR, image_mean=[127.5] * 3), "which are not of pixels in 0..1"),
     "shards of two saves": (
         another_save_beside,
         "stands in model-00001-of-00002.safetensors and in model-00001-of-0000",
