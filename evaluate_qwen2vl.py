@@ -128,7 +128,7 @@ def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> No
     """Ask what has not been answered yet, with one progress bar: every question has two answers, seeing and blind."""
     from tqdm import tqdm
 
-    from dct_qwen2vl.data.media import VideoSampling
+    from dct_qwen2vl.data.videos import VideoSampling
 
     answerer = Answerer(arguments.model_dir, arguments.max_new_tokens, VideoSampling.of(arguments))
     special = answerer.processor.tokenizer.get_added_vocab()

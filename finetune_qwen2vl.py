@@ -35,7 +35,7 @@ def load_processor(config: TrainingConfig, info: ModelInfo):
 
 def build_task_encoder(config: TrainingConfig, info: ModelInfo, rows: bool):
     """rows: of packed rows instead of padded batches."""
-    from dct_qwen2vl.data.media import VideoSampling
+    from dct_qwen2vl.data.videos import VideoSampling
     from task_encoder import PackingTaskEncoder, QwenTaskEncoder
 
     options = {

@@ -27,7 +27,7 @@ class Qwen2VLWithDCT(lmms):
     """A Qwen2-VL directory, answered greedily by answering.Answerer.
 
     min_pixels, max_pixels: of an image or frame; None for the checkpoint's. video_fps, video_max_frames: see
-    `media.VideoSampling`. Raises ValueError for arguments that it has not.
+    `videos.VideoSampling`. Raises ValueError for arguments that it has not.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Qwen2VLWithDCT(lmms):
             raise ValueError(f"--model_args: {NAME} has no {', '.join(sorted(given))}")
         self.accelerator = Accelerator()  # chooses the GPU of this process
         self._rank, self._world_size = self.accelerator.local_process_index, self.accelerator.num_processes
-        from dct_qwen2vl.data.media import VideoSampling
+        from dct_qwen2vl.data.videos import VideoSampling
         from dct_qwen2vl.evaluation.answering import Answerer
 
         sampling = VideoSampling(fps=float(video_fps), max_frames=int(video_max_frames))
@@ -87,7 +87,7 @@ class Qwen2VLWithDCT(lmms):
 
     def _read(self, visual):
         """A PIL image, or the path of an image or video -> its kind and its frames as training reads them."""
-        from dct_qwen2vl.data.media import IMAGE_EXTENSIONS
+        from dct_qwen2vl.data.images import IMAGE_EXTENSIONS
 
         if not isinstance(visual, (str, Path)):
             return "image", self.answerer.media.read("image", visual)

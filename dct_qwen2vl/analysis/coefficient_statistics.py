@@ -153,7 +153,8 @@ def spread(files: list[Path], most: int) -> list[Path]:
 
 def read_images(files: list[Path], skipped: list[str]) -> Iterator["np.ndarray"]:
     """uint8 [H, W, 3]; a file that cannot be used is noted in `skipped` with the reason."""
-    from dct_qwen2vl.data.media import MediaError, decode_image
+    from dct_qwen2vl.data.images import decode_image
+    from dct_qwen2vl.data.reading import MediaError
 
     for file in files:
         try:
@@ -169,7 +170,8 @@ def read_images(files: list[Path], skipped: list[str]) -> Iterator["np.ndarray"]
 
 def read_videos(files: list[Path], skipped: list[str]) -> Iterator["np.ndarray"]:
     """uint8 [T, H, W, 3], two frames a second, but not fewer than a block has and at most four blocks."""
-    from dct_qwen2vl.data.media import MediaError, VideoSampling, decode_video
+    from dct_qwen2vl.data.reading import MediaError
+    from dct_qwen2vl.data.videos import VideoSampling, decode_video
 
     sampling = VideoSampling(fps=2.0, min_frames=BLOCK[0], max_frames=4 * BLOCK[0])
     for file in files:
@@ -423,7 +425,8 @@ def made_by(arguments: argparse.Namespace) -> str:
 def choose_files(arguments: argparse.Namespace) -> tuple[list[Path], list[Path]]:
     """Images and videos to read; says what is left out."""
     from dct_qwen2vl.analysis.natural_images import TABLE_IMAGES, image_path
-    from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+    from dct_qwen2vl.data.images import IMAGE_EXTENSIONS
+    from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS
 
     if not arguments.images and not arguments.videos:
         return [image_path(name) for name in TABLE_IMAGES], []

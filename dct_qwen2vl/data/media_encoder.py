@@ -18,15 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dct_qwen2vl.data.media import (
-    BadSample,
-    VideoSampling,
-    YUVFrames,
-    as_array,
-    counted_frames,
-    media_shape,
-    resize_frames,
-)
+from dct_qwen2vl.data.media import BadSample, as_array, media_shape, resize_frames
+from dct_qwen2vl.data.reading import counted_frames
+from dct_qwen2vl.data.videos import VideoSampling, YUVFrames
 from dct_qwen2vl.dct.image_sizes_dct import target_size
 
 Frames = np.ndarray | YUVFrames
@@ -58,7 +52,7 @@ class PixelFit:
         return cls(factor, image_processor.min_pixels, image_processor.max_pixels, sampling, whole)
 
     def __call__(self, height: int, width: int, frames: int) -> tuple[int, int]:
-        """Height and width, pixels. frames: 1 of an image, `media.counted_frames` of a video. Raises BadSample."""
+        """Height and width, pixels. frames: 1 of an image, `reading.counted_frames` of a video. Raises BadSample."""
         max_pixels = self.max_pixels
         if frames > 1:
             max_pixels = self.sampling.max_frame_pixels(frames, self.min_pixels, self.max_pixels)

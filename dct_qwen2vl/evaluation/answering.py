@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import Qwen2VLProcessor
 
-    from dct_qwen2vl.data.media import VideoSampling
     from dct_qwen2vl.data.media_encoder import Encoded
+    from dct_qwen2vl.data.videos import VideoSampling
 
 
 MEDIA_INPUTS = {  # of the model, by kind: tokens and grids

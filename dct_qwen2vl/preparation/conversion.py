@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError, features
 
-from dct_qwen2vl.data.media import EXIF_ORIENTATION, decode_image, to_rgb
+from dct_qwen2vl.data.images import EXIF_ORIENTATION, decode_image, to_rgb
 from dct_qwen2vl.preparation.entries import UnusableSample
 from dct_qwen2vl.preparation.image_structure import read_layout
 from dct_qwen2vl.preparation.video_conversion import (
@@ -257,7 +257,7 @@ def load_rgb(image: Image.Image, orientation: int | None) -> Image.Image:
 
 
 def downsize(image: Image.Image, data: bytes, orientation: int | None, options: ConversionOptions) -> StoredMedia:
-    """A new JPEG with at most `max_pixels`. A much larger JPEG is decoded at a fraction of its size (media.py)."""
+    """A new JPEG with at most `max_pixels`. A much larger JPEG is decoded at a fraction of its size (images.py)."""
 
     def fit(height: int, width: int, _frames: int = 1) -> tuple[int, int]:
         shrink = math.sqrt(options.max_pixels / (height * width))

@@ -2,9 +2,9 @@
 
 Each shard, by a worker process: size and SHA-256 as in its stats; a sound tar of plain files; keys without dots, the
 parts of a sample side by side; a JSON part that passes conversations.check_entry without repair; media parts that agree
-with its placeholders; every image and every frame of a video decoded, by media.py, as training will; sizes, frames and
-counts as in the stats. Then the set: no key twice, no image in two splits, totals as in stats.json, skipped.jsonl,
-the filtered metadata and Energon's split.
+with its placeholders; every image and every frame of a video decoded as training will (images.py, videos.py); sizes,
+frames and counts as in the stats. Then the set: no key twice, no image in two splits, totals as in stats.json,
+skipped.jsonl, the filtered metadata and Energon's split.
 """
 
 import io
@@ -23,14 +23,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from dct_qwen2vl.common.scripts import UserError
-from dct_qwen2vl.data.media import (
-    IMAGE_EXTENSIONS,
-    VIDEO_EXTENSIONS,
-    MediaError,
-    VideoSampling,
-    decode_image,
-    decode_video,
-)
+from dct_qwen2vl.data.images import IMAGE_EXTENSIONS, decode_image
+from dct_qwen2vl.data.reading import MediaError
+from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS, VideoSampling, decode_video
 from dct_qwen2vl.preparation.entries import DECODER, UnusableSample, check_entry, read_turns
 from dct_qwen2vl.preparation.metadata import MetadataReader, PreparationError
 from dct_qwen2vl.preparation.output_folder import (

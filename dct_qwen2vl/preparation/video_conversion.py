@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from dct_qwen2vl.data.media import VIDEO_FORMATS, VideoSampling, exchanges_axes, media_shape, orientation
+from dct_qwen2vl.data.media import media_shape
+from dct_qwen2vl.data.videos import VIDEO_FORMATS, VideoSampling, exchanges_axes, orientation
 from dct_qwen2vl.preparation.entries import UnusableSample
 
 MAXIMUM_FRAME_PIXELS = 8192 * 4320  # 8K

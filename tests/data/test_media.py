@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dct_qwen2vl.data.media import MediaError, VideoSampling, as_array, decode_image, decode_video, media_shape
+from dct_qwen2vl.data.images import decode_image
+from dct_qwen2vl.data.media import as_array, media_shape
+from dct_qwen2vl.data.reading import MediaError
+from dct_qwen2vl.data.videos import VideoSampling, decode_video
 
 COLOURS = {"r": (255, 0, 0), "g": (0, 255, 0), "b": (0, 0, 255), "w": (255, 255, 255), "k": (0, 0, 0)}
 

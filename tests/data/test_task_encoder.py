@@ -31,11 +31,13 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGenerat
 
 import evaluate_qwen2vl
 import finetune_qwen2vl
+from dct_qwen2vl.data.images import decode_image
 from dct_qwen2vl.data.loader import EnergonDataModule, end_loader_processes, energon_state_classes
-from dct_qwen2vl.data.media import VideoSampling, decode_image, decode_video, part_order
+from dct_qwen2vl.data.media import part_order
 from dct_qwen2vl.data.media_encoder import PixelFit
 from dct_qwen2vl.data.positions import mrope_positions
 from dct_qwen2vl.data.samples import ConversationSample, EncodedSample, QwenBatch, TooManyBadSamples, cook, read_samples
+from dct_qwen2vl.data.videos import VideoSampling, decode_video
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 from dct_qwen2vl.training import config

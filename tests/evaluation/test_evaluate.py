@@ -21,8 +21,9 @@ from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 import evaluate_qwen2vl
 from dct_qwen2vl.checkpoints.hf_folder import load_image_processor
 from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError
-from dct_qwen2vl.data.media import VideoSampling, YUVFrames, as_array
+from dct_qwen2vl.data.media import as_array
 from dct_qwen2vl.data.samples import IGNORE_INDEX
+from dct_qwen2vl.data.videos import VideoSampling, YUVFrames
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.evaluation import questions as reading
 from dct_qwen2vl.evaluation.answer_file import AnswerFile

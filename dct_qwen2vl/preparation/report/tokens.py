@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dct_qwen2vl.data.conversations import DEFAULT_SYSTEM
-from dct_qwen2vl.data.media import VideoSampling
+from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.preparation.entries import Turn
 from dct_qwen2vl.preparation.metadata import PreparationError
 from dct_qwen2vl.preparation.report.statistics import Statistics
