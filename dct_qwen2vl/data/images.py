@@ -15,6 +15,9 @@ from dct_qwen2vl.dct.image_colours_dct import pil_to_rgb
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 EXIF_ORIENTATION = 0x0112  # EXIF 2.32
 TURNED = (5, 6, 7, 8)  # the orientations that exchange height and width
+# How many times as large as the target a JPEG must still be where libjpeg scales it down while decoding. libjpeg leaves
+# out the high frequencies of its blocks; the bicubic filter behind it then hides most of that (docs/tokens.md).
+DRAFT_FACTOR = 2
 # PIL raises all of these for files that are broken in one way or another.
 IMAGE_ERRORS = (
     OSError,
@@ -36,9 +39,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def decode_image(data: bytes, fit: Fit | None = None) -> np.ndarray:
     """Image file -> uint8 RGB [H, W, 3] of the size that `fit` gives (None: its own). Raises MediaError.
 
-    Resizing is PIL's bicubic, the image processor's. A JPEG of at least twice the size in both directions is decoded at
-    a half, a quarter or an eighth, never below the target: libjpeg leaves out the high frequencies of its blocks. A fit
-    that is `whole` forbids that.
+    Resizing is PIL's bicubic, the image processor's. A JPEG of at least four times the size in both directions is
+    decoded at a half, a quarter or an eighth, never below DRAFT_FACTOR times the target. A fit that is `whole` forbids
+    that.
     """
     with readable("image", IMAGE_ERRORS):
         image = Image.open(io.BytesIO(data))
@@ -54,7 +57,7 @@ def _resize_image(image: Image.Image, target: tuple[int, int], turned: bool, who
     """An opened image file as RGB with the displayed height and width `target`."""
     height, width = target
     stored_size = (height, width) if turned else (width, height)  # PIL's order is width, height
-    draft = None if whole else image.draft("RGB", stored_size)
+    draft = None if whole else image.draft("RGB", tuple(DRAFT_FACTOR * side for side in stored_size))
     if draft is None:  # or no JPEG
         return to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
     image = image if image.mode == "RGB" else image.convert("RGB")

@@ -34,7 +34,8 @@ class YUVFrames:
     """A video as C-contiguous 4:2:0 planes.
 
     luma uint8 [T, H, W], H and W even; cb, cr uint8 [T, H/2, W/2], each sample at the centre of its 2x2 luma samples.
-    matrix: "bt601" or "bt709". full_range: values use 0..255; otherwise luma uses 16..235, cb and cr 16..240.
+    matrix: "bt601" or "bt709". full_range: values use 0..255; otherwise luma is clipped to 16..235, cb and cr to
+    16..240, as conversion to RGB does.
     """
 
     luma: np.ndarray
@@ -299,7 +300,7 @@ class _Video:
         # 4:4:4 at half the size has chroma at the centres, wherever 4:2:0 of this file has it (MPEG-2, H.264: left).
         # And FFmpeg 8 leaves rows of 4:2:0 chroma unwritten when it only copies a frame.
         _, *chroma = _views(self._scale(frame, "yuv444p", height // 2, width // 2, self._range))
-        return [luma, *chroma]
+        return [luma, *chroma] if self._range == FULL else [_clip(luma, 235), *(_clip(plane, 240) for plane in chroma)]
 
     def _scale(self, frame: Any, pixel_format: str, height: int, width: int, color_range: int) -> Any:
         from av.video.reformatter import VideoReformatter
@@ -317,6 +318,11 @@ class _Video:
             interpolation=SCALER_FLAGS,
             threads=self.threads,
         )
+
+
+def _clip(plane: np.ndarray, highest: int) -> np.ndarray:
+    """Cameras write luma over white and below black, which RGB cannot show."""
+    return plane.clip(16, highest)
 
 
 def _views(frame: Any) -> list[np.ndarray]:

@@ -511,7 +511,7 @@ def test_images_are_resized_as_the_processor_would(tokenizer, processor, image_f
 def test_large_jpegs_are_scaled_while_they_are_decoded_but_not_to_pixels(
     tokenizer, processor, image_file, natural_frames
 ):
-    data = image_file(natural_frames(1, 500, 740)[0], "JPEG", quality=90)
+    data = image_file(natural_frames(1, 1000, 1480)[0], "JPEG", quality=90)
     encoder = QwenTaskEncoder(tokenizer, processor)
     encoded = encoder.encode(sample(llava("<image>", "a"), ("image", data)))
     read = decode_image(data, PixelFit.of(processor, VideoSampling()))

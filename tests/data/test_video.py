@@ -768,3 +768,19 @@ def test_the_scaler_is_close_to_the_image_processors(natural_frames):
         expected = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames]
         error = found.astype(float) - np.stack([np.asarray(image) for image in expected])
         assert 10 * np.log10(255**2 / np.mean(error**2)) > 45
+
+
+def test_planes_are_clipped_to_what_rgb_shows():
+    """Luma over 235 is white, as in RGB; full-range planes stay."""
+    shapes = [(32, 48), (16, 24), (16, 24)]
+    frames = [flat(codes, shapes) for codes in ((255, 128, 128), (1, 128, 128), (120, 250, 5), (235, 240, 16))]
+    limited, full = (
+        decode_video(video(frames, color_range=RANGE_CODE[name]), EVERY_FRAME, planes=True)
+        for name in ("limited", "full")
+    )
+    assert limited.luma[:, 0, 0].tolist() == [235, 16, 120, 235]
+    assert limited.cb[:, 0, 0].tolist() == [128, 128, 240, 240] and limited.cr[:, 0, 0].tolist() == [128, 128, 16, 16]
+    assert [plane[:, 0, 0].tolist() for plane in (full.luma, full.cb)] == [[255, 1, 120, 235], [128, 128, 250, 240]]
+    white, black = decode_video(video(frames, color_range=RANGE_CODE["limited"]), EVERY_FRAME)[:2, 0, 0]
+    assert white.tolist() == [255] * 3 and black.tolist() == [0] * 3
+    assert_well_formed(limited, 4, 32, 48)
