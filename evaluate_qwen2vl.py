@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dct_qwen2vl.checkpoints.inspection import check_checkpoint
+from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.files import write_bytes, write_json
 from dct_qwen2vl.common.scripts import run_main
 from dct_qwen2vl.data.energon_files import read_splits
+from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines, digest_files
 from dct_qwen2vl.evaluation.answering import Answerer, answer_all
 from dct_qwen2vl.evaluation.questions import ASKED_AT_ONCE, Reading, in_rounds, read_questions
@@ -28,19 +30,10 @@ from dct_qwen2vl.evaluation.scoring import accuracies, describe_answers, table
 if TYPE_CHECKING:
     pass
 
-ANSWERS_VERSION = 2  # raised when other answers would be given by the same model to the same questions
+ANSWERS_VERSION = 3  # raised when other answers would be given by the same model to the same questions
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.py")  # not what else may be put beside them
 # What the answers depend on, and which questions there are.
-OPTIONS = (
-    "split",
-    "limit",
-    "batch_size",
-    "max_new_tokens",
-    "video_fps",
-    "video_min_frames",
-    "video_max_frames",
-    "video_total_pixels",
-)
+OPTIONS = ("split", "limit", "batch_size", "max_new_tokens")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -54,15 +47,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="most questions (default: all)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered at a time")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer, tokens")
-    parser.add_argument("--video-fps", type=float, default=2.0, help="frames read from a second of a video")
-    parser.add_argument("--video-min-frames", type=int, default=4, help="least frames read from a video that has them")
-    parser.add_argument("--video-max-frames", type=int, default=768, help="most frames read from a video")
-    parser.add_argument(
-        "--video-total-pixels",
-        type=int,
-        default=24_576 * 28 * 28,
-        help="most pixels of a video, two frames counted as one",
-    )
+    as_trained = parser.add_argument_group("videos", "where not given: as the model was trained, which its files say")
+    as_trained.add_argument("--video-fps", type=float, help="frames read from a second of a video")
+    as_trained.add_argument("--video-min-frames", type=int, help="least frames read from a video that has them")
+    as_trained.add_argument("--video-max-frames", type=int, help="most frames read from a video")
+    as_trained.add_argument("--video-total-pixels", type=int, help="most pixels of a video, two frames counted as one")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -74,14 +63,24 @@ def check(arguments: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for name in ("video_fps", "video_min_frames", "video_max_frames", "video_total_pixels"):
-        if not getattr(arguments, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be over 0, got {getattr(arguments, name)}")
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be over 0, got {value}")
     if not (arguments.model_dir / "config.json").is_file():
         raise ValueError(f"no model in {arguments.model_dir} (no config.json): give --model-dir a run's hf folder")
     check_checkpoint(arguments.model_dir)
+    sampling_of(arguments)
     if not read_splits(arguments.data_dir, (arguments.split,))[arguments.split]:
         raise ValueError(f"the {arguments.split} split of {arguments.data_dir} holds no shard: choose another --split")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def sampling_of(arguments: argparse.Namespace) -> VideoSampling:
+    """What is read of a video: what was given, else what the model's files say, else Qwen2-VL's. Raises
+    CheckpointError."""
+    flags = {name: getattr(arguments, f"video_{name}") for name in vars(VideoSampling())}
+    given = {name: value for name, value in flags.items() if value is not None}
+    return VideoSampling(**{**saved_sampling(arguments.model_dir), **given})
 
 
 def describe_settings(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -94,7 +93,9 @@ def describe_settings(arguments: argparse.Namespace) -> dict[str, dict[str, Any]
         "--model-dir": digest_files(arguments.model_dir, *MODEL_FILES),
         "--data-dir": digest_files(arguments.data_dir, "**/*.tar", ".nv-meta/*.yaml"),
     }
-    options = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in OPTIONS}
+    values = {name: getattr(arguments, name) for name in OPTIONS}
+    values |= {f"video_{name}": value for name, value in vars(sampling_of(arguments)).items()}
+    options = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
     return {"options": options, "files": files, "others": {"version": ANSWERS_VERSION, "device": device, **versions}}
 
 
@@ -128,9 +129,7 @@ def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> No
     """Ask what has not been answered yet, with one progress bar: every question has two answers, seeing and blind."""
     from tqdm import tqdm
 
-    from dct_qwen2vl.data.videos import VideoSampling
-
-    answerer = Answerer(arguments.model_dir, arguments.max_new_tokens, VideoSampling.of(arguments))
+    answerer = Answerer(arguments.model_dir, arguments.max_new_tokens, sampling_of(arguments))
     special = answerer.processor.tokenizer.get_added_vocab()
     source = (arguments.data_dir, arguments.split, arguments.limit)
     questions = read_questions(*source, answerer.media.read, special, reading)

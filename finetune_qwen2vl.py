@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from dct_qwen2vl.checkpoints.inspection import read_config, time_step
-from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.training import run_lock
 from dct_qwen2vl.training.checks import check, check_ranges, choose_engine, choose_precision
@@ -120,10 +119,11 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
 
 def write_stock_form(config: TrainingConfig, model_dir: Path) -> None:
     """RUN_DIR/hf from the trained coefficient form; its video processor samples frames as the run did."""
-    from dct_qwen2vl.checkpoints.stock_form import VIDEO_PROCESSOR, to_stock
+    from dct_qwen2vl.checkpoints.stock_form import to_stock
+    from dct_qwen2vl.checkpoints.video_sampling import write_sampling
+    from dct_qwen2vl.data.videos import VideoSampling
 
-    sampling = {name: getattr(config, f"video_{name}") for name in ("fps", "min_frames", "max_frames")}
-    write_json(model_dir / VIDEO_PROCESSOR, sampling)  # goes along on the way to the stock form and back
+    write_sampling(model_dir, vars(VideoSampling.of(config)))  # goes along on the way to the stock form and back
     to_stock(model_dir, config.run_dir / "hf", force=True)
 
 

@@ -28,6 +28,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     unfolded_format,
     with_patch,
 )
+from dct_qwen2vl.checkpoints.video_sampling import write_sampling
 
 if TYPE_CHECKING:
     import torch
@@ -187,6 +188,7 @@ def convert(
         copy_other_files(model_dir, temporary)
         write_json(temporary / "config.json", converted_config(config, dct.num_coefficients))
         processor.save_pretrained(temporary)
+        write_sampling(temporary)
         return write_shards(folded_tensors(files, dct), temporary, shard_bytes)
 
 
