@@ -7,6 +7,7 @@ with the EXIF orientation or the display matrix applied.
 """
 
 import unicodedata
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from dct_qwen2vl.data.images import IMAGE_ERRORS, decode_image, image_shape, is_turned, to_rgb
 from dct_qwen2vl.data.reading import Fit, MediaError, counted_frames, displayed_size, readable
 from dct_qwen2vl.data.videos import VideoSampling, YUVFrames, decode_video, video_shape
+from dct_qwen2vl.dct.image_sizes_dct import target_size
 
 
 def part_order(name: str) -> tuple[int, str]:
@@ -89,3 +91,37 @@ class BadSample(ValueError):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(detail or reason)
         self.reason = reason
+
+
+@dataclass(frozen=True)
+class PixelFit:
+    """The size to which `as_array` resizes what a processor reads, so that nothing is left for it to resize (a `Fit`).
+
+    factor: height and width become multiples of it, pixels. min_pixels, max_pixels: bounds of H*W of an image or
+    frame. The frames of a video share `sampling.total_pixels`, an image has no share in it. Where no multiple lies
+    between min_pixels and a frame's share, the frame gets less than min_pixels. whole: JPEGs are decoded at their own
+    size, as for the image processor of pixels, which a pixel baseline is to equal.
+    """
+
+    factor: int
+    min_pixels: int
+    max_pixels: int
+    sampling: VideoSampling
+    whole: bool = False
+
+    @classmethod
+    def of(cls, image_processor, sampling: VideoSampling) -> "PixelFit":
+        """For any processor with Qwen2VLImageProcessor's attributes."""
+        factor = image_processor.patch_size * image_processor.merge_size
+        whole = getattr(image_processor, "dct_config", None) is None
+        return cls(factor, image_processor.min_pixels, image_processor.max_pixels, sampling, whole)
+
+    def __call__(self, height: int, width: int, frames: int) -> tuple[int, int]:
+        """Height and width, pixels. frames: 1 of an image, `reading.counted_frames` of a video. Raises BadSample."""
+        max_pixels = self.max_pixels
+        if frames > 1:
+            max_pixels = self.sampling.max_frame_pixels(frames, self.min_pixels, self.max_pixels)
+        try:
+            return target_size(height, width, self.factor, self.min_pixels, max_pixels)
+        except ValueError as error:  # an aspect ratio over 200
+            raise BadSample("unusable_media", str(error)) from error

@@ -23,6 +23,7 @@ WITHOUT_TORCH = (
     *(
         "common",
         "checkpoints/inspection.py",
+        "checkpoints/video_sampling.py",
         "dct/configuration_dct.py",
         "dct/image_colours_dct.py",
         "dct/image_sizes_dct.py",
@@ -35,6 +36,7 @@ WITHOUT_TORCH = (
         "data/positions.py",
         "data/reading.py",
         "data/videos.py",
+        "evaluation/served_media.py",
         "preparation",
         "training/config.py",
         "training/checks.py",
