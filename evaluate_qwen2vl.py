@@ -7,6 +7,10 @@ and numbers are the same. Every question of a conversation is asked on its own, 
 model and questions, every image and frame grey; what it still gets right needs no eyes. An answer is right if it
 equals the reference but for case, white space and a final full stop. If it is killed, the same command goes on
 (answer_file.py).
+
+    python evaluate_qwen2vl.py --compare experiments/E/hf_dct experiments/E/hf --data-dir SHARDS --output-dir COMPARED
+
+compares two forms of a model (comparison.py): logits and greedy answers on a few samples, and how media were read.
 """
 
 import argparse
@@ -24,6 +28,8 @@ from dct_qwen2vl.data.energon_files import read_splits
 from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines, digest_files
 from dct_qwen2vl.evaluation.answering import Answerer, answer_all
+from dct_qwen2vl.evaluation.comparison import compare
+from dct_qwen2vl.evaluation.comparison import table as table_of_comparison
 from dct_qwen2vl.evaluation.questions import ASKED_AT_ONCE, Reading, in_rounds, read_questions
 from dct_qwen2vl.evaluation.scoring import accuracies, describe_answers, table
 
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
     pass
 
 ANSWERS_VERSION = 3  # raised when other answers would be given by the same model to the same questions
+LIMIT_TO_COMPARE = 4  # questions
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.py")  # not what else may be put beside them
 # What the answers depend on, and which questions there are.
 OPTIONS = ("split", "limit", "batch_size", "max_new_tokens")
@@ -40,11 +47,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model-dir", type=Path, required=True, help="fine-tuned Hugging Face directory")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--model-dir", type=Path, help="fine-tuned Hugging Face directory")
+    asked.add_argument("--compare", type=Path, nargs=2, metavar=("DIR_A", "DIR_B"), help="two forms of a model: are "
+                       "their logits and answers equal? The exit status is 1 if not")  # fmt: skip
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of prepared shards")
-    parser.add_argument("--output-dir", type=Path, required=True, help="gets predictions.jsonl and accuracy.json")
+    parser.add_argument("--output-dir", type=Path, required=True, help="gets predictions.jsonl and accuracy.json, "
+                        "or comparison.json and comparison.jsonl")  # fmt: skip
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="which part is asked")
-    parser.add_argument("--limit", type=int, help="most questions (default: all)")
+    parser.add_argument("--limit", type=int, help="most questions (default: all; to compare: 4)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered at a time")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer, tokens")
     as_trained = parser.add_argument_group("videos", "where not given: as the model was trained, which its files say")
@@ -66,10 +77,12 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be over 0, got {value}")
-    if not (arguments.model_dir / "config.json").is_file():
-        raise ValueError(f"no model in {arguments.model_dir} (no config.json): give --model-dir a run's hf folder")
-    check_checkpoint(arguments.model_dir)
-    sampling_of(arguments)
+    for model_dir in arguments.compare or [arguments.model_dir]:
+        if not (model_dir / "config.json").is_file():
+            flag = "--compare" if arguments.compare else "--model-dir"
+            raise ValueError(f"no model in {model_dir} (no config.json): give {flag} a run's hf folder")
+        check_checkpoint(model_dir)
+        saved_sampling(model_dir)
     if not read_splits(arguments.data_dir, (arguments.split,))[arguments.split]:
         raise ValueError(f"the {arguments.split} split of {arguments.data_dir} holds no shard: choose another --split")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
@@ -78,9 +91,13 @@ def check(arguments: argparse.Namespace) -> None:
 def sampling_of(arguments: argparse.Namespace) -> VideoSampling:
     """What is read of a video: what was given, else what the model's files say, else Qwen2-VL's. Raises
     CheckpointError."""
+    return VideoSampling(**{**saved_sampling(arguments.model_dir), **given_sampling(arguments)})
+
+
+def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `VideoSampling` that have a flag on the command line."""
     flags = {name: getattr(arguments, f"video_{name}") for name in vars(VideoSampling())}
-    given = {name: value for name, value in flags.items() if value is not None}
-    return VideoSampling(**{**saved_sampling(arguments.model_dir), **given})
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def describe_settings(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -158,6 +175,16 @@ def summarise(arguments: argparse.Namespace, answers: list[dict[str, Any]], read
     }
 
 
+def compare_forms(arguments: argparse.Namespace) -> int:
+    """Prints and writes what two models have in common. Returns 1 where their logits differ."""
+    models, limit = tuple(arguments.compare), arguments.limit or LIMIT_TO_COMPARE
+    source = (arguments.data_dir, arguments.split, limit, arguments.max_new_tokens)
+    found = compare(models, *source, given_sampling(arguments))
+    found.write(arguments.output_dir)
+    print(table_of_comparison(found))
+    return int(not found.equal)
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     errors = (ValueError, OSError)
@@ -166,6 +193,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def answer(arguments: argparse.Namespace) -> int:
     check(arguments)
+    if arguments.compare:
+        return compare_forms(arguments)
     evaluate(arguments)
     print(f"Predictions are in {arguments.output_dir / 'predictions.jsonl'}")
     return 0

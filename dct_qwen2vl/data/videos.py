@@ -368,11 +368,24 @@ def _turn(frames: np.ndarray, orientation: tuple[int, int, int, int]) -> np.ndar
 
 
 def video_shape(data: bytes, sampling: VideoSampling) -> tuple[int, int, int]:
+    """Height and width as stored, and how many frames are read; from headers and packets. Raises MediaError."""
+    size, indices = _inspect(data, sampling)
+    return *size, len(indices)
+
+
+def frame_indices(data: bytes, sampling: VideoSampling) -> list[int]:
+    """Numbers of the frames that `decode_video` reads, ascending, in the order in which they are shown. Raises
+    MediaError."""
+    return _inspect(data, sampling)[1].tolist()
+
+
+def _inspect(data: bytes, sampling: VideoSampling) -> tuple[tuple[int, int], np.ndarray]:
+    """-> height and width as stored, numbers of the frames that are read."""
     import av
 
     with readable("video", (av.FFmpegError, OSError, IndexError)), _open(data, threads=1) as (container, stream):
         packets, rate = _packets(container, stream), float(stream.average_rate or 0)
         stamps = _usable_stamps(container, packets)
         seconds = np.array(stamps, np.float64) * float(stream.time_base or 0)
-        count = len(sampling.indices_at(seconds, rate)) if stamps else sampling.count(_shown(packets), rate)
-        return stream.codec_context.height, stream.codec_context.width, count
+        indices = sampling.indices_at(seconds, rate) if stamps else sampling.indices(_shown(packets), rate)
+        return (stream.codec_context.height, stream.codec_context.width), indices
