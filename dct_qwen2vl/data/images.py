@@ -7,7 +7,7 @@ orientation applied.
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from dct_qwen2vl.data.reading import Fit, displayed_size, readable
 from dct_qwen2vl.dct.image_colours_dct import pil_to_rgb
@@ -15,6 +15,9 @@ from dct_qwen2vl.dct.image_colours_dct import pil_to_rgb
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 EXIF_ORIENTATION = 0x0112  # EXIF 2.32
 TURNED = (5, 6, 7, 8)  # the orientations that exchange height and width
+# Bytes of one text chunk or colour profile of a PNG, and of all its text, decompressed. Pillow's own limit for one is
+# 1 MiB, which editors' histories and printers' profiles exceed; its limit for all text stays.
+MAXIMUM_PNG_TEXT = PngImagePlugin.MAX_TEXT_MEMORY
 # How many times as large as the target a JPEG must still be where libjpeg scales it down while decoding. libjpeg leaves
 # out the high frequencies of its blocks; the bicubic filter behind it then hides most of that (docs/tokens.md).
 DRAFT_FACTOR = 2
@@ -36,6 +39,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return pil_to_rgb(ImageOps.exif_transpose(image))
 
 
+def open_image(data: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """An image file, its header read. formats: Pillow's names, None for all. Raises what Pillow raises."""
+    PngImagePlugin.MAX_TEXT_CHUNK = MAXIMUM_PNG_TEXT
+    return Image.open(io.BytesIO(data), formats=formats)
+
+
 def decode_image(data: bytes, fit: Fit | None = None) -> np.ndarray:
     """Image file -> uint8 RGB [H, W, 3] of the size that `fit` gives (None: its own). Raises MediaError.
 
@@ -44,7 +53,7 @@ def decode_image(data: bytes, fit: Fit | None = None) -> np.ndarray:
     that.
     """
     with readable("image", IMAGE_ERRORS):
-        image = Image.open(io.BytesIO(data))
+        image = open_image(data)
         turned = image.getexif().get(EXIF_ORIENTATION) in TURNED
     with image:
         target = fit(*displayed_size(image, turned), 1) if fit else None
@@ -66,7 +75,7 @@ def _resize_image(image: Image.Image, target: tuple[int, int], turned: bool, who
 
 
 def image_shape(data: bytes) -> tuple[int, int, int]:
-    with readable("image", IMAGE_ERRORS), Image.open(io.BytesIO(data)) as image:
+    with readable("image", IMAGE_ERRORS), open_image(data) as image:
         return *displayed_size(image, is_turned(image)), 1
 
 

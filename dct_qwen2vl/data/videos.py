@@ -27,6 +27,8 @@ SCALER_FLAGS = 0x4 | 0x40000 | 0x2000 | 0x4000
 BT709, BT601 = 1, 5
 BT601_ALIKE = (0, 2, 3, 4, 5, 6)
 LIMITED, FULL = 1, 2
+DEFAULT_BONUS = 5_000_000  # pixels
+STILL_CODECS = ("mjpeg", "png", "bmp", "gif", "webp", "tiff")  # of covers; a film of JPEGs is a file's only stream
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def _read_counted(
 
 @contextmanager
 def _open(data: bytes, threads: int) -> Iterator[tuple[Any, Any]]:
-    """-> container and first video stream."""
+    """-> container and the stream that is the film."""
     import av
 
     # torchvision, when imported, has FFmpeg's messages go to Python: a decoder's thread then waits for the interpreter
@@ -182,14 +184,32 @@ def _open(data: bytes, threads: int) -> Iterator[tuple[Any, Any]]:
     av.logging.set_level(None)
     options = {"format_whitelist": VIDEO_FORMATS}
     with av.open(io.BytesIO(data), metadata_errors="ignore", options=options) as container:
-        if not container.streams.video:
+        stream = film_of(container)
+        if stream is None:
             raise MediaError("not a readable video: it has no video")
-        stream = container.streams.video[0]
         if stream.codec_context is None:  # decoding it would crash the process in PyAV < 18.1
             raise MediaError("not a readable video: its codec is unknown")
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = threads
         yield container, stream
+
+
+def film_of(container: Any) -> Any | None:
+    """The video stream that the ffmpeg command takes where it is not told: the one of most pixels, to which being the
+    default adds 5 megapixels (ffmpeg_mux_init.c, map_auto_video). None without one.
+
+    A cover that is attached to the file is no film, and a single picture is one only where there is nothing else.
+    """
+    from av.stream import Disposition
+
+    def rank(stream: Any) -> tuple[bool, int]:
+        context = stream.codec_context
+        pixels = context.height * context.width if context else 0
+        is_still = stream.frames == 1 or (context is not None and context.name in STILL_CODECS)
+        return not is_still, pixels + (DEFAULT_BONUS if stream.disposition & Disposition.default else 0)
+
+    films = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
+    return max(films, key=rank, default=None)
 
 
 def _packets(container: Any, stream: Any) -> list:

@@ -7,7 +7,6 @@ frames and counts as in the stats. Then the set: no key twice, no image in two s
 skipped.jsonl, the filtered metadata and Energon's split.
 """
 
-import io
 import json
 import re
 import tarfile
@@ -19,11 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from dct_qwen2vl.common.scripts import UserError
-from dct_qwen2vl.data.images import IMAGE_EXTENSIONS, decode_image
+from dct_qwen2vl.data.images import IMAGE_EXTENSIONS, decode_image, open_image
 from dct_qwen2vl.data.reading import MediaError
 from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS, VideoSampling, decode_video
 from dct_qwen2vl.preparation.entries import DECODER, UnusableSample, check_entry, read_turns
@@ -261,7 +259,7 @@ def is_copy(data: bytes) -> bool:
     """Whether an image was not encoded by this tool, which makes baseline RGB JPEGs without chroma subsampling. Two
     different files may have become one and the same of those."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             factors = {(component[1], component[2]) for component in getattr(image, "layer", [])}
             return image.format != "JPEG" or image.mode != "RGB" or "progressive" in image.info or factors != {(1, 1)}
     except Exception:  # a broken one, which is said elsewhere
