@@ -98,8 +98,11 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
         if config.warmup_steps >= config.max_steps:
             print(f"Note: --warmup-steps {config.warmup_steps} of --max-steps {config.max_steps}: the learning "
                   "rate does not come down again from --lr, or never gets there", flush=True)  # fmt: skip
+        if not (config.run_dir / "comparison" / "before" / "comparison.json").is_file():
+            compare_forms(config, info, "before", config.model_dir)
     import lightning.pytorch as pl
 
+    from dct_qwen2vl.training.final_model import write_stock_form
     from dct_qwen2vl.training.profile_step import ProfileStep
 
     pl.seed_everything(config.seed)
@@ -111,20 +114,24 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
         # Nothing is compiled; Megatron-core, which NeMo imports, would start processes that could.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from dct_qwen2vl.training import automodel as chosen
-    export_dir = config.run_dir / ("hf_dct" if info.dct else "hf")
-    chosen.run(config, data, data.task_encoder.image_processor.merge_size, callbacks, export_dir)
-    if info.dct and config.rank == 0:
-        write_stock_form(config, export_dir)
+    chosen.run(config, info, data, data.task_encoder.image_processor.merge_size, callbacks)
+    if config.rank == 0:
+        write_stock_form(info, config.run_dir)
+        compare_forms(config, info, "after", config.run_dir / "hf_dct", config.run_dir / "hf")
 
 
-def write_stock_form(config: TrainingConfig, model_dir: Path) -> None:
-    """RUN_DIR/hf from the trained coefficient form; its video processor samples frames as the run did."""
-    from dct_qwen2vl.checkpoints.stock_form import to_stock
-    from dct_qwen2vl.checkpoints.video_sampling import write_sampling
+def compare_forms(
+    config: TrainingConfig, info: ModelInfo, when: str, model_dir: Path, stock_dir: Path | None = None
+) -> None:
+    """Writes to RUN_DIR/comparison/WHEN whether a DCT model and its stock form give the same logits."""
+    if not info.dct or not config.compare_samples:
+        return
     from dct_qwen2vl.data.videos import VideoSampling
+    from dct_qwen2vl.evaluation.comparison import compare_for_run
 
-    write_sampling(model_dir, vars(VideoSampling.of(config)))  # goes along on the way to the stock form and back
-    to_stock(model_dir, config.run_dir / "hf", force=True)
+    folder, reading = config.run_dir / "comparison" / when, vars(VideoSampling.of(config))
+    source = (config.data_dir, config.compare_samples)
+    compare_for_run(folder, model_dir, stock_dir, *source, sampling=reading, bounds=config.pixel_bounds)
 
 
 def explain(error: Exception) -> str | None:

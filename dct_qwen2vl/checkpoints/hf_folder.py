@@ -9,6 +9,7 @@ from transformers import Qwen2VLImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, remedy
+from dct_qwen2vl.checkpoints.video_sampling import write_sampling
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 
 
@@ -38,6 +39,13 @@ def let_others_read(folder: Path) -> None:
     """The weights of a Hugging Face directory get the permissions of its other files."""
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes 0600
+
+
+def write_reading(folder: Path, bounds: dict[str, int], sampling: dict[str, Any] | None) -> None:
+    """The processors of a Hugging Face directory get what the run was trained with: `write_pixel_bounds`, and fields of
+    `VideoSampling`."""
+    write_pixel_bounds(folder, bounds)
+    write_sampling(folder, sampling)
 
 
 def write_pixel_bounds(folder: Path, bounds: dict[str, int]) -> None:

@@ -15,9 +15,9 @@ from dct_qwen2vl.dct.image_colours_dct import pil_to_rgb
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 EXIF_ORIENTATION = 0x0112  # EXIF 2.32
 TURNED = (5, 6, 7, 8)  # the orientations that exchange height and width
-# Bytes of one text chunk or colour profile of a PNG, and of all its text, decompressed. Pillow's own limit for one is
-# 1 MiB, which editors' histories and printers' profiles exceed; its limit for all text stays.
-MAXIMUM_PNG_TEXT = PngImagePlugin.MAX_TEXT_MEMORY
+# Bytes to which one text chunk or colour profile of a PNG may unpack. Pillow's own limit is 1 MiB, which editors'
+# histories and printers' profiles exceed; its limit of 64 MiB for all text of a file stays.
+MAXIMUM_PNG_CHUNK = 16 << 20
 # How many times as large as the target a JPEG must still be where libjpeg scales it down while decoding. libjpeg leaves
 # out the high frequencies of its blocks; the bicubic filter behind it then hides most of that (docs/tokens.md).
 DRAFT_FACTOR = 2
@@ -41,7 +41,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def open_image(data: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
     """An image file, its header read. formats: Pillow's names, None for all. Raises what Pillow raises."""
-    PngImagePlugin.MAX_TEXT_CHUNK = MAXIMUM_PNG_TEXT
+    PngImagePlugin.MAX_TEXT_CHUNK = MAXIMUM_PNG_CHUNK
     return Image.open(io.BytesIO(data), formats=formats)
 
 

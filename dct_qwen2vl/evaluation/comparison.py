@@ -9,7 +9,9 @@ as this repository reads the stock form makes of it: RGB in place of a video's p
 
 import gc
 import math
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -30,6 +32,7 @@ from dct_qwen2vl.evaluation.questions import Question, read_questions
 
 if TYPE_CHECKING:
     from dct_qwen2vl.data.media_encoder import Frames, MediaEncoder
+    from dct_qwen2vl.evaluation.answering import Answerer
     from dct_qwen2vl.evaluation.forward_passes import Pass
 
 SCANNED = 256  # questions among which some are chosen
@@ -85,6 +88,7 @@ def compare(
     limit: int = 4,
     max_new_tokens: int = NEW_TOKENS,
     sampling: dict[str, Any] | None = None,
+    bounds: dict[str, int] | None = None,
 ) -> Comparison:
     """Asks both models the same questions, one model at a time, in float32.
 
@@ -92,17 +96,58 @@ def compare(
     split: None for the first of test, val and train that has a sample.
     limit: questions, of as many kinds of media as there are.
     sampling: fields of `VideoSampling` in place of those that the models' files say.
+    bounds: min_pixels and max_pixels, likewise.
 
     Raises UserError where there is nothing to ask.
     """
     split = split or first_split(data_dir)
     samplings = [VideoSampling(**{**saved_sampling(model), **(sampling or {})}) for model in models]
-    samples = read_all(models, samplings, data_dir, split, limit)
+    samples = read_all(models, samplings, data_dir, split, limit, bounds or {})
     if not samples:
         raise UserError(f"the {split} split of {data_dir} has no questions to ask: choose another --split")
-    passes = ask_all(models, samplings, samples, max_new_tokens)
+    passes = ask_all(models, samplings, samples, max_new_tokens, bounds or {})
     lines = [line_of(sample, *answers) for sample, answers in zip(samples, passes)]
     return Comparison(summary_of(models, split, lines), lines)
+
+
+def compare_for_run(
+    folder: Path, model_dir: Path, stock_dir: Path | None, data_dir: Path, limit: int, **reading: dict[str, Any]
+) -> None:
+    """Compares the coefficient form with its stock form, for a training run, which goes on whatever comes of it.
+
+    folder: gets comparison.json and comparison.jsonl.
+    stock_dir: None to have the stock form made for this comparison alone.
+    reading: sampling and bounds, as `compare` has them.
+    """
+    try:
+        with stock_form(model_dir, stock_dir, folder) as stock:
+            found = compare((model_dir, stock), data_dir, limit=limit, **reading)
+        found.write(folder)
+    except (UserError, OSError, RuntimeError, ValueError) as error:
+        told = " ".join(str(error).split())[:300]
+        print(f"Note: coefficient form and stock form were not compared ({told})", flush=True)
+        return
+    *_, verdict = conclusions(found.summary)
+    print(f"{model_dir} and its stock form on {len(found.lines)} samples, largest difference of logits: "
+          f"{found.summary['same']['largest']:.1e} on the same pixels, {found.summary['own']['largest']:.1e} as either "
+          f"form reads them. {verdict}. Details: {folder}", flush=True)  # fmt: skip
+
+
+@contextmanager
+def stock_form(model_dir: Path, stock_dir: Path | None, folder: Path) -> Iterator[Path]:
+    """stock_dir, or a stock form that is there inside the block only."""
+    from dct_qwen2vl.checkpoints.stock_form import to_stock
+
+    if stock_dir is not None:
+        yield stock_dir
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    made = folder / ".stock"
+    try:
+        to_stock(model_dir, made, force=True)
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def first_split(data_dir: Path) -> str:
@@ -117,13 +162,18 @@ def first_split(data_dir: Path) -> str:
 
 
 def read_all(
-    models: tuple[Path, Path], samplings: list[VideoSampling], data_dir: Path, split: str, limit: int
+    models: tuple[Path, Path],
+    samplings: list[VideoSampling],
+    data_dir: Path,
+    split: str,
+    limit: int,
+    bounds: dict[str, int],
 ) -> list[Sample]:
     """Chosen questions with their media as either form reads them; what cannot be read is passed over."""
     from dct_qwen2vl.data.media_encoder import MediaEncoder
     from dct_qwen2vl.evaluation.answering import load_processor
 
-    processors = [load_processor(model) for model in models]
+    processors = [load_processor(model, **bounds) for model in models]
     encoders = [MediaEncoder(each.image_processor, sampling) for each, sampling in zip(processors, samplings)]
     samples: list[Sample] = []
     for question in choose(data_dir, split, limit, processors[0].tokenizer.get_added_vocab()):
@@ -183,44 +233,48 @@ def decibels(one: np.ndarray, other: np.ndarray) -> float | None:
 
 
 def ask_all(
-    models: tuple[Path, Path], samplings: list[VideoSampling], samples: list[Sample], max_new_tokens: int
+    models: tuple[Path, Path],
+    samplings: list[VideoSampling],
+    samples: list[Sample],
+    max_new_tokens: int,
+    bounds: dict[str, int],
 ) -> list[tuple[dict[str, "Pass"], dict[str, "Pass"]]]:
     """For each sample the passes of either form, on the "same" pixels and on its "own" reading. Both follow the first
     form's answer."""
     import torch
 
+    from dct_qwen2vl.evaluation.answering import Answerer
     from dct_qwen2vl.evaluation.forward_passes import exact_products
 
     found: list[list[dict[str, Pass]]] = [[] for _ in samples]
     for form, model, sampling in zip(FORMS, models, samplings):
         with exact_products():
-            ask_model(form, model, sampling, (models[0], samplings[0]), samples, found, max_new_tokens)
+            answerer = Answerer(model, max_new_tokens, sampling, torch.float32, **bounds)
+            ask_model(answerer, form, first_encoder(models[0], model, samplings[0], bounds), samples, found)
+        del answerer
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return [tuple(passes) for passes in found]
 
 
-def ask_model(
-    form: str,
-    model: Path,
-    sampling: VideoSampling,
-    first: tuple[Path, VideoSampling],
-    samples: list[Sample],
-    found: list[list[dict[str, "Pass"]]],
-    max_new_tokens: int,
-) -> None:
-    """Adds a model's passes to those of each sample. first: model and sampling of the first form."""
-    import torch
-
+def first_encoder(first: Path, model: Path, sampling: VideoSampling, bounds: dict[str, int]) -> "MediaEncoder":
+    """A model's own, with the bounds and the sampling of the first form, so that nothing of what that one reads is
+    resized."""
     from dct_qwen2vl.data.media_encoder import MediaEncoder
-    from dct_qwen2vl.evaluation.answering import Answerer, load_processor
+    from dct_qwen2vl.evaluation.answering import load_processor
+
+    own = dict(zip(("min_pixels", "max_pixels"), own_pixel_bounds(first)))
+    return MediaEncoder(load_processor(model, **{**own, **bounds}).image_processor, sampling)
+
+
+def ask_model(
+    answerer: "Answerer", form: str, same: "MediaEncoder", samples: list[Sample], found: list[list[dict[str, "Pass"]]]
+) -> None:
+    """Adds a model's passes to those of each sample. same: encodes what the first form reads."""
     from dct_qwen2vl.evaluation.forward_passes import ask
 
-    bounds = dict(zip(("min_pixels", "max_pixels"), own_pixel_bounds(first[0])))
-    answerer = Answerer(model, max_new_tokens, sampling, torch.float32)
-    # With the first form's bounds nothing of what it reads is resized.
-    media = {"own": answerer.media, "same": MediaEncoder(load_processor(model, **bounds).image_processor, first[1])}
+    media = {"own": answerer.media, "same": same}
     for sample, passes in zip(samples, found):
         follow = {name: each.tokens for name, each in passes[0].items()} if passes else {}
         own = getattr(sample, form)

@@ -26,16 +26,19 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText
 
-from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read, write_pixel_bounds
+from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read, write_reading
+from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING
 from dct_qwen2vl.data.loader import EnergonDataModule, energon_state_classes
 from dct_qwen2vl.data.samples import IGNORE_INDEX, QwenBatch
-from dct_qwen2vl.training.config import TrainingConfig
+from dct_qwen2vl.data.videos import VideoSampling
+from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
+from dct_qwen2vl.training.final_model import RehearseSave, trained_folder
 from dct_qwen2vl.training.log import NON_FINITE, StepGuard, TrainingLog, ValidationSum
 from dct_qwen2vl.training.lora import LoRA, adapt_hf, adapted_weights, adapters_of, merged_hf
+from dct_qwen2vl.training.parts import is_frozen
 from dct_qwen2vl.training.run_folder import (
     build_loggers,
     count_batches_of_whole_steps,
-    is_frozen,
     resume,
     step_checkpoints,
     sync_files,
@@ -49,7 +52,8 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
     model_dir: HF directory. freeze: parts that are not trained ("vision" is the tower without its projector).
     max_gradient_norm: 0 for no clipping. pixel_bounds: min_pixels, max_pixels of this run where they are not those of
     model_dir; the processor that is saved with the weights gets them. lora: adapters in place of the language model's
-    weights. guard: stops at a loss or gradient that is no number; None for a model that is not trained.
+    weights. guard: stops at a loss or gradient that is no number; None for a model that is not trained. sampling: of
+    videos, saved as pixel_bounds are.
     """
 
     def __init__(
@@ -60,9 +64,11 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         pixel_bounds: dict[str, int] | None = None,
         lora: LoRA | None = None,
         guard: StepGuard | None = None,
+        sampling: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(model_name=str(model_dir))
         self.pixel_bounds = pixel_bounds or {}
+        self.sampling = sampling
         self.model_dir = model_dir
         self.freeze = (*freeze, "language") if lora else freeze
         self.lora = lora
@@ -158,12 +164,16 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         """
         temporary = output_dir.with_name(f".{output_dir.name}.tmp")
         copy_all_but_weights(self.model_dir, temporary)
-        write_pixel_bounds(temporary, self.pixel_bounds)
+        write_reading(temporary, self.pixel_bounds, self.sampling)
         weights = self.model.state_dict() if state_dict is None else state_dict
         self.model.save_pretrained(temporary, state_dict=merged_hf(weights, self.lora))
         let_others_read(temporary)
         shutil.rmtree(output_dir, ignore_errors=True)
         temporary.replace(output_dir)
+
+    def rehearse_save(self, output_dir: Path) -> None:
+        """`save_hf` with one weight."""
+        self.save_hf(output_dir, {PATCH_EMBEDDING: self.model.get_parameter(PATCH_EMBEDDING).detach()})
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -234,12 +244,12 @@ def build_trainer(config: TrainingConfig, module: QwenAutoModel, callbacks: list
 
 def run(
     config: TrainingConfig,
+    info: ModelInfo,
     data: EnergonDataModule,
     merge_size: int,
     extra_callbacks: list[Callback],
-    export_dir: Path,
 ) -> None:
-    """Fine-tunes, resuming from the newest checkpoint, and writes the model to `export_dir`."""
+    """Fine-tunes, resuming from the newest checkpoint, and writes the form that was trained into the run folder."""
     module = QwenAutoModel(
         config.model_dir,
         config.freeze,
@@ -247,9 +257,16 @@ def run(
         config.pixel_bounds,
         LoRA.of(config),
         StepGuard(config.run_dir / NON_FINITE),
+        vars(VideoSampling.of(config)),
     )
     log = TrainingLog(config.run_dir, config.max_steps, config.log_interval, merge_size)
-    trainer = build_trainer(config, module, [log, *step_checkpoints(config, log.restart_clock), *extra_callbacks])
+    callbacks = [
+        RehearseSave(config, info, module.rehearse_save),
+        log,
+        *step_checkpoints(config, log.restart_clock),
+        *extra_callbacks,
+    ]
+    trainer = build_trainer(config, module, callbacks)
     llm.finetune(
         model=module,
         data=data,
@@ -260,4 +277,4 @@ def run(
         tokenizer=None,  # the loader has it; NeMo would store it in a field that this class does not have
     )
     if trainer.is_global_zero:
-        module.save_hf(export_dir)
+        module.save_hf(trained_folder(config.run_dir, info))
