@@ -3,11 +3,11 @@
     python -m benchmarks.quality.lmms_eval_model --model qwen2_vl_dct --tasks gqa,pope,docvqa_val \
         --model_args pretrained=Qwen2-VL-2B-Instruct-x4,max_pixels=1003520 --batch_size 8 --output_path results
 
-All flags are lmms-eval's (written against 0.7.3). `pretrained` may be any Qwen2-VL directory, of pixels or of DCT
-tokens. Media are read as in training (media_encoder.py). lmms-eval's own `qwen2_vl` turns images into JPEGs of
-quality 85 first, which would blur the detail that is to be measured. Tasks hand over images decoded; a large JPEG is
-thus scaled down from its whole size, where training with DCT tokens has libjpeg decode less of it. See
-docs/real_models.md.
+All flags are lmms-eval's (written against 0.7.3). `pretrained` may be any Qwen2-VL directory: of pixels, of DCT tokens,
+or the stock form of the latter. Videos are sampled as its files say, where no argument says other. Media are read as in
+training (media_encoder.py). lmms-eval's own `qwen2_vl` turns images into JPEGs of quality 85 first, which would blur
+the detail that is to be measured. Tasks hand over images decoded; a large JPEG is thus scaled down from its whole size,
+where training with DCT tokens has libjpeg decode less of it. See docs/real_models.md.
 """
 
 from collections.abc import Iterator
@@ -21,13 +21,16 @@ from tqdm import tqdm
 
 NAME = "qwen2_vl_dct"
 MAX_NEW_TOKENS = 128  # where a task says nothing
+MAX_FRAMES = 64  # where neither argument nor model say it
 
 
 class Qwen2VLWithDCT(lmms):
     """A Qwen2-VL directory, answered greedily by answering.Answerer.
 
-    min_pixels, max_pixels: of an image or frame; None for the checkpoint's. video_fps, video_max_frames: see
-    `videos.VideoSampling`. Raises ValueError for arguments that it has not.
+    min_pixels, max_pixels: of an image or frame; None for the checkpoint's.
+    video_fps, video_max_frames: see `videos.VideoSampling`; None for the checkpoint's, or else 2 and 64.
+
+    Raises ValueError for arguments that it has not.
     """
 
     def __init__(
@@ -36,8 +39,8 @@ class Qwen2VLWithDCT(lmms):
         batch_size: int | str = 1,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        video_fps: float = 2.0,
-        video_max_frames: int = 64,
+        video_fps: float | None = None,
+        video_max_frames: int | None = None,
         device: str | None = None,
         **unknown: Any,
     ) -> None:
@@ -47,10 +50,13 @@ class Qwen2VLWithDCT(lmms):
             raise ValueError(f"--model_args: {NAME} has no {', '.join(sorted(given))}")
         self.accelerator = Accelerator()  # chooses the GPU of this process
         self._rank, self._world_size = self.accelerator.local_process_index, self.accelerator.num_processes
+        from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
         from dct_qwen2vl.data.videos import VideoSampling
         from dct_qwen2vl.evaluation.answering import Answerer
 
-        sampling = VideoSampling(fps=float(video_fps), max_frames=int(video_max_frames))
+        given = {"fps": video_fps and float(video_fps), "max_frames": video_max_frames and int(video_max_frames)}
+        given = {name: value for name, value in given.items() if value}
+        sampling = VideoSampling(**{"max_frames": MAX_FRAMES, **saved_sampling(Path(pretrained)), **given})
         bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         bounds = {name: int(value) for name, value in bounds.items() if value}
         self.answerer = Answerer(Path(pretrained), MAX_NEW_TOKENS, sampling, **bounds)
