@@ -200,6 +200,7 @@ class TrainingConfig:
         "samples on which the two forms of a DCT model are compared before and after training; 0: none",
         at_least=0,
         resume=FREE,
+        recorded=False,
     )
     log_interval: int = setting("where", 10, "steps between progress lines", at_least=1, resume=FREE)
     restart_data: bool = setting(
