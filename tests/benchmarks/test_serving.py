@@ -107,9 +107,13 @@ def test_answers_and_tokens_of_a_server_are_compared(server, answers, tmp_path, 
     assert "tie: 'none'" in capsys.readouterr().out
 
 
-def test_a_step_of_training_lowers_the_loss(stock, capsys):
-    assert serving.main(["train", "--model-dir", str(stock.parent / "dct"), "--steps", "20", "--goal", "0"]) == 0
-    assert float(re.search(r"step 20 \| loss ([\d.]+)", capsys.readouterr().out)[1]) < 10
+def test_training_ends_at_its_goal_and_saves_the_weights(stock, capsys):
+    folder = stock.parent / "dct"
+    before = (folder / "model.safetensors").read_bytes()
+    assert serving.main(["train", "--model-dir", str(folder), "--goal", "100"]) == 0
+    assert 5 < float(re.search(r"step 1 \| loss ([\d.]+)", capsys.readouterr().out)[1]) < 20
+    after = (folder / "model.safetensors").read_bytes()
+    assert len(after) == len(before) and after != before
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
