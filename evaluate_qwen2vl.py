@@ -16,16 +16,18 @@ compares two forms of a model (comparison.py): logits and greedy answers on a fe
 import argparse
 import sys
 from collections import Counter
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dct_qwen2vl.checkpoints.inspection import check_checkpoint
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.files import write_bytes, write_json
-from dct_qwen2vl.common.scripts import run_main
+from dct_qwen2vl.common.scripts import UserError, run_main
+from dct_qwen2vl.common.settings import add_flags, check_ranges, flag_of
+from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
 from dct_qwen2vl.data.energon_files import read_splits
-from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines, digest_files
 from dct_qwen2vl.evaluation.answering import Answerer, answer_all
 from dct_qwen2vl.evaluation.comparison import compare
@@ -33,14 +35,11 @@ from dct_qwen2vl.evaluation.comparison import table as table_of_comparison
 from dct_qwen2vl.evaluation.questions import ASKED_AT_ONCE, Reading, in_rounds, read_questions
 from dct_qwen2vl.evaluation.scoring import accuracies, describe_answers, table
 
-if TYPE_CHECKING:
-    pass
-
 ANSWERS_VERSION = 3  # raised when other answers would be given by the same model to the same questions
 LIMIT_TO_COMPARE = 4  # questions
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.py")  # not what else may be put beside them
 # What the answers depend on, and which questions there are.
-OPTIONS = ("split", "limit", "batch_size", "max_new_tokens")
+OPTIONS = ("split", "limit", "batch_size", "max_new_tokens", *(PREFIX + each.name for each in fields(VideoSampling)))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -59,45 +58,39 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered at a time")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer, tokens")
     as_trained = parser.add_argument_group("videos", "where not given: as the model was trained, which its files say")
-    as_trained.add_argument("--video-fps", type=float, help="frames read from a second of a video")
-    as_trained.add_argument("--video-min-frames", type=int, help="least frames read from a video that has them")
-    as_trained.add_argument("--video-max-frames", type=int, help="most frames read from a video")
-    as_trained.add_argument("--video-total-pixels", type=int, help="most pixels of a video, two frames counted as one")
+    add_flags(as_trained, VideoSampling, PREFIX, default=None)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises ValueError or OSError with one line. Makes the output folder, so that no answer is in vain."""
+    """Raises UserError or OSError with one line. Makes the output folder, so that no answer is in vain."""
     for name in ("limit", "batch_size", "max_new_tokens"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("video_fps", "video_min_frames", "video_max_frames", "video_total_pixels"):
-        value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be over 0, got {value}")
+            raise UserError(f"{flag_of(name)} must be at least 1, got {value}")
+    check_ranges(VideoSampling(**given_sampling(arguments)), PREFIX)
     for model_dir in arguments.compare or [arguments.model_dir]:
         if not (model_dir / "config.json").is_file():
             flag = "--compare" if arguments.compare else "--model-dir"
-            raise ValueError(f"no model in {model_dir} (no config.json): give {flag} a run's hf folder")
+            raise UserError(f"no model in {model_dir} (no config.json): give {flag} a run's hf folder")
         check_checkpoint(model_dir)
-        saved_sampling(model_dir)
+        check_ranges(sampling_of(model_dir, arguments), PREFIX)
     if not read_splits(arguments.data_dir, (arguments.split,))[arguments.split]:
-        raise ValueError(f"the {arguments.split} split of {arguments.data_dir} holds no shard: choose another --split")
+        raise UserError(f"the {arguments.split} split of {arguments.data_dir} holds no shard: choose another --split")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
 
 
-def sampling_of(arguments: argparse.Namespace) -> VideoSampling:
+def sampling_of(model_dir: Path, arguments: argparse.Namespace) -> VideoSampling:
     """What is read of a video: what was given, else what the model's files say, else Qwen2-VL's. Raises
     CheckpointError."""
-    return VideoSampling(**{**saved_sampling(arguments.model_dir), **given_sampling(arguments)})
+    return VideoSampling(**{**saved_sampling(model_dir), **given_sampling(arguments)})
 
 
 def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fields of `VideoSampling` that have a flag on the command line."""
-    flags = {name: getattr(arguments, f"video_{name}") for name in vars(VideoSampling())}
-    return {name: value for name, value in flags.items() if value is not None}
+    given = {each.name: getattr(arguments, PREFIX + each.name) for each in fields(VideoSampling)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def describe_settings(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -110,9 +103,8 @@ def describe_settings(arguments: argparse.Namespace) -> dict[str, dict[str, Any]
         "--model-dir": digest_files(arguments.model_dir, *MODEL_FILES),
         "--data-dir": digest_files(arguments.data_dir, "**/*.tar", ".nv-meta/*.yaml"),
     }
-    values = {name: getattr(arguments, name) for name in OPTIONS}
-    values |= {f"video_{name}": value for name, value in vars(sampling_of(arguments)).items()}
-    options = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+    sampling = {PREFIX + name: value for name, value in vars(sampling_of(arguments.model_dir, arguments)).items()}
+    options = {flag_of(name): {**vars(arguments), **sampling}[name] for name in OPTIONS}
     return {"options": options, "files": files, "others": {"version": ANSWERS_VERSION, "device": device, **versions}}
 
 
@@ -132,7 +124,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         ask(arguments, file, reading)
         if not file.answers:
             where = f"the {arguments.split} split of {arguments.data_dir}"
-            raise ValueError(f"{where} has no questions to ask ({reading}): choose another --split")
+            raise UserError(f"{where} has no questions to ask ({reading}): choose another --split")
         summary = summarise(arguments, file.answers, reading)
         write_bytes(path, as_lines(file.answers))  # earlier results stay whole until there are new ones
         write_json(arguments.output_dir / "accuracy.json", summary)
@@ -146,7 +138,7 @@ def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> No
     """Ask what has not been answered yet, with one progress bar: every question has two answers, seeing and blind."""
     from tqdm import tqdm
 
-    answerer = Answerer(arguments.model_dir, arguments.max_new_tokens, sampling_of(arguments))
+    answerer = Answerer(arguments.model_dir, arguments.max_new_tokens, sampling_of(arguments.model_dir, arguments))
     special = answerer.processor.tokenizer.get_added_vocab()
     source = (arguments.data_dir, arguments.split, arguments.limit)
     questions = read_questions(*source, answerer.media.read, special, reading)
@@ -187,8 +179,7 @@ def compare_forms(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    errors = (ValueError, OSError)
-    return run_main("evaluate_qwen2vl.py", lambda: answer(arguments), arguments.debug, goes_on=True, errors=errors)
+    return run_main("evaluate_qwen2vl.py", lambda: answer(arguments), arguments.debug, goes_on=True)
 
 
 def answer(arguments: argparse.Namespace) -> int:

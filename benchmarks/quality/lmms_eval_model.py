@@ -11,6 +11,7 @@ where training with DCT tokens has libjpeg decode less of it. See docs/real_mode
 """
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,22 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
+from dct_qwen2vl.common.scripts import UserError
+from dct_qwen2vl.common.settings import check_ranges, from_words
+from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
+
 NAME = "qwen2_vl_dct"
 MAX_NEW_TOKENS = 128  # where a task says nothing
-MAX_FRAMES = 64  # where neither argument nor model say it
+MAX_FRAMES = 64  # read from a video where neither --model_args nor the model say it
 
 
 class Qwen2VLWithDCT(lmms):
     """A Qwen2-VL directory, answered greedily by answering.Answerer.
 
-    min_pixels, max_pixels: of an image or frame; None for the checkpoint's.
-    video_fps, video_max_frames: see `videos.VideoSampling`; None for the checkpoint's, or else 2 and 64.
-
-    Raises ValueError for arguments that it has not.
+    min_pixels, max_pixels: of an image or frame. None: the checkpoint's.
+    more: video_fps, video_min_frames and so on, the fields of `VideoSampling`. None: the checkpoint's. Raises UserError
+        for others.
     """
 
     def __init__(
@@ -39,24 +44,21 @@ class Qwen2VLWithDCT(lmms):
         batch_size: int | str = 1,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        video_fps: float | None = None,
-        video_max_frames: int | None = None,
         device: str | None = None,
-        **unknown: Any,
+        **more: Any,
     ) -> None:
         super().__init__()
-        given = {key for key, value in unknown.items() if value is not None} - {"max_batch_size"}
-        if given:
-            raise ValueError(f"--model_args: {NAME} has no {', '.join(sorted(given))}")
+        known = {"max_batch_size", *(PREFIX + each.name for each in fields(VideoSampling))}
+        unknown = {key for key, value in more.items() if value is not None} - known
+        if unknown:
+            raise UserError(f"--model_args: {NAME} has no {', '.join(sorted(unknown))}")
+        saved = saved_sampling(Path(pretrained))
+        sampling = from_words(VideoSampling, more, PREFIX, **{"max_frames": MAX_FRAMES, **saved})
+        check_ranges(sampling, PREFIX)
         self.accelerator = Accelerator()  # chooses the GPU of this process
         self._rank, self._world_size = self.accelerator.local_process_index, self.accelerator.num_processes
-        from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
-        from dct_qwen2vl.data.videos import VideoSampling
         from dct_qwen2vl.evaluation.answering import Answerer
 
-        given = {"fps": video_fps and float(video_fps), "max_frames": video_max_frames and int(video_max_frames)}
-        given = {name: value for name, value in given.items() if value}
-        sampling = VideoSampling(**{"max_frames": MAX_FRAMES, **saved_sampling(Path(pretrained)), **given})
         bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         bounds = {name: int(value) for name, value in bounds.items() if value}
         self.answerer = Answerer(Path(pretrained), MAX_NEW_TOKENS, sampling, **bounds)

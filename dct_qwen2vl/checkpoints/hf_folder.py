@@ -1,6 +1,5 @@
 """Hugging Face directories: copying one, its permissions, its processor."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,9 @@ from typing import Any
 from transformers import Qwen2VLImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
-from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, remedy
+from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, read_json, remedy
 from dct_qwen2vl.checkpoints.video_sampling import write_sampling
+from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 
 
@@ -52,6 +52,6 @@ def write_pixel_bounds(folder: Path, bounds: dict[str, int]) -> None:
     """The processor of a Hugging Face directory gets the bounds that the run was trained with."""
     path = folder / PROCESSOR
     if bounds and path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         config.pop("size", None)  # the stock processor's second name for the same two numbers
-        path.write_text(json.dumps({**config, **bounds}, indent=2) + "\n", encoding="utf-8")
+        write_json(path, {**config, **bounds})

@@ -19,7 +19,6 @@ from dct_qwen2vl.checkpoints.conversion import (
     make_processor,
     new_directory,
     patch_embedding,
-    write_json,
     write_shards,
 )
 from dct_qwen2vl.checkpoints.inspection import (
@@ -38,6 +37,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     with_patch,
 )
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling, write_sampling
+from dct_qwen2vl.common.files import write_json
 
 if TYPE_CHECKING:
     import torch

@@ -1,7 +1,7 @@
 """How a model's videos are sampled, saved beside it in video_preprocessor_config.json.
 
 transformers reads that file from 4.52 on, and so do servers. Evaluation takes from it what training sampled.
-Its fields are those of `videos.VideoSampling`: fps, min_frames, max_frames and total_pixels. transformers knows the
+Its fields are those of `VideoSampling`: fps, min_frames, max_frames and total_pixels. transformers knows the
 first three; total_pixels bounds a whole video.
 """
 
@@ -10,10 +10,11 @@ from typing import Any
 
 from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, read_json
 from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.common.video_sampling import VideoSampling
 
 VIDEO_PROCESSOR = "video_preprocessor_config.json"
 # Those of training where nothing says others, which are Qwen2-VL's.
-DEFAULT_SAMPLING = {"fps": 2.0, "min_frames": 4, "max_frames": 768, "total_pixels": 24_576 * 28 * 28}
+DEFAULT_SAMPLING = vars(VideoSampling())
 KEPT = (*DEFAULT_SAMPLING, "do_sample_frames", "num_frames")  # of a video processor: the image processor has the rest
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dct_qwen2vl.common.locks import flock
+from dct_qwen2vl.common.scripts import UserError
 
 
 class AnswerFile:
@@ -26,7 +27,7 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, settings: dict[str, dict[str, Any]]) -> None:
-        """Raises ValueError where another process holds the file. settings: named values, by kind; those of the kind
+        """Raises UserError where another process holds the file. settings: named values, by kind; those of the kind
         "files" say nothing to a reader."""
         self.path = path
         self.file = path.open("a+b")
@@ -34,7 +35,7 @@ class AnswerFile:
             flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.file.close()
-            raise ValueError(f"{path} is being written by another evaluation: wait for it or end it") from None
+            raise UserError(f"{path} is being written by another evaluation: wait for it or end it") from None
         self.file.seek(0)
         data = self.file.read()
         lines = parse_lines(data)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dct_qwen2vl.checkpoints.inspection import read_processor, token_format
+from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.evaluation.questions import Question, blinded
 
 if TYPE_CHECKING:
@@ -100,10 +101,10 @@ class Answerer:
         return inputs
 
     def _expand(self, prompt: str, media: list["Encoded"]) -> str:
-        """A prompt with as many pads for each medium as the language model has tokens of it. Raises ValueError."""
+        """A prompt with as many pads for each medium as the language model has tokens of it. Raises UserError."""
         places, kinds = PAD.findall(prompt), [kind for kind, _, _ in media]
         if places != kinds:
-            raise ValueError(f"a prompt has places for {places}, its question has {kinds}: does its text spell a pad?")
+            raise UserError(f"a prompt has places for {places}, its question has {kinds}: does its text spell a pad?")
         merge = self.media.image_processor.merge_size
         counts = iter([t * h * w // merge**2 for _, _, (t, h, w) in media])
         return PAD.sub(lambda pad: pad[0] * next(counts), prompt)

@@ -1,12 +1,9 @@
 """Everything that can be wrong before a heavy import, each refused in one line."""
 
-import math
 import os
-from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from dct_qwen2vl.checkpoints.inspection import (
     FORMAT_DEFAULTS,
@@ -15,9 +12,11 @@ from dct_qwen2vl.checkpoints.inspection import (
     saved_pixel_bounds,
     unfolded_format,
 )
+from dct_qwen2vl.common import settings
 from dct_qwen2vl.common.files import read_json as read_file
+from dct_qwen2vl.common.settings import flag_of
 from dct_qwen2vl.data.energon_files import count_samples, read_splits
-from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig, flag_of
+from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig
 from dct_qwen2vl.training.disk_space import check_space
 from dct_qwen2vl.training.run_file import check_run_folder
 
@@ -82,27 +81,7 @@ def check_data(config: TrainingConfig) -> None:
 
 def check_ranges(config: TrainingConfig) -> None:
     """Raises RunError for a number that is outside what it can be."""
-    given = [each for each in fields(config) if getattr(config, each.name) is not None]
-    for each in given:
-        check_bounds(flag_of(each.name), getattr(config, each.name), each.metadata)
-    for each in given:
-        high = each.metadata["not_over"]
-        if high and getattr(config, each.name) > getattr(config, high):
-            raise RunError(
-                f"{flag_of(each.name)} {getattr(config, each.name)} is over {flag_of(high)} {getattr(config, high)}: "
-                "change one of them"
-            )
-
-
-def check_bounds(flag: str, value: Any, bounds: Mapping[str, Any]) -> None:
-    """bounds: metadata of a field. Raises RunError."""
-    at_least, over, below = (bounds[name] for name in ("at_least", "over", "below"))
-    if at_least is not None and not at_least <= value < math.inf:
-        raise RunError(f"{flag} must be at least {at_least}, got {value}")
-    if over is not None and not over < value < math.inf:
-        raise RunError(f"{flag} must be over {over}, got {value}")
-    if below is not None and not value < below:
-        raise RunError(f"{flag} must be below {below}, got {value}")
+    settings.check_ranges(config, error=RunError)
 
 
 def check_numbers(config: TrainingConfig) -> None:

@@ -36,7 +36,6 @@ from dct_qwen2vl.checkpoints.hf_folder import write_reading
 from dct_qwen2vl.data.loader import EnergonDataModule
 from dct_qwen2vl.data.packing import PackedBatch
 from dct_qwen2vl.data.videos import VideoSampling
-from dct_qwen2vl.training.attention import kernel_names
 from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
 from dct_qwen2vl.training.final_model import RehearseSave, trained_folder
 from dct_qwen2vl.training.flops import training_flops
@@ -413,8 +412,6 @@ def run(
         *extra_callbacks,
     ]
     trainer = build_trainer(config, callbacks)
-    if torch.cuda.is_available() and trainer.is_global_zero:
-        print(f"Attention: {kernel_names()}", flush=True)
     try:
         llm.finetune(
             model=module,

@@ -23,6 +23,7 @@ from samples_by_hand import answer, conversation_sample
 from benchmarks.quality.analysis import compare_answers
 from dct_qwen2vl.checkpoints.stock_form import to_stock
 from dct_qwen2vl.checkpoints.video_sampling import write_sampling
+from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.evaluation.answering import Answerer, load_processor
 from dct_qwen2vl.evaluation.questions import Question
@@ -190,3 +191,23 @@ def test_the_wrapper_takes_a_stock_form_and_its_sampling(wrapper, prepared, tmp_
         frames[name] = len(read.luma if name == "untrained" else read)
     assert kind == "video" and frames == {"of training": 6, "given": 4, "untrained": 24}
     assert type(wrapper(str(stock)).answerer.processor.image_processor).__name__ == "Qwen2VLImageProcessor"
+
+
+def test_the_wrapper_has_the_video_settings_of_training(wrapper, prepared):
+    given = {"video_fps": "1", "video_min_frames": 2, "video_total_pixels": 10**6}
+    model = wrapper(str(prepared.model), max_batch_size=None, **given)
+    assert model.answerer.media.sampling == VideoSampling(1.0, 2, 64, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"video_fps": 0}, "--video-fps must be over 0, got 0.0"),
+        ({"video_min_frames": 65}, "--video-min-frames 65 is over --video-max-frames 64: change one of them"),
+        ({"video_frames": 2, "fps": 1}, "--model_args: qwen2_vl_dct has no fps, video_frames"),
+    ],
+)
+def test_the_wrapper_refuses_other_settings(wrapper, given, said):
+    with pytest.raises(UserError) as refusal:
+        wrapper("no-model", **given)
+    assert str(refusal.value) == said

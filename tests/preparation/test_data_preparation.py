@@ -35,8 +35,8 @@ from raw_sets import (
 )
 
 import data_preparation
+from dct_qwen2vl.data.energon_files import count_samples, read_splits
 from dct_qwen2vl.preparation import fingerprint
-from dct_qwen2vl.preparation.energon_metadata import count_splits
 from dct_qwen2vl.preparation.output_folder import OLD_NAMES, locked
 from dct_qwen2vl.preparation.plan import source_of
 from dct_qwen2vl.preparation.report import writing
@@ -529,14 +529,14 @@ def test_help_and_wrong_arguments(tmp_path, capsys):
     for options, message in (
         ([], "--output-dir"),
         (["--output-dir", "y"], "required: --data-dir"),
-        ([*usual, "--maxcount", "0"], "--maxcount must be 1 or more"),
-        ([*usual, "--num-workers", "-1"], "--num-workers must be 0 or more"),
-        ([*usual, "--num-workers", "100000"], f"--num-workers must be {8 * os.cpu_count()} or less"),
+        ([*usual, "--maxcount", "0"], "--maxcount must be at least 1, got 0"),
+        ([*usual, "--num-workers", "-1"], "--num-workers must be at least 0, got -1"),
+        ([*usual, "--num-workers", "100000"], f"--num-workers must be at most {8 * os.cpu_count()} here"),
         ([*usual, "--seed", "1" * 65], "--seed must be from -9223372036854775807 to 9223372036854775807"),
         ([*usual, "--seed", str(-(2**63))], "--seed must be from"),
-        ([*usual, "--limit", "0"], "--limit must be 1 or more"),
-        ([*usual, "--max-pixels", "0"], "--max-pixels must be 1 or more"),
-        ([*usual, "--jpeg-quality", "101"], "--jpeg-quality must be from 1 to 100"),
+        ([*usual, "--limit", "0"], "--limit must be at least 1, got 0"),
+        ([*usual, "--max-pixels", "0"], "--max-pixels must be at least 1, got 0"),
+        ([*usual, "--jpeg-quality", "101"], "--jpeg-quality must be from 1 to 100, got 101"),
         ([*usual, "--split", "8,1"], "a split is three shares for train, val and test, like 8,1,1"),
         ([*usual, "--split", "8,1,x"], "argument --split"),
         ([*usual, "--split", "1/0,1,1"], "argument --split"),
@@ -797,7 +797,9 @@ def test_the_dialogue_it_names_gives_exactly_the_splits(many, tmp_path, capsys):
     done = subprocess.run(["bash", "-c", dialogue_command], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "Found 30 tar files in total" in done.stdout, done.stdout + done.stderr
     assert "CrudeWebdataset" in (output / ".nv-meta" / "dataset.yaml").read_text()
-    assert count_splits(output) == read_stats(output)["splits"]
+    splits = read_splits(output, ("train", "val", "test"))
+    counts = {name: count_samples(output, shards) for name, shards in splits.items()}
+    assert counts == read_stats(output)["splits"]
     for split, items in splits_of(output).items():
         ids = sorted(sample["json"]["id"] for sample in energon_samples(output, split))  # Energon decodes JSON here
         assert ids == sorted(item["id"] for item in items)

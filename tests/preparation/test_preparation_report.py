@@ -451,9 +451,9 @@ def spoil(folder: Path, name: str, change: Callable[[dict], object]) -> None:
 
 SHARD, SHARD_STATS = "pretrain-000001.tar", "pretrain-000001.stats.json"
 FAULTS = {
-    "no stats": (lambda folder: (folder / "stats.json").unlink(), "stats.json is missing"),
+    "no stats": (lambda folder: (folder / "stats.json").unlink(), "stats.json cannot be read (No such file"),
     "cut stats": (lambda folder: (folder / "stats.json").write_text('{"tool": '), "stats.json is not JSON"),
-    "a list": (lambda folder: (folder / "stats.json").write_text("[]"), "holds a list, not an object"),
+    "a list": (lambda folder: (folder / "stats.json").write_text("[]"), "stats.json is JSON, but no object"),
     "another tool's": (lambda folder: spoil(folder, "stats.json", lambda s: s.update(tool="x")), "was not written by"),
     "not complete": (lambda folder: spoil(folder, "stats.json", lambda s: s.update(complete=False)), "not complete"),
     "read": (lambda folder: spoil(folder, "stats.json", lambda s: s.update(read=15)), "read is 15, the sum of its sou"),
@@ -463,7 +463,7 @@ FAULTS = {
     ),
     "negative": (lambda folder: spoil(folder, "stats.json", lambda s: s.update(written=-1)), "must be counts"),
     "source": (lambda folder: spoil(folder, "stats.json", lambda s: s["sources"].update(gqa=2)), "sources must hold"),
-    "no shard stats": (lambda folder: (folder / SHARD_STATS).unlink(), f"{SHARD_STATS} is missing"),
+    "no shard stats": (lambda folder: (folder / SHARD_STATS).unlink(), f"{SHARD_STATS} cannot be read"),
     "short column": (
         lambda folder: spoil(folder, SHARD_STATS, lambda s: s["media"]["height"].pop()),
         f"{SHARD_STATS}: height must be a list of 3 numbers",

@@ -46,6 +46,7 @@ from benchmarks.quality.analysis.run_results import (
     without_starts,
 )
 from benchmarks.quality.result_files import SUFFIX, Result, result_files
+from dct_qwen2vl.common.scripts import UserError, run_main
 
 # What is compared with what: (variant, against).
 PAIRS = (
@@ -231,23 +232,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read(arguments: argparse.Namespace) -> tuple[list[Result], Times, Limits]:
-    """Raises ValueError for places without results and for damaged files."""
+    """Raises UserError for places without results and for damaged files."""
     limits = [] if arguments.limits is None else [arguments.limits]
     empty = [str(path) for path in [*arguments.results, *arguments.times, *limits] if not result_files(path)]
     results = [] if empty else load(*arguments.results)
     if not results:
         where = " ".join(empty or map(str, arguments.results))
-        raise ValueError(f"no results in {where}: expected .jsonl files of run_experiments.py or legibility.py")
+        raise UserError(f"no results in {where}: expected .jsonl files of run_experiments.py or legibility.py")
     return results, step_times(results + load(*arguments.times)), load_limits(arguments.limits)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        results, times, limits = read(arguments)
-    except ValueError as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 1
+    return run_main("compare.py", lambda: compare(arguments))
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Prints the tables and draws the figures. Raises UserError, OSError."""
+    results, times, limits = read(arguments)
     for number, (name, variants) in enumerate(experiments(results).items()):
         tested = [len(runs[0]["by_image"]["right"]) for runs in variants.values()]
         chance = 100 * next(iter(variants.values()))[0]["chance"]

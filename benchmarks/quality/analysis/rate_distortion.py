@@ -14,13 +14,16 @@ frame of a video of that size.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dct_qwen2vl.analysis.media_files import add_media_flags
+from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.common.scripts import UserError, run_main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +64,7 @@ def held_out_material(seed: int) -> dict[str, list["np.ndarray"]]:
     """{"stills": uint8 [1, H, W, 3] each, "videos": uint8 [T, H, W, 3] each}, one video of each kind for each image."""
     import numpy as np
 
-    from dct_qwen2vl.analysis.coefficient_statistics import resized, sizes_of
+    from dct_qwen2vl.analysis.coefficient_moments import resized, sizes_of
     from dct_qwen2vl.analysis.natural_images import HELD_OUT_IMAGES, load, videos_of
 
     rng = np.random.default_rng(seed)
@@ -76,8 +79,9 @@ def held_out_material(seed: int) -> dict[str, list["np.ndarray"]]:
 
 
 def given_material(images: list[Path], videos: list[Path]) -> dict[str, list["np.ndarray"]]:
-    """As `held_out_material`, from files and folders; says what cannot be used. Raises ValueError, OSError."""
-    from dct_qwen2vl.analysis.coefficient_statistics import files_of, read_images, read_videos, resized, sizes_of
+    """As `held_out_material`, from files and folders; says what cannot be used. Raises UserError, OSError."""
+    from dct_qwen2vl.analysis.coefficient_moments import resized, sizes_of
+    from dct_qwen2vl.analysis.media_files import files_of, read_images, read_videos
     from dct_qwen2vl.data.images import IMAGE_EXTENSIONS
     from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS
 
@@ -89,7 +93,7 @@ def given_material(images: list[Path], videos: list[Path]) -> dict[str, list["np
     for line in skipped:
         print(f"skipped {line}")
     if not stills and not moving:
-        raise ValueError("nothing to measure: no file could be used")
+        raise UserError("nothing to measure: no file could be used; give --images or --videos others")
     return {"stills": stills, "videos": moving}
 
 
@@ -380,8 +384,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0],
         epilog="Without --images and --videos: the photographs of natural_images.HELD_OUT_IMAGES.",
     )
-    parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="PATH", help="image files and folders")
-    parser.add_argument("--videos", type=Path, nargs="+", default=[], metavar="PATH", help="video files and folders")
+    add_media_flags(parser)
     parser.add_argument("--model-dir", type=Path, help="pixel Qwen2-VL, for the order weighted (default: random)")
     parser.add_argument("--seed", type=int, default=0, help="of motion and random weights (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for all figures")
@@ -392,23 +395,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    return run_main("rate_distortion.py", lambda: measure_and_say(arguments), arguments.debug)
+
+
+def measure_and_say(arguments: argparse.Namespace) -> int:
+    """Raises UserError, OSError."""
     from benchmarks.quality.analysis.patch_weights import patch_weight
 
-    try:
-        weight, source = patch_weight(arguments.model_dir, arguments.seed)
-        points = measure(chosen_material(arguments), weight)
-        print(f'weight of the order "weighted": {source}')
-        print(report(points, FLOATS_PER_PIXEL, SIDES))
-        if arguments.json:
-            values = {"weight": source, "points": [asdict(point) for point in points]}
-            arguments.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        if arguments.plot:
-            plot(points, arguments.plot, source)
-    except (ValueError, OSError) as error:
-        if arguments.debug:
-            raise
-        print(f"rate_distortion.py: {error}", file=sys.stderr)
-        return 1
+    weight, source = patch_weight(arguments.model_dir, arguments.seed)
+    points = measure(chosen_material(arguments), weight)
+    print(f'weight of the order "weighted": {source}')
+    print(report(points, FLOATS_PER_PIXEL, SIDES))
+    if arguments.json:
+        write_json(arguments.json, {"weight": source, "points": [asdict(point) for point in points]})
+    if arguments.plot:
+        plot(points, arguments.plot, source)
     return 0
 
 

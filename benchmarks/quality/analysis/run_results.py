@@ -25,7 +25,7 @@ Times = dict[str, dict[str, float]]  # {cost_key: milliseconds of each part of a
 def load(*places: Path) -> list[Result]:
     """Results of runs, finished or not, of result files and of folders with them, in the order of their names.
 
-    Each name occurs once: read_results says which result counts. Raises ValueError for a damaged file.
+    Each name occurs once: read_results says which result counts. Raises UserError for a damaged file.
     """
     results = [result for result in read_results(*places).values() if "settings" in result]
     for result in results:
@@ -34,7 +34,7 @@ def load(*places: Path) -> list[Result]:
 
 
 def load_limits(place: Path | None) -> Limits:
-    """Means over seeds of what legibility.py wrote to a result file or folder. Raises ValueError for a damaged file."""
+    """Means over seeds of what legibility.py wrote to a result file or folder. Raises UserError for a damaged file."""
     read: Variants = {}
     for result in read_results(place).values() if place else ():
         if "classifier" in result:
