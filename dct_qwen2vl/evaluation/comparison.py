@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 SCANNED = 256  # questions among which some are chosen
 NEW_TOKENS = 16
+MOST_BYTES = 20 << 30  # of weights that a training run compares by itself: other processes wait, and it takes float32
 FORMS = ("a", "b")
 Media = tuple[tuple[str, "Frames"], ...]
 
@@ -119,6 +120,11 @@ def compare_for_run(
     stock_dir: None to have the stock form made for this comparison alone.
     reading: sampling and bounds, as `compare` has them.
     """
+    size = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+    if size > MOST_BYTES:
+        print(f"Note: coefficient form and stock form were not compared, as the model has {size >> 30} GiB: "
+              "python evaluate_qwen2vl.py --compare does it", flush=True)  # fmt: skip
+        return
     try:
         with stock_form(model_dir, stock_dir, folder) as stock:
             found = compare((model_dir, stock), data_dir, limit=limit, **reading)

@@ -101,3 +101,22 @@ def test_what_cannot_be_compared_is_one_line(prepared, tmp_path, one_line_error)
     with pytest.raises(SystemExit) as caught:
         command(prepared, tmp_path, prepared.model, prepared.model, "--model-dir", str(prepared.model))
     assert caught.value.code == 2
+
+
+def test_a_training_run_goes_on_whatever_comes_of_the_comparison(prepared, tmp_path, capsys, monkeypatch):
+    from dct_qwen2vl.evaluation import comparison
+
+    folder = tmp_path / "before"
+    comparison.compare_for_run(folder, prepared.model, None, tmp_path / "no-shards", 2)
+    (line,) = capsys.readouterr().out.splitlines()[-1:]
+    assert line.startswith("Note: coefficient form and stock form were not compared (")
+    assert not (folder / ".stock").exists() and not (folder / "comparison.json").exists()
+    comparison.compare_for_run(folder, prepared.model, None, prepared.shards, 1, bounds={"max_pixels": 56 * 56})
+    (line,) = capsys.readouterr().out.splitlines()[-1:]
+    assert " and its stock form on 1 samples, largest difference of logits: " in line and "models are equal" in line
+    (only,) = [strict_json(line) for line in (folder / "comparison.jsonl").read_text().splitlines()]
+    assert (only["media"][0]["a"]["height"], only["media"][0]["b"]["width"]) == (56, 56)
+    monkeypatch.setattr(comparison, "MOST_BYTES", 1)
+    comparison.compare_for_run(tmp_path / "large", prepared.model, None, prepared.shards, 1)
+    assert "as the model has 0 GiB: python evaluate_qwen2vl.py --compare does it" in capsys.readouterr().out
+    assert not (tmp_path / "large").exists()
