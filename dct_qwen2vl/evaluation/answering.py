@@ -45,11 +45,13 @@ class Answerer:
         from transformers import AutoModelForImageTextToText
 
         from dct_qwen2vl.data.media_encoder import MediaEncoder
+        from dct_qwen2vl.data.text_tokens import TextTokens
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
         self.model = AutoModelForImageTextToText.from_pretrained(model_dir, torch_dtype=dtype).to(device).eval()
         self.processor = load_processor(model_dir, **pixel_bounds)
+        self.text_tokens = TextTokens(self.processor.tokenizer)
         self.media = MediaEncoder(self.processor.image_processor, sampling)
         self.max_new_tokens = max_new_tokens
 
@@ -57,7 +59,8 @@ class Answerer:
         """Greedy answers to a batch of questions."""
         inputs = self.model_inputs(questions)
         output = self.generate(inputs)
-        return self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [self.text_tokens.decode(ids) for ids in answers]
 
     def generate(self, inputs: dict[str, "torch.Tensor"]) -> "torch.Tensor":
         """What `model_inputs` gives, with greedy answers behind it: int64 [B, L]."""

@@ -10,7 +10,7 @@ as this repository reads the stock form makes of it: RGB in place of a video's p
 import gc
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -177,12 +177,13 @@ def read_all(
 ) -> list[Sample]:
     """Chosen questions with their media as either form reads them; what cannot be read is passed over."""
     from dct_qwen2vl.data.media_encoder import MediaEncoder
+    from dct_qwen2vl.data.text_tokens import TextTokens
     from dct_qwen2vl.evaluation.answering import load_processor
 
     processors = [load_processor(model, **bounds) for model in models]
     encoders = [MediaEncoder(each.image_processor, sampling) for each, sampling in zip(processors, samplings)]
     samples: list[Sample] = []
-    for question in choose(data_dir, split, limit, processors[0].tokenizer.get_added_vocab()):
+    for question in choose(data_dir, split, limit, TextTokens(processors[0].tokenizer).stay_text):
         try:
             samples.append(read_sample(question, *encoders))
         except (BadSample, MediaError) as error:
@@ -192,7 +193,7 @@ def read_all(
     return samples
 
 
-def choose(data_dir: Path, split: str, limit: int, special: dict[str, int]) -> Iterator[Question]:
+def choose(data_dir: Path, split: str, limit: int, special: Iterable[str]) -> Iterator[Question]:
     """First questions of entries, the kinds of media taking turns: text, an image, several images, a video, ..."""
     groups: dict[tuple[str, ...], list[Question]] = {}
     for question in islice(read_questions(data_dir, split, SCANNED, lambda kind, content: content, special), SCANNED):

@@ -102,9 +102,7 @@ def ask(answerer: Answerer, question: Question, follow: list[int] | None = None)
     inputs = {name: tensor.to(answerer.model.device) for name, tensor in inputs.items()}
     with traced(answerer.model) as traces:
         logits = answerer.model(**inputs, **answerer.time_inputs(inputs), use_cache=False).logits
-    known = [token for token in tokens if token < len(answerer.processor.tokenizer)]  # an untrained model's may be not
-    text = answerer.processor.tokenizer.decode(known, skip_special_tokens=True)
-    return Pass(length, tokens, text, logits[0, length - 1 :].float().cpu(), traces)
+    return Pass(length, tokens, answerer.text_tokens.decode(tokens), logits[0, length - 1 :].float().cpu(), traces)
 
 
 @contextmanager

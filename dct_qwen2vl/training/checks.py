@@ -60,22 +60,19 @@ def check_pixel_bounds(config: TrainingConfig) -> None:
 
 
 def check_data(config: TrainingConfig) -> None:
-    """Raises RunError or PreparedSetError unless `energon prepare` has been run, both splits that training reads hold
-    shards, and each loader process has a sample to train on."""
+    """Raises RunError or PreparedSetError unless `energon prepare` has been run and each loader process has a sample to
+    train on. The val split may be empty: there is no validation then."""
     data_dir, loaders = config.data_dir, config.data_parallel * max(1, config.num_workers)
     if not data_dir.is_dir() or not any(data_dir.glob("*.tar")):
         raise RunError(f"no shards in {data_dir}: python data_preparation.py --data-dir RAW --output-dir {data_dir}")
     splits = read_splits(data_dir, ("train", "val"))
-    empty = [part for part, shards in splits.items() if not shards]
+    if not splits["train"]:
+        raise RunError(f"the train split of {data_dir} holds no shard: prepare with more shards (a smaller --maxcount)")
     samples = count_samples(data_dir, splits["train"])
-    if not empty and samples < loaders:
+    if samples < loaders:
         raise RunError(
             f"the train split of {data_dir} holds {samples} samples, fewer than {config.data_parallel} processes "
             f"have loader processes ({loaders}): lower --num-workers or --devices"
-        )
-    if empty:
-        raise RunError(
-            f"the {empty[0]} split of {data_dir} holds no shard: prepare with more shards (a smaller --maxcount)"
         )
 
 
