@@ -7,6 +7,10 @@ and numbers are the same. Every question of a conversation is asked on its own, 
 model and questions, every image and frame grey; what it still gets right needs no eyes. An answer is right if it
 equals the reference but for case, white space and a final full stop. If it is killed, the same command goes on
 (answer_file.py).
+
+    python evaluate_qwen2vl.py --compare experiments/E/hf_dct experiments/E/hf --data-dir SHARDS --output-dir COMPARED
+
+compares two forms of a model (comparison.py): logits and greedy answers on a few samples, and how media were read.
 """
 
 import argparse
@@ -18,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dct_qwen2vl.checkpoints.inspection import check_checkpoint, note_on_old_code
+from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.files import write_bytes, write_json
 from dct_qwen2vl.common.scripts import UserError, run_main
 from dct_qwen2vl.common.settings import add_flags, check_ranges, flag_of
@@ -25,10 +30,13 @@ from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
 from dct_qwen2vl.data.energon_files import read_splits
 from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines, digest_files
 from dct_qwen2vl.evaluation.answering import Answerer, answer_all
+from dct_qwen2vl.evaluation.comparison import compare
+from dct_qwen2vl.evaluation.comparison import table as table_of_comparison
 from dct_qwen2vl.evaluation.questions import ASKED_AT_ONCE, Reading, in_rounds, read_questions
 from dct_qwen2vl.evaluation.scoring import accuracies, describe_answers, table
 
-ANSWERS_VERSION = 3  # raised when other answers would be given by the same model to the same questions
+ANSWERS_VERSION = 4  # raised when other answers would be given by the same model to the same questions
+LIMIT_TO_COMPARE = 4  # questions
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.py")  # not what else may be put beside them
 # What the answers depend on, and which questions there are.
 OPTIONS = ("split", "limit", "batch_size", "max_new_tokens", *(PREFIX + each.name for each in fields(VideoSampling)))
@@ -38,14 +46,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model-dir", type=Path, required=True, help="fine-tuned Hugging Face directory")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--model-dir", type=Path, help="fine-tuned Hugging Face directory")
+    asked.add_argument("--compare", type=Path, nargs=2, metavar=("DIR_A", "DIR_B"), help="two forms of a model: are "
+                       "their logits and answers equal? The exit status is 1 if not")  # fmt: skip
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of prepared shards")
-    parser.add_argument("--output-dir", type=Path, required=True, help="gets predictions.jsonl and accuracy.json")
+    parser.add_argument("--output-dir", type=Path, required=True, help="gets predictions.jsonl and accuracy.json, "
+                        "or comparison.json and comparison.jsonl")  # fmt: skip
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="which part is asked")
-    parser.add_argument("--limit", type=int, help="most questions (default: all)")
+    parser.add_argument("--limit", type=int, help="most questions (default: all; to compare: 4)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered at a time")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer, tokens")
-    add_flags(parser, VideoSampling, PREFIX)
+    as_trained = parser.add_argument_group("videos", "where not given: as the model was trained, which its files say")
+    add_flags(as_trained, VideoSampling, PREFIX, default=None)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -58,16 +71,31 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"{flag_of(name)} must be at least 1, got {value}")
-    check_ranges(VideoSampling.of(arguments), PREFIX)
-    if not (arguments.model_dir / "config.json").is_file():
-        raise UserError(f"no model in {arguments.model_dir} (no config.json): give --model-dir a run's hf folder")
-    check_checkpoint(arguments.model_dir)
-    check_directory(arguments.model_dir)
-    if note := note_on_old_code(arguments.model_dir):
-        print(f"Note: {note}")
+    check_ranges(VideoSampling(**given_sampling(arguments)), PREFIX)
+    for model_dir in arguments.compare or [arguments.model_dir]:
+        if not (model_dir / "config.json").is_file():
+            flag = "--compare" if arguments.compare else "--model-dir"
+            raise UserError(f"no model in {model_dir} (no config.json): give {flag} a run's hf folder")
+        check_checkpoint(model_dir)
+        check_directory(model_dir)
+        if note := note_on_old_code(model_dir):
+            print(f"Note: {note}")
+        check_ranges(sampling_of(model_dir, arguments), PREFIX)
     if not read_splits(arguments.data_dir, (arguments.split,))[arguments.split]:
         raise UserError(f"the {arguments.split} split of {arguments.data_dir} holds no shard: choose another --split")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def sampling_of(model_dir: Path, arguments: argparse.Namespace) -> VideoSampling:
+    """What is read of a video: what was given, else what the model's files say, else Qwen2-VL's. Raises
+    CheckpointError."""
+    return VideoSampling(**{**saved_sampling(model_dir), **given_sampling(arguments)})
+
+
+def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `VideoSampling` that have a flag on the command line."""
+    given = {each.name: getattr(arguments, PREFIX + each.name) for each in fields(VideoSampling)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def describe_settings(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -80,7 +108,8 @@ def describe_settings(arguments: argparse.Namespace) -> dict[str, dict[str, Any]
         "--model-dir": digest_files(arguments.model_dir, *MODEL_FILES),
         "--data-dir": digest_files(arguments.data_dir, "**/*.tar", ".nv-meta/*.yaml"),
     }
-    options = {flag_of(name): getattr(arguments, name) for name in OPTIONS}
+    sampling = {PREFIX + name: value for name, value in vars(sampling_of(arguments.model_dir, arguments)).items()}
+    options = {flag_of(name): {**vars(arguments), **sampling}[name] for name in OPTIONS}
     return {"options": options, "files": files, "others": {"version": ANSWERS_VERSION, "device": device, **versions}}
 
 
@@ -114,7 +143,7 @@ def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> No
     """Ask what has not been answered yet, with one progress bar: every question has two answers, seeing and blind."""
     from tqdm import tqdm
 
-    answerer = Answerer(arguments.model_dir, arguments.max_new_tokens, VideoSampling.of(arguments))
+    answerer = Answerer(arguments.model_dir, arguments.max_new_tokens, sampling_of(arguments.model_dir, arguments))
     source = (arguments.data_dir, arguments.split, arguments.limit)
     questions = read_questions(*source, answerer.media.read, answerer.text_tokens.stay_text, reading)
     most, begun = arguments.limit and 2 * arguments.limit, 2 * len(file.answers)
@@ -142,6 +171,16 @@ def summarise(arguments: argparse.Namespace, answers: list[dict[str, Any]], read
     }
 
 
+def compare_forms(arguments: argparse.Namespace) -> int:
+    """Prints and writes what two models have in common. Returns 1 where their logits differ."""
+    models, limit = tuple(arguments.compare), arguments.limit or LIMIT_TO_COMPARE
+    source = (arguments.data_dir, arguments.split, limit, arguments.max_new_tokens)
+    found = compare(models, *source, given_sampling(arguments))
+    found.write(arguments.output_dir)
+    print(table_of_comparison(found))
+    return int(not found.equal)
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     return run_main("evaluate_qwen2vl.py", lambda: answer(arguments), arguments.debug, goes_on=True)
@@ -149,6 +188,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def answer(arguments: argparse.Namespace) -> int:
     check(arguments)
+    if arguments.compare:
+        return compare_forms(arguments)
     evaluate(arguments)
     print(f"Predictions are in {arguments.output_dir / 'predictions.jsonl'}")
     return 0

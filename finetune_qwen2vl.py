@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from dataclasses import replace
+from pathlib import Path
 
 from dct_qwen2vl.checkpoints.inspection import read_config, time_step
 from dct_qwen2vl.common.scripts import UserError
@@ -42,7 +43,7 @@ def load_processor(config: TrainingConfig, info: ModelInfo):
 
 def build_task_encoder(config: TrainingConfig, info: ModelInfo, packed: bool):
     """packed: gives packed sequences instead of padded batches."""
-    from dct_qwen2vl.data.media import VideoSampling
+    from dct_qwen2vl.data.videos import VideoSampling
     from task_encoder import PackingTaskEncoder, QwenTaskEncoder
 
     options = {
@@ -106,6 +107,8 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
         if config.warmup_steps >= config.max_steps:
             print(f"Note: --warmup-steps {config.warmup_steps} of --max-steps {config.max_steps}: the learning "
                   "rate does not come down again from --lr, or never gets there", flush=True)  # fmt: skip
+        if not (config.run_dir / "comparison" / "before" / "comparison.json").is_file():
+            compare_forms(config, info, "before", config.model_dir)
     import lightning.pytorch as pl
 
     from dct_qwen2vl.training.final_model import write_stock_form
@@ -124,7 +127,22 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
         from dct_qwen2vl.training import automodel as chosen
     chosen.run(config, info, data, data.task_encoder.image_processor.merge_size, callbacks)
     if config.rank == 0:
-        write_stock_form(config, info, config.run_dir)
+        write_stock_form(info, config.run_dir)
+        compare_forms(config, info, "after", config.run_dir / "hf_dct", config.run_dir / "hf")
+
+
+def compare_forms(
+    config: TrainingConfig, info: ModelInfo, when: str, model_dir: Path, stock_dir: Path | None = None
+) -> None:
+    """Writes to RUN_DIR/comparison/WHEN whether a DCT model and its stock form give the same logits."""
+    if not info.dct or not config.compare_samples:
+        return
+    from dct_qwen2vl.data.videos import VideoSampling
+    from dct_qwen2vl.evaluation.comparison import compare_for_run
+
+    folder, reading = config.run_dir / "comparison" / when, vars(VideoSampling.of(config))
+    source = (config.data_dir, config.compare_samples)
+    compare_for_run(folder, model_dir, stock_dir, *source, sampling=reading, bounds=config.pixel_bounds)
 
 
 def explain(error: Exception) -> str | None:

@@ -29,10 +29,11 @@ from megatron.energon import (
 )
 
 from dct_qwen2vl.data.conversations import DEFAULT_SYSTEM, Message, put_first
-from dct_qwen2vl.data.media import BadSample, MediaError, VideoSampling
+from dct_qwen2vl.data.media import BadSample
 from dct_qwen2vl.data.media_encoder import MediaEncoder, stack_media
 from dct_qwen2vl.data.packing import MeasuredSample, PackedBatch, fit_sequences, pack
 from dct_qwen2vl.data.positions import Run, mrope_positions
+from dct_qwen2vl.data.reading import MediaError
 from dct_qwen2vl.data.samples import (
     IGNORE_INDEX,
     ConversationSample,
@@ -44,6 +45,7 @@ from dct_qwen2vl.data.samples import (
     parse_messages,
 )
 from dct_qwen2vl.data.text_tokens import TextTokens
+from dct_qwen2vl.data.videos import VideoSampling
 
 
 class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, QwenBatch, QwenBatch]):

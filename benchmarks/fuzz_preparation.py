@@ -3,9 +3,9 @@
     python -m benchmarks.fuzz_preparation --inputs 20000 --json fuzz.json
 
 Every input must end as stored or as skipped with a known reason, within a few seconds. What is stored must be readable
-in training: images by media.decode_image, whole and at a fraction of their size, videos by media.decode_video. (Damage
-that only decoding everything shows may pass the quick check; then --check-images must find it.) The shards of a whole
-set must add up and pass --verify.
+in training: images by images.decode_image, whole and at a fraction of their size, videos by videos.decode_video.
+(Damage that only decoding everything shows may pass the quick check; then --check-images must find it.) The shards of
+a whole set must add up and pass --verify.
 
 The inputs come from sound files drawn here, to which one to six mutations are applied: bits, numbers, ranges removed,
 repeated, moved, zeroed, pieces of another file; the checksums of PNG chunks and tar headers are put right in half of
@@ -35,7 +35,9 @@ from PIL import Image
 from benchmarks import fuzzing
 from benchmarks.fuzzing import Finding, Result, Run, Target, mutate, mutate_json, quiet
 from dct_qwen2vl.common.scripts import UserError
-from dct_qwen2vl.data.media import MediaError, VideoSampling, decode_image, decode_video
+from dct_qwen2vl.data.images import decode_image
+from dct_qwen2vl.data.reading import MediaError
+from dct_qwen2vl.data.videos import VideoSampling, decode_video
 from dct_qwen2vl.preparation import conversion
 from dct_qwen2vl.preparation.conversion import ConversionOptions, convert_media
 from dct_qwen2vl.preparation.entries import UnusableSample, check_entry

@@ -3,11 +3,11 @@
     python -m benchmarks.quality.lmms_eval_model --model qwen2_vl_dct --tasks gqa,pope,docvqa_val \
         --model_args pretrained=Qwen2-VL-2B-Instruct-x4,max_pixels=1003520 --batch_size 8 --output_path results
 
-All flags are lmms-eval's (written against 0.7.3). `pretrained` may be any Qwen2-VL directory, of pixels or of DCT
-tokens. Media are read as in training (media_encoder.py). lmms-eval's own `qwen2_vl` turns images into JPEGs of
-quality 85 first, which would blur the detail that is to be measured. Tasks hand over images decoded; a large JPEG is
-thus scaled down from its whole size, where training with DCT tokens has libjpeg decode less of it. See
-docs/real_models.md.
+All flags are lmms-eval's (written against 0.7.3). `pretrained` may be any Qwen2-VL directory: of pixels, of DCT tokens,
+or the stock form of the latter. Videos are sampled as its files say, where no argument says other. Media are read as in
+training (media_encoder.py). lmms-eval's own `qwen2_vl` turns images into JPEGs of quality 85 first, which would blur
+the detail that is to be measured. Tasks hand over images decoded; a large JPEG is thus scaled down from its whole size,
+where training with DCT tokens has libjpeg decode less of it. See docs/real_models.md.
 """
 
 from collections.abc import Iterator
@@ -20,20 +20,22 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.common.settings import check_ranges, from_words
 from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
 
 NAME = "qwen2_vl_dct"
 MAX_NEW_TOKENS = 128  # where a task says nothing
-MAX_FRAMES = 64  # read from a video where --model_args say nothing
+MAX_FRAMES = 64  # read from a video where neither --model_args nor the model say it
 
 
 class Qwen2VLWithDCT(lmms):
     """A Qwen2-VL directory, answered greedily by answering.Answerer.
 
     min_pixels, max_pixels: of an image or frame. None: the checkpoint's.
-    more: video_fps, video_min_frames and so on, the fields of `VideoSampling`. Raises UserError for others.
+    more: video_fps, video_min_frames and so on, the fields of `VideoSampling`. None: the checkpoint's. Raises UserError
+        for others.
     """
 
     def __init__(
@@ -50,7 +52,8 @@ class Qwen2VLWithDCT(lmms):
         unknown = {key for key, value in more.items() if value is not None} - known
         if unknown:
             raise UserError(f"--model_args: {NAME} has no {', '.join(sorted(unknown))}")
-        sampling = from_words(VideoSampling, more, PREFIX, max_frames=MAX_FRAMES)
+        saved = saved_sampling(Path(pretrained))
+        sampling = from_words(VideoSampling, more, PREFIX, **{"max_frames": MAX_FRAMES, **saved})
         check_ranges(sampling, PREFIX)
         self.accelerator = Accelerator()  # chooses the GPU of this process
         self._rank, self._world_size = self.accelerator.local_process_index, self.accelerator.num_processes
@@ -92,7 +95,7 @@ class Qwen2VLWithDCT(lmms):
 
     def _read(self, visual):
         """A PIL image, or the path of an image or video -> its kind and its frames as training reads them."""
-        from dct_qwen2vl.data.media import IMAGE_EXTENSIONS
+        from dct_qwen2vl.data.images import IMAGE_EXTENSIONS
 
         if not isinstance(visual, (str, Path)):
             return "image", self.answerer.media.read("image", visual)

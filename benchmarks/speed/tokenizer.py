@@ -124,7 +124,7 @@ def array_cases() -> dict[str, Ways]:
 def jpeg_case(side: int) -> Ways:
     from PIL import Image
 
-    from dct_qwen2vl.data.media import decode_image
+    from dct_qwen2vl.data.images import decode_image
     from dct_qwen2vl.dct.image_sizes_dct import target_size
 
     data, ways = jpeg_file(side), processors(SIDE * SIDE)
@@ -141,7 +141,7 @@ def jpeg_case(side: int) -> Ways:
 
 
 def video_case(frames: int) -> Ways:
-    from dct_qwen2vl.data.media import VideoSampling, decode_video
+    from dct_qwen2vl.data.videos import VideoSampling, decode_video
 
     sampling = VideoSampling(fps=24 * FRAMES / frames, min_frames=FRAMES, max_frames=FRAMES)
     data, ways = video_file(frames), processors(VIDEO_TARGET[0] * VIDEO_TARGET[1])

@@ -103,7 +103,8 @@ def make_table(arguments: argparse.Namespace) -> int:
 def choose_files(arguments: argparse.Namespace) -> tuple[list[Path], list[Path]]:
     """Images and videos to read; says what is left out."""
     from dct_qwen2vl.analysis.natural_images import TABLE_IMAGES, image_path
-    from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+    from dct_qwen2vl.data.images import IMAGE_EXTENSIONS
+    from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS
 
     if not arguments.images and not arguments.videos:
         return [image_path(name) for name in TABLE_IMAGES], []

@@ -50,7 +50,8 @@ def read_images(files: list[Path], skipped: list[str]) -> Iterator["np.ndarray"]
 
     skipped: gets a line for each file that cannot be used, with the reason.
     """
-    from dct_qwen2vl.data.media import MediaError, decode_image
+    from dct_qwen2vl.data.images import decode_image
+    from dct_qwen2vl.data.reading import MediaError
 
     for file in files:
         try:
@@ -69,7 +70,8 @@ def read_videos(files: list[Path], skipped: list[str]) -> Iterator["np.ndarray"]
 
     skipped: as in `read_images`.
     """
-    from dct_qwen2vl.data.media import MediaError, VideoSampling, decode_video
+    from dct_qwen2vl.data.reading import MediaError
+    from dct_qwen2vl.data.videos import VideoSampling, decode_video
 
     sampling = VideoSampling(fps=2.0, min_frames=BLOCK[0], max_frames=4 * BLOCK[0])
     for file in files:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dct_qwen2vl.data.media import decode_image
+from dct_qwen2vl.data.images import decode_image
 
 # Where a photograph lies: package, path in it.
 IMAGES = {

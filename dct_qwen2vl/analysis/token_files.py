@@ -57,8 +57,8 @@ def encode_file(arguments: argparse.Namespace) -> int:
     import torch
     from safetensors.torch import save
 
-    from dct_qwen2vl.data.media import VIDEO_EXTENSIONS, VideoSampling
     from dct_qwen2vl.data.media_encoder import MediaEncoder
+    from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS, VideoSampling
     from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 
     kind = "video" if arguments.file.suffix.lower().lstrip(".") in VIDEO_EXTENSIONS else "image"

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from dct_qwen2vl.common.scripts import UserError
-from dct_qwen2vl.data.media import VIDEO_EXTENSIONS, VideoSampling, decode_image, decode_video
+from dct_qwen2vl.data.images import decode_image
+from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS, VideoSampling, decode_video
 
 if TYPE_CHECKING:
     from dct_qwen2vl.dct.configuration_dct import DCTConfig

@@ -47,7 +47,7 @@ from dct_qwen2vl.analysis.token_measures import (
     worst_window,
 )
 from dct_qwen2vl.common.scripts import run_main
-from dct_qwen2vl.data.media import VIDEO_EXTENSIONS
+from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS
 
 if TYPE_CHECKING:
     from dct_qwen2vl.dct.configuration_dct import DCTConfig

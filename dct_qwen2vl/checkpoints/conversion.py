@@ -27,8 +27,8 @@ from dct_qwen2vl.checkpoints.inspection import (
     unfolded_format,
     with_patch,
 )
-from dct_qwen2vl.checkpoints.normalising import SAMPLING, VIDEO_PROCESSOR
 from dct_qwen2vl.checkpoints.source import Source, opened
+from dct_qwen2vl.checkpoints.video_sampling import write_sampling
 from dct_qwen2vl.checkpoints.weights import Stored
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.dct.image_sizes_dct import pixel_bounds
@@ -174,16 +174,6 @@ def make_processor(folder: Path, dct, min_pixels: int | None, max_pixels: int | 
     return processor
 
 
-def keep_video_sampling(folder: Path) -> None:
-    """Of a copied video processor, which cuts pixels into patches, only the sampling stays."""
-    from dct_qwen2vl.checkpoints.hf_folder import write_video_sampling
-
-    path = folder / VIDEO_PROCESSOR
-    if path.is_file():
-        saved = read_json(path)
-        write_video_sampling(folder, {name: saved[name] for name in SAMPLING if saved.get(name) is not None})
-
-
 def copy_other_files(model_dir: Path, output_dir: Path, without: tuple[str, ...] = ()) -> None:
     """Tokenizer, chat template, licence, generation config: everything that is not rewritten, byte for byte.
 
@@ -236,7 +226,7 @@ def convert_source(
         copy_other_files(source.folder, temporary)
         write_json(temporary / "config.json", converted_config(config, dct.num_coefficients))
         processor.save_pretrained(temporary)
-        keep_video_sampling(temporary)
+        write_sampling(temporary)
         tensors = changed_tensors(source, lambda weight: fold_patch_embedding(weight, dct))
         return write_shards(tensors, temporary, shard_bytes)
 

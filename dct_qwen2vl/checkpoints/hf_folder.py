@@ -15,7 +15,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     remedy,
     token_format,
 )
-from dct_qwen2vl.checkpoints.normalising import VIDEO_PROCESSOR
+from dct_qwen2vl.checkpoints.video_sampling import write_sampling
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 
@@ -62,16 +62,11 @@ def let_others_read(folder: Path) -> None:
         path.chmod(0o644)  # safetensors writes 0600
 
 
-def write_video_sampling(folder: Path, sampling: dict[str, Any]) -> None:
-    """How a coefficient form samples videos, beside its processor's settings: transformers from 4.52 on reads the file
-    in place of these.
-
-    sampling: fields of a video processor.
-    """
-    settings = read_json(folder / PROCESSOR)
-    settings.pop("image_processor_type", None)
-    values = {**settings, "video_processor_type": "DCTVideoProcessor", **sampling}
-    write_json(folder / VIDEO_PROCESSOR, values)
+def write_reading(folder: Path, bounds: dict[str, int], sampling: dict[str, Any] | None) -> None:
+    """The processors of a Hugging Face directory get what the run was trained with: `write_pixel_bounds`, and fields of
+    `VideoSampling`."""
+    write_pixel_bounds(folder, bounds)
+    write_sampling(folder, sampling)
 
 
 def write_pixel_bounds(folder: Path, bounds: dict[str, int]) -> None:

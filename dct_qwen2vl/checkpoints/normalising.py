@@ -19,6 +19,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     read_json,
     reads_pixel_patches,
 )
+from dct_qwen2vl.checkpoints.video_sampling import KEPT, VIDEO_PROCESSOR
 from dct_qwen2vl.checkpoints.weights import EMBEDDING, HEAD, Stored
 from dct_qwen2vl.common.files import write_json
 
@@ -32,9 +33,7 @@ PARTS = ("text_config", "vision_config")
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
-VIDEO_PROCESSOR = "video_preprocessor_config.json"  # read by transformers from 4.52 on
 BOUNDS = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
-SAMPLING = ("fps", "min_frames", "max_frames", "do_sample_frames", "num_frames")  # of a video processor
 NOT_OF_PROCESSOR = ("image_processor", "video_processor", "tokenizer", "auto_map", *(name for name, _ in BOUNDS))
 JSON_FILES = ("config.json", PROCESSOR, SHARED, VIDEO_PROCESSOR)
 TOKENIZER_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
@@ -157,7 +156,7 @@ def normalise_processor(folder: Path) -> list[str]:
         write_json(path, settings)
     videos = several.get("video_processor")
     if isinstance(videos, dict) and not (folder / VIDEO_PROCESSOR).is_file():
-        write_json(folder / VIDEO_PROCESSOR, _kept(videos, SAMPLING))
+        write_json(folder / VIDEO_PROCESSOR, _kept(videos, KEPT))
     left = {name: value for name, value in several.items() if name not in NOT_OF_PROCESSOR}
     if left != several:
         write_json(shared, left)

@@ -17,7 +17,6 @@ from dct_qwen2vl.checkpoints.conversion import (
     chosen_bounds,
     converted_config,
     copy_other_files,
-    keep_video_sampling,
     make_processor,
     new_directory,
     own_colours,
@@ -40,8 +39,8 @@ from dct_qwen2vl.checkpoints.inspection import (
     unfolded_format,
     with_patch,
 )
-from dct_qwen2vl.checkpoints.normalising import VIDEO_PROCESSOR
 from dct_qwen2vl.checkpoints.source import Source, opened
+from dct_qwen2vl.checkpoints.video_sampling import saved_sampling, write_sampling
 from dct_qwen2vl.common.files import write_json
 
 if TYPE_CHECKING:
@@ -49,8 +48,6 @@ if TYPE_CHECKING:
 
 # Settings of the image processor that both forms have.
 SHARED_SETTINGS = ("do_resize", "do_rescale", "rescale_factor", "resample", "do_convert_rgb", "merge_size")
-# How videos are sampled where the processor does it: Qwen2-VL's, and those of training.
-VIDEO_SAMPLING = {"fps": 2.0, "min_frames": 4, "max_frames": 768}
 # The norm of what the format cannot show, over the norm of the weight. Rounding to bfloat16 leaves 0.0016.
 MOST_LEFT_OUT = 0.005
 
@@ -170,7 +167,7 @@ def to_dct(
             copy_other_files(source.folder, folder)
             write_json(folder / "config.json", converted_config(config, dct.num_coefficients))
             processor.save_pretrained(folder)
-            keep_video_sampling(folder)
+            write_sampling(folder)
             tensors = changed_tensors(source, lambda weight: fold_block_embedding(weight, dct, dtype=dtype))
             total = write_shards(tensors, folder, shard_bytes)
         return Converted(dct, total, left_out, source.notes)
@@ -215,12 +212,7 @@ def _write_processors(model_dir: Path, folder: Path, dct, bounds: tuple[int, int
     """The image and the video processor; what names code of this repository goes out of other files."""
     images = stock_processor(read_processor(model_dir), dct, bounds)
     write_json(folder / PROCESSOR, images)
-    source = model_dir / VIDEO_PROCESSOR
-    sampling = {name: value for name, value in (read_json(source) if source.is_file() else {}).items()
-                if name in VIDEO_SAMPLING or name in ("do_sample_frames", "num_frames")}  # fmt: skip
-    videos = {name: value for name, value in images.items() if name != "image_processor_type"}
-    kind = {"video_processor_type": "Qwen2VLVideoProcessor"}
-    write_json(folder / VIDEO_PROCESSOR, {**videos, **kind, **VIDEO_SAMPLING, **sampling})
+    write_sampling(folder, saved_sampling(model_dir))
     for name, unwanted in (
         (SHARED, ("image_processor", "video_processor", "auto_map")),
         ("tokenizer_config.json", ("auto_map",)),

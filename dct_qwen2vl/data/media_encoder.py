@@ -12,60 +12,18 @@ Letters used for shapes in this file:
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from dct_qwen2vl.data.media import (
-    BadSample,
-    VideoSampling,
-    YUVFrames,
-    as_array,
-    counted_frames,
-    media_shape,
-    resize_frames,
-)
-from dct_qwen2vl.dct.image_sizes_dct import target_size
+from dct_qwen2vl.data.media import PixelFit, as_array, media_shape, resize_frames
+from dct_qwen2vl.data.reading import counted_frames
+from dct_qwen2vl.data.videos import VideoSampling, YUVFrames
 
 Frames = np.ndarray | YUVFrames
 Grid = tuple[int, int, int]  # t, h, w
 Encoded = tuple[str, torch.Tensor, Grid]  # kind, tokens float32 [N, K], grid
-
-
-@dataclass(frozen=True)
-class PixelFit:
-    """The size to which `media` resizes what a processor reads, so that nothing is left for it to resize (a `Fit`).
-
-    factor: height and width become multiples of it, pixels. min_pixels, max_pixels: bounds of H*W of an image or
-    frame. The frames of a video share `sampling.total_pixels`, an image has no share in it. Where no multiple lies
-    between min_pixels and a frame's share, the frame gets less than min_pixels. whole: JPEGs are decoded at their own
-    size, as for the image processor of pixels, which a pixel baseline is to equal.
-    """
-
-    factor: int
-    min_pixels: int
-    max_pixels: int
-    sampling: VideoSampling
-    whole: bool = False
-
-    @classmethod
-    def of(cls, image_processor, sampling: VideoSampling) -> "PixelFit":
-        """For any processor with Qwen2VLImageProcessor's attributes."""
-        factor = image_processor.patch_size * image_processor.merge_size
-        whole = getattr(image_processor, "dct_config", None) is None
-        return cls(factor, image_processor.min_pixels, image_processor.max_pixels, sampling, whole)
-
-    def __call__(self, height: int, width: int, frames: int) -> tuple[int, int]:
-        """Height and width, pixels. frames: 1 of an image, `media.counted_frames` of a video. Raises BadSample."""
-        max_pixels = self.max_pixels
-        if frames > 1:
-            max_pixels = self.sampling.max_frame_pixels(frames, self.min_pixels, self.max_pixels)
-        try:
-            return target_size(height, width, self.factor, self.min_pixels, max_pixels)
-        except ValueError as error:  # an aspect ratio over 200
-            raise BadSample("unusable_media", str(error)) from error
 
 
 class MediaEncoder:

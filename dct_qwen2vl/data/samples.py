@@ -43,9 +43,11 @@ from dct_qwen2vl.data.conversations import (
     turns_of,
 )
 from dct_qwen2vl.data.energon_files import PreparedSetError, prepare_again
-from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, BadSample, part_order
+from dct_qwen2vl.data.images import IMAGE_EXTENSIONS
+from dct_qwen2vl.data.media import BadSample, part_order
+from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS
 
-# Shards hold file bytes and decoding is done here, in media.py; this is what a dataset.yaml that does not say gets.
+# Shards hold file bytes, which images.py and videos.py decode; this is what a dataset.yaml that does not say gets.
 DATASET_OPTIONS = {"auto_decode": False}
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default: positions that are not learned
 

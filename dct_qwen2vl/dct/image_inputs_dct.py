@@ -57,17 +57,6 @@ def flat_videos(videos: Any) -> list:
     raise ValueError(f"expected a video [T, H, W, C] or [T, C, H, W], or a list of frames, got {list(videos.shape)}")
 
 
-def pil_to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, transparency on white, 16-bit grey scaled to 8 (of which Pillow's own convert takes no notice)."""
-    if image.mode.startswith("I"):  # "I;16", and "I" as older files are read
-        grey = (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255)
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
 def as_array(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     """A tensor of the CPU as an array of the same memory; what is on another device stays there."""
     if not isinstance(image, torch.Tensor):

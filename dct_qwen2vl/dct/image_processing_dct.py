@@ -20,13 +20,13 @@ from transformers.image_utils import ChannelDimension, PILImageResampling
 from transformers.utils import TensorType
 
 from .configuration_dct import DCTConfig
+from .image_colours_dct import pil_to_rgb
 from .image_inputs_dct import (
     as_array,
     channels_last,
     flat_images,
     flat_videos,
     height_width,
-    pil_to_rgb,
     resize,
     to_levels,
     to_three_channels,
@@ -52,7 +52,7 @@ class DCTImageProcessor(BaseImageProcessor):
     do_convert_rgb: turn off to have PIL images refused that are neither RGB nor grey.
 
     Images are PIL, numpy or torch; grey ([H, W], or one channel), RGB or RGBA; channels first or last; uint8, uint16
-    (0..65535), bool, other whole numbers in 0..255, or floats. Transparency is laid on white, as `media.to_rgb` does
+    (0..65535), bool, other whole numbers in 0..255, or floats. Transparency is laid on white, as `images.to_rgb` does
     for files, and 16-bit grey is scaled to 8; the stock processor drops alpha, which shows what lies under it, and
     videos 16-bit grey. Frames of one video that differ in size are resized to what the first one's size asks for.
 

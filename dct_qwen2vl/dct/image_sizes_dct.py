@@ -12,16 +12,15 @@ LONGEST_ASPECT = 200  # of the sides; Qwen2-VL refuses longer ones
 def target_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Height and width in pixels: multiples of `factor`, near the image's aspect ratio, H*W within the two bounds.
 
-    Qwen2-VL's `smart_resize` wherever its result keeps to the bounds and to an aspect ratio of 200. Beyond it: sides
-    below `factor` are enlarged to it; where both bounds cannot be kept, max_pixels is; the least is one square of
-    factor x factor, whatever max_pixels says. A target size is its own target size.
+    The `smart_resize` of transformers 4.57 wherever its result keeps to the bounds and to an aspect ratio of 200.
+    Beyond it: where both bounds cannot be kept, max_pixels is; the least is one square of factor x factor, whatever
+    max_pixels says. A target size is its own target size.
 
     Raises ValueError for an aspect ratio over 200 and for an image without pixels.
     """
     if min(height, width) < 1:
         raise ValueError(f"an image must have at least one pixel, got {height} x {width}")
-    enlarge = max(1.0, factor / min(height, width))
-    size = max(factor, round(height * enlarge)), max(factor, round(width * enlarge))
+    size = height, width
     while (target := _nearest_size(*size, factor, min_pixels, max_pixels)) != size:
         size = target
     return size
@@ -41,9 +40,9 @@ def _nearest_size(height: int, width: int, factor: int, min_pixels: int, max_pix
 
 
 def _stock_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width that Qwen2-VL's `smart_resize` gives (transformers 4.51.3, image_processing_qwen2_vl.py).
+    """Height and width that Qwen2-VL's `smart_resize` gives (transformers 4.57.6, image_processing_qwen2_vl.py).
 
-    Raises ValueError for an aspect ratio over LONGEST_ASPECT.
+    4.51.3 gives the same, but refuses sides below `factor`. Raises ValueError for an aspect ratio over LONGEST_ASPECT.
     """
     aspect = max(height, width) / min(height, width)
     if aspect > LONGEST_ASPECT:
@@ -51,7 +50,7 @@ def _stock_size(height: int, width: int, factor: int, min_pixels: int, max_pixel
     rows, columns = (round(side / factor) * factor for side in (height, width))
     if rows * columns > max_pixels:
         shrink = math.sqrt((height * width) / max_pixels)
-        return tuple(math.floor(side / shrink / factor) * factor for side in (height, width))
+        return tuple(max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
     if rows * columns < min_pixels:
         enlarge = math.sqrt(min_pixels / (height * width))
         return tuple(math.ceil(side * enlarge / factor) * factor for side in (height, width))

@@ -11,8 +11,8 @@ from dct_qwen2vl.evaluation.questions import Question, blinded
 if TYPE_CHECKING:
     import torch
 
-    from dct_qwen2vl.data.media import VideoSampling
     from dct_qwen2vl.data.media_encoder import Encoded
+    from dct_qwen2vl.data.videos import VideoSampling
 
 
 MEDIA_INPUTS = {  # of the model, by kind: tokens and grids
@@ -27,12 +27,17 @@ PAD = re.compile(r"<\|(image|video)_pad\|>")  # what the chat template writes fo
 class Answerer:
     """A model, loaded by stock transformers, its tokenizer and its chat template; media are encoded as in training.
 
-    sampling: frames that are read of a video. pixel_bounds: min_pixels, max_pixels in place of the checkpoint's. Raises
-    CheckpointError.
+    sampling: frames that are read of a video. dtype: None for bfloat16 on a GPU, float32 on a CPU. pixel_bounds:
+    min_pixels, max_pixels in place of the checkpoint's. Raises CheckpointError.
     """
 
     def __init__(
-        self, model_dir: Path, max_new_tokens: int, sampling: "VideoSampling | None" = None, **pixel_bounds: int
+        self,
+        model_dir: Path,
+        max_new_tokens: int,
+        sampling: "VideoSampling | None" = None,
+        dtype: "torch.dtype | None" = None,
+        **pixel_bounds: int,
     ) -> None:
         import torch
         from transformers import AutoModelForImageTextToText
@@ -42,7 +47,7 @@ class Answerer:
         from dct_qwen2vl.data.text_tokens import TextTokens
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
         self.model = AutoModelForImageTextToText.from_pretrained(model_dir, torch_dtype=dtype).to(device).eval()
         self.processor = load_processor(model_dir, **pixel_bounds)
         self.text_tokens = TextTokens(self.processor.tokenizer)
@@ -51,8 +56,15 @@ class Answerer:
 
     def answer(self, questions: list[Question]) -> list[str]:
         """Greedy answers to a batch of questions."""
-        inputs = {name: tensor.to(self.model.device) for name, tensor in self.model_inputs(questions).items()}
-        output = self.model.generate(
+        inputs = self.model_inputs(questions)
+        output = self.generate(inputs)
+        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [self.text_tokens.decode(ids) for ids in answers]
+
+    def generate(self, inputs: dict[str, "torch.Tensor"]) -> "torch.Tensor":
+        """What `model_inputs` gives, with greedy answers behind it: int64 [B, L]."""
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        return self.model.generate(
             **inputs,
             **self.time_inputs(inputs),
             max_new_tokens=self.max_new_tokens,
@@ -61,8 +73,6 @@ class Answerer:
             top_p=None,
             top_k=None,
         )
-        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [self.text_tokens.decode(ids) for ids in answers]
 
     def time_inputs(self, inputs: dict[str, "torch.Tensor"]) -> dict[str, list[float]]:
         """Seconds between the time steps of each video, as training counts them; {} where the model has no such input

@@ -95,7 +95,8 @@ def read_questions(
         template takes them for what they stand for.
     reading: where to begin; it is kept up to date.
     """
-    from dct_qwen2vl.data.media import BadSample, MediaError
+    from dct_qwen2vl.data.media import BadSample
+    from dct_qwen2vl.data.reading import MediaError
     from dct_qwen2vl.data.samples import parse_entry, parse_messages, read_samples
 
     reading = Reading() if reading is None else reading

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError, features
 
-from dct_qwen2vl.data.media import EXIF_ORIENTATION, decode_image, to_rgb
+from dct_qwen2vl.data.images import EXIF_ORIENTATION, decode_image, open_image, to_rgb
 from dct_qwen2vl.preparation.entries import UnusableSample
 from dct_qwen2vl.preparation.image_structure import read_layout
 from dct_qwen2vl.preparation.video_conversion import (
@@ -175,7 +175,7 @@ def convert_image(data: bytes, options: ConversionOptions, parts: tuple[str, ...
         refuse_size(layout.height, layout.width)
         if not exceeds(layout.height, layout.width, options):
             return StoredMedia(layout.part, data, "images_copied", layout.height, layout.width)
-    with open_image(data) as image:
+    with open_known(data) as image:
         width, height = image.size
         refuse_size(height, width)
         orientation = read_orientation(image)
@@ -189,10 +189,10 @@ def convert_image(data: bytes, options: ConversionOptions, parts: tuple[str, ...
         return StoredMedia(part, data, "images_copied", height, width)
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_known(data: bytes) -> Image.Image:
     """Raises UnusableSample for formats that are not read, and whatever Pillow raises."""
     try:
-        return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        return open_image(data, IMAGE_FORMATS)
     except UnidentifiedImageError:
         for name, beginning in OTHER_FORMATS.items():
             if name not in IMAGE_FORMATS and re.match(beginning, data, re.DOTALL):
@@ -269,7 +269,7 @@ def load_rgb(image: Image.Image, orientation: int | None) -> Image.Image:
 
 
 def downsize(image: Image.Image, data: bytes, orientation: int | None, options: ConversionOptions) -> StoredMedia:
-    """A new JPEG with at most `max_pixels`. A much larger JPEG is decoded at a fraction of its size (media.py)."""
+    """A new JPEG with at most `max_pixels`. A much larger JPEG is decoded at a fraction of its size (images.py)."""
 
     def fit(height: int, width: int, _frames: int = 1) -> tuple[int, int]:
         shrink = math.sqrt(options.max_pixels / (height * width))

@@ -41,7 +41,7 @@ TEXT_KEYWORDS = frozenset(
     b"Title,Author,Description,Copyright,Creation Time,Software,Disclaimer,Warning,Source,Comment,"
     b"date:create,date:modify,date:timestamp".split(b",")
 )
-MAXIMUM_PROFILE = 1 << 20  # bytes of an ICC profile; Pillow refuses more
+MAXIMUM_PROFILE = 1 << 20  # bytes of an ICC profile; larger ones are left to Pillow
 MAXIMUM_RATIO = 1032  # of what zlib decompresses to what it reads
 
 

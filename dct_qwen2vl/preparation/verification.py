@@ -2,12 +2,11 @@
 
 Each shard, by a worker process: size and SHA-256 as in its stats; a sound tar of plain files; keys without dots, the
 parts of a sample side by side; a JSON part that passes conversations.check_entry without repair; media parts that agree
-with its placeholders; every image and every frame of a video decoded, by media.py, as training will; sizes, frames and
-counts as in the stats. Then the set: no key twice, no image in two splits, totals as in stats.json, skipped.jsonl,
-the filtered metadata and Energon's split.
+with its placeholders; every image and every frame of a video decoded as training will (images.py, videos.py); sizes,
+frames and counts as in the stats. Then the set: no key twice, no image in two splits, totals as in stats.json,
+skipped.jsonl, the filtered metadata and Energon's split.
 """
 
-import io
 import json
 import re
 import tarfile
@@ -19,18 +18,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from dct_qwen2vl.common.scripts import UserError
-from dct_qwen2vl.data.media import (
-    IMAGE_EXTENSIONS,
-    VIDEO_EXTENSIONS,
-    MediaError,
-    VideoSampling,
-    decode_image,
-    decode_video,
-)
+from dct_qwen2vl.data.images import IMAGE_EXTENSIONS, decode_image, open_image
+from dct_qwen2vl.data.reading import MediaError
+from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS, VideoSampling, decode_video
 from dct_qwen2vl.preparation.entries import DECODER, UnusableSample, check_entry, read_turns
 from dct_qwen2vl.preparation.metadata import MetadataReader, PreparationError
 from dct_qwen2vl.preparation.output_folder import (
@@ -277,7 +270,7 @@ def is_copy(data: bytes) -> bool:
     Encoding may have made one file of two different ones.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             factors = {(component[1], component[2]) for component in getattr(image, "layer", [])}
             return image.format != "JPEG" or image.mode != "RGB" or "progressive" in image.info or factors != {(1, 1)}
     except Exception:  # a broken one, which is said elsewhere

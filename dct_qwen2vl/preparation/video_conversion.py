@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from dct_qwen2vl.data.media import VIDEO_FORMATS, VideoSampling, exchanges_axes, media_shape, orientation
+from dct_qwen2vl.data.media import media_shape
+from dct_qwen2vl.data.videos import VIDEO_FORMATS, VideoSampling, exchanges_axes, film_of, orientation
 from dct_qwen2vl.preparation.entries import UnusableSample
 
 MAXIMUM_FRAME_PIXELS = 8192 * 4320  # 8K
@@ -42,9 +43,8 @@ class Probe(NamedTuple):
 
 @contextmanager
 def open_video(data: bytes) -> Iterator[tuple[Any, Any]]:
-    """-> container and first video stream, the one that training reads. Raises UnusableSample without one."""
+    """-> container and the stream that training reads. Raises UnusableSample without one."""
     import av  # loads FFmpeg's libraries, which data without videos does not need
-    from av.stream import Disposition
 
     guard = {"max_pixels": str(MAXIMUM_FRAME_PIXELS)}
     allowed = {"format_whitelist": VIDEO_FORMATS}
@@ -54,8 +54,8 @@ def open_video(data: bytes) -> Iterator[tuple[Any, Any]]:
         reason = "unsupported_video" if data.startswith(IMAGE_MAGIC) else "broken_video"
         raise UnusableSample(reason, f"none of {VIDEO_FORMATS}: {error.strerror}") from None
     with container:
-        stream = next(iter(container.streams.video), None)
-        if stream is None or stream.disposition & Disposition.attached_pic:  # the cover of a piece of music
+        stream = film_of(container)
+        if stream is None:  # a piece of music, perhaps with a cover
             raise UnusableSample("broken_video", "no video stream")
         if stream.codec_context is None:  # decoding it would crash the process in PyAV < 18.1
             raise UnusableSample("unsupported_video", "a codec that FFmpeg does not know")
@@ -89,8 +89,9 @@ def probe_video(data: bytes, everything: bool = False) -> Probe:
         packets = read_packets(container, stream)
         if "mp4" in formats and len(packets) < stream.frames:
             raise UnusableSample("broken_video", f"{len(packets)} of {stream.frames} packets there")
-        runs = [(0, len(packets))] if everything else parts_to_decode(packets)
-        first, *_ = [decode_run(stream, packets, run) for run in runs]
+        joined = any(packet.is_corrupt for packet in packets)
+        runs = [(0, len(packets))] if everything or joined else parts_to_decode(packets)
+        first, *_ = [decode_run(stream, packets, run, whole=joined) for run in runs]
         frames = sum(not packet.is_discard for packet in packets)
         exchanged = exchanges_axes(orientation(first))
         height, width = (first.width, first.height) if exchanged else (first.height, first.width)
@@ -152,17 +153,27 @@ def read_length(data: bytes, position: int) -> tuple[int, int, bool]:
 
 def read_packets(container: Any, stream: Any) -> list[Any]:
     """All packets that hold something. Raises UnusableSample for cut ones, too many, and none."""
-    packets = []
+    packets, suspects = [], []
     for packet in container.demux(stream):
         if packet.is_corrupt:
-            raise UnusableSample("broken_video", f"packet {len(packets)} is cut short")
+            suspects.append(len(packets))
         if packet.size:  # the last one only drains the decoder
             packets.append(packet)
         if len(packets) > MAXIMUM_PACKETS:
             raise UnusableSample("video_too_long", f"over {MAXIMUM_PACKETS} frames")
+    for number in suspects:
+        if not is_join(container, packets, number):
+            raise UnusableSample("broken_video", f"packet {number} is cut short")
     if not packets:
         raise UnusableSample("broken_video", "no frames")
     return packets
+
+
+def is_join(container: Any, packets: list[Any], number: int) -> bool:
+    """Whether a packet that FFmpeg calls corrupt is where one transport stream was put behind another: the count of its
+    parts begins again, and a key frame follows."""
+    following = packets[number + 1 : number + 3]
+    return container.format.name == "mpegts" and any(packet.is_keyframe for packet in following)
 
 
 def parts_to_decode(packets: list[Any]) -> list[tuple[int, int]]:
@@ -174,13 +185,16 @@ def parts_to_decode(packets: list[Any]) -> list[tuple[int, int]]:
     return [(start, min(start + PART_PACKETS, len(packets))) for start in sorted(starts)]
 
 
-def decode_run(stream: Any, packets: list[Any], run: tuple[int, int]) -> Any:
-    """-> the first frame of packets[start:stop]. Raises UnusableSample if there is none."""
+def decode_run(stream: Any, packets: list[Any], run: tuple[int, int], whole: bool = False) -> Any:
+    """-> the first frame of packets[start:stop]. Raises UnusableSample if there is none, and where all must be `whole`
+    also for a damaged one."""
     start, stop = run
     first = None
     for packet in [*packets[start:stop], None]:
         for frame in stream.codec_context.decode(packet):
             first = first or frame
+            if whole and frame.is_corrupt:
+                raise UnusableSample("broken_video", f"a frame of packets {start} to {stop - 1} is damaged")
     stream.codec_context.flush_buffers()
     if first is None:
         raise UnusableSample("broken_video", f"no frame comes out of packets {start} to {stop - 1} of {len(packets)}")
@@ -201,8 +215,8 @@ def remux(data: bytes) -> bytes:
     """The packets of a video, from the first key frame on, in an mp4, or in an mkv or avi where mp4 takes no such
     codec.
 
-    An avi keeps a rate in place of time stamps. There, packets are numbered at the average rate of the video.
-    Raises UnusableSample and FFmpeg's errors.
+    Time goes on where time stamps begin again, as in joined transport streams. An avi keeps a rate in place of time
+    stamps. There, packets are numbered at the average rate of the video. Raises UnusableSample and FFmpeg's errors.
     """
     for container_format in ("mp4", "matroska", "avi"):
         with open_video(data) as (container, stream), new_video(container_format) as (output, target):
@@ -212,9 +226,10 @@ def remux(data: bytes) -> bytes:
                 continue
             interval = frame_interval(stream) if container_format == "avi" else None
             copy.time_base = interval or copy.time_base
-            number = 0
+            number, clock = 0, Clock()
             for packet in container.demux(stream):
                 if packet.size and (number or packet.is_keyframe):
+                    clock.set(packet)
                     if interval:
                         packet.pts = packet.dts = number
                         packet.time_base, packet.duration = interval, 1
@@ -224,6 +239,26 @@ def remux(data: bytes) -> bytes:
             target.close()
             return output.getvalue()
     raise UnusableSample("unsupported_video", "neither mp4 nor mkv nor avi takes its codec")
+
+
+class Clock:
+    """Gives packets ascending time stamps: where they step back, time goes on by one more frame from there."""
+
+    def __init__(self) -> None:
+        self.offset, self.last, self.step = 0, None, 1
+
+    def set(self, packet: Any) -> None:
+        if packet.dts is None:
+            return
+        if self.last is not None and packet.dts + self.offset <= self.last:
+            self.offset = self.last + self.step - packet.dts
+        stamp = packet.dts + self.offset
+        if self.last is not None:
+            self.step = packet.duration or stamp - self.last
+        self.last = stamp
+        if self.offset:
+            packet.pts = packet.pts if packet.pts is None else packet.pts + self.offset
+            packet.dts = stamp
 
 
 def frame_interval(stream: Any) -> Fraction:

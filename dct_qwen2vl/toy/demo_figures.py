@@ -11,8 +11,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
-from dct_qwen2vl.data.media import VideoSampling, as_array
+from dct_qwen2vl.data.media import as_array
 from dct_qwen2vl.data.samples import IGNORE_INDEX, ConversationSample, EncodedSample, read_samples
+from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.evaluation.scoring import table
 from dct_qwen2vl.training.log import read_metrics

@@ -29,11 +29,12 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText
 
-from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read, write_pixel_bounds
+from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read, write_reading
 from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING, open_tensors, read_json, safetensors_files
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.data.loader import EnergonDataModule, energon_state_classes
 from dct_qwen2vl.data.samples import IGNORE_INDEX, QwenBatch
+from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
 from dct_qwen2vl.training.final_model import RehearseSave, trained_folder
 from dct_qwen2vl.training.log import NON_FINITE, StepGuard, TrainingLog, ValidationSum
@@ -60,7 +61,8 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
     model_dir: HF directory. freeze: parts that are not trained ("vision" is the tower without its projector).
     max_gradient_norm: 0 for no clipping. pixel_bounds: min_pixels, max_pixels of this run where they are not those of
     model_dir; the processor that is saved with the weights gets them. lora: adapters in place of the language model's
-    weights. guard: stops at a loss or gradient that is no number; None for a model that is not trained.
+    weights. guard: stops at a loss or gradient that is no number; None for a model that is not trained. sampling: of
+    videos, saved as pixel_bounds are.
     """
 
     def __init__(
@@ -71,9 +73,11 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         pixel_bounds: dict[str, int] | None = None,
         lora: LoRA | None = None,
         guard: StepGuard | None = None,
+        sampling: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(model_name=str(model_dir))
         self.pixel_bounds = pixel_bounds or {}
+        self.sampling = sampling
         self.model_dir = model_dir
         self.freeze = (*freeze, "language") if lora else freeze
         self.lora = lora
@@ -184,7 +188,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         """
         temporary = output_dir.with_name(f".{output_dir.name}.tmp")
         copy_all_but_weights(self.model_dir, temporary)
-        write_pixel_bounds(temporary, self.pixel_bounds)
+        write_reading(temporary, self.pixel_bounds, self.sampling)
         weights = self.model.state_dict() if state_dict is None else state_dict
         weights = merged_hf(weights, self.lora)
         if self.model.config.tie_word_embeddings:
@@ -323,6 +327,7 @@ def run(
         config.pixel_bounds,
         LoRA.of(config),
         StepGuard(config.run_dir / NON_FINITE),
+        vars(VideoSampling.of(config)),
     )
     log = TrainingLog(config.run_dir, config.max_steps, config.log_interval, merge_size)
     callbacks = [

@@ -197,6 +197,14 @@ class TrainingConfig:
         "where", 200, "steps between checkpoints; 0: none are written", at_least=0, resume=FREE
     )
     keep: int = setting("where", 2, "newest checkpoints that are kept", at_least=1, resume=FREE)
+    compare_samples: int = setting(
+        "where",
+        3,
+        "samples on which the two forms of a DCT model are compared before and after training; 0: none",
+        at_least=0,
+        resume=FREE,
+        recorded=False,
+    )
     log_interval: int = setting("where", 10, "steps between progress lines", at_least=1, resume=FREE)
     restart_data: bool = setting(
         "where",

@@ -23,20 +23,15 @@ def trained_folder(parent: Path, info: ModelInfo) -> Path:
     return parent / ("hf_dct" if info.dct else "hf")
 
 
-def write_stock_form(config: TrainingConfig, info: ModelInfo, parent: Path, complete: bool = True) -> None:
-    """parent/hf from the coefficient form in parent/hf_dct. Its video processor samples frames as the run did.
+def write_stock_form(info: ModelInfo, parent: Path, complete: bool = True) -> None:
+    """parent/hf from the coefficient form in parent/hf_dct. A pixel model has no other form.
 
-    A pixel model has no other form. complete: whether all weights are there.
+    complete: whether all weights are there.
     """
-    from dct_qwen2vl.checkpoints.hf_folder import write_video_sampling
     from dct_qwen2vl.checkpoints.stock_form import to_stock
 
-    if not info.dct:
-        return
-    model_dir = trained_folder(parent, info)
-    sampling = {name: getattr(config, f"video_{name}") for name in ("fps", "min_frames", "max_frames")}
-    write_video_sampling(model_dir, sampling)  # goes along on the way to the stock form and back
-    to_stock(model_dir, parent / "hf", force=True, complete=complete)
+    if info.dct:
+        to_stock(trained_folder(parent, info), parent / "hf", force=True, complete=complete)
 
 
 class RehearseSave(Callback):
@@ -58,7 +53,7 @@ class RehearseSave(Callback):
         try:
             with rehearsal_folder(self.config) as folder:
                 self.save(trained_folder(folder, self.info))
-                write_stock_form(self.config, self.info, folder, complete=False)
+                write_stock_form(self.info, folder, complete=False)
         except RunError as error:
             return error
         return None

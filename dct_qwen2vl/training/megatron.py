@@ -32,9 +32,10 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptim
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from transformers import Qwen2VLConfig
 
-from dct_qwen2vl.checkpoints.hf_folder import write_pixel_bounds
+from dct_qwen2vl.checkpoints.hf_folder import write_reading
 from dct_qwen2vl.data.loader import EnergonDataModule
 from dct_qwen2vl.data.packing import PackedBatch
+from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
 from dct_qwen2vl.training.final_model import RehearseSave, trained_folder
 from dct_qwen2vl.training.flops import training_flops
@@ -402,7 +403,7 @@ def run(
         hf_config=module.hf_config,
         budget=(config.pack_tokens, config.pack_vision_tokens),
     )
-    edit = partial(write_pixel_bounds, bounds=config.pixel_bounds)
+    edit = partial(write_reading, bounds=config.pixel_bounds, sampling=vars(VideoSampling.of(config)))
     callbacks = [
         RehearseSave(config, info, partial(rehearse_hf, config.model_dir, edit=edit)),
         log,

@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dct_tokenizer
-from dct_qwen2vl.data.media import VideoSampling, decode_video
 from dct_qwen2vl.data.media_encoder import MediaEncoder
+from dct_qwen2vl.data.videos import VideoSampling, decode_video
 from dct_tokenizer import DCTConfig, DCTImageProcessor, DCTTokenizer
 
 

@@ -14,7 +14,14 @@ from PIL import Image
 from dct_qwen2vl.analysis import coefficient_masks, sheet_canvas, token_measures, token_sheet
 from dct_qwen2vl.analysis.sheet_canvas import Canvas
 from dct_qwen2vl.analysis.token_measures import measure, worst_window
-from dct_qwen2vl.dct import configuration_dct, image_inputs_dct, image_processing_dct, image_sizes_dct, transform_dct
+from dct_qwen2vl.dct import (
+    configuration_dct,
+    image_colours_dct,
+    image_inputs_dct,
+    image_processing_dct,
+    image_sizes_dct,
+    transform_dct,
+)
 from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 from dct_tokenizer import DCTConfig, target_size
 
@@ -333,7 +340,14 @@ def test_transformers_finds_nothing_to_miss_in_the_copy():
     installed = {"PIL", "numpy", "torch", "transformers"}
     found = {
         name
-        for module in (configuration_dct, image_inputs_dct, image_processing_dct, image_sizes_dct, transform_dct)
+        for module in (
+            configuration_dct,
+            image_colours_dct,
+            image_inputs_dct,
+            image_processing_dct,
+            image_sizes_dct,
+            transform_dct,
+        )
         for name in get_imports(module.__file__)
     }
     assert found - set(sys.stdlib_module_names) == installed

@@ -18,8 +18,8 @@ import convert_checkpoint
 from dct_qwen2vl.checkpoints.conversion import converted_config
 from dct_qwen2vl.checkpoints.inspection import check_checkpoint, time_step
 from dct_qwen2vl.checkpoints.stock_form import stock_config
-from dct_qwen2vl.data.media import VideoSampling
 from dct_qwen2vl.data.positions import mrope_positions
+from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.dct.configuration_dct import CLIP_MEAN, synthesis_matrix
 from dct_qwen2vl.dct.folding import bias_for_mean, fold_block_embedding, unfold_patch_embedding
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
 
 import convert_checkpoint
+from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.dct.configuration_dct import CLIP_MEAN, CLIP_STD
 from dct_qwen2vl.dct.folding import distance_from_format, fold_block_embedding, unfold_patch_embedding
 from dct_tokenizer import DCTConfig, DCTTokenizer, fold_patch_embedding
@@ -233,14 +234,20 @@ def test_configuration_as_servers_read_it(stock, trained):
 def test_pixel_bounds_and_sampling_are_kept(trained, tmp_path):
     folder = Path(shutil.copytree(trained("x4"), tmp_path / "x4"))
     edit_json(folder / "preprocessor_config.json", min_pixels=6272, max_pixels=100352, do_convert_rgb=False)
-    (folder / "video_preprocessor_config.json").write_text(json.dumps({"fps": 1.0, "patch_size": 14}))
+    own = {"fps": 1.0, "patch_size": 14, "total_pixels": 10**6, "video_processor_type": "Qwen2VLVideoProcessor"}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(own))
     assert run(folder, tmp_path / "stock", "--to", "stock") == 0
     processor = AutoProcessor.from_pretrained(tmp_path / "stock").image_processor
     assert (processor.min_pixels, processor.max_pixels, processor.do_convert_rgb) == (6272, 100352, False)
     assert processor.size == {"shortest_edge": 6272, "longest_edge": 100352}
     videos = json.loads((tmp_path / "stock" / "video_preprocessor_config.json").read_text())
     assert (videos["fps"], videos["patch_size"], videos["max_pixels"]) == (1.0, 28, 100352)
+    assert saved_sampling(tmp_path / "stock") == {"fps": 1.0, "min_frames": 4, "max_frames": 768, "total_pixels": 10**6}
     assert run(tmp_path / "stock", tmp_path / "back", "--to", "dct") == 0
+    assert saved_sampling(tmp_path / "back") == saved_sampling(tmp_path / "stock")
+    videos = json.loads((tmp_path / "back" / "video_preprocessor_config.json").read_text())
+    assert "video_processor_type" not in videos, "transformers would make pixel patches of videos"
+    assert videos["auto_map"]["AutoVideoProcessor"] == "image_processing_dct.DCTVideoProcessor"
     assert run(tmp_path / "back", tmp_path / "again", "--to", "stock") == 0
     for name in ("preprocessor_config.json", "video_preprocessor_config.json", "config.json", "dct_format.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "stock" / name).read_bytes(), name

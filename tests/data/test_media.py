@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dct_qwen2vl.data.media import MediaError, VideoSampling, as_array, decode_image, decode_video, media_shape
+from dct_qwen2vl.data.images import decode_image
+from dct_qwen2vl.data.media import as_array, media_shape
+from dct_qwen2vl.data.reading import MediaError
+from dct_qwen2vl.data.videos import VideoSampling, decode_video
 
 COLOURS = {"r": (255, 0, 0), "g": (0, 255, 0), "b": (0, 0, 255), "w": (255, 255, 255), "k": (0, 0, 0)}
 
@@ -146,18 +149,17 @@ def test_other_formats_are_resized_as_the_image_processor_does(image_file, natur
         np.testing.assert_array_equal(found, plainly_resized(data, *size))
 
 
-@pytest.mark.parametrize("size", [(112, 140), (90, 130), (46, 65), (45, 66), (60, 20)])
-def test_a_jpeg_of_less_than_twice_the_size_is_decoded_whole(image_file, natural_frames, size):
+@pytest.mark.parametrize("size", [(112, 140), (90, 130), (46, 65), (45, 65), (23, 32), (22, 33), (60, 10)])
+def test_a_jpeg_of_less_than_four_times_the_size_is_decoded_whole(image_file, natural_frames, size):
     data = image_file(natural_frames(1, 90, 130)[0], "JPEG", quality=90)
     np.testing.assert_array_equal(decode_image(data, size_of(*size)), plainly_resized(data, *size))
 
 
 @pytest.mark.parametrize(
     ("factor", "least"),
-    # dB against decoding the whole file and bicubic. Six photographs of scikit-image gave 38.5 to 51 at 2, 44 to 54 at
-    # 2.9, 40 to 48 at 4, 39 to 51 at 5, 43 to 53 at 7 and 37 to 45 at 8 (quality 92, 4:4:4 and 4:2:0). For comparison,
-    # Lanczos against bicubic: 40 to 57.
-    [(2, 39), (2.9, 43), (4, 38.5), (5, 38), (7, 42), (8, 36.5)],
+    # dB against decoding the whole file and bicubic, quality 92, less 1.5. Where libjpeg alone scales down, it is 33
+    # to 48 (benchmarks/speed/jpeg_scaling.py). For comparison, Lanczos against bicubic: 40 to 57.
+    [(4, 46.4), (5, 49.1), (7, 52), (8, 43.3), (10, 46.9), (16, 41.2)],
 )
 @pytest.mark.parametrize("subsampling", [0, 2], ids=["444", "420"])
 @pytest.mark.parametrize("photograph", [skimage.data.astronaut, skimage.data.coffee])
@@ -185,19 +187,21 @@ def test_a_draft_stands_where_the_image_stands(image_file, factor):
     assert abs((found.sum(axis=0) @ places[1]) / found.sum() - 214.7) < 0.1 * factor
 
 
-def test_a_draft_is_never_smaller_than_what_is_wanted(image_file, natural_frames, monkeypatch):
+def test_a_draft_is_never_smaller_than_twice_what_is_wanted(image_file, natural_frames, monkeypatch):
     data = image_file(natural_frames(1, 250, 333)[0], "JPEG")
     drafts = []
     resize = Image.Image.resize
     monkeypatch.setattr(
         Image.Image, "resize", lambda self, *rest, **named: drafts.append(self.size) or resize(self, *rest, **named)
     )
-    sizes = [(126, 167), (125, 167), (125, 166), (84, 84), (62, 83), (31, 41), (31, 42), (28, 28), (14, 300)]
+    sizes = [(126, 167), (63, 84), (62, 84), (62, 83), (42, 42), (31, 41), (15, 20), (15, 21), (14, 14), (7, 150)]
     for height, width in sizes:
         decode_image(data, size_of(height, width))
-    expected = [(333, 250), (333, 250), (167, 125), (167, 125), (84, 63), (42, 32), (84, 63), (42, 32), (333, 250)]
+    whole, half, quarter, eighth = (333, 250), (167, 125), (84, 63), (42, 32)
+    expected = [whole, whole, whole, half, half, quarter, eighth, quarter, eighth, whole]
     assert drafts == expected
-    assert all(w >= width and h >= height for (w, h), (height, width) in zip(drafts, sizes))
+    scaled = [(draft, size) for draft, size in zip(drafts, sizes) if draft != whole]
+    assert all(w >= 2 * width and h >= 2 * height for (w, h), (height, width) in scaled)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -13,8 +13,11 @@ from PIL import Image
 from samples_by_hand import answer, conversation_sample
 from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
-from dct_qwen2vl.data.media import BadSample, VideoSampling, YUVFrames, counted_frames, decode_image, media_shape
+from dct_qwen2vl.data.images import decode_image
+from dct_qwen2vl.data.media import BadSample, media_shape
 from dct_qwen2vl.data.media_encoder import MediaEncoder, PixelFit
+from dct_qwen2vl.data.reading import counted_frames
+from dct_qwen2vl.data.videos import VideoSampling, YUVFrames
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from task_encoder import QwenTaskEncoder
 

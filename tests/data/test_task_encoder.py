@@ -31,11 +31,13 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGenerat
 
 import evaluate_qwen2vl
 import finetune_qwen2vl
+from dct_qwen2vl.data.images import decode_image
 from dct_qwen2vl.data.loader import EnergonDataModule, end_loader_processes, energon_state_classes
-from dct_qwen2vl.data.media import VideoSampling, decode_image, decode_video, part_order
+from dct_qwen2vl.data.media import part_order
 from dct_qwen2vl.data.media_encoder import PixelFit
 from dct_qwen2vl.data.positions import mrope_positions
 from dct_qwen2vl.data.samples import ConversationSample, EncodedSample, QwenBatch, TooManyBadSamples, cook, read_samples
+from dct_qwen2vl.data.videos import VideoSampling, decode_video
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 from dct_qwen2vl.training import config
@@ -585,7 +587,7 @@ def test_images_are_resized_as_the_processor_would(tokenizer, processor, image_f
 def test_large_jpegs_are_scaled_while_they_are_decoded_but_not_to_pixels(
     tokenizer, processor, image_file, natural_frames
 ):
-    data = image_file(natural_frames(1, 500, 740)[0], "JPEG", quality=90)
+    data = image_file(natural_frames(1, 1000, 1480)[0], "JPEG", quality=90)
     encoder = QwenTaskEncoder(tokenizer, processor)
     encoded = encoder.encode(sample(llava("<image>", "a"), ("image", data)))
     read = decode_image(data, PixelFit.of(processor, VideoSampling()))

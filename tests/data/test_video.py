@@ -16,8 +16,10 @@ from PIL import Image
 from qwen_vl_utils import vision_process
 from scipy.ndimage import maximum_filter, minimum_filter
 
-from dct_qwen2vl.data import media
-from dct_qwen2vl.data.media import MediaError, VideoSampling, YUVFrames, decode_video, media_shape
+from dct_qwen2vl.data import videos
+from dct_qwen2vl.data.media import media_shape
+from dct_qwen2vl.data.reading import MediaError
+from dct_qwen2vl.data.videos import VideoSampling, YUVFrames, decode_video
 
 # Of ITU-R BT.601-7, BT.709-6 and BT.2020-2: the luma weights of red and blue.
 WEIGHTS = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}
@@ -193,7 +195,7 @@ def test_jpeg_range_of_motion_jpeg():
 def test_range_of_formats_that_imply_it():
     """Decoders tag such frames as well, as a rule."""
     for pixel_format, expected in (("yuvj420p", 2), ("yuv420p", 1), ("gray", 2), ("rgb24", 2), ("pal8", 2)):
-        assert media._colours(av.VideoFrame(16, 16, pixel_format)) == (5, expected)
+        assert videos._colours(av.VideoFrame(16, 16, pixel_format)) == (5, expected)
 
 
 def test_rgb_streams_become_full_range_planes():
@@ -540,7 +542,7 @@ def all_frames(data: bytes) -> np.ndarray:
     """Every frame, plainly decoded."""
     with av.open(io.BytesIO(data)) as container:
         return np.stack(
-            [frame.to_ndarray(format="rgb24", interpolation=media.SCALER_FLAGS) for frame in container.decode(video=0)]
+            [frame.to_ndarray(format="rgb24", interpolation=videos.SCALER_FLAGS) for frame in container.decode(video=0)]
         )
 
 
@@ -556,8 +558,8 @@ SAMPLINGS = [
 @pytest.fixture
 def read_by_number(monkeypatch) -> list[int]:
     """Gets an entry whenever a video can not be read by time stamps, and all of it is decoded."""
-    calls, read = [], media._read_by_number
-    monkeypatch.setattr(media, "_read_by_number", lambda *arguments: calls.append(1) or read(*arguments))
+    calls, read = [], videos._read_by_number
+    monkeypatch.setattr(videos, "_read_by_number", lambda *arguments: calls.append(1) or read(*arguments))
     return calls
 
 
@@ -592,21 +594,21 @@ def packets(text: str) -> list[SimpleNamespace]:
     ],
 )
 def test_packets_that_a_frame_needs(text, wanted, runs):
-    assert media._packet_runs(packets(text), wanted) == runs
+    assert videos._packet_runs(packets(text), wanted) == runs
 
 
 def test_few_packets_are_decoded_and_few_frames_converted(moving, monkeypatch):
     """Of 40 frames in groups of 12, a frame every second and the last one."""
     decoded, converted = [], []
-    decode, convert = media._decode_wanted, media._Video._convert
+    decode, convert = videos._decode_wanted, videos._Video._convert
 
     def counted(*arguments):
         for frame in decode(*arguments):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(media, "_decode_wanted", counted)
-    monkeypatch.setattr(media._Video, "_convert", lambda self, frame: converted.append(1) or convert(self, frame))
+    monkeypatch.setattr(videos, "_decode_wanted", counted)
+    monkeypatch.setattr(videos._Video, "_convert", lambda self, frame: converted.append(1) or convert(self, frame))
     assert len(decode_video(moving("h264"), VideoSampling(fps=1))) == 4
     assert len(converted) == 4
     assert len(decoded) <= 24, decoded
@@ -630,20 +632,20 @@ def test_edit_lists_hide_frames(read_by_number):
 )
 def test_stamps_that_are_missing_or_equal(moving, monkeypatch, change):
     """Frame numbers take their place."""
-    plain = media._packets
+    plain = videos._packets
 
     def changed(container, stream):
         found = plain(container, stream)
         return [SimpleNamespace(pts=change(i, packet.pts), is_discard=False) for i, packet in enumerate(found)]
 
-    monkeypatch.setattr(media, "_packets", changed)
+    monkeypatch.setattr(videos, "_packets", changed)
     expected = all_frames(moving("h264"))[VideoSampling().indices(40, 10)]
     np.testing.assert_array_equal(decode_video(moving("h264"), VideoSampling()), expected)
 
 
 def test_stamps_in_the_wrong_order(moving, monkeypatch, read_by_number):
     """What FFmpeg guesses for AVI, in a container of which it is not known."""
-    opened = media._open
+    opened = videos._open
 
     @contextmanager
     def disguised(*arguments):
@@ -651,7 +653,7 @@ def test_stamps_in_the_wrong_order(moving, monkeypatch, read_by_number):
             demux = container.demux
             yield SimpleNamespace(format=SimpleNamespace(name="mov"), demux=demux, decode=container.decode), stream
 
-    monkeypatch.setattr(media, "_open", disguised)
+    monkeypatch.setattr(videos, "_open", disguised)
     data = moving("h264, avi")
     expected = all_frames(data)[VideoSampling().indices(40, 10)]
     np.testing.assert_array_equal(decode_video(data, VideoSampling()), expected)
@@ -661,16 +663,16 @@ def test_stamps_in_the_wrong_order(moving, monkeypatch, read_by_number):
 def test_a_false_key_frame(moving, monkeypatch, read_by_number):
     """Decoding from it fails; the whole video is decoded instead."""
     expected = all_frames(moving("vp9"))[VideoSampling().indices(40, 10)]
-    monkeypatch.setattr(media, "_packet_runs", lambda packets, wanted: [(1, len(packets))])
+    monkeypatch.setattr(videos, "_packet_runs", lambda packets, wanted: [(1, len(packets))])
     np.testing.assert_array_equal(decode_video(moving("vp9"), VideoSampling()), expected)
     assert read_by_number
 
 
 def test_packets_that_show_nothing(moving, monkeypatch):
     """More packets than frames: the video is read again with the right number."""
-    plain = media._packets
+    plain = videos._packets
     more = [SimpleNamespace(pts=None, is_discard=False)] * 3
-    monkeypatch.setattr(media, "_packets", lambda *arguments: [*plain(*arguments), *more])
+    monkeypatch.setattr(videos, "_packets", lambda *arguments: [*plain(*arguments), *more])
     expected = all_frames(moving("mpeg4"))[VideoSampling().indices(40, 10)]
     np.testing.assert_array_equal(decode_video(moving("mpeg4"), VideoSampling()), expected)
 
@@ -766,3 +768,19 @@ def test_the_scaler_is_close_to_the_image_processors(natural_frames):
         expected = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames]
         error = found.astype(float) - np.stack([np.asarray(image) for image in expected])
         assert 10 * np.log10(255**2 / np.mean(error**2)) > 45
+
+
+def test_planes_are_clipped_to_what_rgb_shows():
+    """Luma over 235 is white, as in RGB; full-range planes stay."""
+    shapes = [(32, 48), (16, 24), (16, 24)]
+    frames = [flat(codes, shapes) for codes in ((255, 128, 128), (1, 128, 128), (120, 250, 5), (235, 240, 16))]
+    limited, full = (
+        decode_video(video(frames, color_range=RANGE_CODE[name]), EVERY_FRAME, planes=True)
+        for name in ("limited", "full")
+    )
+    assert limited.luma[:, 0, 0].tolist() == [235, 16, 120, 235]
+    assert limited.cb[:, 0, 0].tolist() == [128, 128, 240, 240] and limited.cr[:, 0, 0].tolist() == [128, 128, 16, 16]
+    assert [plane[:, 0, 0].tolist() for plane in (full.luma, full.cb)] == [[255, 1, 120, 235], [128, 128, 250, 240]]
+    white, black = decode_video(video(frames, color_range=RANGE_CODE["limited"]), EVERY_FRAME)[:2, 0, 0]
+    assert white.tolist() == [255] * 3 and black.tolist() == [0] * 3
+    assert_well_formed(limited, 4, 32, 48)

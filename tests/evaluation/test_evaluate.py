@@ -21,9 +21,12 @@ from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 import evaluate_qwen2vl
 from dct_qwen2vl.checkpoints.hf_folder import load_image_processor, load_processor
 from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError
-from dct_qwen2vl.data.media import VideoSampling, YUVFrames, as_array
+from dct_qwen2vl.checkpoints.stock_form import to_stock
+from dct_qwen2vl.checkpoints.video_sampling import VIDEO_PROCESSOR, write_sampling
+from dct_qwen2vl.data.media import as_array
 from dct_qwen2vl.data.samples import IGNORE_INDEX
 from dct_qwen2vl.data.text_tokens import TextTokens
+from dct_qwen2vl.data.videos import VideoSampling, YUVFrames
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.evaluation import questions as reading
 from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines
@@ -228,6 +231,27 @@ def test_long_videos_have_the_grid_of_training(prepared, evaluated, video_file, 
     assert seen["video_grid_thw"].tolist() == [[96, 112 // 28, 224 // 28]]
     assert_asked_as_trained(seen, trained_on(model, sample, sampling))
     assert torch.equal(blind["video_grid_thw"], seen["video_grid_thw"])
+
+
+def test_videos_are_sampled_as_the_model_was_trained(prepared, evaluated, video_file, natural_frames, tmp_path, capsys):
+    """Its files say it, of either form; a flag wins over them."""
+    model, sampling = Path(shutil.copytree(prepared.model, tmp_path / "model")), VideoSampling(1.0, 2, 6, 6 * 112 * 112)
+    write_sampling(model, vars(sampling))
+    to_stock(model, tmp_path / "stock")
+    sample = conversation_sample(
+        answer("<video> What?", "red"), ("video", video_file(natural_frames(24, 168, 168), rate=2))
+    )
+    for folder, side in ((model, 28), (tmp_path / "stock", 28)):
+        seen, _ = evaluated(folder, sample)
+        assert seen["video_grid_thw"].tolist() == [[3, 112 // side, 112 // side]]
+        assert_asked_as_trained(seen, trained_on(folder, sample, sampling))
+        more, _ = evaluated(folder, sample, "--video-max-frames", "8")
+        assert more["video_grid_thw"][0, 0] == 4
+    plain, _ = evaluated(prepared.model, sample)
+    assert plain["video_grid_thw"].tolist() == [[12, 6, 6]]
+    edit_json(model / VIDEO_PROCESSOR, fps="two")
+    assert evaluate_qwen2vl.main([*folders(prepared, tmp_path / "out")[2:], "--model-dir", str(model)]) == 1
+    assert "has fps 'two', which is no number over 0" in capsys.readouterr().err
 
 
 def test_an_image_keeps_max_pixels_whatever_the_budget_of_videos(prepared, evaluated, image_file, natural_frames):
@@ -555,7 +579,7 @@ def test_answers_of_media_that_were_read_otherwise_are_not_used(go_on, interrupt
     now = f'"version": {evaluate_qwen2vl.ANSWERS_VERSION}'.encode()
     assert interrupted.count(now) == 1
     assert go_on(interrupted.replace(now, b'"version": 1')) == (whole, 18)
-    assert "is not used (version was 1, now is 3): starting again" in capsys.readouterr().err
+    assert "is not used (version was 1, now is 4): starting again" in capsys.readouterr().err
 
 
 def test_a_run_killed_before_its_last_step_asks_nothing_again(prepared, go_on, whole, tmp_path, monkeypatch):

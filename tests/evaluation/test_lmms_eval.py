@@ -7,6 +7,7 @@ What the wrapper reads is looked at here, with stand-ins for what it imports of 
 
 import json
 import os
+import shutil
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -21,8 +22,10 @@ from samples_by_hand import answer, conversation_sample
 
 from benchmarks.quality.analysis import compare_answers
 from dct_qwen2vl.checkpoints.hf_folder import load_processor
+from dct_qwen2vl.checkpoints.stock_form import to_stock
+from dct_qwen2vl.checkpoints.video_sampling import write_sampling
 from dct_qwen2vl.common.scripts import UserError
-from dct_qwen2vl.data.media import VideoSampling
+from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.evaluation.answering import Answerer
 from dct_qwen2vl.evaluation.questions import Question
 from task_encoder import QwenTaskEncoder
@@ -175,6 +178,20 @@ def test_the_wrapper_reads_media_as_training_does(
         assert torch.equal(seen[name], getattr(learned, name)), name
     length = seen["input_ids"].shape[1]
     assert seen["input_ids"][0].tolist() == learned.input_ids[:length].tolist()
+
+
+def test_the_wrapper_takes_a_stock_form_and_its_sampling(wrapper, prepared, tmp_path, video_file, natural_frames):
+    model_dir, stock = Path(shutil.copytree(prepared.model, tmp_path / "model")), tmp_path / "stock"
+    write_sampling(model_dir, {"fps": 1.0, "min_frames": 2, "max_frames": 6})
+    to_stock(model_dir, stock)
+    (tmp_path / "a.mp4").write_bytes(video_file(natural_frames(24, 112, 112), rate=2))
+    frames = {"of training": {}, "given": {"video_max_frames": "4"}, "untrained": {}}
+    for name, options in frames.items():
+        model = wrapper(str(prepared.model if name == "untrained" else stock), **options)
+        kind, read = model._read(str(tmp_path / "a.mp4"))
+        frames[name] = len(read.luma if name == "untrained" else read)
+    assert kind == "video" and frames == {"of training": 6, "given": 4, "untrained": 24}
+    assert type(wrapper(str(stock)).answerer.processor.image_processor).__name__ == "Qwen2VLImageProcessor"
 
 
 def test_the_wrapper_has_the_video_settings_of_training(wrapper, prepared):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from media_files import encode, video_file
 from PIL import Image
 
-from dct_qwen2vl.data.media import VideoSampling, as_array
+from dct_qwen2vl.data.media import as_array
+from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.preparation.entries import (
     DECODER,
     MAXIMUM_CHARACTERS,

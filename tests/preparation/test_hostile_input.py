@@ -19,7 +19,7 @@ from PIL import Image
 
 import data_preparation
 from benchmarks import fuzz_preparation
-from dct_qwen2vl.data.media import decode_image
+from dct_qwen2vl.data.images import decode_image
 from dct_qwen2vl.preparation.conversion import ConversionOptions, convert_media
 from dct_qwen2vl.preparation.entries import UnusableSample
 from dct_qwen2vl.preparation.image_structure import read_layout

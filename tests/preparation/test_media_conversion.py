@@ -24,7 +24,9 @@ from media_files import (
 )
 from PIL import Image, features
 
-from dct_qwen2vl.data.media import MediaError, VideoSampling, decode_image, decode_video
+from dct_qwen2vl.data.images import decode_image
+from dct_qwen2vl.data.reading import MediaError
+from dct_qwen2vl.data.videos import VideoSampling, decode_video
 from dct_qwen2vl.preparation import image_structure
 from dct_qwen2vl.preparation.conversion import ConversionOptions, StoredMedia, convert_all, convert_media
 from dct_qwen2vl.preparation.entries import UnusableSample

@@ -20,11 +20,23 @@ BELOW = {
 }
 # Files of which `--help` and checks are made must start fast.
 WITHOUT_TORCH = (
-    *("common", "checkpoints/inspection.py", "dct/configuration_dct.py", "dct/image_sizes_dct.py"),
+    *(
+        "common",
+        "checkpoints/inspection.py",
+        "checkpoints/video_sampling.py",
+        "dct/configuration_dct.py",
+        "dct/image_colours_dct.py",
+        "dct/image_sizes_dct.py",
+    ),
     *(
         "data/conversations.py",
         "data/energon_files.py",
+        "data/images.py",
+        "data/media.py",
         "data/positions.py",
+        "data/reading.py",
+        "data/videos.py",
+        "evaluation/served_media.py",
         "preparation",
         "training/config.py",
         "training/checks.py",

@@ -10,10 +10,12 @@ import pytest
 from pipeline import edit_json
 
 import finetune_qwen2vl
-from dct_qwen2vl.checkpoints.hf_folder import write_pixel_bounds
+from dct_qwen2vl.checkpoints.hf_folder import write_reading
+from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.training import checks, config, disk_space
 from dct_qwen2vl.training.config import RunError
 
+SAMPLING = {"fps": 1.0, "min_frames": 2, "max_frames": 6, "total_pixels": 100_000}
 UNSAVABLE = {"do_sample": False, "temperature": 0.5}  # transformers reads it with a warning and refuses to write it
 
 
@@ -36,9 +38,9 @@ def rehearsal_of(engine: str, settings: config.TrainingConfig):
 
     info = checks.check_model(settings.model_dir, None)
     if engine == "megatron":
-        edit = partial(write_pixel_bounds, bounds=settings.pixel_bounds)
+        edit = partial(write_reading, bounds=settings.pixel_bounds, sampling=SAMPLING)
         return RehearseSave(settings, info, partial(rehearse_hf, settings.model_dir, edit=edit))
-    module = QwenAutoModel(settings.model_dir, pixel_bounds=settings.pixel_bounds)
+    module = QwenAutoModel(settings.model_dir, pixel_bounds=settings.pixel_bounds, sampling=SAMPLING)
     module.configure_model()
     return RehearseSave(settings, info, module.rehearse_save)
 
@@ -59,10 +61,12 @@ def test_a_rehearsal_writes_both_forms_and_leaves_nothing(engine, model_dir, tmp
         save(folder)
         seen["names"] = {path.name for path in folder.iterdir()}
         seen["bounds"] = json.loads((folder / "preprocessor_config.json").read_text())["max_pixels"]
+        seen["sampling"] = saved_sampling(folder)
 
     rehearsal.save = save_and_look
     rehearsal.on_fit_start(pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False), None)
     assert seen["names"] >= {path.name for path in model_dir.iterdir()} and seen["bounds"] == 12544
+    assert seen["sampling"] == SAMPLING
     assert list((tmp_path / "e").iterdir()) == []
 
 

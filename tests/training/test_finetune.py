@@ -25,6 +25,7 @@ from stand_in_python import write_interpreter
 
 import finetune_qwen2vl
 from dct_qwen2vl.checkpoints.inspection import CheckpointError
+from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.training import checks, config, run_file, run_lock
 
 STEPS, SAVE_INTERVAL, VAL_INTERVAL = 24, 8, 12
@@ -313,6 +314,28 @@ def test_result_to_take_along_is_a_plain_qwen2_vl_that_computes_the_same(launche
     assert float((logits[0] - logits[1]).norm() / logits[0].norm()) < 1e-5
     videos = json.loads((run_dir / "hf" / "video_preprocessor_config.json").read_text())
     assert (videos["fps"], videos["min_frames"], videos["max_frames"], videos["patch_size"]) == (2.0, 4, 768, 28)
+    assert videos["total_pixels"] == 24_576 * 28 * 28
+    checkpoints = sorted((run_dir / "checkpoints").glob("step*/hf"))
+    assert all(
+        saved_sampling(folder) == saved_sampling(run_dir / "hf") for folder in [run_dir / "hf_dct", *checkpoints]
+    )
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("launched", [("one_process", "whole"), ("two_processes", "killed")])
+def test_the_two_forms_are_compared_before_and_after(launched, request):
+    output = request.getfixturevalue(launched[0])["output"]
+    run_dir = output / launched[1]
+    for when, form in (("before", None), ("after", run_dir / "hf")):
+        folder = run_dir / "comparison" / when
+        summary = json.loads((folder / "comparison.json").read_text())
+        assert summary["equal"] and summary["same"]["largest"] < 1e-5 and summary["questions"] == 3
+        assert form is None or summary["models"] == [str(run_dir / "hf_dct"), str(form)]
+        lines = [json.loads(line) for line in (folder / "comparison.jsonl").read_text().splitlines()]
+        assert all(m["a"]["height"] * m["a"]["width"] <= 112 * 112 for line in lines for m in line["media"])
+        assert not (folder / ".stock").exists()
+    said = (output / f"{launched[1]}.log").read_text()
+    assert said.count("and its stock form on 3 samples, largest difference of logits: ") == 2
 
 
 @pytest.mark.launch

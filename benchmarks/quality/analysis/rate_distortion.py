@@ -82,7 +82,8 @@ def given_material(images: list[Path], videos: list[Path]) -> dict[str, list["np
     """As `held_out_material`, from files and folders; says what cannot be used. Raises UserError, OSError."""
     from dct_qwen2vl.analysis.coefficient_moments import resized, sizes_of
     from dct_qwen2vl.analysis.media_files import files_of, read_images, read_videos
-    from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+    from dct_qwen2vl.data.images import IMAGE_EXTENSIONS
+    from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS
 
     skipped: list[str] = []
     arrays = read_images(files_of(images, IMAGE_EXTENSIONS)[0], skipped)

@@ -13,7 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dct_qwen2vl.data.media import VIDEO_EXTENSIONS, MediaError, VideoSampling, decode_image, decode_video, part_order
+from dct_qwen2vl.data.images import decode_image
+from dct_qwen2vl.data.media import part_order
+from dct_qwen2vl.data.reading import MediaError
+from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS, VideoSampling, decode_video
 from dct_qwen2vl.preparation.conversion import MEMORY_ADDRESS
 from dct_qwen2vl.preparation.entries import Turn, UnusableSample, read_turns
 from dct_qwen2vl.preparation.metadata import PreparationError

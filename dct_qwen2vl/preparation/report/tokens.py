@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dct_qwen2vl.data.conversations import DEFAULT_SYSTEM
-from dct_qwen2vl.data.media import VideoSampling
 from dct_qwen2vl.data.text_tokens import match_meant
+from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.preparation.entries import Turn
 from dct_qwen2vl.preparation.metadata import PreparationError
 from dct_qwen2vl.preparation.report.statistics import Statistics
@@ -95,10 +95,8 @@ def target_sizes(
     Written a second time, for that module imports torch: seconds, and more memory than all of data preparation. A test
     holds the two equal.
     """
-    sides = np.stack([height, width]).astype(np.int64)
-    enlarged = np.rint(sides * np.maximum(1.0, factor / sides.min(axis=0)))
-    sizes = np.maximum(factor, enlarged.astype(np.int64))
-    changing = np.arange(sides.shape[1])
+    sizes = np.stack([height, width]).astype(np.int64)
+    changing = np.arange(sizes.shape[1])
     while changing.size:
         before = sizes[:, changing]
         sizes[:, changing] = after = nearest_sizes(before, factor, min_pixels, max_pixels[changing])
@@ -112,7 +110,7 @@ def nearest_sizes(sides: np.ndarray, factor: int, min_pixels: int, max_pixels: n
     shrink, grow = np.sqrt(pixels / max_pixels), np.sqrt(min_pixels / pixels)
     size = np.rint(sides / factor).astype(np.int64) * factor
     rounded = size[0] * size[1]
-    smaller = np.floor(sides / shrink / factor).astype(np.int64) * factor
+    smaller = np.maximum(factor, np.floor(sides / shrink / factor).astype(np.int64) * factor)
     larger = np.ceil(sides * grow / factor).astype(np.int64) * factor
     size = np.where(rounded > max_pixels, smaller, np.where(rounded < min_pixels, larger, size))
     below = np.floor(sides * np.sqrt(max_pixels / pixels) / factor).astype(np.int64) * factor
