@@ -33,8 +33,8 @@ def load_processor(config: TrainingConfig, info: ModelInfo):
     return tokenizer, load_image_processor(config.model_dir, info.dct, **config.pixel_bounds)
 
 
-def build_task_encoder(config: TrainingConfig, info: ModelInfo, rows: bool):
-    """rows: of packed rows instead of padded batches."""
+def build_task_encoder(config: TrainingConfig, info: ModelInfo, packed: bool):
+    """packed: gives packed sequences instead of padded batches."""
     from dct_qwen2vl.data.media import VideoSampling
     from task_encoder import PackingTaskEncoder, QwenTaskEncoder
 
@@ -46,7 +46,7 @@ def build_task_encoder(config: TrainingConfig, info: ModelInfo, rows: bool):
     tokenizer, processor = load_processor(config, info)
     model = read_config(config.model_dir)
     options["time_step"] = time_step(model, processor.temporal_patch_size, config.video_fps)
-    if rows:
+    if packed:
         return PackingTaskEncoder(
             tokenizer,
             processor,
@@ -58,13 +58,13 @@ def build_task_encoder(config: TrainingConfig, info: ModelInfo, rows: bool):
 
 
 def build_data(config: TrainingConfig, info: ModelInfo, engine: str):
-    """The Energon data module, the same for both engines but for rows."""
+    """The Energon data module, the same for both engines but for packing."""
     from dct_qwen2vl.data.loader import EnergonDataModule
 
     several = config.data_parallel < config.world_size
     return EnergonDataModule(
         config.data_dir,
-        build_task_encoder(config, info, rows=engine == "megatron"),
+        build_task_encoder(config, info, packed=engine == "megatron"),
         micro_batch_size=config.micro_batch_size,
         global_batch_size=config.global_batch_size,
         total_batches=config.max_steps * config.accumulate,

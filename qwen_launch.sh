@@ -35,10 +35,10 @@ MASTER_PORT=${MASTER_PORT:-29500}
 
 TP=${TP:-1}                      # tensor parallelism: processes that share each layer (megatron engine)
 PP=${PP:-1}                      # pipeline parallelism: processes that share the layers (megatron engine)
-PACK_TOKENS=${PACK_TOKENS:-}     # most tokens of a packed row, which is a micro-batch; empty: 8192 with the megatron engine
+PACK_TOKENS=${PACK_TOKENS:-}     # most tokens of a packed sequence, which is a micro-batch; empty: 8192 with the megatron engine
 PACK_VISION_TOKENS=${PACK_VISION_TOKENS:-}  # most tokens of the vision tower in it; empty: twice PACK_TOKENS
-MBS=${MBS:-}                     # micro-batch size: samples of one forward pass of one process, instead of packed rows
-GBS=${GBS:-}                     # global batch size: packed rows of one optimizer step (default 16), or samples (32)
+MBS=${MBS:-}                     # micro-batch size: samples of one forward pass of one process, instead of packed sequences
+GBS=${GBS:-}                     # global batch size: packed sequences of one optimizer step (default 16), or samples (32)
 SEQ_LENGTH=${SEQ_LENGTH:-2048}   # tokens; longer samples are skipped and counted
 MINPIXELS=${MINPIXELS:-}         # least pixels of an image; empty: what the checkpoint says
 MAXPIXELS=${MAXPIXELS:-}         # most pixels of an image; empty: what the checkpoint says
@@ -75,7 +75,7 @@ if [ -n "$MINPIXELS" ]; then arguments+=(--min-pixels "$MINPIXELS"); fi
 if [ -n "$MAXPIXELS" ]; then arguments+=(--max-pixels "$MAXPIXELS"); fi
 arguments+=("$@")
 
-# Rows differ in length; without this the freed pieces of the device's memory do not fit the next row.
+# Packed sequences differ in length; without this the freed pieces of the device's memory do not fit the next one.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 # What torchrun would set with a banner of its own where it starts several processes.
 if [ "$NUM_PROC_PER_NODE" != 1 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi

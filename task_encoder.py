@@ -31,7 +31,7 @@ from megatron.energon import (
 from dct_qwen2vl.data.conversations import DEFAULT_SYSTEM, put_first
 from dct_qwen2vl.data.media import BadSample, MediaError, VideoSampling
 from dct_qwen2vl.data.media_encoder import MediaEncoder, stack_media
-from dct_qwen2vl.data.packing import MeasuredSample, PackedBatch, fit_rows, pack
+from dct_qwen2vl.data.packing import MeasuredSample, PackedBatch, fit_sequences, pack
 from dct_qwen2vl.data.positions import Run, mrope_positions
 from dct_qwen2vl.data.samples import (
     IGNORE_INDEX,
@@ -279,11 +279,12 @@ def _cat(tokens: list[torch.Tensor]) -> torch.Tensor:
 
 
 class PackingTaskEncoder(QwenTaskEncoder):
-    """As `QwenTaskEncoder`, with rows instead of padded batches. Media are decoded when their row is made.
+    """As `QwenTaskEncoder`, with packed sequences instead of padded batches. Media are decoded when theirs is made.
 
-    pack_tokens, pack_vision_tokens: most tokens and vision tokens of a row that several samples share; a larger sample
-    has a row of its own. The memory of a row is in proportion to both: in the 2B model a vision token takes two thirds
-    of what a token takes. token_dtype: of the vision tokens, the model's. Other arguments: of `QwenTaskEncoder`.
+    pack_tokens, pack_vision_tokens: most tokens and vision tokens of a sequence that several samples share. A larger
+        sample has a sequence of its own. Memory grows with both: in the 2B model a vision token takes two thirds of
+        what a token takes.
+    token_dtype: of the vision tokens, the model's. Other arguments: of `QwenTaskEncoder`.
     """
 
     def __init__(
@@ -304,28 +305,28 @@ class PackingTaskEncoder(QwenTaskEncoder):
         return MeasuredSample.derive_from(sample, conversation=sample, size=self._or_skip(self.measure, sample))
 
     def select_samples_to_pack(self, samples: list[MeasuredSample]) -> list[list[MeasuredSample]]:
-        """Energon's packing stage, over a full buffer. -> rows within the budget."""
-        rows = fit_rows([sample.size for sample in samples], self.budget)
-        return [[samples[number] for number in row] for row in rows]
+        """Energon's packing stage, over a full buffer. -> packed sequences within the budget."""
+        sequences = fit_sequences([sample.size for sample in samples], self.budget)
+        return [[samples[number] for number in sequence] for sequence in sequences]
 
     @stateless
     def pack_selected_samples(self, samples: list[MeasuredSample]) -> PackedBatch:
-        """Raises SkipSample if no sample of the row can be used, TooManyBadSamples."""
+        """Raises SkipSample if no sample of the sequence can be used, TooManyBadSamples."""
         encoded = []
         for sample in samples:
             with suppress(SkipSample):
                 encoded.append(super().encode_sample(sample.conversation))
         if not encoded:
             raise SkipSample
-        return self.make_row(encoded)
+        return self.make_sequence(encoded)
 
     @stateless
     def batch(self, samples: list[MeasuredSample] | list[PackedBatch]) -> PackedBatch:
-        """One row of the samples; a row of the packing stage comes alone and is a batch already."""
+        """One sequence of the samples; a sequence of the packing stage comes alone and is a batch already."""
         return samples[0] if isinstance(samples[0], PackedBatch) else self.pack_selected_samples(samples)
 
-    def make_row(self, samples: list[EncodedSample]) -> PackedBatch:
-        """One row of all samples."""
+    def make_sequence(self, samples: list[EncodedSample]) -> PackedBatch:
+        """One sequence of all samples."""
         return pack(
             samples,
             merge_size=self.image_processor.merge_size,
@@ -336,8 +337,8 @@ class PackingTaskEncoder(QwenTaskEncoder):
         )
 
     def blank_batch(self) -> PackedBatch:
-        """A row of no sample: `QwenTaskEncoder.blank_batch`."""
-        return replace(self.make_row([self._blank_sample()]), keys=[], skipped={})
+        """A sequence of no sample: `QwenTaskEncoder.blank_batch`."""
+        return replace(self.make_sequence([self._blank_sample()]), keys=[], skipped={})
 
     def for_validation(self) -> "PackingTaskEncoder":
         """The same encoder with counters of its own. One that chooses samples from a buffer gets them a buffer at a
@@ -355,14 +356,15 @@ class PackingTaskEncoder(QwenTaskEncoder):
 
 
 class BufferPackingTaskEncoder(PackingTaskEncoder):
-    """As `PackingTaskEncoder`, for a split that is read once: a batch of samples becomes the rows that hold them.
+    """As `PackingTaskEncoder`, for a split that is read once: a batch of samples becomes the sequences that hold
+    them.
 
-    Energon's own packing stage (5.2.0) is made for endless data: where a split ends while rows wait, it fails.
+    Energon's own packing stage (5.2.0) is made for endless data: where a split ends while sequences wait, it fails.
     """
 
     @stateless
     def batch(self, samples: list[MeasuredSample]) -> Iterator[PackedBatch]:
-        """The rows of up to a buffer of samples. Raises TooManyBadSamples."""
-        for row in self.select_samples_to_pack(samples):
+        """The sequences of up to a buffer of samples. Raises TooManyBadSamples."""
+        for sequence in self.select_samples_to_pack(samples):
             with suppress(SkipSample):
-                yield self.pack_selected_samples(row)
+                yield self.pack_selected_samples(sequence)

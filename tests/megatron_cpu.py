@@ -14,7 +14,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn import functional
 
-from dct_qwen2vl.training.megatron_model import Layers, RowAttention, VisionMLP
+from dct_qwen2vl.training.megatron_model import Layers, PackedAttention, VisionMLP
 
 
 class ReferenceAttention(torch.nn.Module):
@@ -50,7 +50,7 @@ def plain_layer(is_vision: bool) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=WrappedTorchNorm,
             self_attention=ModuleSpec(
-                module=RowAttention,
+                module=PackedAttention,
                 params={"attn_mask_type": mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def data_module(model_dir: Path, data_dir: Path, rank: int = 0, world_size: int = 1, **options):
-    """An `EnergonDataModule` of text-only samples. options: its own; pack_tokens and packing_buffer_size for rows."""
+    """An `EnergonDataModule` of text-only samples. options: its own; pack_tokens and packing_buffer_size to pack."""
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
     from transformers import AutoTokenizer
 

@@ -10,15 +10,18 @@ and in memory, in the layout that the loader gives. An optimizer step sees the s
 
     stock 1   NeMo's model on pixels, one sample a micro-batch: the recipe as it ships, but with all weights trained
     stock N   the same at the micro-batch that is fastest
-    none      this repository's engine on pixels: rows of samples up to two budgets of tokens
+    none      this repository's engine on pixels: packed sequences up to two budgets of tokens
     exact, x4, x16   the same on DCT tokens
 
 MFU counts the matrix products that a way has to do (flops.py) against the device's dense bf16 peak; busy is the share
-of a step in which some kernel runs, by torch's profiler. The ratios are samples/s over those of stock 1 and of stock N.
+of a step in which some kernel runs, by torch's profiler. --kernels prints what the step's time goes to. --attention
+measures this repository's engine with flash-attn-4, if it is there (auto), and without (torch). The ratios are
+samples/s over those of stock 1 and of stock N.
 """
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -30,11 +33,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.speed.kernels import busy_seconds, longest, record, shares
+from dct_qwen2vl.training import attention
+
+SHORTEST = attention.SHORTEST
 TEXT_TOKENS, LEARNED_SHARE = 256, 0.5
 PIXEL_BLOCK, PIXEL_WIDTH = (2, 14, 14), 3 * 2 * 14 * 14  # frames, height, width of a pixel patch; its floats
+WIDTH = 13  # of a way's name
 STOCK_IMAGE, STOCK_VIDEO = -200, -300  # NeMo's ids of visual tokens
 IMAGE_ID, VIDEO_ID = 151655, 151656
-PROFILED = 2  # micro-batches of the step in which kernels are recorded; stock launches tens of thousands in each
+PROFILED = 2  # micro-batches of stock in which kernels are recorded; it launches tens of thousands in each
 IMAGES = ((448, 448), (336, 448), (448, 672), (672, 896), (896, 672), (896, 896))  # height, width of the mix
 Step = Callable[[], float]
 
@@ -223,7 +231,7 @@ def stock_forward(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return (losses.float() * mask).sum(), mask.sum().int()
 
 
-def row_forward(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+def packed_forward(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
     batch = batch.to("cuda")
     losses = model(batch)
     return losses.float().sum(), torch.full((), len(batch.learned), dtype=torch.int, device="cuda")
@@ -234,20 +242,21 @@ def size_of(sample) -> tuple[int, int]:
     return len(sample.input_ids), len(sample.pixel_values) + len(sample.pixel_values_videos)
 
 
-def rows_of(name: str, works: list[Work], budget: tuple[int, int], seed: int) -> tuple:
-    """The configuration of a 2B model of this token format, and the samples as rows in pinned memory."""
-    from dct_qwen2vl.data.packing import fit_rows, pack
+def sequences_of(name: str, works: list[Work], budget: tuple[int, int], seed: int) -> tuple:
+    """The configuration of a 2B model of this token format, and the samples as packed sequences in pinned memory."""
+    from dct_qwen2vl.data.packing import fit_sequences, pack
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
 
     config = None if name == "none" else DCTConfig.preset(name)
     block, width = (config.block, config.num_coefficients) if config else (PIXEL_BLOCK, PIXEL_WIDTH)
     samples = make_samples(works, block, width, seed)
-    rows = fit_rows([size_of(sample) for sample in samples], budget)
-    packed = [pack([samples[n] for n in row], 2, width, torch.bfloat16, (IMAGE_ID, VIDEO_ID)) for row in rows]
-    return real_config(width if config else None), [row.pin_memory() for row in packed]
+    sequences = fit_sequences([size_of(sample) for sample in samples], budget)
+    ids = (IMAGE_ID, VIDEO_ID)
+    packed = [pack([samples[n] for n in chosen], 2, width, torch.bfloat16, ids) for chosen in sequences]
+    return real_config(width if config else None), [batch.pin_memory() for batch in packed]
 
 
-def row_training(hf_config) -> Training:
+def packed_training(hf_config) -> Training:
     from dct_qwen2vl.training.megatron_model import fuse_gradient_accumulation, model_config
 
     model = model_config(hf_config, 65536).configure_model()
@@ -258,28 +267,17 @@ def row_training(hf_config) -> Training:
 # Measuring
 
 
-def busy_share(step: Step) -> float:
-    """Share of the step's time in which some kernel or copy ran on the device."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    spans = sorted((e.time_range.start, e.time_range.end) for e in recorded.events() if e.device_type.name == "CUDA")
-    busy, reached = 0.0, 0.0
-    for begin, end in spans:
-        busy += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return busy / 1e6 / seconds
-
-
 def measure(
-    name: str, step: Callable[[list], float], batches: list, works: list[Work], flops: float, visual: int, repeats: int
+    name: str,
+    step: Callable[[list], float],
+    batches: list,
+    works: list[Work],
+    flops: float,
+    visual: int,
+    repeats: int,
+    recorded: int | None = None,
 ) -> dict:
-    """step(batches): an optimizer step over these micro-batches."""
+    """step(batches): an optimizer step over these micro-batches. recorded: how many of them are profiled, None: all."""
     from dct_qwen2vl.training.flops import device_peak
 
     step(batches[:1])
@@ -293,18 +291,21 @@ def measure(
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     best = float(np.median(seconds))
+    spans, profiled = record(partial(step, batches[:recorded]))
     line = {
         "way": name,
         "samples_per_second": len(works) / best,
         "visual_tokens_per_second": visual / best,
         "mfu": flops / best / device_peak(),
-        "busy": busy_share(partial(step, batches[:PROFILED])),
+        "busy": busy_seconds(spans) / profiled,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "seconds": seconds,
         "loss": loss,
+        "kinds": shares(spans, profiled),
+        "kernels": longest(spans, profiled),
     }
     print(
-        f"{name:<10} {line['samples_per_second']:9.2f} samples/s {line['visual_tokens_per_second']:9.0f} visual "
+        f"{name:<{WIDTH}} {line['samples_per_second']:9.2f} samples/s {line['visual_tokens_per_second']:9.0f} visual "
         f"tokens/s MFU {line['mfu']:.1%} busy {line['busy']:.0%} {line['peak_gib']:6.1f} GiB, step {best:.2f} s",
         flush=True,
     )
@@ -330,7 +331,7 @@ def measure_stock(works: list[Work], sizes: list[int], seed: int, repeats: int) 
         try:
             batches = stock_batches(samples, size)
             step = partial(training.step, forward=stock_forward)
-            lines.append(measure(f"stock {size}", step, batches, works, flops, visual, repeats))
+            lines.append(measure(f"stock {size}", step, batches, works, flops, visual, repeats, PROFILED))
         except torch.OutOfMemoryError:
             print(f"stock {size}: out of memory", flush=True)
             break
@@ -339,30 +340,36 @@ def measure_stock(works: list[Work], sizes: list[int], seed: int, repeats: int) 
     return lines
 
 
-def measure_rows(name: str, works: list[Work], budget: tuple[int, int], seed: int, repeats: int) -> dict:
+def measure_packed(
+    name: str, works: list[Work], budget: tuple[int, int], seed: int, repeats: int, kernels: str
+) -> dict:
+    """kernels: of attention, see `use_attention`."""
     from dct_qwen2vl.training.flops import training_flops
 
-    hf_config, batches = rows_of(name, works, budget, seed)
+    use_attention(kernels)
+    hf_config, batches = sequences_of(name, works, budget, seed)
     flops = sum(training_flops(hf_config, b.grid_thw, b.sample_starts.diff(), len(b.learned)) for b in batches)
     visual = sum(len(batch.visual) for batch in batches)
-    training = row_training(hf_config)
-    step = partial(training.step, forward=row_forward)
-    line = measure(name, step, batches, works, flops, visual, repeats)
+    training = packed_training(hf_config)
+    step = partial(training.step, forward=packed_forward)
+    shown = name if kernels == "auto" else f"{name}, {kernels}"
+    line = measure(shown, step, batches, works, flops, visual, repeats)
     del training, step
     free()
-    return {**line, "rows": len(batches), "budget": budget}
+    return {**line, "sequences": len(batches), "budget": budget}
 
 
-def profile_step(name: str, works: list[Work], budget: tuple[int, int], seed: int, path: Path) -> None:
-    """A table of the kernels of one step, by time."""
-    from torch.profiler import ProfilerActivity, profile
+def print_kinds(lines: list[dict]) -> None:
+    """What the recorded step's time goes to, in %, a column a way."""
+    kinds = sorted({kind for line in lines for kind in line["kinds"]}, key=lambda kind: -lines[0]["kinds"].get(kind, 0))
+    print("\n" + f"{'%':<33}" + "".join(f"{line['way']:>{WIDTH}}" for line in lines))
+    for kind in kinds:
+        print(f"{kind:<33}" + "".join(f"{100 * line['kinds'].get(kind, 0):>{WIDTH}.1f}" for line in lines))
 
-    hf_config, batches = rows_of(name, works, budget, seed)
-    training = row_training(hf_config)
-    training.step(batches, row_forward)
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
-        training.step(batches, row_forward)
-    path.write_text(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90))
+
+def use_attention(name: str) -> None:
+    """auto: flash-attn-4 for long parts, if it is there; torch: never."""
+    attention.SHORTEST = dict(SHORTEST) if name == "auto" else dict.fromkeys(SHORTEST, math.inf)
 
 
 def set_up() -> None:
@@ -385,10 +392,10 @@ def print_ratios(lines: list[dict]) -> None:
     if not stock:
         return
     first, best = stock[0], max(stock, key=lambda line: line["samples_per_second"])
-    print(f"\n{'way':<10}{'x ' + first['way']:>12}{'x ' + best['way']:>12}")
+    print(f"\n{'way':<{WIDTH}}{'x ' + first['way']:>12}{'x ' + best['way']:>12}")
     for line in lines:
         ratios = [line["samples_per_second"] / other["samples_per_second"] for other in (first, best)]
-        print(f"{line['way']:<10}{ratios[0]:12.2f}{ratios[1]:12.2f}")
+        print(f"{line['way']:<{WIDTH}}{ratios[0]:12.2f}{ratios[1]:12.2f}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -401,11 +408,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ways", nargs="+", default=["stock", "none", "exact", "x4", "x16"], help="what is measured")
     parser.add_argument("--samples", type=int, default=32, help="samples of an optimizer step")
     parser.add_argument("--stock-sizes", nargs="+", type=int, default=[1, 2, 4, 8], help="micro-batches of stock")
-    parser.add_argument("--pack-tokens", type=int, default=16384, help="most tokens of a row, of ways that have rows")
+    parser.add_argument("--pack-tokens", type=int, default=16384, help="most tokens of a packed sequence")
     parser.add_argument("--pack-vision-tokens", type=int, default=32768, help="and most vision tokens")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps; the median counts")
     parser.add_argument("--seed", type=int, default=0, help="of tokens and of the mix")
-    parser.add_argument("--profile", type=Path, help="write a table of kernels of a step of x4 here, and nothing else")
+    parser.add_argument("--attention", nargs="+", choices=("auto", "torch"), default=["auto"], help="kernels of it")
+    parser.add_argument("--kernels", action="store_true", help="print what a step's time goes to")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -415,10 +423,6 @@ def main(argv: list[str] | None = None) -> int:
     set_up()
     results = {"device": torch.cuda.get_device_name(), "seed": arguments.seed, "samples": arguments.samples}
     budget = (arguments.pack_tokens, arguments.pack_vision_tokens)
-    if arguments.profile:
-        works = make_work(arguments.work[0], arguments.samples, arguments.seed)
-        profile_step("x4", works, budget, arguments.seed, arguments.profile)
-        return 0
     for work in arguments.work:
         works = make_work(work, arguments.samples, arguments.seed)
         print(f"\n{work}: {len(works)} samples a step", flush=True)
@@ -427,10 +431,13 @@ def main(argv: list[str] | None = None) -> int:
             if way == "stock":
                 lines += measure_stock(works, arguments.stock_sizes, arguments.seed, 1)
             else:
-                lines.append(measure_rows(way, works, budget, arguments.seed, arguments.repeats))
+                packed = partial(measure_packed, way, works, budget, arguments.seed, arguments.repeats)
+                lines += map(packed, arguments.attention)
             if arguments.json:
                 arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print_ratios(lines)
+        if arguments.kernels:
+            print_kinds(lines)
     return 0
 
 

@@ -5,8 +5,8 @@
 Makes a Qwen2-VL-2B in DCT tokens with random weights, draws images (JPEG, 640 x 480 to 1024 x 768) or videos (H.264,
 16 frames of 448 x 448) with conversations, prepares shards, and starts qwen_launch.sh as a user would. The figures are
 those of metrics.jsonl without the first steps: samples/s, MFU, the share of time in which training waited for data.
-With several numbers of GPUs the rows of a step are in proportion to them, and the last column is the speed-up over the
-first.
+With several numbers of GPUs the packed sequences of a step are in proportion to them. The last column is the speed-up
+over the first.
 """
 
 import argparse
@@ -141,7 +141,7 @@ def measure(model_dir: Path, shards: Path, gpus: int, arguments: argparse.Namesp
     environment = {
         "MODEL_DIR": model_dir, "DATASET_DIR": shards, "OUTPUT_DIR": folder, "EXPERIMENT_NAME": f"gpus{gpus}",
         "NUM_PROC_PER_NODE": gpus, "PACK_TOKENS": arguments.pack_tokens,
-        "PACK_VISION_TOKENS": arguments.pack_vision_tokens or "", "GBS": arguments.rows * gpus,
+        "PACK_VISION_TOKENS": arguments.pack_vision_tokens or "", "GBS": arguments.sequences * gpus,
         "MAX_STEPS": arguments.steps, "VAL_INTERVAL": 10000, "SAVE_INTERVAL": 0, "LR": "1e-6", "MIN_LR": "1e-7",
         "NUM_WORKERS": arguments.num_workers, "SEQ_LENGTH": 4096, "ENGINE": "megatron", "PYTHON": sys.executable,
     }  # fmt: skip
@@ -174,9 +174,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="one launch for each number")
     parser.add_argument("--samples", type=int, default=400, help="of the data set, which is repeated")
     parser.add_argument("--steps", type=int, default=25, help=f"optimizer steps; the first {WARM_UP} do not count")
-    parser.add_argument("--rows", type=int, default=4, help="rows of a step for each GPU")
-    parser.add_argument("--pack-tokens", type=int, default=16384, help="of a row")
-    parser.add_argument("--pack-vision-tokens", type=int, help="of a row (default: twice --pack-tokens)")
+    parser.add_argument("--sequences", "--rows", type=int, default=4, help="packed sequences of a step for each GPU")
+    parser.add_argument("--pack-tokens", type=int, default=16384, help="of a packed sequence")
+    parser.add_argument("--pack-vision-tokens", type=int, help="of a packed sequence (default: twice --pack-tokens)")
     parser.add_argument("--num-workers", type=int, default=8, help="loader processes for each GPU")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
     parser.add_argument("--trace", type=Path, help="write a trace here (.json.gz), of a step that does not count")

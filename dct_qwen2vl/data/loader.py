@@ -111,8 +111,8 @@ class EnergonDataModule(pl.LightningDataModule):
     num_workers: loader processes of one process; 0 loads in the training process.
     rank, world_size: among processes that train on different samples.
     val_batches: most micro-batches of one validation, over all processes together; None for the whole split.
-    packing_buffer_size: samples among which a worker chooses those of a row (the task encoder is then a
-        `PackingTaskEncoder`, and a row a micro-batch); None: a micro-batch is micro_batch_size samples.
+    packing_buffer_size: samples among which a worker chooses those of a packed sequence, which is a micro-batch (the
+        task encoder is then a `PackingTaskEncoder`); None: a micro-batch is micro_batch_size samples.
     data_parallel_group: called before loading, gives the group of the processes that train on different samples; None:
         all.
     start_anew: a saved state is not restored.

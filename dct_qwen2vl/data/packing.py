@@ -1,14 +1,15 @@
-"""Several samples in one row without padding: what the Megatron engine trains on.
+"""Packed sequences: several samples one after the other without padding. The Megatron engine trains on them.
 
-A row is a micro-batch. Its samples stand one after the other; attention is told where each begins, so that no token of
-one sample sees another. Everything the model needs to know of positions is computed here, in the loader's workers.
+A packed sequence ("sequence" for short) is a micro-batch. Attention is told where each of its samples begins, so that
+no token of one sample sees another. Everything the model needs to know of positions is computed here, in the loader's
+workers.
 
 Letters used for shapes in this file:
 
-    L S    tokens of a row, samples of a row
+    L S    tokens of a sequence, samples of a sequence
     T V    learned tokens, visual tokens of the language model
-    N K    vision tokens of all media of a row, floats of one token
-    M F    media of a row, time steps of all of them together
+    N K    vision tokens of all media of a sequence, floats of one token
+    M F    media of a sequence, time steps of all of them together
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,17 +24,17 @@ from dct_qwen2vl.data.samples import IGNORE_INDEX, ConversationSample, EncodedSa
 
 @dataclass
 class PackedBatch(Batch):
-    """A micro-batch of the Megatron engine: one row.
+    """A micro-batch of the Megatron engine: one packed sequence.
 
     input_ids int64 [L]; position_ids int64 [3, L], M-RoPE, from 0 in every sample; sample_starts int32 [S + 1], where
     the samples begin and the last one ends. learned int64 [T]: positions that have to predict; targets int64 [T]: what.
-    visual int64 [V]: positions that hold visual tokens. tokens [N, K]: vision tokens in the order of the row, in the
-    data type of the model; token_positions int64 [N, 2]: row and column of each in its time step; step_starts int32
+    visual int64 [V]: positions that hold visual tokens. tokens [N, K]: vision tokens in the order of the sequence, in
+    the data type of the model; token_positions int64 [N, 2]: row and column of each in its time step; step_starts int32
     [F + 1]: where time steps begin, attention stays within one. grid_thw int64 [M, 3]. longest_sample, longest_step:
-    tokens. keys, skipped: as in `task_encoder.QwenBatch`; a row without keys stands for none.
+    tokens. keys, skipped: as in `task_encoder.QwenBatch`; a sequence without keys stands for none.
 
-    A row without media has one blank image, so that the vision tower has a gradient in every micro-batch: N is then
-    m * m while V and M are 0.
+    A sequence without media has one blank image, so that the vision tower has a gradient in every micro-batch: N is
+    then m * m while V and M are 0.
     """
 
     input_ids: torch.Tensor
@@ -52,7 +53,7 @@ class PackedBatch(Batch):
     skipped: dict[str, int] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The same row with its tensors on `device`; copies from pinned memory do not wait."""
+        """The same sequence with its tensors on `device`; copies from pinned memory do not wait."""
         values = {
             name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for name, value in vars(self).items()
@@ -60,38 +61,38 @@ class PackedBatch(Batch):
         return PackedBatch(**values)
 
     def without_tokens(self) -> "PackedBatch":
-        """The same row for who does not need its vision tokens."""
+        """The same sequence for who does not need its vision tokens."""
         return replace(self, tokens=self.tokens[:0])
 
 
 @dataclass
 class MeasuredSample(Sample):
-    """A conversation that waits for its row with its media as they are in the shard, a hundredth of what they take as
-    vision tokens. size: its tokens, its vision tokens."""
+    """A conversation that waits for its sequence. Its media are as in the shard: a hundredth of the memory that
+    their vision tokens take. size: its tokens, its vision tokens."""
 
     conversation: ConversationSample
     size: tuple[int, int]
 
 
-def fit_rows(sizes: list[tuple[int, ...]], budget: tuple[int, ...]) -> list[list[int]]:
+def fit_sequences(sizes: list[tuple[int, ...]], budget: tuple[int, ...]) -> list[list[int]]:
     """Indices of `sizes`, grouped so that no group of several is over `budget` in any of its dimensions: largest first,
-    each into the fullest row that has room for it (best-fit decreasing; in one dimension at most 11/9 of the best
-    number of rows, D. S. Johnson, 1973). Large and full: the sum of the shares of the budget. Rows come in the order of
-    their first sample, and samples within a row in theirs."""
+    each into the fullest sequence that has room for it (best-fit decreasing; in one dimension at most 11/9 of the best
+    number of sequences, D. S. Johnson, 1973). Large and full: the sum of the shares of the budget. Sequences come
+    in the order of their first sample, and samples within a sequence in theirs."""
     shares = np.array(sizes, np.float64).reshape(len(sizes), -1) / budget
-    rows: list[list[int]] = []
+    sequences: list[list[int]] = []
     room = np.zeros((0, len(budget)), np.int64)
     for number in np.argsort(-shares.sum(axis=1), kind="stable").tolist():
         fitting = np.flatnonzero((room >= sizes[number]).all(axis=1))
         if len(fitting):
-            row = int(fitting[(room[fitting] / budget).sum(axis=1).argmin()])
+            sequence = int(fitting[(room[fitting] / budget).sum(axis=1).argmin()])
         else:
-            row = len(rows)
-            rows.append([])
+            sequence = len(sequences)
+            sequences.append([])
             room = np.append(room, [budget], axis=0)
-        rows[row].append(number)
-        room[row] -= sizes[number]
-    return sorted(sorted(row) for row in rows)
+        sequences[sequence].append(number)
+        room[sequence] -= sizes[number]
+    return sorted(sorted(sequence) for sequence in sequences)
 
 
 def pack(
@@ -102,8 +103,11 @@ def pack(
     visual_ids: tuple[int, ...],
     skipped: dict[str, int] | None = None,
 ) -> PackedBatch:
-    """One row of all samples. token_width: floats of a vision token, for a row without media. visual_ids: the ids that
-    stand for tokens of images and of videos."""
+    """One sequence of all samples.
+
+    token_width: floats of a vision token, for a sequence without media.
+    visual_ids: the ids that stand for tokens of images and of videos.
+    """
     input_ids = torch.cat([sample.input_ids for sample in samples])
     following = torch.cat([torch.cat([s.labels[1:], s.labels.new_full((1,), IGNORE_INDEX)]) for s in samples])
     learned = (following != IGNORE_INDEX).nonzero().flatten()
@@ -139,7 +143,7 @@ def _starts(lengths: list[int]) -> torch.Tensor:
 def _media_in_order(
     samples: list[EncodedSample], visual_ids: tuple[int, ...]
 ) -> tuple[list[torch.Tensor], list[tuple[int, int, int]]]:
-    """Vision tokens and grids of all media of a row in the order in which their placeholders stand."""
+    """Vision tokens and grids of all media of a sequence in the order in which their placeholders stand."""
     tokens, grids = [], []
     image_id, video_id = visual_ids
     for sample in samples:

@@ -114,12 +114,12 @@ def check_numbers(config: TrainingConfig) -> None:
         )
     if config.pack_tokens < 0 or (config.pack_tokens and config.micro_batch_size != 1):
         raise RunError(
-            f"--pack-tokens {config.pack_tokens} fills rows with samples up to it, so --micro-batch-size is 1, got "
+            f"--pack-tokens {config.pack_tokens} packs samples up to it, so --micro-batch-size is 1, got "
             f"{config.micro_batch_size}: leave one of them out"
         )
     if bool(config.pack_tokens) != bool(config.pack_vision_tokens) or config.pack_vision_tokens < 0:
         raise RunError(
-            f"--pack-vision-tokens {config.pack_vision_tokens} bounds the same rows as --pack-tokens "
+            f"--pack-vision-tokens {config.pack_vision_tokens} bounds the same sequences as --pack-tokens "
             f"{config.pack_tokens}: both must be over 0, or leave both out"
         )
     per_step = config.micro_batch_size * config.data_parallel

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 from dct_qwen2vl.common.scripts import UserError
 
 PARTS = ("vision", "projector", "language")
-ROW_TOKENS, ROWS_PER_STEP = 8192, 16  # of packed sequences, where the command line does not say
+SEQUENCE_TOKENS, SEQUENCES_PER_STEP = 8192, 16  # of packed sequences, where the command line does not say
 
 # What a resumed run may do with a setting. It repeats the samples and losses of an uninterrupted run only if the
 # settings under SAME and DATA are what they were.
@@ -104,14 +104,14 @@ class TrainingConfig:
     micro_batch_size: int | None = setting(
         "how",
         None,
-        "samples of one forward pass of one process (default: 1; megatron: packed rows)",
+        "samples of one forward pass of one process (default: 1; megatron: packed sequences)",
         at_least=1,
         resume=DATA,
     )
     global_batch_size: int | None = setting(
         "how",
         None,
-        f"samples of one optimizer step, or packed rows (default: 32 samples, {ROWS_PER_STEP} rows)",
+        f"samples of one optimizer step, or packed sequences (default: 32 and {SEQUENCES_PER_STEP})",
         at_least=1,
         resume=DATA,
     )
@@ -145,8 +145,8 @@ class TrainingConfig:
     pack_tokens: int | None = setting(
         "where",
         None,
-        "megatron: a micro-batch is one row of samples with at most so many tokens together; 0: a row of "
-        f"--micro-batch-size samples (default: {ROW_TOKENS}, or 0 where --micro-batch-size is given)",
+        "megatron: a micro-batch is one packed sequence with at most so many tokens; 0: a sequence of "
+        f"--micro-batch-size samples (default: {SEQUENCE_TOKENS}, or 0 where --micro-batch-size is given)",
         engine="megatron",
         resume=DATA,
     )
@@ -157,7 +157,7 @@ class TrainingConfig:
         engine="megatron",
         resume=DATA,
     )
-    packing_buffer: int = setting("where", 512, "samples among which a loader fills rows", at_least=1, resume=DATA)
+    packing_buffer: int = setting("where", 512, "samples among which a loader chooses to pack", at_least=1, resume=DATA)
     tensor_parallel: int = setting(
         "where", 1, "megatron: processes that share each layer", at_least=1, engine="megatron", resume=FREE
     )
@@ -234,14 +234,14 @@ class TrainingConfig:
     def resolved(self, engine: str, precision: str) -> "TrainingConfig":
         """For this engine, with what was left open of micro-batch, packed sequence and step."""
         packs = engine == "megatron" and self.micro_batch_size is None
-        pack_tokens = _given(self.pack_tokens, ROW_TOKENS if packs else 0)
-        rows = -(-ROWS_PER_STEP // self.data_parallel) * self.data_parallel
+        pack_tokens = _given(self.pack_tokens, SEQUENCE_TOKENS if packs else 0)
+        sequences = -(-SEQUENCES_PER_STEP // self.data_parallel) * self.data_parallel
         return replace(
             self,
             chosen_engine=engine,
             precision=precision,
             micro_batch_size=_given(self.micro_batch_size, 1),
-            global_batch_size=_given(self.global_batch_size, rows if pack_tokens else 32),
+            global_batch_size=_given(self.global_batch_size, sequences if pack_tokens else 32),
             pack_tokens=pack_tokens,
             pack_vision_tokens=_given(self.pack_vision_tokens, 2 * pack_tokens),
         )

@@ -35,8 +35,8 @@ SUMMED = (
     "learned_tokens",
     "padding",
     "positions",
-    "rows",
-    "row_fill",
+    "sequences",
+    "sequence_fill",
 )
 
 
@@ -249,8 +249,8 @@ class TrainingLog(pl.Callback):
             "data_wait_share": min(1.0, sums["wait"] / trainer.world_size / seconds),
             "tflops": sums["flops"] / seconds / 1e12,
         }
-        if sums["rows"]:
-            line["row_fill"] = sums["row_fill"] / sums["rows"]
+        if sums["sequences"]:
+            line["sequence_fill"] = sums["sequence_fill"] / sums["sequences"]
         if self.peak_flops:
             line["mfu"] = sums["flops"] / seconds / (self.peak_flops * trainer.world_size)
         if torch.cuda.is_available():
@@ -274,6 +274,9 @@ class TrainingLog(pl.Callback):
         done = line["step"] - self._start_step
         left = (self.max_steps - line["step"]) * (time.perf_counter() - self._start_time) / max(1, done)
         seconds = line["seconds"]
+        filled = f"padding {line['padding_share']:.0%}"
+        if "sequence_fill" in line:
+            filled = f"sequences {line['sequence_fill']:.0%} full"
         parts = [
             f"step {line['step']}/{self.max_steps}",
             f"loss {line['loss']:.4f}",
@@ -281,7 +284,7 @@ class TrainingLog(pl.Callback):
             f"grad norm {line['gradient_norm']:.2f}",
             f"{line['samples'] / seconds:.1f} samples/s",
             f"{line['visual_tokens'] / seconds:.0f} visual + {line['text_tokens'] / seconds:.0f} text tokens/s",
-            f"rows {line['row_fill']:.0%} full" if "row_fill" in line else f"padding {line['padding_share']:.0%}",
+            filled,
             f"data wait {line['data_wait_share']:.0%}",
             *([f"MFU {line['mfu']:.1%}"] if "mfu" in line else []),
             *([f"{line['peak_memory_gib']:.1f} GiB"] if "peak_memory_gib" in line else []),

@@ -91,7 +91,7 @@ class AdaptedLinear(LoRALinear):
 
 
 def adapt_megatron(model: torch.nn.Module, lora: LoRA) -> None:
-    """Puts adapters into this process's part of a `RowQwen2VL`."""
+    """Puts adapters into this process's part of a `PackedQwen2VL`."""
     for block in model.language_model.decoder.layers:
         for part, names in MEGATRON_LAYERS.items():
             module = getattr(block, part)

@@ -1,9 +1,9 @@
 """The `megatron` engine: NeMo's Qwen2-VL on Megatron-core, for GPUs with TransformerEngine.
 
 NeMo's `llm.finetune` drives its MegatronStrategy: bf16 weights, an fp32 optimizer spread over the data-parallel
-processes, tensor and pipeline parallelism. What this file adds: rows of samples instead of padded batches, a loss that
-is the mean over the learned tokens of a whole step whatever the rows and processes, checkpoints that are whole or not
-there, and the log.
+processes, tensor and pipeline parallelism. What this file adds: packed sequences instead of padded batches, a loss that
+is the mean over the learned tokens of a whole step whatever the sequences and processes, checkpoints that are whole or
+not there, and the log.
 
 A checkpoint is a folder `checkpoints/step000100/` in Megatron-core's distributed format, which any layout of processes
 can read. It is written under another name and renamed when whole. Part of it is a pickle, as Megatron-core writes it:
@@ -34,11 +34,12 @@ from transformers import Qwen2VLConfig
 from dct_qwen2vl.checkpoints.hf_folder import write_pixel_bounds
 from dct_qwen2vl.data.loader import EnergonDataModule
 from dct_qwen2vl.data.packing import PackedBatch
+from dct_qwen2vl.training.attention import kernel_names
 from dct_qwen2vl.training.config import TrainingConfig
 from dct_qwen2vl.training.flops import training_flops
 from dct_qwen2vl.training.log import NON_FINITE, OutOfMemory, StepGuard, TrainingLog, ValidationSum
 from dct_qwen2vl.training.lora import LoRA, adapt_megatron
-from dct_qwen2vl.training.megatron_model import RowQwen2VL, fuse_gradient_accumulation, model_config
+from dct_qwen2vl.training.megatron_model import PackedQwen2VL, fuse_gradient_accumulation, model_config
 from dct_qwen2vl.training.megatron_weights import load_hf, save_hf, sources_of
 from dct_qwen2vl.training.run_folder import (
     build_loggers,
@@ -54,9 +55,9 @@ os.environ.setdefault("NEMO_LOG_TRAIN_LOSS", "0")  # TrainingLog has it, without
 
 
 class TokenLoss(MegatronLossReduction):
-    """Sum over the learned tokens of a row; Megatron divides the gradients by the tokens of the whole step.
+    """Sum over the learned tokens of a packed sequence; Megatron divides the gradients by the tokens of the whole step.
 
-    reduced: called with float32 [rows, 2], the sum and the tokens of each row.
+    reduced: called with float32 [sequences, 2], the sum and the tokens of each sequence.
     """
 
     def __init__(self, reduced: Callable[[torch.Tensor], None]) -> None:
@@ -70,16 +71,18 @@ class TokenLoss(MegatronLossReduction):
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, torch.Tensor]]):
         """-> mean of this process's tokens."""
-        rows = torch.stack([entry["loss"] for entry in losses_reduced_per_micro_batch])
-        self.reduced(rows)
-        total, count = rows.sum(dim=0)
+        sums = torch.stack([entry["loss"] for entry in losses_reduced_per_micro_batch])
+        self.reduced(sums)
+        total, count = sums.sum(dim=0)
         return total / count
 
 
-class RowSampler(MegatronDataSampler):
-    """Tells Megatron how many rows a step has: the loader gives them as they are; validation takes them one by one.
+class SequenceSampler(MegatronDataSampler):
+    """Tells Megatron how many packed sequences a step has. The loader gives them as they are. Validation has
+    one a step.
 
-    A validation row is fetched before its step begins, so that all pipeline stages learn together that there is none.
+    A sequence of validation is fetched before its step begins, so that all pipeline stages learn together that there is
+    none.
     """
 
     def transform_dataloader(self, dataloader: Any, consumed_samples: int = 0) -> Any:
@@ -95,16 +98,19 @@ class RowSampler(MegatronDataSampler):
 class QwenMegatronModel(Qwen2VLModel):
     """Qwen2-VL as NeMo's LightningModule, over `PackedBatch`es.
 
-    model_dir: HF directory. row_tokens: of the longest row. freeze: parts that are not trained. recompute: activations
-    of transformer layers are computed again in the backward pass. pipeline: there are several pipeline stages. lora:
-    adapters in place of the language model's weights. guard: stops at a loss or gradient that is no number; None for a
-    model that is not trained.
+    model_dir: HF directory.
+    sequence_tokens: of the longest packed sequence.
+    freeze: parts that are not trained.
+    recompute: activations of transformer layers are computed again in the backward pass.
+    pipeline: there are several pipeline stages.
+    lora: adapters in place of the language model's weights.
+    guard: stops at a loss or gradient that is no number; None for a model that is not trained.
     """
 
     def __init__(
         self,
         model_dir: Path,
-        row_tokens: int,
+        sequence_tokens: int,
         freeze: tuple[str, ...] = (),
         recompute: bool = False,
         pipeline: bool = False,
@@ -115,9 +121,9 @@ class QwenMegatronModel(Qwen2VLModel):
         options: dict[str, Any] = {"calculate_per_token_loss": True}
         if recompute:
             options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        if pipeline:  # rows differ in length; the dispatcher, of which there is none here, is Megatron-core's condition
+        if pipeline:  # lengths differ; the dispatcher, of which there is none here, is Megatron-core's condition
             options |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
-        super().__init__(model_config(hf_config, row_tokens, **options))
+        super().__init__(model_config(hf_config, sequence_tokens, **options))
         self.hf_config = hf_config
         self.model_dir = model_dir
         self.freeze = (*freeze, "language") if lora else freeze
@@ -126,8 +132,8 @@ class QwenMegatronModel(Qwen2VLModel):
         self.gradient_norm = 0.0
         self.last_learning_rate = 0.0
         self.validation = ValidationSum()
-        self.rows: list[PackedBatch] = []  # of the step, without their tensors on the device
-        self.row_sums: torch.Tensor | None = None  # of the step: `TokenLoss`; None in stages before the last
+        self.sequences: list[PackedBatch] = []  # of the step, without their tensors on the device
+        self.loss_sums: torch.Tensor | None = None  # of the step: `TokenLoss`; None in stages before the last
 
     def configure_model(self, vp_stage: int | None = None) -> None:
         """Builds this process's part and fills it from model_dir."""
@@ -146,29 +152,29 @@ class QwenMegatronModel(Qwen2VLModel):
         return self.module(batch)
 
     def data_step(self, dataloader_iter) -> PackedBatch:
-        """The next row, on the device; tokens go to the first pipeline stage only."""
-        row = next(dataloader_iter)[0]
-        self.rows.append(row.without_tokens())
-        return row.to("cuda") if parallel_state.is_pipeline_first_stage() else self.rows[-1].to("cuda")
+        """The next sequence, on the device; tokens go to the first pipeline stage only."""
+        sequence = next(dataloader_iter)[0]
+        self.sequences.append(sequence.without_tokens())
+        return sequence.to("cuda") if parallel_state.is_pipeline_first_stage() else self.sequences[-1].to("cuda")
 
     def forward_step(self, batch: PackedBatch) -> torch.Tensor:
         return self(batch)
 
     @property
     def training_loss_reduction(self) -> TokenLoss:
-        return TokenLoss(self._keep_row_sums)
+        return TokenLoss(self._keep_loss_sums)
 
     @property
     def validation_loss_reduction(self) -> TokenLoss:
         return TokenLoss(self._add_to_validation)
 
-    def _keep_row_sums(self, rows: torch.Tensor) -> None:
-        self.row_sums = rows
+    def _keep_loss_sums(self, sums: torch.Tensor) -> None:
+        self.loss_sums = sums
 
-    def _add_to_validation(self, rows: torch.Tensor) -> None:
-        """Validation has one row a step."""
-        (row,), ((loss_sum, tokens),) = self.take_rows(), rows
-        self.validation.add(loss_sum, tokens, len(row.keys))
+    def _add_to_validation(self, sums: torch.Tensor) -> None:
+        """Validation has one sequence a step."""
+        (sequence,), ((loss_sum, tokens),) = self.take_sequences(), sums
+        self.validation.add(loss_sum, tokens, len(sequence.keys))
 
     def on_train_start(self) -> None:
         """The norm is looked at between gradients and step: Megatron-core has no place for it."""
@@ -183,15 +189,15 @@ class QwenMegatronModel(Qwen2VLModel):
         optimizer.get_grad_norm = measure_and_check
 
     def _check_step(self) -> None:
-        """Raises NonFiniteStep for a gradient, or a row's loss, that is no number."""
-        losses = [0.0] * len(self.rows) if self.row_sums is None else self.row_sums[:, 0].tolist()
-        micro_batches = [(loss, row.keys) for loss, row in zip(losses, self.rows, strict=True)]
+        """Raises NonFiniteStep for a gradient, or a sequence's loss, that is no number."""
+        losses = [0.0] * len(self.sequences) if self.loss_sums is None else self.loss_sums[:, 0].tolist()
+        micro_batches = [(loss, sequence.keys) for loss, sequence in zip(losses, self.sequences, strict=True)]
         self.guard.check(self.trainer.global_step + 1, self.gradient_norm, micro_batches)
 
-    def take_rows(self) -> list[PackedBatch]:
-        """The rows since the last call."""
-        rows, self.rows = self.rows, []
-        return rows
+    def take_sequences(self) -> list[PackedBatch]:
+        """The sequences since the last call."""
+        sequences, self.sequences = self.sequences, []
+        return sequences
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         self.last_learning_rate = optimizer.param_groups[0]["lr"]
@@ -201,8 +207,8 @@ class QwenMegatronModel(Qwen2VLModel):
         self.validation.begin("cuda")
 
     def on_validation_epoch_end(self) -> None:
-        """Mean over all learned tokens of the split, whatever the rows and processes."""
-        self.take_rows()
+        """Mean over all learned tokens of the split, whatever the sequences and processes."""
+        self.take_sequences()
         self.validation.end(counts_here())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -212,18 +218,26 @@ class QwenMegatronModel(Qwen2VLModel):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         count_batches_of_whole_steps(checkpoint, self.trainer.accumulate_grad_batches)
+        read_earlier_log_name(checkpoint)
+
+
+def read_earlier_log_name(checkpoint: dict[str, Any]) -> None:
+    """Lightning finds a callback's state by the name of its class, which once was another."""
+    states = checkpoint.get("callbacks", {})
+    if "RowTrainingLog" in states:
+        states[PackedTrainingLog.__name__] = states.pop("RowTrainingLog")
 
 
 def counts_here() -> bool:
-    """Whether this process's rows are counted: those of one process among those that share them, one with losses."""
+    """Whether this process's sequences are counted: of the processes that share them, one that has losses counts."""
     return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
-class RowTrainingLog(TrainingLog):
-    """`TrainingLog` for rows: Lightning's batch is a whole step here.
+class PackedTrainingLog(TrainingLog):
+    """`TrainingLog` for packed sequences: Lightning's batch is a whole step here.
 
-    budget: most tokens and vision tokens of a packed row; a row is as full as the fuller of the two. (0, 0): rows have
-    a number of samples instead.
+    budget: most tokens and vision tokens of a packed sequence, which is as full as the fuller of the two. (0, 0):
+        sequences have a number of samples instead.
     """
 
     def __init__(self, *arguments, hf_config, budget: tuple[int, int], **options) -> None:
@@ -232,28 +246,29 @@ class RowTrainingLog(TrainingLog):
         self.budget = budget
 
     def on_train_batch_end(self, trainer, pl_module: QwenMegatronModel, outputs, batch, batch_index: int) -> None:
-        rows = pl_module.take_rows()
+        sequences = pl_module.take_sequences()
         if counts_here():
-            for row, (loss, count) in zip(rows, pl_module.row_sums.tolist(), strict=True):
-                self.add(loss=loss, loss_weight=count, **self._count(row))
-                self._skipped.update(row.skipped)
+            for sequence, (loss, count) in zip(sequences, pl_module.loss_sums.tolist(), strict=True):
+                self.add(loss=loss, loss_weight=count, **self._count(sequence))
+                self._skipped.update(sequence.skipped)
         self._end_step(trainer, pl_module)
 
-    def _count(self, row: PackedBatch) -> dict[str, float]:
-        visual, tokens = len(row.visual), len(row.input_ids)
+    def _count(self, sequence: PackedBatch) -> dict[str, float]:
+        visual, tokens = len(sequence.visual), len(sequence.input_ids)
+        lengths = sequence.sample_starts.diff()
         return {
-            "flops": training_flops(self.hf_config, row.grid_thw, row.sample_starts.diff(), len(row.learned)),
-            "samples": len(row.keys),
+            "flops": training_flops(self.hf_config, sequence.grid_thw, lengths, len(sequence.learned)),
+            "samples": len(sequence.keys),
             "visual_tokens": visual,
             "text_tokens": tokens - visual,
-            "learned_tokens": len(row.learned),
+            "learned_tokens": len(sequence.learned),
             "padding": 0,
             "positions": tokens,
-            **({"rows": 1, "row_fill": self._fill(row)} if any(self.budget) else {}),
+            **({"sequences": 1, "sequence_fill": self._fill(sequence)} if any(self.budget) else {}),
         }
 
-    def _fill(self, row: PackedBatch) -> float:
-        sizes = (len(row.input_ids), len(row.visual) * self.merge_size**2)
+    def _fill(self, sequence: PackedBatch) -> float:
+        sizes = (len(sequence.input_ids), len(sequence.visual) * self.merge_size**2)
         return max(size / most for size, most in zip(sizes, self.budget))
 
 
@@ -296,7 +311,7 @@ class SaveHF(Callback):
 
     def _save(self, pl_module: QwenMegatronModel) -> None:
         model = pl_module.module
-        while not isinstance(model, RowQwen2VL):
+        while not isinstance(model, PackedQwen2VL):
             model = model.module
         save_hf(
             model,
@@ -367,23 +382,23 @@ def run(
     export_dir: Path,
 ) -> None:
     """Fine-tunes, resuming from the newest checkpoint, and writes the model to `export_dir`. Raises OutOfMemory."""
-    row_tokens = max(config.seq_length * config.micro_batch_size, config.pack_tokens)
+    sequence_tokens = max(config.seq_length * config.micro_batch_size, config.pack_tokens)
     module = QwenMegatronModel(
         config.model_dir,
-        row_tokens,
+        sequence_tokens,
         config.freeze,
         config.recompute,
         config.pipeline_parallel > 1,
         LoRA.of(config),
         StepGuard(config.run_dir / NON_FINITE),
     )
-    data.data_sampler = RowSampler(
-        seq_len=row_tokens,
+    data.data_sampler = SequenceSampler(
+        seq_len=sequence_tokens,
         micro_batch_size=config.micro_batch_size,
         global_batch_size=config.global_batch_size,
         output_log=False,
     )
-    log = RowTrainingLog(
+    log = PackedTrainingLog(
         config.run_dir,
         config.max_steps,
         config.log_interval,
@@ -398,6 +413,8 @@ def run(
         *extra_callbacks,
     ]
     trainer = build_trainer(config, callbacks)
+    if torch.cuda.is_available() and trainer.is_global_zero:
+        print(f"Attention: {kernel_names()}", flush=True)
     try:
         llm.finetune(
             model=module,
@@ -409,14 +426,15 @@ def run(
             tokenizer=None,
         )
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(describe_full_memory(module.rows, config)) from error
+        raise OutOfMemory(describe_full_memory(module.sequences, config)) from error
 
 
-def describe_full_memory(rows: list[PackedBatch], config: TrainingConfig) -> str:
-    row = rows[-1] if rows else None
-    what = "before the first row" if row is None else (
-        f"at a row of {len(row.keys)} samples, {len(row.input_ids)} tokens, {len(row.token_positions)} vision tokens "
-        f"({', '.join(row.keys[:5])}{', ...' if len(row.keys) > 5 else ''})"
+def describe_full_memory(sequences: list[PackedBatch], config: TrainingConfig) -> str:
+    sequence = sequences[-1] if sequences else None
+    what = "before the first packed sequence" if sequence is None else (
+        f"at a packed sequence of {len(sequence.keys)} samples, {len(sequence.input_ids)} tokens, "
+        f"{len(sequence.token_positions)} vision tokens "
+        f"({', '.join(sequence.keys[:5])}{', ...' if len(sequence.keys) > 5 else ''})"
     )  # fmt: skip
     budget = f"--pack-tokens {config.pack_tokens}, --pack-vision-tokens {config.pack_vision_tokens}"
     lower = budget if config.pack_tokens else "--micro-batch-size"

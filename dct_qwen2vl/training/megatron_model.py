@@ -1,7 +1,7 @@
-"""Qwen2-VL on Megatron-core, on top of NeMo's `Qwen2VLConfig` and `MCoreQwen2VLModel`, for packed rows.
+"""Qwen2-VL on Megatron-core, on top of NeMo's `Qwen2VLConfig` and `MCoreQwen2VLModel`, for packed sequences.
 
 What differs from NeMo 2.4.1's model: the patch embedding is a matrix product over tokens of any width; positions come
-from the loader, so that no step waits for the device; both rotary embeddings are applied to all tokens of a row at
+from the loader, so that no step waits for the device; both rotary embeddings are applied to all tokens of a sequence at
 once; attention of the tower and of the language model stays within time steps and samples; and the vocabulary is
 projected to at learned positions only. Weights and names of parameters are those of NeMo's model, but for the patch
 embedding's shape.
@@ -27,6 +27,7 @@ from nemo.collections.vlm.qwen2vl.model.base import MCoreQwen2VLModel, Qwen2VLCo
 from nemo.collections.vlm.qwen2vl.model.vision import Qwen2VisionModel
 
 from dct_qwen2vl.data.packing import PackedBatch
+from dct_qwen2vl.training.attention import packed_attention
 
 VISION_ROTARY_BASE = 10000.0  # fixed in Qwen2-VL's vision tower
 
@@ -46,11 +47,11 @@ class VisionMLP(MLP):
         return self.linear_fc2(biased_quick_gelu(hidden, bias))
 
 
-class RowCoreAttention(torch.nn.Module):
-    """Attention within each sequence of a packed row, by the FlashAttention kernel that PyTorch carries.
+class PackedCoreAttention(torch.nn.Module):
+    """Attention within each part of a packed sequence (`attention.py`).
 
-    cuDNN's kernel for packed rows, which TransformerEngine takes on Hopper, spent half of a training step in its
-    backward pass on the empty part of a grid of (sequences x tokens of the row); this one's work is that of the tokens.
+    cuDNN's kernel for packed sequences, which TransformerEngine takes on Hopper, spent half of a training step in its
+    backward pass on the empty part of a grid of (samples x tokens of the sequence). These kernels work on tokens alone.
     """
 
     def __init__(self, config, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **unused) -> None:
@@ -60,10 +61,7 @@ class RowCoreAttention(torch.nn.Module):
     def forward(self, query, key, value, attention_mask=None, packed_seq_params=None, **unused) -> torch.Tensor:
         """[L, heads, width] each; key and value may have fewer heads. -> [L, heads * width]."""
         starts, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
-        output, *_ = torch.ops.aten._flash_attention_forward(
-            query, key, value, starts, starts, longest, longest, 0.0, self.causal, False
-        )
-        return output.flatten(1)
+        return packed_attention(query, key, value, starts, longest, self.causal).flatten(1)
 
 
 def mrope_frequencies(position_ids: torch.Tensor, head_width: int, base: float, sections: list[int]) -> torch.Tensor:
@@ -94,11 +92,11 @@ def rotate(x: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
     return rope_utils._apply_rotary_pos_emb_bshd(x, frequencies)
 
 
-class RowAttention(SelfAttention):
-    """Self-attention over a packed row with an angle for each token.
+class PackedAttention(SelfAttention):
+    """Self-attention over a packed sequence with an angle for each token.
 
-    Megatron-core takes the angles of a packed row by a token's place in its sequence and loops over the sequences;
-    here they are applied to the row as a whole, before attention.
+    Megatron-core takes the angles by a token's place in its sample and loops over the samples. Here they are applied
+    to the sequence as a whole, before attention.
     """
 
     def forward(self, hidden_states, attention_mask, *arguments, rotary_pos_emb=None, **options):
@@ -115,7 +113,7 @@ class RowAttention(SelfAttention):
 
 @dataclass(frozen=True)
 class Layers:
-    """What the model is built from: transformer layers with `RowAttention`, and the projector's two linear layers."""
+    """Parts of the model: transformer layers with `PackedAttention`, and the projector's two linear layers."""
 
     vision: ModuleSpec
     language: ModuleSpec
@@ -123,11 +121,11 @@ class Layers:
 
 
 def transformer_engine_layers() -> Layers:
-    """NeMo's layers for Qwen2-VL, with `RowAttention`."""
+    """NeMo's layers for Qwen2-VL, with `PackedAttention`."""
     vision, language = get_layer_spec_te(is_vit=True), get_layer_spec_te(is_vit=False)
     for spec in (vision, language):
-        spec.submodules.self_attention.module = RowAttention
-        spec.submodules.self_attention.submodules.core_attention = RowCoreAttention
+        spec.submodules.self_attention.module = PackedAttention
+        spec.submodules.self_attention.submodules.core_attention = PackedCoreAttention
     vision.submodules.mlp.module = VisionMLP
     return Layers(vision, language, get_mlp_module_spec(use_te=True).submodules)
 
@@ -140,16 +138,16 @@ def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
             module.fuse_wgrad_accumulation = True
 
 
-def _sequences(starts: torch.Tensor, longest: int) -> PackedSeqParams:
+def _packed(starts: torch.Tensor, longest: int) -> PackedSeqParams:
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
     )
 
 
-class RowVisionModel(Qwen2VisionModel):
-    """The tower for tokens of any width; takes a row's tokens, positions and time steps from the loader."""
+class PackedVisionModel(Qwen2VisionModel):
+    """The tower for tokens of any width; takes a packed sequence's tokens, positions and time steps from the loader."""
 
-    def __init__(self, config: "RowVisionConfig", spec: ModuleSpec) -> None:
+    def __init__(self, config: "PackedVisionConfig", spec: ModuleSpec) -> None:
         super().__init__(config, spec, spatial_merge_size=config.spatial_merge_size)
         self.conv1 = torch.nn.Linear(
             config.token_width, config.hidden_size, bias=False, device=self.conv1.weight.device
@@ -159,23 +157,23 @@ class RowVisionModel(Qwen2VisionModel):
         """-> [N / m^2, m^2 * hidden]."""
         hidden = self.conv1(batch.tokens.to(self.conv1.weight.dtype))[:, None]
         frequencies = vision_frequencies(batch.token_positions, self.config.kv_channels)
-        sequences = _sequences(batch.step_starts, batch.longest_step)
-        hidden = self.decoder(hidden, None, rotary_pos_emb=frequencies, packed_seq_params=sequences)
+        steps = _packed(batch.step_starts, batch.longest_step)
+        hidden = self.decoder(hidden, None, rotary_pos_emb=frequencies, packed_seq_params=steps)
         return hidden.view(-1, self.merge_hidden_size)
 
 
 @dataclass
-class RowVisionConfig(Qwen2VLVisionConfig):
+class PackedVisionConfig(Qwen2VLVisionConfig):
     """token_width: floats of a vision token, K."""
 
     token_width: int = 1176
 
-    def configure_model(self) -> RowVisionModel:
-        return RowVisionModel(self, self.transformer_layer_spec)
+    def configure_model(self) -> PackedVisionModel:
+        return PackedVisionModel(self, self.transformer_layer_spec)
 
 
 @dataclass
-class RowProjectionConfig(MultimodalProjectorConfig):
+class PackedProjectionConfig(MultimodalProjectorConfig):
     """linear_layers: what the projector is built from."""
 
     linear_layers: MLPSubmodules | None = None
@@ -186,7 +184,7 @@ class RowProjectionConfig(MultimodalProjectorConfig):
 
 
 @dataclass
-class RowQwen2VLConfig(Qwen2VLConfig):
+class PackedQwen2VLConfig(Qwen2VLConfig):
     """rope_sections: of M-RoPE, halves of a head's width."""
 
     rope_sections: list[int] = field(default_factory=lambda: [16, 24, 24])
@@ -197,20 +195,20 @@ class RowQwen2VLConfig(Qwen2VLConfig):
             self.language_transformer_config.position_embedding_type = "none"  # the angles are given to the decoder
             self.language_transformer_config.mrope_section = None
 
-    def configure_model(self, tokenizer=None, vp_stage: int | None = None) -> "RowQwen2VL":
+    def configure_model(self, tokenizer=None, vp_stage: int | None = None) -> "PackedQwen2VL":
         language = self.language_transformer_config
         language.scatter_embedding_sequence_parallel = False
         for config in (language, self.vision_transformer_config, self.vision_projection_config):
             config.tensor_model_parallel_size = self.tensor_model_parallel_size
         language.pipeline_model_parallel_size = self.pipeline_model_parallel_size
         first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-        return RowQwen2VL(
+        return PackedQwen2VL(
             self, pre_process=first, post_process=last, add_encoder=first, add_decoder=True, vp_stage=vp_stage or 0
         )
 
 
-class RowQwen2VL(MCoreQwen2VLModel):
-    """Qwen2-VL over one packed row. In a pipeline the first stage holds the vision tower and the embedding."""
+class PackedQwen2VL(MCoreQwen2VLModel):
+    """Qwen2-VL over one packed sequence. In a pipeline the first stage holds the vision tower and the embedding."""
 
     def forward(self, batch: PackedBatch, return_logits: bool = False) -> torch.Tensor:
         """-> loss of each learned token, float32 [T]; with `return_logits` the logits [T, vocabulary] there (its part
@@ -225,7 +223,7 @@ class RowQwen2VL(MCoreQwen2VLModel):
                 language.config.rotary_base,
                 self.config.rope_sections,
             ),
-            packed_seq_params=_sequences(batch.sample_starts, batch.longest_sample),
+            packed_seq_params=_packed(batch.sample_starts, batch.longest_sample),
         )
         if not self.post_process:
             return hidden
@@ -254,10 +252,10 @@ def model_config(
     dtype: torch.dtype = torch.bfloat16,
     layers: Layers | None = None,
     **options: Any,
-) -> RowQwen2VLConfig:
+) -> PackedQwen2VLConfig:
     """transformers' Qwen2VLConfig, of pixels or of DCT tokens -> NeMo's.
 
-    seq_length: tokens of the longest row. layers: TransformerEngine's if None. options: further fields of
+    seq_length: tokens of the longest sequence. layers: TransformerEngine's if None. options: further fields of
     Megatron-core's TransformerConfig, for all three parts.
     """
     layers = layers or transformer_engine_layers()
@@ -271,7 +269,7 @@ def model_config(
         "attention_dropout": 0.0,
         **options,
     }
-    return RowQwen2VLConfig(
+    return PackedQwen2VLConfig(
         language_transformer_config=_language_config(hf_config, seq_length, layers.language, numbers),
         vision_transformer_config=_vision_config(hf_config.vision_config, layers.vision, numbers),
         vision_projection_config=_projection_config(hf_config.vision_config, layers.projector, numbers),
@@ -299,8 +297,8 @@ def _language_config(hf_config, seq_length: int, spec: ModuleSpec, numbers: dict
     )
 
 
-def _vision_config(vision, spec: ModuleSpec, numbers: dict[str, Any]) -> RowVisionConfig:
-    return RowVisionConfig(
+def _vision_config(vision, spec: ModuleSpec, numbers: dict[str, Any]) -> PackedVisionConfig:
+    return PackedVisionConfig(
         token_width=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
         num_layers=vision.depth,
         num_attention_heads=vision.num_heads,
@@ -315,9 +313,9 @@ def _vision_config(vision, spec: ModuleSpec, numbers: dict[str, Any]) -> RowVisi
     )
 
 
-def _projection_config(vision, layers: MLPSubmodules, numbers: dict[str, Any]) -> RowProjectionConfig:
+def _projection_config(vision, layers: MLPSubmodules, numbers: dict[str, Any]) -> PackedProjectionConfig:
     merged = vision.embed_dim * vision.spatial_merge_size**2
-    return RowProjectionConfig(
+    return PackedProjectionConfig(
         linear_layers=layers,
         input_size=merged,
         ffn_hidden_size=merged,

@@ -92,7 +92,7 @@ class Source:
 def sources_of(model, hf_config) -> dict[str, Source]:
     """Of every parameter of this process's part of the model but adapters. Raises KeyError for one that no rule knows.
 
-    model: `RowQwen2VL`. With tied embeddings the output layer of a last pipeline stage is the embedding's copy.
+    model: `PackedQwen2VL`. With tied embeddings the output layer of a last pipeline stage is the embedding's copy.
     """
     offsets = {
         "vision_model": 0,

@@ -1,4 +1,4 @@
-"""Rows of packed samples: which samples share one, and what stands in it."""
+"""Packed sequences: which samples share one, and what stands in it."""
 
 from itertools import combinations
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from PIL import Image
 from samples_by_hand import answer, conversation_sample
 from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
-from dct_qwen2vl.data.packing import fit_rows
+from dct_qwen2vl.data.packing import fit_sequences
 from dct_qwen2vl.data.positions import vision_positions
 from dct_qwen2vl.data.samples import IGNORE_INDEX, TooManyBadSamples
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
@@ -47,46 +47,47 @@ def samples(encoder, natural_frames, image_file, video_file) -> list:
     return [encoder.encode(sample) for sample in made]
 
 
-def test_a_row_holds_its_samples_one_after_the_other(encoder, samples):
-    row = encoder.make_row(samples)
+def test_a_sequence_holds_its_samples_one_after_the_other(encoder, samples):
+    sequence = encoder.make_sequence(samples)
     lengths = [len(sample.input_ids) for sample in samples]
-    assert row.sample_starts.tolist() == [0, *np.cumsum(lengths)]
-    assert row.sample_starts.dtype == row.step_starts.dtype == torch.int32
-    assert row.longest_sample == max(lengths) and row.keys == ["text", "image", "video", "mixed"]
-    for sample, start, stop in zip(samples, row.sample_starts[:-1], row.sample_starts[1:]):
-        assert torch.equal(row.input_ids[start:stop], sample.input_ids)
-        assert torch.equal(row.position_ids[:, start:stop], sample.position_ids)
+    assert sequence.sample_starts.tolist() == [0, *np.cumsum(lengths)]
+    assert sequence.sample_starts.dtype == sequence.step_starts.dtype == torch.int32
+    assert sequence.longest_sample == max(lengths) and sequence.keys == ["text", "image", "video", "mixed"]
+    for sample, start, stop in zip(samples, sequence.sample_starts[:-1], sequence.sample_starts[1:]):
+        assert torch.equal(sequence.input_ids[start:stop], sample.input_ids)
+        assert torch.equal(sequence.position_ids[:, start:stop], sample.position_ids)
         assert sample.position_ids[:, 0].tolist() == [0, 0, 0]
 
 
 def test_what_is_learned_never_crosses_a_sample(encoder, samples):
-    row = encoder.make_row(samples)
-    assert len(row.learned) == len(row.targets) == sum(int((s.labels != IGNORE_INDEX).sum()) for s in samples)
-    assert torch.equal(row.input_ids[row.learned + 1], row.targets)
-    ends = set((row.sample_starts[1:] - 1).tolist())
-    assert not ends & set(row.learned.tolist())
+    sequence = encoder.make_sequence(samples)
+    assert len(sequence.learned) == len(sequence.targets) == sum(int((s.labels != IGNORE_INDEX).sum()) for s in samples)
+    assert torch.equal(sequence.input_ids[sequence.learned + 1], sequence.targets)
+    ends = set((sequence.sample_starts[1:] - 1).tolist())
+    assert not ends & set(sequence.learned.tolist())
 
 
 def test_tokens_come_in_the_order_of_their_placeholders(encoder, samples):
     mixed = samples[3]
-    row = encoder.make_row([mixed])
+    sequence = encoder.make_sequence([mixed])
     images, videos = mixed.image_grid_thw.tolist(), mixed.video_grid_thw.tolist()
-    assert row.grid_thw.tolist() == [images[0], videos[0], images[1]]
+    assert sequence.grid_thw.tolist() == [images[0], videos[0], images[1]]
     first = int(np.prod(images[0]))
     stored = torch.cat([mixed.pixel_values[:first], mixed.pixel_values_videos, mixed.pixel_values[first:]])
-    assert torch.equal(row.tokens, stored.to(torch.bfloat16))
-    assert len(row.visual) * encoder.image_processor.merge_size**2 == len(row.tokens) == len(row.token_positions)
-    assert set(row.input_ids[row.visual].tolist()) == set(encoder._pad.values())
+    assert torch.equal(sequence.tokens, stored.to(torch.bfloat16))
+    visual_tokens = len(sequence.visual) * encoder.image_processor.merge_size**2
+    assert visual_tokens == len(sequence.tokens) == len(sequence.token_positions)
+    assert set(sequence.input_ids[sequence.visual].tolist()) == set(encoder._pad.values())
     time = videos[0][0]
-    assert len(row.step_starts) == 1 + 1 + time + 1 and row.step_starts[-1] == len(row.tokens)
+    assert len(sequence.step_starts) == 1 + 1 + time + 1 and sequence.step_starts[-1] == len(sequence.tokens)
 
 
-def test_a_row_of_text_has_a_blank_image(encoder, samples):
-    row = encoder.make_row(samples[:1])
+def test_a_sequence_of_text_has_a_blank_image(encoder, samples):
+    sequence = encoder.make_sequence(samples[:1])
     merge = encoder.image_processor.merge_size
-    assert row.tokens.shape == (merge**2, encoder.image_processor.dct_config.num_coefficients)
-    assert not row.tokens.any() and row.step_starts.tolist() == [0, merge**2]
-    assert len(row.visual) == 0 and row.grid_thw.shape == (0, 3)
+    assert sequence.tokens.shape == (merge**2, encoder.image_processor.dct_config.num_coefficients)
+    assert not sequence.tokens.any() and sequence.step_starts.tolist() == [0, merge**2]
+    assert len(sequence.visual) == 0 and sequence.grid_thw.shape == (0, 3)
 
 
 @pytest.mark.parametrize("grid", [(1, 2, 2), (3, 4, 6), (2, 8, 2)])
@@ -110,25 +111,25 @@ sizes = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 90)), min_size=1, 
 
 @settings(max_examples=200, deadline=None)
 @given(sizes, st.tuples(st.integers(10, 60), st.integers(20, 90)))
-def test_rows_hold_every_sample_once_within_the_budget(sizes, budget):
+def test_sequences_hold_every_sample_once_within_the_budget(sizes, budget):
     def fits(numbers: list[int]) -> bool:
         return bool((np.array([sizes[number] for number in numbers]).sum(axis=0) <= budget).all())
 
-    rows = fit_rows(sizes, budget)
-    assert sorted(number for row in rows for number in row) == list(range(len(sizes)))
-    assert rows == sorted(sorted(row) for row in rows)
-    assert all(len(row) == 1 or fits(row) for row in rows)
-    assert not any(fits(one + other) for one, other in combinations(rows, 2))  # no two rows would fit in one
+    sequences = fit_sequences(sizes, budget)
+    assert sorted(number for sequence in sequences for number in sequence) == list(range(len(sizes)))
+    assert sequences == sorted(sorted(sequence) for sequence in sequences)
+    assert all(len(sequence) == 1 or fits(sequence) for sequence in sequences)
+    assert not any(fits(one + other) for one, other in combinations(sequences, 2))  # no two sequences would fit in one
 
 
-def test_few_rows_are_nearly_empty():
-    """Conversations with images of a quarter to a whole megapixel: 256 wait, a row takes about 40."""
+def test_few_sequences_are_nearly_empty():
+    """Conversations with images of a quarter to a whole megapixel: 256 wait, a sequence takes about 40."""
     rng = np.random.default_rng(0)
     visual = rng.integers(80, 330, 256)
     waiting = [(int(seen + said), int(4 * seen)) for seen, said in zip(visual, rng.lognormal(5.2, 0.7, 256))]
-    rows = fit_rows(waiting, (16384, 32768))
+    sequences = fit_sequences(waiting, (16384, 32768))
     share = sum(tokens for tokens, _ in waiting) / 16384
-    assert len(rows) <= np.ceil(1.1 * share)
+    assert len(sequences) <= np.ceil(1.1 * share)
 
 
 def measurable(natural_frames, image_file, video_file) -> dict:
@@ -167,7 +168,7 @@ def test_what_is_measured_is_what_is_encoded(
         assert encoder.measure(sample) == (len(encoded.input_ids), int(vision)), what
 
 
-def test_samples_that_cannot_be_decoded_are_left_out_of_their_row(encoder, natural_frames, image_file):
+def test_samples_that_cannot_be_decoded_are_left_out_of_their_sequence(encoder, natural_frames, image_file):
     whole = image_file(natural_frames(1, 112, 168)[0], "PNG")
     question = answer("<image>What is this?", "A square.")
     good = conversation_sample(question, ("image", whole), key="good")
@@ -175,8 +176,8 @@ def test_samples_that_cannot_be_decoded_are_left_out_of_their_row(encoder, natur
     first, second = (encoder.encode_sample(sample) for sample in (cut, good))
     assert first.size == second.size
     before = encoder.skipped["undecodable_media"]
-    row = encoder.pack_selected_samples([first, second])
-    assert row.keys == ["good"] and row.skipped["undecodable_media"] == before + 1
+    sequence = encoder.pack_selected_samples([first, second])
+    assert sequence.keys == ["good"] and sequence.skipped["undecodable_media"] == before + 1
     with pytest.raises(SkipSample):
         encoder.pack_selected_samples([first])
     with pytest.raises(SkipSample):
@@ -226,26 +227,26 @@ def packed_data(prepared, num_workers: int, packing_buffer_size: int = 16):
 
 def test_energon_packs_a_prepared_set(prepared):
     data = packed_data(prepared, num_workers=0)
-    rows = [row for row, _ in zip(data.train_dataloader(), range(12))]
-    assert all(row.sample_starts[-1] <= 600 or len(row.keys) == 1 for row in rows)
-    assert any(len(row.keys) > 2 for row in rows)
+    sequences = [sequence for sequence, _ in zip(data.train_dataloader(), range(12))]
+    assert all(sequence.sample_starts[-1] <= 600 or len(sequence.keys) == 1 for sequence in sequences)
+    assert any(len(sequence.keys) > 2 for sequence in sequences)
     validation = list(data.val_dataloader())
-    keys = [key for row in validation for key in row.keys]
+    keys = [key for sequence in validation for key in sequence.keys]
     assert len(keys) == len(set(keys)) > 10
 
 
 @pytest.mark.parametrize(("num_workers", "packing_buffer_size"), [(0, 4), (2, 16), (3, 4)])
 def test_a_packed_loader_goes_on_where_its_state_was_saved(num_workers, packing_buffer_size, prepared):
     first = packed_data(prepared, num_workers, packing_buffer_size)
-    rows = iter(first.train_dataloader())
+    sequences = iter(first.train_dataloader())
     for _ in range(4):
-        next(rows)
+        next(sequences)
     state = first.state_dict()
-    expected = [next(rows) for _ in range(5)]
+    expected = [next(sequences) for _ in range(5)]
     again = packed_data(prepared, num_workers, packing_buffer_size)
     again.load_state_dict(state)
-    for row, wanted in zip(again.train_dataloader(), expected):
-        assert row.keys == wanted.keys and torch.equal(row.tokens, wanted.tokens)
+    for sequence, wanted in zip(again.train_dataloader(), expected):
+        assert sequence.keys == wanted.keys and torch.equal(sequence.tokens, wanted.tokens)
 
 
 def test_a_state_of_other_processes_is_refused_unless_data_begin_anew(prepared):
@@ -260,13 +261,13 @@ def test_a_state_of_other_processes_is_refused_unless_data_begin_anew(prepared):
 
 def test_a_state_of_before_data_were_begun_anew_is_not_restored(prepared, capsys):
     first = packed_data(prepared, num_workers=0)
-    rows = iter(first.train_dataloader())
-    begin, following = next(rows).keys, next(rows).keys
+    sequences = iter(first.train_dataloader())
+    begin, following = next(sequences).keys, next(sequences).keys
     state = first.state_dict()
     for restarts, goes_on in ((0, True), (1, False)):
         again = packed_data(prepared, num_workers=0)
         again.restarts = restarts
         again.load_state_dict(state)
-        row = next(iter(again.train_dataloader()))
-        assert (row.keys == begin) is not goes_on and row.keys not in ([], following)
+        sequence = next(iter(again.train_dataloader()))
+        assert (sequence.keys == begin) is not goes_on and sequence.keys not in ([], following)
         assert ("before --restart-data: the data begin again" in capsys.readouterr().out) is not goes_on

@@ -444,7 +444,7 @@ def test_flags_of_the_other_engine_are_refused(prepared, tmp_path):
     [
         ("automodel", [], (1, 0, 0, 32)),
         ("automodel", ["--micro-batch-size", "4", "--global-batch-size", "8"], (4, 0, 0, 8)),
-        ("megatron", [], (1, 8192, 16384, 18)),  # rows, a multiple of three data-parallel processes
+        ("megatron", [], (1, 8192, 16384, 18)),  # sequences, a multiple of three data-parallel processes
         ("megatron", ["--pack-tokens", "4096", "--global-batch-size", "6"], (1, 4096, 8192, 6)),
         ("megatron", ["--micro-batch-size", "2"], (2, 0, 0, 32)),
         ("megatron", ["--pack-tokens", "0"], (1, 0, 0, 32)),
@@ -461,8 +461,8 @@ def test_what_the_command_line_leaves_open_of_a_batch(engine, typed, expected):
     ("typed", "said"),
     [
         (["--pack-tokens", "4096", "--micro-batch-size", "2"], "so --micro-batch-size is 1, got 2"),
-        (["--pack-vision-tokens", "4096", "--micro-batch-size", "1"], "rows as --pack-tokens 0: both must be over 0"),
-        (["--pack-tokens", "4096", "--pack-vision-tokens", "0"], "--pack-vision-tokens 0 bounds the same rows"),
+        (["--pack-vision-tokens", "4096", "--micro-batch-size", "1"], "sequences as --pack-tokens 0: both must be"),
+        (["--pack-tokens", "4096", "--pack-vision-tokens", "0"], "--pack-vision-tokens 0 bounds the same sequences"),
         (["--tensor-parallel", "3"], "--tensor-parallel 3 x --pipeline-parallel 1 = 3 does not divide 4 processes"),
         (["--tensor-parallel", "2", "--global-batch-size", "3"], "GBS 3 is not divisible by MBS 1 x 2 processes"),
     ],

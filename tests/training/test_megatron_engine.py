@@ -1,4 +1,4 @@
-"""Parts of the Megatron engine that need no GPU: losses over rows, rows of validation, the log, what it says."""
+"""Parts of the Megatron engine that need no GPU: losses, sequences of validation, the log, what it says."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from transformers import AutoConfig
 from dct_qwen2vl.data.packing import PackedBatch
 
 
-def row(losses: int, keys: tuple[str, ...] = ("a", "b"), tokens: int = 40, visual: int = 8) -> PackedBatch:
-    """A row of two samples with one image of `visual` language-model tokens."""
+def sequence(losses: int, keys: tuple[str, ...] = ("a", "b"), tokens: int = 40, visual: int = 8) -> PackedBatch:
+    """A sequence of two samples with one image of `visual` language-model tokens."""
     return PackedBatch(
         input_ids=torch.zeros(tokens, dtype=torch.int64),
         position_ids=torch.zeros(3, tokens, dtype=torch.int64),
@@ -30,18 +30,18 @@ def row(losses: int, keys: tuple[str, ...] = ("a", "b"), tokens: int = 40, visua
     )
 
 
-def test_a_step_s_loss_is_the_mean_over_its_tokens_not_over_its_rows():
+def test_a_step_s_loss_is_the_mean_over_its_tokens_not_over_its_sequences():
     from dct_qwen2vl.training.megatron import TokenLoss
 
     kept = []
     reduction, outputs = TokenLoss(kept.append), []
     for losses in (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0])):
-        reduction.setup(row(len(losses)))
+        reduction.setup(sequence(len(losses)))
         total, count, entry = reduction(losses)
         assert total == losses.sum() and count == len(losses) and count.dtype == torch.int
         outputs.append(entry)
     assert float(reduction.reduce(outputs)) == 16 / 4
-    assert [rows.tolist() for rows in kept] == [[[6.0, 3.0], [10.0, 1.0]]]
+    assert [sequences.tolist() for sequences in kept] == [[[6.0, 3.0], [10.0, 1.0]]]
 
 
 def step_of(data, forward_only: bool):
@@ -50,29 +50,29 @@ def step_of(data, forward_only: bool):
     return MegatronStep(pipeline=None, data=data, forward_step_func=None, forward_only=forward_only)
 
 
-def test_validation_takes_one_row_a_step_and_ends_before_a_step_begins(monkeypatch):
-    from dct_qwen2vl.training.megatron import RowSampler
+def test_validation_takes_one_sequence_a_step_and_ends_before_a_step_begins(monkeypatch):
+    from dct_qwen2vl.training.megatron import SequenceSampler
 
-    sampler = RowSampler(seq_len=64, micro_batch_size=1, global_batch_size=4)
-    monkeypatch.setattr(RowSampler, "num_microbatches", 4)
-    rows = iter(["first", "second"])
+    sampler = SequenceSampler(seq_len=64, micro_batch_size=1, global_batch_size=4)
+    monkeypatch.setattr(SequenceSampler, "num_microbatches", 4)
+    sequences = iter(["first", "second"])
     for expected in ("first", "second"):
-        step = sampler.on_megatron_step_start(step_of(rows, forward_only=True))
+        step = sampler.on_megatron_step_start(step_of(sequences, forward_only=True))
         assert step.num_microbatches == 1 and list(step.data) == [expected]
     with pytest.raises(StopIteration):
-        sampler.on_megatron_step_start(step_of(rows, forward_only=True))
-    training = sampler.on_megatron_step_start(step_of(rows, forward_only=False))
-    assert training.num_microbatches == 4 and training.data is rows
-    assert sampler.transform_dataloader(rows) is rows
+        sampler.on_megatron_step_start(step_of(sequences, forward_only=True))
+    training = sampler.on_megatron_step_start(step_of(sequences, forward_only=False))
+    assert training.num_microbatches == 4 and training.data is sequences
+    assert sampler.transform_dataloader(sequences) is sequences
 
 
-def test_rows_are_counted_as_they_are(converted, tmp_path):
+def test_sequences_are_counted_as_they_are(converted, tmp_path):
     from dct_qwen2vl.training.flops import training_flops
-    from dct_qwen2vl.training.megatron import RowTrainingLog
+    from dct_qwen2vl.training.megatron import PackedTrainingLog
 
     config = AutoConfig.from_pretrained(converted("x4"))
-    log = RowTrainingLog(tmp_path, 10, 1, 2, hf_config=config, budget=(0, 0))
-    one = row(5)
+    log = PackedTrainingLog(tmp_path, 10, 1, 2, hf_config=config, budget=(0, 0))
+    one = sequence(5)
     counts = log._count(one)
     assert counts.pop("flops") == training_flops(config, one.grid_thw, torch.tensor([15, 25]), 5)
     assert counts == {
@@ -81,29 +81,29 @@ def test_rows_are_counted_as_they_are(converted, tmp_path):
 
 
 @pytest.mark.parametrize(("budget", "fill"), [((50, 128), 0.8), ((80, 40), 0.8), ((40, 32), 1.0)])
-def test_a_row_is_as_full_as_the_fuller_of_its_two_budgets(budget, fill, converted, tmp_path):
-    from dct_qwen2vl.training.megatron import RowTrainingLog
+def test_a_sequence_is_as_full_as_the_fuller_of_its_two_budgets(budget, fill, converted, tmp_path):
+    from dct_qwen2vl.training.megatron import PackedTrainingLog
 
     config = AutoConfig.from_pretrained(converted("x4"))
-    counts = RowTrainingLog(tmp_path, 10, 1, 2, hf_config=config, budget=budget)._count(row(5))
-    assert (counts["rows"], counts["row_fill"]) == (1, fill)
+    counts = PackedTrainingLog(tmp_path, 10, 1, 2, hf_config=config, budget=budget)._count(sequence(5))
+    assert (counts["sequences"], counts["sequence_fill"]) == (1, fill)
 
 
-def test_rows_for_later_stages_leave_the_vision_tokens_behind():
-    later = row(3).without_tokens()
+def test_sequences_for_later_stages_leave_the_vision_tokens_behind():
+    later = sequence(3).without_tokens()
     assert len(later.tokens) == 0 and len(later.input_ids) == 40 and later.keys == ["a", "b"]
 
 
-def test_full_memory_names_the_row_and_what_to_lower():
+def test_full_memory_names_the_sequence_and_what_to_lower():
     from dct_qwen2vl.training.config import TrainingConfig
     from dct_qwen2vl.training.megatron import describe_full_memory
 
     config = TrainingConfig(model_dir=Path("m"), data_dir=Path("d")).resolved("megatron", "bf16-mixed")
-    said = describe_full_memory([row(3), row(3, keys=tuple("cdefghi"), tokens=50)], config)
-    assert "a row of 7 samples, 50 tokens, 32 vision tokens (c, d, e, f, g, ...)" in said
+    said = describe_full_memory([sequence(3), sequence(3, keys=tuple("cdefghi"), tokens=50)], config)
+    assert "a packed sequence of 7 samples, 50 tokens, 32 vision tokens (c, d, e, f, g, ...)" in said
     assert "lower --pack-tokens 8192, --pack-vision-tokens 16384, --seq-length 2048 or --max-pixels, or add" in said
     assert "\n" not in said
-    assert "before the first row" in describe_full_memory([], config)
+    assert "before the first packed sequence" in describe_full_memory([], config)
 
 
 def test_a_model_in_two_files_has_an_index(tmp_path, qwen2vl_directory):
@@ -128,3 +128,13 @@ def test_a_model_in_two_files_has_an_index(tmp_path, qwen2vl_directory):
     assert not list(folder.glob(".model-*"))
     found = Qwen2VLForConditionalGeneration.from_pretrained(folder).state_dict()
     assert all(torch.equal(found[name], tensors[name]) for name in names)
+
+
+def test_a_checkpoint_of_before_the_log_was_renamed_keeps_its_counts(tmp_path):
+    from dct_qwen2vl.training.megatron import PackedTrainingLog, read_earlier_log_name
+
+    checkpoint = {"callbacks": {"RowTrainingLog": {"skipped": {"too_long": 3}}, "StepCheckpoint": {}}}
+    read_earlier_log_name(checkpoint)
+    log = PackedTrainingLog(tmp_path, 10, 1, 2, hf_config=None, budget=(0, 0))
+    log.load_state_dict(checkpoint["callbacks"][log.state_key])
+    assert log._skipped == {"too_long": 3}

@@ -91,8 +91,8 @@ def entries(natural_frames, image_file, video_file) -> dict:
     }
 
 
-ROWS = {name: (name,) for name in ("text", "image", "video", "mixed")} | {
-    "all in one row": ("text", "image", "video", "mixed", "image", "text")
+SEQUENCES = {name: (name,) for name in ("text", "image", "video", "mixed")} | {
+    "all in one sequence": ("text", "image", "video", "mixed", "image", "text")
 }
 
 
@@ -184,16 +184,16 @@ def test_every_tensor_of_the_2b_model_comes_back_bit_for_bit(converted, tmp_path
     assert all(torch.equal(after[name].view(torch.int16), bits) for name, bits in drawn.items())
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("sequence", SEQUENCES)
 @pytest.mark.parametrize("name", FORMATS)
-def test_logits_and_losses_are_those_of_transformers(name, row, directory, entries):
+def test_logits_and_losses_are_those_of_transformers(name, sequence, directory, entries):
     folder = directory(name)
     encoder = packing_encoder(folder, name)
-    samples = encode(encoder, entries, ROWS[row])
+    samples = encode(encoder, entries, SEQUENCES[sequence])
     with torch.no_grad():
         logits, losses, _ = reference(folder, name, samples, torch.float32)
         rounded = reference(folder, name, samples, DTYPE)
-        model, batch = build(folder).eval(), encoder.make_row(samples).to(DEVICE)
+        model, batch = build(folder).eval(), encoder.make_sequence(samples).to(DEVICE)
         assert_as_near_as_transformers(model(batch, return_logits=True), logits, rounded[0], "logits")
         found = model(batch)
     assert found.shape == losses.shape
@@ -230,22 +230,22 @@ def gradients_of(model, hf_config) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("row", ["text", "all in one row"])
+@pytest.mark.parametrize("sequence", ["text", "all in one sequence"])
 @pytest.mark.parametrize("name", ["exact", "x4"])
-def test_gradients_are_those_of_transformers(name, row, directory, entries):
+def test_gradients_are_those_of_transformers(name, sequence, directory, entries):
     folder = directory(name)
     encoder = packing_encoder(folder, name)
-    samples = encode(encoder, entries, ROWS[row])
+    samples = encode(encoder, entries, SEQUENCES[sequence])
     wanted, rounded = {}, {}
     for store, dtype in ((wanted, torch.float32), (rounded, DTYPE)):
         _, losses, model = reference(folder, name, samples, dtype)
         losses.mean().backward()
         store.update({key: parameter.grad for key, parameter in model.named_parameters()})
     model = build(folder)
-    model(encoder.make_row(samples).to(DEVICE)).mean().backward()
+    model(encoder.make_sequence(samples).to(DEVICE)).mean().backward()
     found = gradients_of(model, AutoConfig.from_pretrained(folder))
     for key in GRADIENTS:
-        if row == "text" and key.startswith("visual"):
+        if sequence == "text" and key.startswith("visual"):
             assert not found[key].any(), f"{key} learns from a blank image"
         else:
             pair = wanted[key].reshape(found[key].shape), rounded[key].reshape(found[key].shape)
@@ -261,7 +261,7 @@ def test_no_token_sees_another_sample(directory, entries):
 
     def losses(*samples):
         with torch.no_grad():
-            found = model(encoder.make_row(list(samples)).to(DEVICE))
+            found = model(encoder.make_sequence(list(samples)).to(DEVICE))
         return found.split([int((sample.labels != IGNORE_INDEX).sum()) for sample in samples])
 
     changed = encoder.encode(conversation_sample(*entries["mixed"], key="changed"))
@@ -351,7 +351,7 @@ def draw_adapters(model) -> None:
 def test_adapters_change_nothing_at_first_and_learn_beside_the_vision_tower(directory, entries, monkeypatch):
     folder = directory("x4")
     encoder = packing_encoder(folder, "x4")
-    batch = encoder.make_row(encode(encoder, entries, ROWS["mixed"])).to(DEVICE)
+    batch = encoder.make_sequence(encode(encoder, entries, SEQUENCES["mixed"])).to(DEVICE)
     model = build_with_adapters(folder, monkeypatch)
     with torch.no_grad():
         assert torch.equal(model(batch, return_logits=True), build(folder)(batch, return_logits=True))
@@ -369,13 +369,13 @@ def test_the_exported_model_has_the_adapters_merged(directory, entries, monkeypa
 
     folder = directory("x4")
     encoder = packing_encoder(folder, "x4")
-    samples = encode(encoder, entries, ROWS["all in one row"])
+    samples = encode(encoder, entries, SEQUENCES["all in one sequence"])
     model = build_with_adapters(folder, monkeypatch).eval()
     draw_adapters(model)
     save_hf(model, AutoConfig.from_pretrained(folder), folder, tmp_path / "out")
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
     with torch.no_grad():
-        batch = encoder.make_row(samples).to(DEVICE)
+        batch = encoder.make_sequence(samples).to(DEVICE)
         found = model(batch, return_logits=True).float()
         logits, _, _ = reference(tmp_path / "out", "x4", samples, torch.float32)
         assert distance(found, logits) < (5e-2 if GPU else 2e-5)
@@ -392,7 +392,7 @@ def test_adapters_learn_behind_recomputed_layers_and_a_frozen_tower(directory, e
             monkeypatch.setattr(f"megatron.core.tensor_parallel.random.{name}", lambda *unused, **options: None)
     folder = directory("x4")
     encoder = packing_encoder(folder, "x4")
-    batch = encoder.make_row(encode(encoder, entries, ROWS["image"])).to(DEVICE)
+    batch = encoder.make_sequence(encode(encoder, entries, SEQUENCES["image"])).to(DEVICE)
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     gradients = []
     for options in ({}, recompute):

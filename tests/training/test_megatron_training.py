@@ -30,7 +30,7 @@ gpu_only = pytest.mark.skipif(GPUS == 0, reason="needs CUDA and TransformerEngin
 cpu_only = pytest.mark.skipif(GPUS > 0, reason="GPUs run a longer form of it")
 
 # Differences of bf16 between layouts: of losses; gradient norms may differ five times as much.
-STEPS, SAVE_INTERVAL, ROW_TOKENS, LR, TOLERANCE = (20, 5, 512, "3e-4", 0.02) if GPUS else (8, 4, 256, "1e-3", 0.004)
+STEPS, SAVE_INTERVAL, PACK_TOKENS, LR, TOLERANCE = (20, 5, 512, "3e-4", 0.02) if GPUS else (8, 4, 256, "1e-3", 0.004)
 PACKING_BUFFER = "8"  # samples; fewer than a loader process has of the val split
 VAL = 30  # samples of the val split
 ONE_NODE, TWO_NODES = {"NUM_PROC_PER_NODE": 2}, {"NNODES": 2}
@@ -38,7 +38,7 @@ TWO = TWO_NODES if GPUS == 1 else ONE_NODE
 LAYOUTS = {
     "TP": {**TWO, "TP": 2},
     "PP": {**TWO, "PP": 2},
-    # One loader process each, where a single process has two: the same rows a step.
+    # One loader process each, where a single process has two: the same sequences a step.
     "DP": {**(TWO if GPUS else TWO_NODES), "NUM_WORKERS": 1},
 }
 
@@ -67,7 +67,7 @@ def environment(prepared, model_dir, tmp_path_factory):
     def variables(run_dir: Path, **settings) -> dict[str, str]:
         values = {
             "EXPERIMENT_NAME": run_dir.name, "OUTPUT_DIR": run_dir.parent, "MODEL_DIR": model_dir,
-            "DATASET_DIR": prepared.shards, "MAXPIXELS": 112 * 112, "NUM_PROC_PER_NODE": 1, "PACK_TOKENS": ROW_TOKENS,
+            "DATASET_DIR": prepared.shards, "MAXPIXELS": 112 * 112, "NUM_PROC_PER_NODE": 1, "PACK_TOKENS": PACK_TOKENS,
             "GBS": 4, "SEQ_LENGTH": 256, "MAX_STEPS": STEPS, "LR": LR, "WARMUP_STEPS": 2, "VAL_INTERVAL": STEPS // 2,
             "SAVE_INTERVAL": SAVE_INTERVAL, "NUM_WORKERS": 2, "ENGINE": "megatron", "PYTHON": python,
             "PYTHON_EXEC": python, "PYTHONWARNINGS": "ignore", **devices, **settings,
@@ -215,7 +215,7 @@ def test_it_learns_and_writes_a_model_that_transformers_loads(whole, model_dir):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
     assert all(line["padding_share"] == 0 and line["gradient_norm"] > 0 for line in lines)
-    assert all(0 < line["row_fill"] <= 1 for line in lines) and lines[0]["row_fill"] > 0.5
+    assert all(0 < line["sequence_fill"] <= 1 for line in lines) and lines[0]["sequence_fill"] > 0.5
     assert {"data_wait_share", *(("mfu", "peak_memory_gib") if GPUS else ())} <= lines[-1].keys()
     assert list(validation_of(whole)) == [STEPS // 2, STEPS]
     assert {(line["val_samples"], line["val_left_out"]) for line in metrics(whole) if "val_loss" in line} == {(VAL, 0)}
@@ -313,4 +313,4 @@ def test_a_gradient_that_is_no_number_stops_the_run_and_is_never_saved(environme
     assert [path.name for path in (tmp_path / "faulty" / "checkpoints").iterdir()] == ["step000003"]
     assert [line["step"] for line in metrics(tmp_path / "faulty")] == [1, 2, 3]
     seen = json.loads((tmp_path / "faulty" / "non_finite_step.json").read_text())["samples"]
-    assert len(seen) == len(set(seen)) > 4  # more than one of each of four rows
+    assert len(seen) == len(set(seen)) > 4  # more than one of each of four sequences
