@@ -42,7 +42,7 @@ HEIGHT, WIDTH, FRAMES = 448, 672, 60  # 30 s at 2 frames a second
 THRESHOLDS = (33.0, 36.0, 38.0, 40.0, 45.0)
 EXACT = 120.0  # dB: a thousandth of a level
 LINE = 18  # px
-WORDS = "a b of the to and in tokens frames cells margin page video model shows keeps skips threshold light".split()
+WORDS = ("a", "of", "the", "to", "and", "in", "tokens", "frames", "margin", "page", "video", "shows", "threshold")
 
 
 def text_page(height: int, width: int, seed: int, margin: int = 40) -> np.ndarray:

@@ -2,10 +2,11 @@
 
     python dct_tokenizer.py show photo.jpg --output sheet.png
     python dct_tokenizer.py show video.mp4 --presets x4 mine.json --frames 8
+    python dct_tokenizer.py show video.mp4 --skip-db 38
 
 For each preset: what its tokens decode to, where that differs from the source, how many tokens and floats it takes, and
-which coefficients it keeps. The source is the file resized as the image processor does it, to a size that suits all
-presets of the sheet, so that their figures can be compared.
+which coefficients it keeps. With --skip-db, also which cells a kept cell already shows. The source is the file resized
+as the image processor does it, to a size that suits all presets of the sheet, so that their figures can be compared.
 
 Letters used for shapes in this file: T H W frames, rows and columns of the source, S frames of it that are shown,
 (bt, bh, bw) a block.
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from dct_qwen2vl.analysis.skipped_cells import skip, tint_skipped
 from dct_qwen2vl.common.files import replacing
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.media import VIDEO_EXTENSIONS, MediaError, VideoSampling, decode_image, decode_video
@@ -55,6 +57,7 @@ PLANES = ("Y", "Cb", "Cr")
 PLANE_COLOURS = ("#3c3c3c", "#2f6db5", "#c2452f")
 DROPPED, ABSENT, CORNER = "#e4e4e4", "#ffffff", "#e8a200"
 ERROR_COLOURS = "inferno"
+SKIPPED_WORDS = ["cells that skipping leaves out are blue:", "a kept cell already shows them"]
 ERROR_WORDS = ["error: absolute difference from the source, in", "levels of 0 to 255, mean of R, G and B"]
 
 
@@ -68,7 +71,9 @@ class Result:
 
     decoded: uint8 [S, H, W, 3], the frames shown. error: float32 [S, H, W], the absolute difference from the source,
     in levels of 0..255, mean of R, G and B. psnr, pixels_psnr: dB over all T frames, infinite where nothing is lost;
-    the second of as many tokens of pixels, that is, of the source at a smaller size.
+    the second of as many tokens of pixels, that is, of the source at a smaller size. kept: bool [S, rows, columns], the
+    merge cells of the frames shown that skipping keeps, or None without it; then tokens are those of kept cells, and
+    the others are decoded as what they are a copy of.
     """
 
     config: "DCTConfig"
@@ -77,6 +82,8 @@ class Result:
     error: np.ndarray
     psnr: float
     pixels_psnr: float
+    kept: np.ndarray | None = None
+    share: float = 1.0  # of all cells that are kept
 
 
 # Measuring
@@ -123,17 +130,22 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower().lstrip(".") in VIDEO_EXTENSIONS
 
 
-def measure(frames: np.ndarray, config: "DCTConfig", shown: list[int]) -> Result:
-    """frames: uint8 [T, H, W, 3]; shown: the S frame numbers to keep decoded."""
+def measure(frames: np.ndarray, config: "DCTConfig", shown: list[int], skip_db: float | None = None) -> Result:
+    """frames: uint8 [T, H, W, 3]; shown: the S frame numbers to keep decoded; skip_db: None for no skipping."""
     from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 
     tokenizer, bt = DCTTokenizer(config), config.block[0]
     scale = math.sqrt(math.ceil(len(frames) / bt) / math.ceil(len(frames) / PIXEL_PATCH[0]))
+    filled, kept_cells = skip(frames, config, skip_db) if skip_db else (None, None)
+    share = 1.0 if kept_cells is None else float(kept_cells.mean())
+    scale *= math.sqrt(share)
     tokens, squares, pixels_squares, kept = 0, 0.0, 0.0, {}
     step = bt * max(1, 8 // bt)  # frames at once: videos are long
     for start in range(0, len(frames), step):
         chunk = frames[start : start + step]
         encoded, grid = tokenizer.encode(chunk)
+        if filled is not None:
+            encoded = filled[tokens : tokens + len(encoded)]
         decoded = tokenizer.decode(encoded, grid).numpy()[: len(chunk)]
         tokens += len(encoded)
         squares += _squares(decoded, chunk)
@@ -142,7 +154,10 @@ def measure(frames: np.ndarray, config: "DCTConfig", shown: list[int]) -> Result
     decoded = np.stack([kept[number] for number in shown])
     error = np.abs(decoded.astype(np.float32) - frames[shown]).mean(axis=-1)
     psnr, pixels_psnr = (_psnr(value / frames.size) for value in (squares, pixels_squares))
-    return Result(config, tokens, decoded, error, psnr, pixels_psnr)
+    if kept_cells is not None:
+        tokens = int(kept_cells.sum()) * config.merge**2
+        kept_cells = kept_cells[[number // bt for number in shown]]
+    return Result(config, tokens, decoded, error, psnr, pixels_psnr, kept_cells, share)
 
 
 def _squares(found: np.ndarray, expected: np.ndarray) -> float:
@@ -191,10 +206,11 @@ def describe(result: Result, frames: int, height: int, width: int) -> list[str]:
     unit = "an image" if frames == 1 else "a video"
     constant = sum(index // (bh * bw) % bt == 0 for index in config.kept)
     zeros = f" ({1 - constant / config.num_coefficients:.0%} are 0)" if frames == 1 < bt else ""
+    skipped = "" if result.kept is None or frames == 1 else f" ({result.share:.0%} kept)"
     lost = "every byte is kept" if math.isinf(result.psnr) else f"PSNR {result.psnr:.1f} dB"
     lines = [
         f"{bt} x {bh} x {bw} blocks, {':'.join(config.chroma)}, {config.num_coefficients:,} floats a token",
-        f"{result.tokens:,} tokens {unit}, {result.tokens // config.merge**2:,} in the language model",
+        f"{result.tokens:,} tokens {unit}, {result.tokens // config.merge**2:,} in the language model{skipped}",
         f"{floats:,} floats {unit}, {floats / (frames * height * width):.2f} a pixel{zeros}",
     ]
     if math.isinf(result.pixels_psnr):
@@ -399,10 +415,13 @@ def draw_image_sheet(name: str, original: tuple[int, int], frames: np.ndarray, r
     configs = [result.config for result in results]
 
     rows = [GAP + TITLE + 2 * GAP]
-    for step in (5 * LINE + 12 + cell_size[0], LINE + 8 + zoom * side, LINE + 8 + max(cell_size[0], 5 * LINE)):
+    steps = [5 * LINE + 12 + cell_size[0], LINE + 8 + zoom * side, LINE + 8 + max(cell_size[0], 5 * LINE)]
+    if results[0].kept is not None:
+        steps.append(LINE + 8 + max(cell_size[0], 3 * LINE))
+    for step in steps:
         rows.append(rows[-1] + step + GAP)
     canvas = Canvas(
-        GAP + (len(results) + 1) * (CELL + GAP), rows[3] + LINE + mask_height(configs, CELL, 7 * LINE) + GAP
+        GAP + (len(results) + 1) * (CELL + GAP), rows[-1] + LINE + mask_height(configs, CELL, 7 * LINE) + GAP
     )
     canvas.text(GAP, GAP, f"{shorten(name)}: what DCT tokens keep of it", TITLE, weight="bold")
     xs = [GAP + number * (CELL + GAP) for number in range(len(results) + 1)]
@@ -420,8 +439,10 @@ def draw_image_sheet(name: str, original: tuple[int, int], frames: np.ndarray, r
     canvas.image(xs[0], rows[1] + LINE + 8, scaled(source[window], (zoom * side, zoom * side)))
     canvas.lines(xs[0], rows[2] + LINE + 8, ERROR_WORDS)
     draw_error_scale(canvas, xs[0], rows[2] + 4 * LINE, CELL * 3 // 4, scale)
-    canvas.text(xs[0], rows[3], "coefficients kept, of each block")
-    draw_mask_key(canvas, xs[0], rows[3] + 2 * LINE)
+    canvas.text(xs[0], rows[-1], "coefficients kept, of each block")
+    draw_mask_key(canvas, xs[0], rows[-1] + 2 * LINE)
+    if results[0].kept is not None:
+        canvas.lines(xs[0], rows[3] + LINE + 8, SKIPPED_WORDS)
     for x, result in zip(xs[1:], results):
         canvas.text(x, rows[0], shorten(result.config.name, 40), weight="bold")
         canvas.lines(x, rows[0] + LINE, describe(result, 1, height, width))
@@ -429,7 +450,11 @@ def draw_image_sheet(name: str, original: tuple[int, int], frames: np.ndarray, r
         canvas.image(x, rows[1] + LINE + 8, scaled(result.decoded[0][window], (zoom * side, zoom * side)))
         canvas.text(x, rows[2], f"mean {result.error.mean():.2f}, most {result.error.max():.0f}", color=FAINT)
         canvas.image(x, rows[2] + LINE + 8, scaled(error_image(result.error[0], scale), cell_size))
-        draw_masks(canvas, x, rows[3], result.config, CELL, still=True)
+        if result.kept is not None:
+            canvas.text(x, rows[3], f"{result.share:.0%} of the cells are kept", color=FAINT)
+            tinted = tint_skipped(result.decoded[:1], result.kept)[0]
+            canvas.image(x, rows[3] + LINE + 8, scaled(tinted, cell_size))
+        draw_masks(canvas, x, rows[-1], result.config, CELL, still=True)
     return canvas
 
 
@@ -446,19 +471,20 @@ def _multiple(configs: list["DCTConfig"]) -> int:
 def draw_video_sheet(
     name: str, original: tuple[int, int], frames: np.ndarray, results: list[Result], shown: list[int]
 ) -> Canvas:
-    """Rows: a strip of frames of the source, then of each preset decoded and its error; masks below."""
+    """Rows: a strip of frames of the source, then of each preset decoded, its error and, with skipping, the cells it
+    keeps; masks below."""
     height, width = frames.shape[1:3]
     scale, configs = error_scale(results), [result.config for result in results]
     columns = (len(results) + 1) * (CELL + GAP) - GAP
     frame_width = min(CELL, max(FRAME_CELL, (columns + STRIP_GAP) // len(shown) - STRIP_GAP))
     cell_size = fit_cell(height, width, min(CELL, max(frame_width, round(frame_width * height / width))))
-    strip = cell_size[0] + STRIP_GAP
+    strip, strips = cell_size[0] + STRIP_GAP, 2 if results[0].kept is None else 3
     rows = [GAP + TITLE + 2 * GAP]
     rows.append(rows[0] + 3 * LINE + 8 + strip + GAP)
     for _ in results:
-        rows.append(rows[-1] + 3 * LINE + 8 + 2 * strip + GAP)
+        rows.append(rows[-1] + 3 * LINE + 8 + strips * strip + GAP)
     columns = max(columns, len(shown) * (cell_size[1] + STRIP_GAP))
-    canvas = Canvas(2 * GAP + columns, rows[-1] + 2 * LINE + mask_height(configs, CELL, 13 * LINE) + GAP)
+    canvas = Canvas(2 * GAP + columns, rows[-1] + 2 * LINE + mask_height(configs, CELL, 16 * LINE) + GAP)
     xs = [GAP + number * (cell_size[1] + STRIP_GAP) for number in range(len(shown))]
 
     canvas.text(GAP, GAP, f"{shorten(name)}: what DCT tokens keep of it", TITLE, weight="bold")
@@ -475,16 +501,21 @@ def draw_video_sheet(
         for place, x in enumerate(xs):
             canvas.image(x, top, scaled(result.decoded[place], cell_size))
             canvas.image(x, top + strip, scaled(error_image(result.error[place], scale), cell_size))
-    _draw_video_masks(canvas, rows[-1], configs, scale)
+        if result.kept is not None:
+            for x, tinted in zip(xs, tint_skipped(result.decoded, result.kept)):
+                canvas.image(x, top + 2 * strip, scaled(tinted, cell_size))
+    _draw_video_masks(canvas, rows[-1], configs, scale, strips == 3)
     return canvas
 
 
-def _draw_video_masks(canvas: Canvas, y: int, configs: list["DCTConfig"], scale: float) -> None:
+def _draw_video_masks(canvas: Canvas, y: int, configs: list["DCTConfig"], scale: float, skips: bool) -> None:
     """The last row: keys on the left, then the masks of each preset."""
     canvas.text(GAP, y, "coefficients kept, of each block")
     draw_mask_key(canvas, GAP, y + 2 * LINE)
     canvas.lines(GAP, y + 8 * LINE, ERROR_WORDS)
     draw_error_scale(canvas, GAP, y + 10 * LINE + 8, CELL * 3 // 4, scale)
+    if skips:
+        canvas.lines(GAP, y + 13 * LINE, SKIPPED_WORDS)
     for number, config in enumerate(configs, start=1):
         x = GAP + number * (CELL + GAP)
         canvas.text(x, y, shorten(config.name, 40), weight="bold")
@@ -518,6 +549,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list["D
         default=6,
         help="frames of a video to show, spread over the 4 to 32 that are read at 2 a second (default: %(default)s)",
     )
+    parser.add_argument(
+        "--skip-db",
+        type=float,
+        metavar="DB",
+        help="leave out cells that a kept cell already shows with this PSNR, 38 for example (default: keep all)",
+    )
     parser.add_argument("--force", action="store_true", help="replace the output file")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
@@ -525,6 +562,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list["D
         parser.error(f"argument --frames: must be at least 1, got {arguments.frames}")
     if arguments.max_pixels is not None and arguments.max_pixels < 1:
         parser.error(f"argument --max-pixels: must be at least 1, got {arguments.max_pixels}")
+    if arguments.skip_db is not None and not arguments.skip_db > 0:
+        parser.error(f"argument --skip-db: must be above 0, got {arguments.skip_db:g}")
     if arguments.output.suffix.lower() != ".png":
         parser.error(f"argument --output: the sheet is a PNG, got {arguments.output}")
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
@@ -539,13 +578,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list["D
 
 
 def make_sheet(
-    path: Path, configs: list["DCTConfig"], max_pixels: int | None, most_frames: int
+    path: Path, configs: list["DCTConfig"], max_pixels: int | None, most_frames: int, skip_db: float | None = None
 ) -> tuple[Canvas, list[str]]:
     """The sheet of a file, and its figures as lines. Raises MediaError, SheetError, OSError."""
     max_pixels = max_pixels or (MAX_FRAME_PIXELS if is_video(path) else MAX_PIXELS)
     frames, original = read_frames(path, common_factor(configs, max_pixels), max_pixels)
     shown = np.unique(np.linspace(0, len(frames) - 1, min(most_frames, len(frames))).round().astype(int)).tolist()
-    results = [measure(frames, config, shown) for config in configs]
+    results = [measure(frames, config, shown, skip_db) for config in configs]
     if is_video(path):
         canvas = draw_video_sheet(path.name, original, frames, results, shown)
     else:
@@ -560,8 +599,9 @@ def main(argv: list[str] | None = None) -> int:
             raise SheetError(f"{arguments.output} is there already: choose another --output, or add --force")
         if not arguments.output.parent.is_dir():
             raise SheetError(f"there is no folder {arguments.output.parent} for --output: make it first")
+        sheet = (arguments.file, configs, arguments.max_pixels, arguments.frames, arguments.skip_db)
         with plain_style():
-            canvas, lines = make_sheet(arguments.file, configs, arguments.max_pixels, arguments.frames)
+            canvas, lines = make_sheet(*sheet)
             canvas.save(arguments.output)
     except (MediaError, SheetError, OSError, ValueError) as error:
         if arguments.debug:

@@ -32,6 +32,7 @@ from .image_inputs_dct import (
     to_three_channels,
 )
 from .image_sizes_dct import PIXEL_BOUNDS, bounds_in, pixel_bounds, target_size
+from .skipping_dct import fill_tokens  # noqa: F401, so that save_pretrained copies what transform_dct.py imports
 from .transform_dct import DCTTokenizer
 
 try:

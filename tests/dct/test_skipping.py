@@ -251,6 +251,24 @@ def test_what_is_no_number_is_kept():
     assert kept_cells(tokens, grid, ALL)[1, 0].tolist() == [False, True]
 
 
+def test_decode_fills_what_was_skipped():
+    frames = np.zeros((6, 16, 24, 3), dtype=np.uint8)
+    frames[:, :8, 8:], frames[4:, 8:, :8] = (40, 90, 200), (250, 128, 3)
+    tokenizer = DCTTokenizer(ALL)
+    tokens, grid = tokenizer.encode(frames)
+    kept = kept_cells(tokens, grid, ALL)
+    assert kept.sum((1, 2)).tolist() == [2, 0, 1]
+    assert np.array_equal(tokenizer.decode(keep_tokens(tokens, kept), grid, kept).numpy(), frames)
+
+
+def test_decode_refuses_what_is_kept_elsewhere():
+    tokens, grid = cells_of([[[1, 2]]])
+    with pytest.raises(
+        ValueError, match=r"kept \[1, 1, 2\] with 4 tokens for each cell that is kept, got kept \[1, 1, 2\]"
+    ):
+        DCTTokenizer(ALL).decode(tokens, grid, torch.tensor([[[True, False]]]))
+
+
 def test_shown_cells_by_plain_loops():
     rng = np.random.default_rng(0)
     for _ in range(30):
