@@ -32,6 +32,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.speed.tokenizer import hardware, image, measure, video
+from dct_qwen2vl.analysis.skipped_cells import skip, tint_skipped
 from dct_qwen2vl.data.media import VideoSampling, decode_image, decode_video
 from dct_qwen2vl.dct.configuration_dct import PRESETS, DCTConfig
 from dct_qwen2vl.dct.image_sizes_dct import target_size
@@ -185,6 +186,24 @@ def show(title: str, rows: dict[str, dict[str, float]]) -> None:
         print(f"{name:26}", *(f"{row[column]:11g}" for column in columns), flush=True)
 
 
+def draw(videos: dict[str, np.ndarray], config: DCTConfig, path: Path) -> None:
+    """A strip of steps of each video, decoded, with the cells that 38 dB leave out under a tint."""
+    from dct_qwen2vl.analysis.token_sheet import GAP, LINE, STRIP_GAP, Canvas, plain_style, scaled
+
+    steps, size = range(0, 20, 4), (112, 168)
+    row, column = 2 * LINE + size[0], size[1] + STRIP_GAP
+    with plain_style():
+        canvas = Canvas(2 * GAP + len(steps) * column, GAP + len(videos) * row)
+        for top, (name, frames) in zip(range(GAP, GAP + len(videos) * row, row), videos.items()):
+            filled, kept = skip(frames, config, 38.0)
+            grid = (len(kept), kept.shape[1] * config.merge, kept.shape[2] * config.merge)
+            shown = tint_skipped(DCTTokenizer(config).decode(filled, grid).numpy()[:: config.block[0]], kept)
+            canvas.text(GAP, top, f"{name}: {kept.mean():.0%} of the cells are kept")
+            for place, step in enumerate(steps):
+                canvas.image(GAP + place * column, top + LINE + 4, scaled(shown[step], size))
+        canvas.save(path)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="x4", help="of the shares (default: %(default)s)")
@@ -193,9 +212,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=160, help="most frames read of them (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of each cost (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--figure", type=Path, help="draw the cells kept of drawn videos there, a PNG, and end")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     config = DCTConfig.preset(arguments.preset)
+    if arguments.figure:
+        draw({"slides": slides(), "talking": talking(), "fade": fade()}, config, arguments.figure)
+        return 0
     videos = drawn() | {path.name: read_video(path, arguments.fps, arguments.frames) for path in arguments.videos}
     figures = {"hardware": hardware(), "kept": {name: shares(frames, config) for name, frames in videos.items()}}
     show(f"% kept at dB, {arguments.preset}", figures["kept"])
