@@ -73,7 +73,8 @@ def packed_attention(
     """
     made_for_card = flash_attention_4()
     if made_for_card is not None and prefers_flash_attention_4(len(query), len(starts) - 1, causal):
-        output, _ = made_for_card(query, key, value, starts, starts, longest, longest, causal=causal)
+        parts = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        output, _ = made_for_card(query, key, value, **parts, causal=causal)
         return output
     output, *_ = torch.ops.aten._flash_attention_forward(
         query, key, value, starts, starts, longest, longest, 0.0, causal, False

@@ -7,6 +7,9 @@ projected to at learned positions only. Weights and names of parameters are thos
 embedding's shape.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.jit import jit_fuser
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
@@ -207,6 +211,29 @@ class PackedQwen2VLConfig(Qwen2VLConfig):
         )
 
 
+@functools.cache
+def fused_cross_entropy() -> Callable | None:
+    """TransformerEngine's, made not to compare its upstream gradient with 1 on the host, which waits for the device.
+
+    None where TransformerEngine is missing or older than the argument."""
+    try:
+        from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+    except ImportError:
+        return None
+    if "is_cg_capturable" not in inspect.signature(parallel_cross_entropy).parameters:
+        return None
+    return functools.partial(parallel_cross_entropy, is_cg_capturable=True)
+
+
+def token_losses(language: LanguageModule, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Logits [T, 1, vocabulary], or this process's part of it, and targets int64 [T] -> loss of each, float32 [T]."""
+    fused = fused_cross_entropy() if language.config.cross_entropy_loss_fusion else None
+    if fused is None:
+        return language.compute_language_model_loss(targets[None], logits)[0]
+    group = parallel_state.get_tensor_model_parallel_group()
+    return fused(logits, targets[:, None], 0.0, False, group)[:, 0]
+
+
 class PackedQwen2VL(MCoreQwen2VLModel):
     """Qwen2-VL over one packed sequence. In a pipeline the first stage holds the vision tower and the embedding."""
 
@@ -232,7 +259,7 @@ class PackedQwen2VL(MCoreQwen2VLModel):
         logits, _ = language.output_layer(hidden.index_select(0, batch.learned), weight=weight)
         if return_logits:
             return logits[:, 0]
-        return language.compute_language_model_loss(batch.targets[None], logits)[0]
+        return token_losses(language, logits, batch.targets)
 
     def _embed(self, batch: PackedBatch) -> torch.Tensor:
         """-> [L, 1, hidden]: text embeddings, visual tokens in their places."""
