@@ -30,9 +30,9 @@ from megatron.energon import (
 
 from dct_qwen2vl.data.conversations import DEFAULT_SYSTEM, put_first
 from dct_qwen2vl.data.media import BadSample, MediaError, VideoSampling
-from dct_qwen2vl.data.media_encoder import MediaEncoder, stack_media
-from dct_qwen2vl.data.packing import MeasuredSample, PackedBatch, fit_sequences, pack
-from dct_qwen2vl.data.positions import Run, mrope_positions
+from dct_qwen2vl.data.media_encoder import Encoded, MediaEncoder, stack_media
+from dct_qwen2vl.data.packing import HeldSamples, MeasuredSample, PackedBatch, fit_sequences, pack
+from dct_qwen2vl.data.positions import Grid, KeptRun, Run, mrope_positions
 from dct_qwen2vl.data.samples import (
     IGNORE_INDEX,
     ConversationSample,
@@ -43,6 +43,7 @@ from dct_qwen2vl.data.samples import (
     parse_entry,
     parse_messages,
 )
+from dct_qwen2vl.dct.skipping_dct import check_skip_db
 
 
 class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, QwenBatch, QwenBatch]):
@@ -51,7 +52,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
     tokenizer: Qwen2-VL's, with its special tokens. image_processor: `DCTImageProcessor`, or any processor with
     Qwen2VLImageProcessor's interface. seq_length: samples with more tokens are skipped and counted, never cut.
     max_bad_in_a_row: that many consecutive failures in one worker stop the run. time_step: of a video's positions, as
-    `inspection.time_step` gives it.
+    `inspection.time_step` gives it. skip_db: cells that a kept cell already shows with this PSNR in dB get no token
+    (dct/skipping_dct.py); None keeps all.
     """
 
     cookers = (Cooker(cook),)
@@ -64,8 +66,12 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         video_sampling: VideoSampling | None = None,
         max_bad_in_a_row: int = 100,
         time_step: float = 1.0,
+        skip_db: float | None = None,
     ) -> None:
         super().__init__()
+        if skip_db is not None and getattr(image_processor, "dct_config", None) is None:
+            raise ValueError("skip_db needs DCT tokens, which this image processor does not make")
+        self.skip_db = None if skip_db is None else check_skip_db(skip_db)
         self.time_step = time_step
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -120,6 +126,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
             position_ids=torch.arange(2).expand(3, 2),
             **self._stack("image", [], "pixel_values", "image_grid_thw"),
             **self._stack("video", [], "pixel_values_videos", "video_grid_thw"),
+            image_kept=self._stack_kept("image", [], []),
+            video_kept=self._stack_kept("video", [], []),
         )
 
     @stateless
@@ -163,7 +171,12 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         """As `encode_sample`, but raises BadSample or MediaError and counts nothing."""
         messages = self._messages(sample)
         media = [self._encode_media(kind, content) for kind, content in sample.media]
-        ids, learned, runs = self._segments(messages, [(kind, grid) for kind, _, grid in media])
+        masks = [None] * len(media)
+        if self.skip_db is not None:
+            media, masks = self._skip_cells(media)
+        ids, learned, runs = self._segments(
+            messages, [(kind, grid, mask) for (kind, _, grid), mask in zip(media, masks)]
+        )
         input_ids = torch.tensor(ids, dtype=torch.int64)
         return EncodedSample.derive_from(
             sample,
@@ -172,13 +185,16 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
             position_ids=torch.from_numpy(mrope_positions(runs)),
             **self._stack("image", media, "pixel_values", "image_grid_thw"),
             **self._stack("video", media, "pixel_values_videos", "video_grid_thw"),
+            image_kept=self._stack_kept("image", media, masks),
+            video_kept=self._stack_kept("video", media, masks),
         )
 
     def measure(self, sample: ConversationSample) -> tuple[int, int]:
-        """Tokens of the sample and vision tokens of its media, without decoding these. Raises as `encode`."""
-        grids = [(kind, self._media.expected_grid(kind, content)) for kind, content in sample.media]
+        """Tokens of the sample and vision tokens of its media, without decoding these, nor with skipping. Raises as
+        `encode`."""
+        grids = [(kind, self._media.expected_grid(kind, content), None) for kind, content in sample.media]
         ids, _, _ = self._segments(self._messages(sample), grids)
-        return len(ids), sum(math.prod(grid) for _, grid in grids)
+        return len(ids), sum(math.prod(grid) for _, grid, _ in grids)
 
     def _messages(self, sample: ConversationSample) -> list[tuple[str, list[str]]]:
         messages = parse_messages(parse_entry(sample.entry), bool(sample.media))
@@ -201,10 +217,15 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         frames = self._media.read(kind, content, torch.get_num_threads())
         return kind, *self._media.encode(kind, frames)
 
+    def _skip_cells(self, media: list[Encoded]) -> tuple[list[Encoded], list[torch.Tensor]]:
+        """Media with the tokens of kept cells alone, and for each which cells these are, bool [t, r, c]."""
+        kept = [self._media.skip(tokens, grid, self.skip_db) for _, tokens, grid in media]
+        return [(kind, tokens, grid) for (kind, _, grid), (tokens, _) in zip(media, kept)], [mask for _, mask in kept]
+
     def _segments(
-        self, messages: list[tuple[str, list[str]]], media: list[tuple[str, tuple[int, int, int]]]
+        self, messages: list[tuple[str, list[str]]], media: list[tuple[str, Grid, torch.Tensor | None]]
     ) -> tuple[list[int], list[bool], list[Run]]:
-        """-> ids, whether each is learned, runs for `mrope_positions`.
+        """-> ids, whether each is learned, runs for `mrope_positions`. media: kind, grid, kept cells (None: all).
 
         The sequence is the one of Qwen2-VL's chat template: `<|im_start|>role\\n text <|im_end|>\\n` for each turn.
         Raises BadSample if it is over seq_length.
@@ -229,17 +250,26 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
             else:
                 add(self._ids(f"{role}\n{pieces[0]}"))
                 for piece in pieces[2::2]:
-                    kind, (t, h, w) = next(remaining)
-                    grid = (t, h // self.image_processor.merge_size, w // self.image_processor.merge_size)
+                    kind, grid, kept = next(remaining)
                     add([self._vision_start])
-                    run = grid if self.time_step == 1 or kind == "image" else (*grid, self.time_step)
-                    add([self._pad[kind]] * math.prod(grid), run=run)
+                    add([self._pad[kind]] * self._cells(grid, kept), run=self._visual_run(kind, grid, kept))
                     add([self._vision_end, *self._ids(piece)])
                 add([self._im_end])
             add(self._ids("\n"))
         if len(ids) > self.seq_length:
             raise BadSample("too_long", f"{len(ids)} tokens, the limit is {self.seq_length}")
         return ids, learned, runs
+
+    def _cells(self, grid: Grid, kept: torch.Tensor | None) -> int:
+        """Tokens of the language model of a medium."""
+        return math.prod(grid) // self.image_processor.merge_size**2 if kept is None else int(kept.sum())
+
+    def _visual_run(self, kind: str, grid: Grid, kept: torch.Tensor | None) -> Run:
+        cells = (grid[0], grid[1] // self.image_processor.merge_size, grid[2] // self.image_processor.merge_size)
+        time_step = 1 if kind == "image" else self.time_step
+        if kept is not None:
+            return KeptRun(cells, kept.numpy(), time_step)
+        return cells if time_step == 1 else (*cells, time_step)
 
     def _ids(self, text: str) -> list[int]:
         """Plain text only: special tokens that stand in the data are spelled out, they open no turn and no image."""
@@ -248,6 +278,13 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
     def _stack(self, kind: str, media: list, tokens_name: str, grid_name: str) -> dict[str, torch.Tensor]:
         """Tokens [N, K] and grids [M, 3] of all media of a kind, empty tensors if there are none."""
         return dict(zip((tokens_name, grid_name), stack_media(kind, media)))
+
+    def _stack_kept(self, kind: str, media: list[Encoded], masks: list) -> torch.Tensor | None:
+        """Cells of all media of a kind that have tokens, bool [cells]; None without skipping."""
+        if self.skip_db is None:
+            return None
+        chosen = [mask.flatten() for (its_kind, *_), mask in zip(media, masks) if its_kind == kind]
+        return torch.cat(chosen) if chosen else torch.ones(0, dtype=torch.bool)
 
     @stateless
     def batch(self, samples: list[EncodedSample]) -> QwenBatch:
@@ -265,6 +302,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
             video_grid_thw=torch.cat([s.video_grid_thw for s in samples]),
             keys=[s.__key__ for s in samples],
             skipped=self.take_skipped(),
+            image_kept=None if self.skip_db is None else torch.cat([s.image_kept for s in samples]),
+            video_kept=None if self.skip_db is None else torch.cat([s.video_kept for s in samples]),
         )
 
 
@@ -284,7 +323,9 @@ class PackingTaskEncoder(QwenTaskEncoder):
     pack_tokens, pack_vision_tokens: most tokens and vision tokens of a sequence that several samples share. A larger
         sample has a sequence of its own. Memory grows with both: in the 2B model a vision token takes two thirds of
         what a token takes.
-    token_dtype: of the vision tokens, the model's. Other arguments: of `QwenTaskEncoder`.
+    token_dtype: of the vision tokens, the model's.
+    held_bytes: with skipping, the memory of samples that a worker holds decoded (`HeldSamples`).
+    Other arguments: of `QwenTaskEncoder`.
     """
 
     def __init__(
@@ -293,16 +334,26 @@ class PackingTaskEncoder(QwenTaskEncoder):
         pack_tokens: int,
         pack_vision_tokens: int,
         token_dtype: torch.dtype = torch.bfloat16,
+        held_bytes: int = 1 << 30,
         **options,
     ) -> None:
         super().__init__(*arguments, **options)
+        self._held = HeldSamples(held_bytes)
         self.budget = (pack_tokens, pack_vision_tokens)
         self.token_dtype = token_dtype
 
     @stateless
     def encode_sample(self, sample: ConversationSample) -> MeasuredSample:
         """Raises SkipSample, TooManyBadSamples."""
-        return MeasuredSample.derive_from(sample, conversation=sample, size=self._or_skip(self.measure, sample))
+        if self.skip_db is None:
+            return MeasuredSample.derive_from(sample, conversation=sample, size=self._or_skip(self.measure, sample))
+        encoded = self._in_token_dtype(super().encode_sample(sample))
+        size = len(encoded.input_ids), len(encoded.pixel_values) + len(encoded.pixel_values_videos)
+        return MeasuredSample.derive_from(sample, conversation=sample, size=size, held=self._held.hold(encoded))
+
+    def _in_token_dtype(self, sample: EncodedSample) -> EncodedSample:
+        names = ("pixel_values", "pixel_values_videos")
+        return replace(sample, **{name: getattr(sample, name).to(self.token_dtype) for name in names})
 
     def select_samples_to_pack(self, samples: list[MeasuredSample]) -> list[list[MeasuredSample]]:
         """Energon's packing stage, over a full buffer. -> packed sequences within the budget."""
@@ -315,7 +366,8 @@ class PackingTaskEncoder(QwenTaskEncoder):
         encoded = []
         for sample in samples:
             with suppress(SkipSample):
-                encoded.append(super().encode_sample(sample.conversation))
+                held = sample.held
+                encoded.append(super().encode_sample(sample.conversation) if held is None else held)
         if not encoded:
             raise SkipSample
         return self.make_sequence(encoded)

@@ -28,6 +28,7 @@ from dct_qwen2vl.data.media import (
     resize_frames,
 )
 from dct_qwen2vl.dct.image_sizes_dct import target_size
+from dct_qwen2vl.dct.skipping_dct import keep_tokens, kept_cells
 
 Frames = np.ndarray | YUVFrames
 Grid = tuple[int, int, int]  # t, h, w
@@ -107,6 +108,12 @@ class MediaEncoder:
             return output["pixel_values"], tuple(output["image_grid_thw"][0].tolist())
         output = self.image_processor(images=None, videos=[list(frames)], **options)
         return output["pixel_values_videos"], tuple(output["video_grid_thw"][0].tolist())
+
+    def skip(self, tokens: torch.Tensor, grid: Grid, skip_db: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `encode` gives -> tokens [M * m * m, K] of the M cells that no other cell shows, and which cells these
+        are, bool [t, h/m, w/m]. skip_db: see `skipping_dct.kept_cells`. The processor must be one of DCT tokens."""
+        kept = kept_cells(tokens, grid, self.image_processor.dct_config, skip_db)
+        return keep_tokens(tokens, kept), kept
 
     def expected_grid(self, kind: str, content: Any) -> Grid:
         """The grid that `encode` gives for the same part, without decoding it. Raises as `read`."""

@@ -63,7 +63,8 @@ class EncodedSample(Sample):
 
     input_ids int64 [L]; labels int64 [L], aligned with input_ids, IGNORE_INDEX where not learned; position_ids int64
     [3, L] (time, row, column); pixel_values float32 [N, K] and image_grid_thw int64 [M, 3] of its images, the other
-    two of its videos (N and M may be 0).
+    two of its videos (N and M may be 0). With skipping, image_kept and video_kept are bool [cells of all images, of all
+    videos]: which merge cells have tokens. Grids are then still those of whole media.
     """
 
     input_ids: torch.Tensor
@@ -73,6 +74,8 @@ class EncodedSample(Sample):
     image_grid_thw: torch.Tensor
     pixel_values_videos: torch.Tensor
     video_grid_thw: torch.Tensor
+    image_kept: torch.Tensor | None = None
+    video_kept: torch.Tensor | None = None
 
 
 @dataclass
@@ -82,6 +85,7 @@ class QwenBatch(Batch):
     labels int64 [B, L] are already shifted: labels[b, i] is the token that position i has to predict. position_ids
     int64 [3, B, L]. attention_mask int64 [B, L]. pixel_values float32 [N, K] of all images in order, image_grid_thw
     int64 [M, 3]; likewise for videos. skipped: samples left out since the previous batch of the same worker, by reason.
+    image_kept, video_kept: as in `EncodedSample`, None without skipping.
 
     A batch without keys stands for none: its one learned token is not to be counted (`QwenTaskEncoder.blank_batch`).
     """
@@ -96,6 +100,8 @@ class QwenBatch(Batch):
     video_grid_thw: torch.Tensor
     keys: list[str]
     skipped: dict[str, int] = field(default_factory=dict)
+    image_kept: torch.Tensor | None = None
+    video_kept: torch.Tensor | None = None
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """Keyword arguments of Qwen2VLForConditionalGeneration.forward, without labels; absent media are left out."""
