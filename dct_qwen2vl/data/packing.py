@@ -12,7 +12,6 @@ Letters used for shapes in this file:
     M F    media of a sequence, time steps of all of them together
 """
 
-import math
 import weakref
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from megatron.energon import Batch, Sample
 
+from dct_qwen2vl.data.kept_cells import kept_by_medium
 from dct_qwen2vl.data.positions import Grid, step_lengths, vision_positions
 from dct_qwen2vl.data.samples import IGNORE_INDEX, ConversationSample, EncodedSample
 
@@ -194,15 +194,6 @@ def _split(tokens: torch.Tensor, grids: torch.Tensor, kept: torch.Tensor | None,
     masks = kept_by_medium(grids, kept, merge_size)
     counts = [sum(step_lengths(grid, merge_size, mask)) for grid, mask in zip(grids.tolist(), masks)]
     return [(piece, tuple(grid), mask) for piece, grid, mask in zip(tokens.split(counts), grids.tolist(), masks)]
-
-
-def kept_by_medium(grids: torch.Tensor, kept: torch.Tensor | None, merge_size: int) -> list[np.ndarray | None]:
-    """Cells of all media in one, bool [cells], -> of each medium [t, r, c]; None for all of them stays None."""
-    if kept is None:
-        return [None] * len(grids)
-    shapes = [(t, h // merge_size, w // merge_size) for t, h, w in grids.tolist()]
-    pieces = kept.split([math.prod(shape) for shape in shapes])
-    return [piece.view(shape).numpy() for piece, shape in zip(pieces, shapes)]
 
 
 def _kinds_in_order(input_ids: torch.Tensor, visual_ids: tuple[int, ...]) -> list[int]:

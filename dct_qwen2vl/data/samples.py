@@ -104,12 +104,17 @@ class QwenBatch(Batch):
     video_kept: torch.Tensor | None = None
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
-        """Keyword arguments of Qwen2VLForConditionalGeneration.forward, without labels; absent media are left out."""
+        """Keyword arguments of Qwen2VLForConditionalGeneration.forward, without labels; absent media are left out. With
+        skipping, `kept_cells.embed_media` has to embed the media first."""
         inputs = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "position_ids")}
         if len(self.image_grid_thw):
             inputs.update(pixel_values=self.pixel_values, image_grid_thw=self.image_grid_thw)
+            if self.image_kept is not None:
+                inputs.update(image_kept=self.image_kept)
         if len(self.video_grid_thw):
             inputs.update(pixel_values_videos=self.pixel_values_videos, video_grid_thw=self.video_grid_thw)
+            if self.video_kept is not None:
+                inputs.update(video_kept=self.video_kept)
         return inputs
 
 
