@@ -14,14 +14,12 @@ and in memory, in the layout that the loader gives. An optimizer step sees the s
     exact, x4, x16   the same on DCT tokens
 
 MFU counts the matrix products that a way has to do (flops.py) against the device's dense bf16 peak; busy is the share
-of a step in which some kernel runs, by torch's profiler. --kernels prints what the step's time goes to. --attention
-measures this repository's engine with flash-attn-4, if it is there (auto), and without (torch). The ratios are
+of a step in which some kernel runs, by torch's profiler. --kernels prints what the step's time goes to. The ratios are
 samples/s over those of stock 1 and of stock N.
 """
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -34,12 +32,10 @@ import numpy as np
 import torch
 
 from benchmarks.speed.kernels import busy_seconds, longest, record, shares
-from dct_qwen2vl.training import attention
 
-SHORTEST = attention.SHORTEST
 TEXT_TOKENS, LEARNED_SHARE = 256, 0.5
 PIXEL_BLOCK, PIXEL_WIDTH = (2, 14, 14), 3 * 2 * 14 * 14  # frames, height, width of a pixel patch; its floats
-WIDTH = 13  # of a way's name
+WIDTH = 10  # of a way's name
 STOCK_IMAGE, STOCK_VIDEO = -200, -300  # NeMo's ids of visual tokens
 IMAGE_ID, VIDEO_ID = 151655, 151656
 PROFILED = 2  # micro-batches of stock in which kernels are recorded; it launches tens of thousands in each
@@ -340,20 +336,15 @@ def measure_stock(works: list[Work], sizes: list[int], seed: int, repeats: int) 
     return lines
 
 
-def measure_packed(
-    name: str, works: list[Work], budget: tuple[int, int], seed: int, repeats: int, kernels: str
-) -> dict:
-    """kernels: of attention, see `use_attention`."""
+def measure_packed(name: str, works: list[Work], budget: tuple[int, int], seed: int, repeats: int) -> dict:
     from dct_qwen2vl.training.flops import training_flops
 
-    use_attention(kernels)
     hf_config, batches = sequences_of(name, works, budget, seed)
     flops = sum(training_flops(hf_config, b.grid_thw, b.sample_starts.diff(), len(b.learned)) for b in batches)
     visual = sum(len(batch.visual) for batch in batches)
     training = packed_training(hf_config)
     step = partial(training.step, forward=packed_forward)
-    shown = name if kernels == "auto" else f"{name}, {kernels}"
-    line = measure(shown, step, batches, works, flops, visual, repeats)
+    line = measure(name, step, batches, works, flops, visual, repeats)
     del training, step
     free()
     return {**line, "sequences": len(batches), "budget": budget}
@@ -365,11 +356,6 @@ def print_kinds(lines: list[dict]) -> None:
     print("\n" + f"{'%':<33}" + "".join(f"{line['way']:>{WIDTH}}" for line in lines))
     for kind in kinds:
         print(f"{kind:<33}" + "".join(f"{100 * line['kinds'].get(kind, 0):>{WIDTH}.1f}" for line in lines))
-
-
-def use_attention(name: str) -> None:
-    """auto: flash-attn-4 for long parts, if it is there; torch: never."""
-    attention.SHORTEST = dict(SHORTEST) if name == "auto" else dict.fromkeys(SHORTEST, math.inf)
 
 
 def set_up() -> None:
@@ -412,7 +398,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pack-vision-tokens", type=int, default=32768, help="and most vision tokens")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps; the median counts")
     parser.add_argument("--seed", type=int, default=0, help="of tokens and of the mix")
-    parser.add_argument("--attention", nargs="+", choices=("auto", "torch"), default=["auto"], help="kernels of it")
     parser.add_argument("--kernels", action="store_true", help="print what a step's time goes to")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args(argv)
@@ -431,8 +416,7 @@ def main(argv: list[str] | None = None) -> int:
             if way == "stock":
                 lines += measure_stock(works, arguments.stock_sizes, arguments.seed, 1)
             else:
-                packed = partial(measure_packed, way, works, budget, arguments.seed, arguments.repeats)
-                lines += map(packed, arguments.attention)
+                lines.append(measure_packed(way, works, budget, arguments.seed, arguments.repeats))
             if arguments.json:
                 arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print_ratios(lines)

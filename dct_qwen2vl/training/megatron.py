@@ -34,7 +34,6 @@ from transformers import Qwen2VLConfig
 from dct_qwen2vl.checkpoints.hf_folder import write_pixel_bounds
 from dct_qwen2vl.data.loader import EnergonDataModule
 from dct_qwen2vl.data.packing import PackedBatch
-from dct_qwen2vl.training.attention import kernel_names
 from dct_qwen2vl.training.config import TrainingConfig
 from dct_qwen2vl.training.flops import training_flops
 from dct_qwen2vl.training.log import NON_FINITE, OutOfMemory, StepGuard, TrainingLog, ValidationSum
@@ -413,8 +412,6 @@ def run(
         *extra_callbacks,
     ]
     trainer = build_trainer(config, callbacks)
-    if torch.cuda.is_available() and trainer.is_global_zero:
-        print(f"Attention: {kernel_names()}", flush=True)
     try:
         llm.finetune(
             model=module,

@@ -31,7 +31,6 @@ from nemo.collections.vlm.qwen2vl.model.base import MCoreQwen2VLModel, Qwen2VLCo
 from nemo.collections.vlm.qwen2vl.model.vision import Qwen2VisionModel
 
 from dct_qwen2vl.data.packing import PackedBatch
-from dct_qwen2vl.training.attention import packed_attention
 
 VISION_ROTARY_BASE = 10000.0  # fixed in Qwen2-VL's vision tower
 
@@ -52,10 +51,11 @@ class VisionMLP(MLP):
 
 
 class PackedCoreAttention(torch.nn.Module):
-    """Attention within each part of a packed sequence (`attention.py`).
+    """Attention within each part of a packed sequence, by the FlashAttention-2 kernel that PyTorch carries.
 
     cuDNN's kernel for packed sequences, which TransformerEngine takes on Hopper, spent half of a training step in its
-    backward pass on the empty part of a grid of (samples x tokens of the sequence). These kernels work on tokens alone.
+    backward pass on the empty part of a grid of (samples x tokens of the sequence). This one works on tokens alone.
+    flash-attn-4 was tried: see benchmarks/speed/attention.py.
     """
 
     def __init__(self, config, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **unused) -> None:
@@ -65,7 +65,10 @@ class PackedCoreAttention(torch.nn.Module):
     def forward(self, query, key, value, attention_mask=None, packed_seq_params=None, **unused) -> torch.Tensor:
         """[L, heads, width] each; key and value may have fewer heads. -> [L, heads * width]."""
         starts, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
-        return packed_attention(query, key, value, starts, longest, self.causal).flatten(1)
+        output, *_ = torch.ops.aten._flash_attention_forward(
+            query, key, value, starts, starts, longest, longest, 0.0, self.causal, False
+        )
+        return output.flatten(1)
 
 
 def mrope_frequencies(position_ids: torch.Tensor, head_width: int, base: float, sections: list[int]) -> torch.Tensor:
