@@ -30,7 +30,7 @@ from megatron.energon import (
 
 from dct_qwen2vl.data.conversations import DEFAULT_SYSTEM, put_first
 from dct_qwen2vl.data.media import BadSample, MediaError, VideoSampling
-from dct_qwen2vl.data.media_encoder import Encoded, MediaEncoder, stack_media
+from dct_qwen2vl.data.media_encoder import Encoded, MediaEncoder, stack_kept, stack_media
 from dct_qwen2vl.data.packing import HeldSamples, MeasuredSample, PackedBatch, fit_sequences, pack
 from dct_qwen2vl.data.positions import Grid, KeptRun, Run, mrope_positions
 from dct_qwen2vl.data.samples import (
@@ -43,7 +43,6 @@ from dct_qwen2vl.data.samples import (
     parse_entry,
     parse_messages,
 )
-from dct_qwen2vl.dct.skipping_dct import check_skip_db
 
 
 class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, QwenBatch, QwenBatch]):
@@ -52,8 +51,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
     tokenizer: Qwen2-VL's, with its special tokens. image_processor: `DCTImageProcessor`, or any processor with
     Qwen2VLImageProcessor's interface. seq_length: samples with more tokens are skipped and counted, never cut.
     max_bad_in_a_row: that many consecutive failures in one worker stop the run. time_step: of a video's positions, as
-    `inspection.time_step` gives it. skip_db: cells that a kept cell already shows with this PSNR in dB get no token
-    (dct/skipping_dct.py); None keeps all.
+    `inspection.time_step` gives it. Where image_processor has a `skip_db`, cells that a kept cell already shows get no
+    token (dct/skipping_dct.py).
     """
 
     cookers = (Cooker(cook),)
@@ -66,12 +65,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         video_sampling: VideoSampling | None = None,
         max_bad_in_a_row: int = 100,
         time_step: float = 1.0,
-        skip_db: float | None = None,
     ) -> None:
         super().__init__()
-        if skip_db is not None and getattr(image_processor, "dct_config", None) is None:
-            raise ValueError("skip_db needs DCT tokens, which this image processor does not make")
-        self.skip_db = None if skip_db is None else check_skip_db(skip_db)
         self.time_step = time_step
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -87,6 +82,11 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         self._media = MediaEncoder(image_processor, self.video_sampling)
         self._im_start, self._im_end, self._vision_start, self._vision_end, *pads = ids
         self._pad = {"image": pads[0], "video": pads[1]}
+
+    @property
+    def skips(self) -> bool:
+        """Whether some cells get no token."""
+        return self._media.skip_db is not None
 
     def _begin_counting(self) -> None:
         self.skipped: Counter[str] = Counter()
@@ -172,8 +172,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         messages = self._messages(sample)
         media = [self._encode_media(kind, content) for kind, content in sample.media]
         masks = [None] * len(media)
-        if self.skip_db is not None:
-            media, masks = self._skip_cells(media)
+        if self.skips:
+            media, masks = self._media.skip(media)
         ids, learned, runs = self._segments(
             messages, [(kind, grid, mask) for (kind, _, grid), mask in zip(media, masks)]
         )
@@ -216,11 +216,6 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         # A loader process has one thread for torch; decoders in it get no more.
         frames = self._media.read(kind, content, torch.get_num_threads())
         return kind, *self._media.encode(kind, frames)
-
-    def _skip_cells(self, media: list[Encoded]) -> tuple[list[Encoded], list[torch.Tensor]]:
-        """Media with the tokens of kept cells alone, and for each which cells these are, bool [t, r, c]."""
-        kept = [self._media.skip(tokens, grid, self.skip_db) for _, tokens, grid in media]
-        return [(kind, tokens, grid) for (kind, _, grid), (tokens, _) in zip(media, kept)], [mask for _, mask in kept]
 
     def _segments(
         self, messages: list[tuple[str, list[str]]], media: list[tuple[str, Grid, torch.Tensor | None]]
@@ -281,10 +276,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
 
     def _stack_kept(self, kind: str, media: list[Encoded], masks: list) -> torch.Tensor | None:
         """Cells of all media of a kind that have tokens, bool [cells]; None without skipping."""
-        if self.skip_db is None:
-            return None
-        chosen = [mask.flatten() for (its_kind, *_), mask in zip(media, masks) if its_kind == kind]
-        return torch.cat(chosen) if chosen else torch.ones(0, dtype=torch.bool)
+        return stack_kept(kind, media, masks) if self.skips else None
 
     @stateless
     def batch(self, samples: list[EncodedSample]) -> QwenBatch:
@@ -302,8 +294,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
             video_grid_thw=torch.cat([s.video_grid_thw for s in samples]),
             keys=[s.__key__ for s in samples],
             skipped=self.take_skipped(),
-            image_kept=None if self.skip_db is None else torch.cat([s.image_kept for s in samples]),
-            video_kept=None if self.skip_db is None else torch.cat([s.video_kept for s in samples]),
+            image_kept=torch.cat([s.image_kept for s in samples]) if self.skips else None,
+            video_kept=torch.cat([s.video_kept for s in samples]) if self.skips else None,
         )
 
 
@@ -345,7 +337,7 @@ class PackingTaskEncoder(QwenTaskEncoder):
     @stateless
     def encode_sample(self, sample: ConversationSample) -> MeasuredSample:
         """Raises SkipSample, TooManyBadSamples."""
-        if self.skip_db is None:
+        if not self.skips:
             return MeasuredSample.derive_from(sample, conversation=sample, size=self._or_skip(self.measure, sample))
         encoded = self._in_token_dtype(super().encode_sample(sample))
         size = len(encoded.input_ids), len(encoded.pixel_values) + len(encoded.pixel_values_videos)

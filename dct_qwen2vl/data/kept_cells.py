@@ -62,7 +62,10 @@ def visual_features(visual: nn.Module, tokens: torch.Tensor, grids: torch.Tensor
 
 
 def embed_media(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Inputs with `image_kept` or `video_kept` -> inputs with `inputs_embeds` in place of ids and media."""
+    """Inputs with `image_kept` or `video_kept` -> inputs with `inputs_embeds` in place of ids and media. Raises
+    ValueError for another model than Qwen2-VL: Qwen2.5-VL's tower sees windows of whole grids."""
+    if model.config.model_type != "qwen2_vl":
+        raise ValueError(f"skip_db needs a Qwen2-VL, got a {model.config.model_type}: take skip_db out")
     ids = inputs["input_ids"]
     embeddings = model.get_input_embeddings()(ids)
     for token_id, tokens, grids, kept in MEDIA:
@@ -80,7 +83,7 @@ def embed_media(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, 
 def find_positions(
     ids: np.ndarray,
     present: np.ndarray,
-    pads: dict[int, str],
+    pads: set[int],
     media: Iterator[tuple[Grid, np.ndarray]],
 ) -> np.ndarray:
     """M-RoPE positions int64 [3, L] of one sequence; 1 where it is padded, as transformers has it.

@@ -109,11 +109,17 @@ class MediaEncoder:
         output = self.image_processor(images=None, videos=[list(frames)], **options)
         return output["pixel_values_videos"], tuple(output["video_grid_thw"][0].tolist())
 
-    def skip(self, tokens: torch.Tensor, grid: Grid, skip_db: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `encode` gives -> tokens [M * m * m, K] of the M cells that no other cell shows, and which cells these
-        are, bool [t, h/m, w/m]. skip_db: see `skipping_dct.kept_cells`. The processor must be one of DCT tokens."""
-        kept = kept_cells(tokens, grid, self.image_processor.dct_config, skip_db)
-        return keep_tokens(tokens, kept), kept
+    @property
+    def skip_db(self) -> float | None:
+        """Cells that a kept cell already shows with this PSNR get no token; None: all get theirs. The processor's."""
+        return getattr(self.image_processor, "skip_db", None)
+
+    def skip(self, media: list[Encoded]) -> tuple[list[Encoded], list[torch.Tensor]]:
+        """What `encode` gives of several media -> the same with the tokens of kept cells alone, and for each which
+        cells these are, bool [t, h/m, w/m]."""
+        config = self.image_processor.dct_config
+        masks = [kept_cells(tokens, grid, config, self.skip_db) for _, tokens, grid in media]
+        return [(kind, keep_tokens(tokens, kept), grid) for (kind, tokens, grid), kept in zip(media, masks)], masks
 
     def expected_grid(self, kind: str, content: Any) -> Grid:
         """The grid that `encode` gives for the same part, without decoding it. Raises as `read`."""
@@ -122,6 +128,12 @@ class MediaEncoder:
         processor = self.image_processor
         steps = -(-frames // processor.temporal_patch_size)
         return steps, height // processor.patch_size, width // processor.patch_size
+
+
+def stack_kept(kind: str, media: Iterable[Encoded], masks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Which cells of all media of a kind have tokens, bool [cells]."""
+    chosen = [mask.flatten() for (its_kind, *_), mask in zip(media, masks) if its_kind == kind]
+    return torch.cat(chosen) if chosen else torch.ones(0, dtype=torch.bool)
 
 
 def stack_media(kind: str, media: Iterable[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:

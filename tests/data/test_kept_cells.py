@@ -38,7 +38,8 @@ def new_batch(converted, natural_frames, image_file, video_file):
     ]
 
     def make(skip_db: float | None, samples: int = 2) -> QwenBatch:
-        encoder = QwenTaskEncoder(tokenizer, processor, skip_db=skip_db)
+        processor.skip_db = skip_db
+        encoder = QwenTaskEncoder(tokenizer, processor)
         return encoder.batch([encoder.encode(conversation) for conversation in conversations[:samples]])
 
     return make
@@ -101,7 +102,7 @@ def test_gradients_reach_the_tower(model, new_batch):
 
 @pytest.mark.parametrize("skip_db", [30.0, math.inf])
 def test_positions_found_are_those_of_the_task_encoder(model, new_batch, skip_db):
-    batch, pads = new_batch(skip_db), {model.config.image_token_id: "image", model.config.video_token_id: "video"}
+    batch, pads = new_batch(skip_db), {model.config.image_token_id, model.config.video_token_id}
     masks = [
         *kept_by_medium(batch.image_grid_thw, batch.image_kept, 2),
         *kept_by_medium(batch.video_grid_thw, batch.video_kept, 2),
