@@ -11,10 +11,8 @@ import os
 import sys
 import traceback
 from dataclasses import replace
-from pathlib import Path
 
 from dct_qwen2vl.checkpoints.inspection import read_config, time_step
-from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.training import run_lock
 from dct_qwen2vl.training.checks import check, check_ranges, choose_engine, choose_precision
@@ -101,6 +99,7 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
                   "rate does not come down again from --lr, or never gets there", flush=True)  # fmt: skip
     import lightning.pytorch as pl
 
+    from dct_qwen2vl.training.final_model import write_stock_form
     from dct_qwen2vl.training.profile_step import ProfileStep
 
     pl.seed_everything(config.seed)
@@ -112,19 +111,9 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
         # Nothing is compiled; Megatron-core, which NeMo imports, would start processes that could.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from dct_qwen2vl.training import automodel as chosen
-    export_dir = config.run_dir / ("hf_dct" if info.dct else "hf")
-    chosen.run(config, data, data.task_encoder.image_processor.merge_size, callbacks, export_dir)
-    if info.dct and config.rank == 0:
-        write_stock_form(config, export_dir)
-
-
-def write_stock_form(config: TrainingConfig, model_dir: Path) -> None:
-    """RUN_DIR/hf from the trained coefficient form; its video processor samples frames as the run did."""
-    from dct_qwen2vl.checkpoints.stock_form import VIDEO_PROCESSOR, to_stock
-
-    sampling = {name: getattr(config, f"video_{name}") for name in ("fps", "min_frames", "max_frames")}
-    write_json(model_dir / VIDEO_PROCESSOR, sampling)  # goes along on the way to the stock form and back
-    to_stock(model_dir, config.run_dir / "hf", force=True)
+    chosen.run(config, info, data, data.task_encoder.image_processor.merge_size, callbacks)
+    if config.rank == 0:
+        write_stock_form(config, info, config.run_dir)
 
 
 def explain(error: Exception) -> str | None:

@@ -27,15 +27,17 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText
 
 from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read, write_pixel_bounds
+from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING
 from dct_qwen2vl.data.loader import EnergonDataModule, energon_state_classes
 from dct_qwen2vl.data.samples import IGNORE_INDEX, QwenBatch
-from dct_qwen2vl.training.config import TrainingConfig
+from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
+from dct_qwen2vl.training.final_model import RehearseSave, trained_folder
 from dct_qwen2vl.training.log import NON_FINITE, StepGuard, TrainingLog, ValidationSum
 from dct_qwen2vl.training.lora import LoRA, adapt_hf, adapted_weights, adapters_of, merged_hf
+from dct_qwen2vl.training.parts import is_frozen
 from dct_qwen2vl.training.run_folder import (
     build_loggers,
     count_batches_of_whole_steps,
-    is_frozen,
     resume,
     step_checkpoints,
     sync_files,
@@ -165,6 +167,10 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         shutil.rmtree(output_dir, ignore_errors=True)
         temporary.replace(output_dir)
 
+    def rehearse_save(self, output_dir: Path) -> None:
+        """`save_hf` with one weight."""
+        self.save_hf(output_dir, {PATCH_EMBEDDING: self.model.get_parameter(PATCH_EMBEDDING).detach()})
+
 
 class FolderCheckpointIO(CheckpointIO):
     """Reads and writes the checkpoint folders described at the top of this file; nothing is unpickled but plain data,
@@ -234,12 +240,12 @@ def build_trainer(config: TrainingConfig, module: QwenAutoModel, callbacks: list
 
 def run(
     config: TrainingConfig,
+    info: ModelInfo,
     data: EnergonDataModule,
     merge_size: int,
     extra_callbacks: list[Callback],
-    export_dir: Path,
 ) -> None:
-    """Fine-tunes, resuming from the newest checkpoint, and writes the model to `export_dir`."""
+    """Fine-tunes, resuming from the newest checkpoint, and writes the form that was trained into the run folder."""
     module = QwenAutoModel(
         config.model_dir,
         config.freeze,
@@ -249,7 +255,13 @@ def run(
         StepGuard(config.run_dir / NON_FINITE),
     )
     log = TrainingLog(config.run_dir, config.max_steps, config.log_interval, merge_size)
-    trainer = build_trainer(config, module, [log, *step_checkpoints(config, log.restart_clock), *extra_callbacks])
+    callbacks = [
+        RehearseSave(config, info, module.rehearse_save),
+        log,
+        *step_checkpoints(config, log.restart_clock),
+        *extra_callbacks,
+    ]
+    trainer = build_trainer(config, module, callbacks)
     llm.finetune(
         model=module,
         data=data,
@@ -260,4 +272,4 @@ def run(
         tokenizer=None,  # the loader has it; NeMo would store it in a field that this class does not have
     )
     if trainer.is_global_zero:
-        module.save_hf(export_dir)
+        module.save_hf(trained_folder(config.run_dir, info))

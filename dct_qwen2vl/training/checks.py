@@ -18,6 +18,7 @@ from dct_qwen2vl.checkpoints.inspection import (
 from dct_qwen2vl.common.files import read_json as read_file
 from dct_qwen2vl.data.energon_files import count_samples, read_splits
 from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig, flag_of
+from dct_qwen2vl.training.disk_space import check_space
 from dct_qwen2vl.training.run_file import check_run_folder
 
 
@@ -166,6 +167,8 @@ def check(config: TrainingConfig) -> ModelInfo:
     check_pixel_bounds(config)
     check_data(config)
     check_run_folder(config)
+    if not (config.run_dir / "finished").is_file():
+        check_space(config, forms=2 if info.dct else 1)
     return info
 
 

@@ -17,15 +17,6 @@ from dct_qwen2vl.training.config import TrainingConfig
 from dct_qwen2vl.training.run_lock import RunFolderError
 
 CHECKPOINT_NAME = re.compile(r"step(\d{6,})")
-PARTS = {"vision": "visual.", "projector": "visual.merger.", "language": ("model.", "lm_head.")}
-
-
-def is_frozen(name: str, freeze: tuple[str, ...]) -> bool:
-    """Whether a parameter, by its name in the checkpoint, is in one of the parts that are not trained; "vision" is the
-    tower without its projector."""
-    if name.startswith(PARTS["projector"]):
-        return "projector" in freeze
-    return any(name.startswith(PARTS[part]) for part in freeze)
 
 
 class StepCheckpoint(ModelCheckpoint):
