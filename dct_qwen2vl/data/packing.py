@@ -65,6 +65,13 @@ class PackedBatch(Batch):
         }
         return PackedBatch(**values)
 
+    def step_grids(self) -> torch.Tensor:
+        """Each time step as a medium of its own, int64 [F, 3], for counting; none where there are no media."""
+        if not len(self.grid_thw):
+            return self.grid_thw
+        lengths = self.step_starts.diff().long()
+        return torch.stack([torch.ones_like(lengths), lengths, torch.ones_like(lengths)], dim=1)
+
     def without_tokens(self) -> "PackedBatch":
         """The same sequence for who does not need its vision tokens."""
         return replace(self, tokens=self.tokens[:0])

@@ -38,7 +38,9 @@ from dct_qwen2vl.data.conversations import (
     split_turns,
     text_of,
 )
+from dct_qwen2vl.data.kept_cells import kept_by_medium
 from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, BadSample, part_order
+from dct_qwen2vl.data.positions import step_lengths
 
 # Shards hold file bytes and decoding is done here, in media.py; this is what a dataset.yaml that does not say gets.
 DATASET_OPTIONS = {"auto_decode": False}
@@ -102,6 +104,17 @@ class QwenBatch(Batch):
     skipped: dict[str, int] = field(default_factory=dict)
     image_kept: torch.Tensor | None = None
     video_kept: torch.Tensor | None = None
+
+    def step_grids(self, merge_size: int) -> torch.Tensor:
+        """Grids int64 [n, 3] that have as many vision tokens in as many time steps as the media of the batch: theirs,
+        or with skipping each step that keeps some as a medium of its own."""
+        grids = torch.cat([self.image_grid_thw, self.video_grid_thw])
+        if self.image_kept is None:
+            return grids
+        masks = kept_by_medium(grids, torch.cat([self.image_kept, self.video_kept]), merge_size)
+        media = zip(map(tuple, grids.tolist()), masks)
+        lengths = [length for grid, mask in media for length in step_lengths(grid, merge_size, mask) if length]
+        return torch.tensor([(1, length, 1) for length in lengths], dtype=torch.int64).view(-1, 3)
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """Keyword arguments of Qwen2VLForConditionalGeneration.forward, without labels; absent media are left out. With

@@ -90,6 +90,14 @@ class TrainingConfig:
     max_pixels: int | None = setting(
         "what", None, "most pixels of an image (default: the checkpoint's)", at_least=1, resume=DATA
     )
+    skip_db: float | None = setting(
+        "what",
+        None,
+        "leave out cells of images and videos that a kept cell already shows with this PSNR in dB, 38 for example; 0: "
+        "none (default: the checkpoint's)",
+        at_least=0,
+        resume=DATA,
+    )
     video_fps: float = setting("what", 2.0, "frames read from a second of a video", over=0, resume=DATA)
     video_min_frames: int = setting(
         "what", 4, "least frames read from a video that has them", at_least=1, not_over="video_max_frames", resume=DATA
@@ -216,6 +224,12 @@ class TrainingConfig:
         """Those given; the others are the checkpoint's."""
         bounds = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         return {name: value for name, value in bounds.items() if value is not None}
+
+    @property
+    def processor_settings(self) -> dict[str, Any]:
+        """What the image processor has otherwise than the checkpoint's, now and where it is saved."""
+        skipping = {} if self.skip_db is None else {"skip_db": self.skip_db or None}
+        return {**self.pixel_bounds, **skipping}
 
     @property
     def world_size(self) -> int:
