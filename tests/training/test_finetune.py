@@ -657,19 +657,22 @@ def test_the_processor_that_is_saved_says_what_was_skipped(prepared, tmp_path, s
 
 @pytest.mark.launch
 def test_a_run_with_skipping_is_evaluated_with_skipping(prepared, tmp_path):
-    """Fewer visual tokens, the same samples; the model that is written says so, and is asked alike."""
+    """Fewer visual tokens, the same samples; the model that is written says so, and is asked alike. 15 dB, since the
+    images of the sample data are small and full of texture."""
     from dct_qwen2vl.evaluation.answering import Answerer
 
     visual = {}
-    for name, skip_db in (("plain", ""), ("skips", "30")):
+    for name, skip_db in (("plain", ""), ("skips", "15")):
         environment = launch_environment(prepared, tmp_path, name, 1)
         environment |= {"MAX_STEPS": "2", "VAL_INTERVAL": "2", "SAVE_INTERVAL": "0", "ENGINE": "automodel"}
         log = finish(start(environment | {"SKIP_DB": skip_db, "SEQ_LENGTH": "2048"}), environment)
         assert "Done: the fine-tuned model is in" in log
-        visual[name] = [line["visual_tokens"] for line in metrics(tmp_path / name) if "loss" in line]
-    assert all(0 < few < all_ for few, all_ in zip(visual["skips"], visual["plain"], strict=True))
-    assert json.loads((tmp_path / "skips" / "run.json").read_text())["skip_db"] == 30
-    assert Answerer(tmp_path / "skips" / "hf_dct", 4).media.skip_db == 30
+        lines = [line for line in metrics(tmp_path / name) if "loss" in line]
+        assert [line["samples"] for line in lines] == [8, 8]
+        visual[name] = sum(line["visual_tokens"] for line in lines)
+    assert 0 < visual["skips"] < visual["plain"]
+    assert json.loads((tmp_path / "skips" / "run.json").read_text())["skip_db"] == 15
+    assert Answerer(tmp_path / "skips" / "hf_dct", 4).media.skip_db == 15
     for folder in ("skips/hf", "plain/hf_dct"):
         assert "skip_db" not in (tmp_path / folder / "preprocessor_config.json").read_text(), "the stock form takes all"
 
