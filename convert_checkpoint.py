@@ -18,6 +18,8 @@ this repository. The coefficient form is what is trained (checkpoints/stock_form
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +29,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     safetensors_files,
 )
 from dct_qwen2vl.checkpoints.stock_form import to_dct, to_stock
-from dct_qwen2vl.common.scripts import run_main
+from dct_qwen2vl.common.scripts import UserError, run_main
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +38,7 @@ MOST_GAIN = 1000  # of detail; more than training could use
 
 
 def own_format(arguments: argparse.Namespace, weight: "torch.Tensor | None" = None):
-    """The DCTConfig of --block and the flags beside it. Raises ValueError, OSError.
+    """The DCTConfig of --block and the flags beside it. Raises UserError, OSError.
 
     weight: the patch embedding, for the order "weighted"; without it the other flags are checked and the order is not.
     """
@@ -44,13 +46,23 @@ def own_format(arguments: argparse.Namespace, weight: "torch.Tensor | None" = No
 
     block = tuple(arguments.block)
     if block[1] != block[2]:
-        raise ValueError(f"the image processor needs square blocks, got {block[1]} x {block[2]} px")
+        raise UserError(f"the image processor needs square blocks, got {block[1]} x {block[2]} px")
     order = "variance" if arguments.order == "weighted" and weight is None else arguments.order
-    table = arguments.coefficient_table and CoefficientTable.from_file(arguments.coefficient_table)
     count = arguments.num_coefficients
     words = ["x".join(map(str, block)), arguments.chroma, arguments.order if count else "all"]
     name = "-".join([*words, str(count)] if count else words)
-    return DCTConfig.select(block, arguments.chroma, count, name=name, order=order, weight=weight, table=table)
+    with usable():
+        table = arguments.coefficient_table and CoefficientTable.from_file(arguments.coefficient_table)
+        return DCTConfig.select(block, arguments.chroma, count, name=name, order=order, weight=weight, table=table)
+
+
+@contextmanager
+def usable() -> Iterator[None]:
+    """A format that cannot be is something that the user can mend. Raises UserError for a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def gain(text: str) -> float:
@@ -143,9 +155,8 @@ def read_format(path: str):
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    errors = (ValueError, OSError)
     work = change_form_and_say if arguments.to else convert_and_say
-    return run_main("convert_checkpoint.py", lambda: work(arguments), arguments.debug, errors=errors)
+    return run_main("convert_checkpoint.py", lambda: work(arguments), arguments.debug)
 
 
 def change_form_and_say(arguments: argparse.Namespace) -> int:
@@ -169,7 +180,8 @@ def convert_and_say(arguments: argparse.Namespace) -> int:
     if arguments.block and arguments.order == "weighted":
         read_config(arguments.model_dir)
         dct = own_format(arguments, patch_embedding(safetensors_files(arguments.model_dir)))
-    dct = dct.with_detail_gain(arguments.detail_gain)
+    with usable():
+        dct = dct.with_detail_gain(arguments.detail_gain)
     folders, bounds = (arguments.model_dir, arguments.output_dir), (arguments.min_pixels, arguments.max_pixels)
     total = convert(*folders, dct, *bounds, arguments.force)
     side = dct.block[1] * dct.merge

@@ -19,7 +19,6 @@ plan.py, data_splits.py). Then workers write the shards (shards.py, conversion.p
 (summary.py).
 """
 
-import argparse
 import contextlib
 import sys
 import time
@@ -33,11 +32,11 @@ from tqdm import tqdm
 from dct_qwen2vl.common.files import read_json, remove
 from dct_qwen2vl.common.scripts import UserError, run_main
 from dct_qwen2vl.preparation import data_splits
-from dct_qwen2vl.preparation.config import parse_arguments
+from dct_qwen2vl.preparation.config import PreparationConfig, parse_arguments
 from dct_qwen2vl.preparation.conversion import ConversionOptions
-from dct_qwen2vl.preparation.data_splits import Layout
+from dct_qwen2vl.preparation.data_splits import Layout, say_shares
 from dct_qwen2vl.preparation.energon_metadata import dialogue_command, energon_prepare, is_cut_alike
-from dct_qwen2vl.preparation.fingerprint import describe_run, is_complete, say_shares
+from dct_qwen2vl.preparation.fingerprint import describe_run, is_complete
 from dct_qwen2vl.preparation.media_index import TarSource, index_tars, make_readable
 from dct_qwen2vl.preparation.messages import own_shards, say_dry_run, say_part, say_plan, say_result, say_tars
 from dct_qwen2vl.preparation.metadata import MetadataReader, PreparationError, find_metadata
@@ -64,44 +63,49 @@ from dct_qwen2vl.preparation.summary import filtered_name, summarise
 from dct_qwen2vl.preparation.workers import WorkerPool
 
 
-def prepare(arguments: argparse.Namespace) -> int:
-    """All of the work; returns the exit status. Raises PreparationError or OSError."""
-    metadata = find_metadata(arguments.data_dir, arguments.metadata)
-    check_output(arguments.output_dir, arguments.force)
-    if is_complete(arguments, metadata):
-        print(f"{arguments.output_dir} is complete already; --force would write it again")
-        stats = read_stats(arguments.output_dir / STATS_NAME)
+def prepare(config: PreparationConfig) -> int:
+    """All of the work. Returns the exit status. Raises PreparationError or OSError."""
+    metadata = find_metadata(config.data_dir, config.metadata)
+    check_output(config.output_dir, config.force)
+    if is_complete(config, metadata):
+        print(f"{config.output_dir} is complete already; --force would write it again")
+        stats = read_stats(config.output_dir / STATS_NAME)
     else:
-        stats = write_set(arguments, metadata)
-    if stats and arguments.strict:
-        refuse_findings(arguments.output_dir, stats)
-    return finish(arguments, stats) if stats else 0
+        stats = write_set(config, metadata)
+    if stats and config.strict:
+        refuse_findings(config.output_dir, stats)
+    return finish(config, stats) if stats else 0
 
 
-def write_set(arguments: argparse.Namespace, metadata: list[Path]) -> dict[str, Any] | None:
-    """Plan, write, summarise; returns the set's stats, or None where it is not complete: after a dry run or a part."""
-    with WorkerPool(arguments.num_workers) as pool:
-        reader = MetadataReader(metadata, arguments.limit)
+def write_set(config: PreparationConfig, metadata: list[Path]) -> dict[str, Any] | None:
+    """Plans, writes and sums up.
+
+    Returns the set's stats. After a dry run or a part the set is not complete: returns None.
+    """
+    with WorkerPool(config.num_workers) as pool:
+        reader = MetadataReader(metadata, config.limit)
         with tqdm(desc="Checking entries", unit="entry", leave=False) as bar:
-            collector = check_all(reader, pool, arguments.strict, bar.update)
-        with run_lock(arguments):
-            tars, plan, layout, run = plan_set(pool, arguments, reader, collector)
-            if arguments.dry_run:
+            collector = check_all(reader, pool, config.strict, bar.update)
+        with run_lock(config):
+            tars, plan, layout, run = plan_set(pool, config, reader, collector)
+            if config.dry_run:
                 say_dry_run(plan, layout)
                 return None
-            seconds, samples = write_missing(pool, arguments, metadata, tars, plan, layout)
-            if arguments.part:
-                say_part(arguments, layout, seconds, samples)
+            seconds, samples = write_missing(pool, config, metadata, tars, plan, layout)
+            if config.part:
+                say_part(config, layout, seconds, samples)
                 return None
-            stats = summarise(arguments.output_dir, plan, layout, metadata, tars, run)
-            remove_work(arguments.output_dir)
-    say_result(stats, arguments.output_dir / filtered_name(metadata), seconds, samples)
+            stats = summarise(config.output_dir, plan, layout, metadata, tars, run)
+            remove_work(config.output_dir)
+    say_result(stats, config.output_dir / filtered_name(metadata), seconds, samples)
     return stats
 
 
 def refuse_findings(output_dir: Path, stats: dict[str, Any]) -> None:
-    """Raise PreparationError where a run without --strict wrote a set, or some of its shards, that --strict would have
-    stopped at."""
+    """Raises PreparationError for findings that --strict would have stopped at, in a set that was written without it.
+
+    stats: of the set. Shards that --strict wrote have no findings.
+    """
     kinds = {"skipped": stats["skipped"], "repaired": stats["repairs"]}
     findings = [f"{kind}: {what} {count}" for kind, counts in kinds.items() for what, count in counts.items()]
     findings += [f"not read whole: {name}" for name, tar in stats["tars"].items() if tar["damage"] or tar["refused"]]
@@ -114,42 +118,44 @@ def refuse_findings(output_dir: Path, stats: dict[str, Any]) -> None:
 
 
 def plan_set(
-    pool: WorkerPool, arguments: argparse.Namespace, reader: MetadataReader, collector: Collector
+    pool: WorkerPool, config: PreparationConfig, reader: MetadataReader, collector: Collector
 ) -> tuple[list[TarSource], Plan, Layout, dict[str, Any]]:
-    """Find the media, decide what goes where, and mark the output folder; but for the last in a dry run."""
-    data_dir, output_dir = arguments.data_dir, arguments.output_dir
-    with planning_lock(arguments) as work:
+    """Finds the media, decides what goes where, and marks the output folder. A dry run does not mark it."""
+    data_dir, output_dir = config.data_dir, config.output_dir
+    with planning_lock(config) as work:
         tars = index_tars(data_dir, work, pool)
-        say_tars(tars, arguments)
-        plan = make_plan(collector, reader.paths, tars, data_dir, output_dir, arguments.strict)
+        say_tars(tars, config)
+        plan = make_plan(collector, reader.paths, tars, data_dir, output_dir, config.strict)
         tars = [replace(tar, index=None) for tar in tars]
-        layout = lay_out(plan, arguments)
-        say_plan(plan, layout, arguments)
-        run = describe_run(arguments, reader, tars, plan, layout)
-        if not arguments.dry_run:
-            claim(output_dir, run, arguments.force)
+        layout = lay_out(plan, config)
+        say_plan(plan, layout, config)
+        run = describe_run(config, reader, tars, plan, layout)
+        if not config.dry_run:
+            claim(output_dir, run, config.force)
     return tars, plan, layout, run
 
 
-def lay_out(plan: Plan, arguments: argparse.Namespace) -> Layout:
-    """Split, weigh, shuffle and cut. Raises PreparationError where that is not possible."""
+def lay_out(plan: Plan, config: PreparationConfig) -> Layout:
+    """Splits, weighs, shuffles and cuts. Raises PreparationError where that is not possible."""
     names = {name: number for number, name in enumerate(plan.sources)}
-    unknown = [name for name, _ in arguments.source_weight if name not in names]
+    unknown = [name for name, _ in config.source_weight if name not in names]
     if unknown:
         raise PreparationError(f"--source-weight {unknown[0]}: the sources are {', '.join(sorted(names))}")
-    weights = {names[name]: weight for name, weight in arguments.source_weight}
-    shares, seed = arguments.split, arguments.seed
+    weights = {names[name]: weight for name, weight in config.source_weight}
+    shares, seed = config.split, config.seed
     source, digest = plan.entries["source"], plan.entries["digest"]
     group = data_splits.group_entries(plan.media_start, plan.content, digest)
     identity = data_splits.identify(plan.media_start, plan.content, digest)
     split = data_splits.split_entries(group, source, identity, shares, seed)
     copies = data_splits.count_copies(split, source, digest, weights, seed)
     try:
-        return data_splits.lay_out(split, copies, digest, shares, arguments.maxcount, seed)
+        return data_splits.lay_out(split, copies, digest, shares, config.maxcount, seed)
     except UserError as error:
         reasons = ", ".join(f"{reason} {count}" for reason, count in plan.skipped.reasons().items()) or "none skipped"
         example = f"; the first skipped: {plan.skipped.first_detail()}" if len(plan.skipped) else ""
         read = sum(plan.read.values())
+        if not len(plan):
+            raise PreparationError(f"none of the {read} entries read can be used ({reasons}{example})") from error
         raise PreparationError(
             f"{error} (of {read} entries read, {len(plan)} are usable: {reasons}{example})"
         ) from error
@@ -159,40 +165,46 @@ def lay_out(plan: Plan, arguments: argparse.Namespace) -> Layout:
 
 
 @contextlib.contextmanager
-def run_lock(arguments: argparse.Namespace) -> Iterator[None]:
-    """Keep other runs from this folder; parts from the same part, and from a run of the whole."""
-    if arguments.dry_run:
+def run_lock(config: PreparationConfig) -> Iterator[None]:
+    """Keeps other runs from this folder. Parts keep the same part from it, and a run of the whole."""
+    if config.dry_run:
         yield
         return
-    work = arguments.output_dir / WORK_FOLDER
+    work = config.output_dir / WORK_FOLDER
     with contextlib.ExitStack() as locks:
-        locks.enter_context(locked(work / "run.lock", shared=bool(arguments.part)))
-        if arguments.part:
-            locks.enter_context(locked(work / "part-{}-of-{}.lock".format(*arguments.part)))
+        locks.enter_context(locked(work / "run.lock", shared=bool(config.part)))
+        if config.part:
+            locks.enter_context(locked(work / "part-{}-of-{}.lock".format(*config.part)))
         yield
 
 
 @contextlib.contextmanager
-def planning_lock(arguments: argparse.Namespace) -> Iterator[Path | None]:
-    """The folder for indexes and unpacked tars, where one part at a time works and the others wait for what it finds;
-    None in a dry run, which writes nothing."""
-    if arguments.dry_run:
+def planning_lock(config: PreparationConfig) -> Iterator[Path | None]:
+    """The folder for indexes and unpacked tars, None in a dry run, which writes nothing.
+
+    One part at a time works in it. The others wait for what it finds.
+    """
+    if config.dry_run:
         yield None
         return
-    work = arguments.output_dir / WORK_FOLDER
+    work = config.output_dir / WORK_FOLDER
     with locked(work / "planning.lock", wait=True):
         yield work
 
 
 @contextlib.contextmanager
-def finish_lock(arguments: argparse.Namespace, is_due: bool) -> Iterator[None]:
-    """Where there is something to write or to clear, keep other runs from this folder and clear what killed ones left.
-    A part, which may meet others here, does without."""
-    output_dir = arguments.output_dir
-    if arguments.part or not (is_due or list_leftovers(output_dir)):
+def finish_lock(config: PreparationConfig, is_due: bool) -> Iterator[None]:
+    """Keeps other runs from this folder and clears what killed ones left, where there is something to write or to
+    clear.
+
+    is_due: whether there is something to write.
+    A part may meet others here and does without the lock.
+    """
+    output_dir = config.output_dir
+    if config.part or not (is_due or list_leftovers(output_dir)):
         yield
         return
-    with run_lock(arguments):
+    with run_lock(config):
         for path in list_leftovers(output_dir):
             remove(path)  # not .work, where the lock lies
         try:
@@ -203,74 +215,68 @@ def finish_lock(arguments: argparse.Namespace, is_due: bool) -> Iterator[None]:
 
 def write_missing(
     pool: WorkerPool,
-    arguments: argparse.Namespace,
+    config: PreparationConfig,
     metadata: list[Path],
     tars: list[TarSource],
     plan: Plan,
     layout: Layout,
 ) -> tuple[float, int]:
-    """Write the shards of this part that are not finished; returns the seconds it took and the number of samples."""
-    output_dir, start = arguments.output_dir, time.perf_counter()
-    shards = {number: output_dir / SHARD_NAME.format(number) for number in own_shards(layout, arguments.part)}
+    """Writes the shards of this part that are not finished. Returns the seconds it took and the number of samples."""
+    output_dir, start = config.output_dir, time.perf_counter()
+    shards = {number: output_dir / SHARD_NAME.format(number) for number in own_shards(layout, config.part)}
     missing = [number for number, shard in shards.items() if not is_finished(shard)]
     samples = int(sum(layout.bounds[number + 1] - layout.bounds[number] for number in missing))
     if len(missing) < len(shards):
         print(f"{len(shards) - len(missing)} of {len(shards)} shards are finished already")
-    remove_leftovers(output_dir, tuple(f"{path.stem}." for path in shards.values()) if arguments.part else ("",))
+    remove_leftovers(output_dir, tuple(f"{path.stem}." for path in shards.values()) if config.part else ("",))
     if missing:
         remove_conclusions(output_dir)
-        make_readable(tars, arguments.num_workers)
-    files = (arguments.data_dir, tuple(metadata), tuple(tar.readable for tar in tars))
-    options = ConversionOptions(arguments.max_pixels, arguments.jpeg_quality, arguments.check_images)
-    tasks = (make_task(plan, layout, number, shards[number], files, options, arguments.strict) for number in missing)
+        make_readable(tars, config.num_workers)
+    files = (config.data_dir, tuple(metadata), tuple(tar.readable for tar in tars))
+    options = ConversionOptions(config.max_pixels, config.jpeg_quality, config.check_images)
+    tasks = (make_task(plan, layout, number, shards[number], files, options, config.strict) for number in missing)
     with tqdm(total=samples, desc="Processing images", unit="sample") as bar:
         for _ in pool.map(write_shard, tasks, bar.update):
             pass
     return time.perf_counter() - start, samples
 
 
-def finish(arguments: argparse.Namespace, stats: dict[str, Any]) -> int:
+def finish(config: PreparationConfig, stats: dict[str, Any]) -> int:
     """What may follow a complete set: the report, and Energon's metadata. Returns the exit status."""
-    output_dir, split = arguments.output_dir, say_shares(arguments.split)
-    wants_report = not arguments.no_report and not (output_dir / REPORT_NAME).exists()
-    with finish_lock(arguments, wants_report or arguments.energon_prepare):
+    output_dir, split = config.output_dir, say_shares(config.split)
+    wants_report = not config.no_report and not (output_dir / REPORT_NAME).exists()
+    with finish_lock(config, wants_report or config.energon_prepare):
         if wants_report:
             from dct_qwen2vl.preparation.report.writing import write_report
 
             print(f"Report: {write_report(output_dir)}")
-        if arguments.energon_prepare:
+        if config.energon_prepare:
             shards = [output_dir / name for name in stats["shards"]]
             split_of = tuple(read_json(stats_path(shard))["split"] for shard in shards)
-            energon_prepare(output_dir, split, split_of, arguments.num_workers)
-    if arguments.energon_prepare:
+            energon_prepare(output_dir, split, split_of, config.num_workers)
+    if config.energon_prepare:
         return 0
-    if is_cut_alike(arguments.split, len(stats["shards"])):
+    if is_cut_alike(config.split, len(stats["shards"])):
         print(f"Next: {dialogue_command(output_dir, split)}")
     else:
         print(f"Next: the same command with --energon-prepare (its dialogue would not cut {split} as it is)")
     return 0
 
 
-def verify_set(arguments: argparse.Namespace) -> int:
-    """Read the set back; returns the exit status."""
+def verify_set(config: PreparationConfig) -> int:
+    """Reads the set back. Returns the exit status."""
     from dct_qwen2vl.preparation.verification import verify
 
-    problems = verify(arguments.output_dir, arguments.num_workers)
+    problems = verify(config.output_dir, config.num_workers)
     for problem in problems:
         print(problem)
     return 1 if problems else 0
 
 
-# What it says
-
-
-# Arguments
-
-
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    work = verify_set if arguments.verify else prepare
-    return run_main("data_preparation.py", lambda: work(arguments), arguments.debug, goes_on=True)
+    config = parse_arguments(argv)
+    work = verify_set if config.verify else prepare
+    return run_main("data_preparation.py", lambda: work(config), config.debug, goes_on=True)
 
 
 if __name__ == "__main__":

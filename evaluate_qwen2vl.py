@@ -12,35 +12,26 @@ equals the reference but for case, white space and a final full stop. If it is k
 import argparse
 import sys
 from collections import Counter
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dct_qwen2vl.checkpoints.inspection import check_checkpoint
 from dct_qwen2vl.common.files import write_bytes, write_json
-from dct_qwen2vl.common.scripts import run_main
+from dct_qwen2vl.common.scripts import UserError, run_main
+from dct_qwen2vl.common.settings import add_flags, check_ranges, flag_of
+from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
 from dct_qwen2vl.data.energon_files import read_splits
 from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines, digest_files
 from dct_qwen2vl.evaluation.answering import Answerer, answer_all
 from dct_qwen2vl.evaluation.questions import ASKED_AT_ONCE, Reading, in_rounds, read_questions
 from dct_qwen2vl.evaluation.scoring import accuracies, describe_answers, table
 
-if TYPE_CHECKING:
-    pass
-
-ANSWERS_VERSION = 2  # raised when other answers would be given by the same model to the same questions
+ANSWERS_VERSION = 3  # raised when other answers would be given by the same model to the same questions
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.py")  # not what else may be put beside them
 # What the answers depend on, and which questions there are.
-OPTIONS = (
-    "split",
-    "limit",
-    "batch_size",
-    "max_new_tokens",
-    "video_fps",
-    "video_min_frames",
-    "video_max_frames",
-    "video_total_pixels",
-)
+OPTIONS = ("split", "limit", "batch_size", "max_new_tokens", *(PREFIX + each.name for each in fields(VideoSampling)))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -54,33 +45,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="most questions (default: all)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered at a time")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer, tokens")
-    parser.add_argument("--video-fps", type=float, default=2.0, help="frames read from a second of a video")
-    parser.add_argument("--video-min-frames", type=int, default=4, help="least frames read from a video that has them")
-    parser.add_argument("--video-max-frames", type=int, default=768, help="most frames read from a video")
-    parser.add_argument(
-        "--video-total-pixels",
-        type=int,
-        default=24_576 * 28 * 28,
-        help="most pixels of a video, two frames counted as one",
-    )
+    add_flags(parser, VideoSampling, PREFIX)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises ValueError or OSError with one line. Makes the output folder, so that no answer is in vain."""
+    """Raises UserError or OSError with one line. Makes the output folder, so that no answer is in vain."""
     for name in ("limit", "batch_size", "max_new_tokens"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("video_fps", "video_min_frames", "video_max_frames", "video_total_pixels"):
-        if not getattr(arguments, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be over 0, got {getattr(arguments, name)}")
+            raise UserError(f"{flag_of(name)} must be at least 1, got {value}")
+    check_ranges(VideoSampling.of(arguments), PREFIX)
     if not (arguments.model_dir / "config.json").is_file():
-        raise ValueError(f"no model in {arguments.model_dir} (no config.json): give --model-dir a run's hf folder")
+        raise UserError(f"no model in {arguments.model_dir} (no config.json): give --model-dir a run's hf folder")
     check_checkpoint(arguments.model_dir)
     if not read_splits(arguments.data_dir, (arguments.split,))[arguments.split]:
-        raise ValueError(f"the {arguments.split} split of {arguments.data_dir} holds no shard: choose another --split")
+        raise UserError(f"the {arguments.split} split of {arguments.data_dir} holds no shard: choose another --split")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
 
 
@@ -94,7 +75,7 @@ def describe_settings(arguments: argparse.Namespace) -> dict[str, dict[str, Any]
         "--model-dir": digest_files(arguments.model_dir, *MODEL_FILES),
         "--data-dir": digest_files(arguments.data_dir, "**/*.tar", ".nv-meta/*.yaml"),
     }
-    options = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in OPTIONS}
+    options = {flag_of(name): getattr(arguments, name) for name in OPTIONS}
     return {"options": options, "files": files, "others": {"version": ANSWERS_VERSION, "device": device, **versions}}
 
 
@@ -114,7 +95,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         ask(arguments, file, reading)
         if not file.answers:
             where = f"the {arguments.split} split of {arguments.data_dir}"
-            raise ValueError(f"{where} has no questions to ask ({reading}): choose another --split")
+            raise UserError(f"{where} has no questions to ask ({reading}): choose another --split")
         summary = summarise(arguments, file.answers, reading)
         write_bytes(path, as_lines(file.answers))  # earlier results stay whole until there are new ones
         write_json(arguments.output_dir / "accuracy.json", summary)
@@ -128,12 +109,9 @@ def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> No
     """Ask what has not been answered yet, with one progress bar: every question has two answers, seeing and blind."""
     from tqdm import tqdm
 
-    from dct_qwen2vl.data.media import VideoSampling
-
     answerer = Answerer(arguments.model_dir, arguments.max_new_tokens, VideoSampling.of(arguments))
-    special = answerer.processor.tokenizer.get_added_vocab()
     source = (arguments.data_dir, arguments.split, arguments.limit)
-    questions = read_questions(*source, answerer.media.read, special, reading)
+    questions = read_questions(*source, answerer.media.read, answerer.text_tokens.stay_text, reading)
     most, begun = arguments.limit and 2 * arguments.limit, 2 * len(file.answers)
     with tqdm(desc="Answering", total=most, initial=begun, unit="answer") as bar:
         for chosen in in_rounds(questions, max(ASKED_AT_ONCE, arguments.batch_size)):
@@ -161,8 +139,7 @@ def summarise(arguments: argparse.Namespace, answers: list[dict[str, Any]], read
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    errors = (ValueError, OSError)
-    return run_main("evaluate_qwen2vl.py", lambda: answer(arguments), arguments.debug, goes_on=True, errors=errors)
+    return run_main("evaluate_qwen2vl.py", lambda: answer(arguments), arguments.debug, goes_on=True)
 
 
 def answer(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ docs/real_models.md.
 """
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,20 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from dct_qwen2vl.common.scripts import UserError
+from dct_qwen2vl.common.settings import check_ranges, from_words
+from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
+
 NAME = "qwen2_vl_dct"
 MAX_NEW_TOKENS = 128  # where a task says nothing
+MAX_FRAMES = 64  # read from a video where --model_args say nothing
 
 
 class Qwen2VLWithDCT(lmms):
     """A Qwen2-VL directory, answered greedily by answering.Answerer.
 
-    min_pixels, max_pixels: of an image or frame; None for the checkpoint's. video_fps, video_max_frames: see
-    `media.VideoSampling`. Raises ValueError for arguments that it has not.
+    min_pixels, max_pixels: of an image or frame. None: the checkpoint's.
+    more: video_fps, video_min_frames and so on, the fields of `VideoSampling`. Raises UserError for others.
     """
 
     def __init__(
@@ -36,21 +42,20 @@ class Qwen2VLWithDCT(lmms):
         batch_size: int | str = 1,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        video_fps: float = 2.0,
-        video_max_frames: int = 64,
         device: str | None = None,
-        **unknown: Any,
+        **more: Any,
     ) -> None:
         super().__init__()
-        given = {key for key, value in unknown.items() if value is not None} - {"max_batch_size"}
-        if given:
-            raise ValueError(f"--model_args: {NAME} has no {', '.join(sorted(given))}")
+        known = {"max_batch_size", *(PREFIX + each.name for each in fields(VideoSampling))}
+        unknown = {key for key, value in more.items() if value is not None} - known
+        if unknown:
+            raise UserError(f"--model_args: {NAME} has no {', '.join(sorted(unknown))}")
+        sampling = from_words(VideoSampling, more, PREFIX, max_frames=MAX_FRAMES)
+        check_ranges(sampling, PREFIX)
         self.accelerator = Accelerator()  # chooses the GPU of this process
         self._rank, self._world_size = self.accelerator.local_process_index, self.accelerator.num_processes
-        from dct_qwen2vl.data.media import VideoSampling
         from dct_qwen2vl.evaluation.answering import Answerer
 
-        sampling = VideoSampling(fps=float(video_fps), max_frames=int(video_max_frames))
         bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         bounds = {name: int(value) for name, value in bounds.items() if value}
         self.answerer = Answerer(Path(pretrained), MAX_NEW_TOKENS, sampling, **bounds)

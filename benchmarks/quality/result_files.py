@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from dct_qwen2vl.common.files import remove, write_text
 from dct_qwen2vl.common.locks import flock
+from dct_qwen2vl.common.scripts import UserError
 
 SUFFIX = ".jsonl"
 
@@ -28,20 +29,20 @@ def result_files(place: Path) -> list[Path]:
 
 
 def read_file(path: Path) -> dict[str, Result]:
-    """Returns {name: result} of one file. Raises ValueError for a line that is not a result."""
+    """Returns {name: result} of one file. Raises UserError for a line that is not a result."""
     lines = path.read_text(encoding="utf-8").splitlines()
     results = [parse_line(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
     return {result["name"]: result for result in results}
 
 
 def parse_line(line: str, where: str) -> Result:
-    """Raises ValueError, with `where`, for anything but a JSON object that has a name."""
+    """Raises UserError, with `where`, for anything but a JSON object that has a name."""
     try:
         result = json.loads(line)
     except json.JSONDecodeError:
         result = None
     if not isinstance(result, dict) or not isinstance(result.get("name"), str):
-        raise ValueError(f"{where} is not a result: expected a JSON object with a name")
+        raise UserError(f"{where} is not a result: expected a JSON object with a name")
     return with_new_names(result)
 
 

@@ -30,6 +30,7 @@ from typing import Any
 from benchmarks.quality.result_files import Output
 from benchmarks.quality.settings import FAILURES, Settings, add_run_flags, first_line
 from benchmarks.quality.suites import STEPS, SUITES, Plan
+from dct_qwen2vl.common.scripts import UserError, run_main
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -172,11 +173,11 @@ def part_of(runs: Sequence[Settings], part: int, parts: int) -> list[Settings]:
 
 def chosen(runs: Sequence[Settings], choice: dict[str, Sequence[Any] | None]) -> list[Settings]:
     """Those whose fields have one of the values chosen for them, None for any, and those that they start from. Raises
-    ValueError for a value that no run has."""
+    UserError for a value that no run has."""
     for field, values in choice.items():
         known = list(dict.fromkeys(getattr(settings, field) for settings in runs))
         if unknown := set(values or ()).difference(known):
-            raise ValueError(f"the suite has no {field} {min(unknown)}: choose from {', '.join(map(str, known))}")
+            raise UserError(f"the suite has no {field} {min(unknown)}: choose from {', '.join(map(str, known))}")
     kept = [s for s in runs if all(values is None or getattr(s, field) in values for field, values in choice.items())]
     wanted = {settings.name for settings in kept} | {settings.start_from for settings in kept}
     return [settings for settings in runs if settings.name in wanted]
@@ -184,7 +185,7 @@ def chosen(runs: Sequence[Settings], choice: dict[str, Sequence[Any] | None]) ->
 
 def to_do(runs: Sequence[Settings], output: Output) -> list[Settings]:
     """Those that are not done, and models that any of these starts from and that are not there, such as in a folder
-    with results alone. Raises ValueError for results of another version of a task and for a damaged result file."""
+    with results alone. Raises UserError for results of another version of a task and for a damaged result file."""
     from benchmarks.quality.runs import done
 
     open_runs = [settings for settings in runs if done(settings, output, model_needed=False) is None]
@@ -199,6 +200,11 @@ def report(settings: Settings, why: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     arguments = parse_arguments(argv)
+    return run_main("run_experiments.py", lambda: run_suite(arguments, started))
+
+
+def run_suite(arguments: argparse.Namespace, started: float) -> int:
+    """Does what is to do and compares. started: time.monotonic() of the start. Raises UserError, OSError."""
     from benchmarks.quality.analysis import compare
     from benchmarks.quality.runs import chosen_device
 
@@ -210,12 +216,8 @@ def main(argv: list[str] | None = None) -> int:
     runs = suite(Plan(arguments.steps or STEPS[arguments.suite], arguments.tiny, arguments.batch))
     if (rate := arguments.tuning_rate) is not None:
         runs = [replace(settings, learning_rate=rate) if settings.start_from else settings for settings in runs]
-    try:
-        runs = chosen(runs, {"task": arguments.tasks, "variant": arguments.variants, "seed": arguments.seeds})
-        runs = to_do(part_of(runs, *arguments.part), output)
-    except ValueError as error:
-        print(f"run_experiments.py: {error}", file=sys.stderr)
-        return 1
+    runs = chosen(runs, {"task": arguments.tasks, "variant": arguments.variants, "seed": arguments.seeds})
+    runs = to_do(part_of(runs, *arguments.part), output)
     print(f"{' '.join(suite.__doc__.split())} {len(runs)} runs to do.", flush=True)
     renew = Here if arguments.jobs == 1 else (lambda: new_process(device))
     failed = do_runs(runs, work, [renew() for _ in range(arguments.jobs)], renew)

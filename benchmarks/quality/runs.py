@@ -19,6 +19,7 @@ from benchmarks.quality.result_files import Output, Result
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.tasks.registry import make_task
 from benchmarks.quality.trainer import STARTS, StepClock, Trainer
+from dct_qwen2vl.common.scripts import UserError
 
 CURVE_POINTS = 20  # evaluations during training
 TIMED_EVERY = 10  # steps
@@ -85,7 +86,7 @@ def prepare(settings: Settings, output: Output, device: torch.device, graphs: bo
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     if settings.save and settings.variant not in STARTS:
-        raise ValueError(
+        raise UserError(
             f"a model of variant {settings.variant} cannot be saved to start from: choose {' or '.join(STARTS)}"
         )
     trainer = Trainer(settings, device, start_weights(settings, output))
@@ -97,14 +98,14 @@ def prepare(settings: Settings, output: Output, device: torch.device, graphs: bo
 def done(settings: Settings, output: Output, model_needed: bool) -> Result | None:
     """The result of a run that need not be done again: it is finished and, where it is needed, its model is there.
 
-    Raises ValueError for a result of a task whose images are drawn otherwise now.
+    Raises UserError for a result of a task whose images are drawn otherwise now.
     """
     result = output.finished(settings.name)
     if result is None or (model_needed and not output.model(settings.name).is_file()):
         return None
     if result.get("task", now := task_fields(settings)) != now:
         what = f"{settings.name} in {output.place}"
-        raise ValueError(f"{what} is of task {settings.task} as it was before a change: choose another --output")
+        raise UserError(f"{what} is of task {settings.task} as it was before a change: choose another --output")
     return result
 
 

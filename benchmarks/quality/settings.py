@@ -8,6 +8,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from dct_qwen2vl.common.scripts import UserError
+
 VISION_HEAD = 80  # width of an attention head in the vision tower, as in Qwen2-VL
 LANGUAGE_HEAD = 64  # and in the language model
 FAILURES = (ValueError, OSError, RuntimeError, FloatingPointError)  # of a run, after which others may go on
@@ -30,7 +32,7 @@ class ModelSize:
     def __post_init__(self) -> None:
         for name, head in (("vision_width", VISION_HEAD), ("language_width", LANGUAGE_HEAD)):
             if getattr(self, name) % head:
-                raise ValueError(f"ModelSize.{name} must be a multiple of {head}, got {getattr(self, name)}")
+                raise UserError(f"ModelSize.{name} must be a multiple of {head}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import sys
 
 from benchmarks.quality.result_files import Output
 from benchmarks.quality.settings import FAILURES, ModelSize, Settings, add_run_flags, first_line
+from dct_qwen2vl.common.scripts import UserError, run_main
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -42,6 +43,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    return run_main("train.py", lambda: train(arguments))
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Raises UserError for a run that fails."""
     from benchmarks.quality.runs import chosen_device, run
 
     settings = Settings(
@@ -63,8 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = run(settings, output, device, arguments.commit, arguments.graphs == "on")
     except FAILURES as error:
-        print(f"train.py: {first_line(error)}", file=sys.stderr)
-        return 1
+        raise UserError(first_line(error)) from error
     print(f"{settings.name}: right {result['accuracy']:.1%}, hard {result['hard_accuracy']:.1%}")
     return 0
 

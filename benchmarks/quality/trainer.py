@@ -32,6 +32,7 @@ from benchmarks.quality.tasks.cells import NOT_SCORED
 from benchmarks.quality.tasks.registry import Source, make_task
 from benchmarks.quality.variants import FRAMES, Encoder, Variant, make_variant, unfold_patch_embedding
 from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING
+from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.dct.folding import fold_patch_embedding
 
 STARTS = ("pixels", "exact")  # variants whose models others can start from
@@ -280,12 +281,12 @@ def pixel_embedding(state: dict[str, torch.Tensor], patch: int) -> torch.Tensor:
 
 
 def start_embedding(variant: Variant, weight: torch.Tensor) -> torch.Tensor:
-    """The pixel model's patch embedding as a variant reads its tokens: [E, K, 1, 1, 1]. Raises ValueError for a variant
+    """The pixel model's patch embedding as a variant reads its tokens: [E, K, 1, 1, 1]. Raises UserError for a variant
     that it cannot be carried over to."""
     if variant.config is not None:
         return fold_patch_embedding(weight, variant.config, tuple(weight.shape[2:]))
     if variant.scaling != "clip":
-        raise ValueError(
+        raise UserError(
             f"variant {variant.name} cannot start from a pixel model: choose pixels, quarter or a DCT variant"
         )
     return weight.reshape(len(weight), -1, 1, 1, 1)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.dct.configuration_dct import PIXEL_PATCH, RGB_TO_YCBCR, DCTConfig, dct_matrix, shown_in_patch
 
 MERGE = 2  # tokens along a side that become one of the language model
@@ -130,13 +131,13 @@ def make_variant(name: str, patch: int = PIXEL_PATCH[1], weight: torch.Tensor | 
     """A variant by name. patch: side of the pixel model's patch. weight: its patch embedding [E, 3, 2, patch, patch],
     which x4-weighted orders by.
 
-    Raises ValueError for an unknown name, or if x4-weighted has no weight.
+    Raises UserError for an unknown name, or if x4-weighted has no weight.
     """
     if name == WEIGHTED and weight is not None:
         return _x4_like(name, patch, 6, "weighted", weight=weight)
     if name not in VARIANTS:
         needs = ", which needs a trained pixel model (--start-from)" if name == WEIGHTED else ""
-        raise ValueError(f"unknown variant {name!r}{needs}: choose from {', '.join(VARIANTS)}")
+        raise UserError(f"unknown variant {name!r}{needs}: choose from {', '.join(VARIANTS)}")
     return VARIANTS[name][1](name, patch)
 
 

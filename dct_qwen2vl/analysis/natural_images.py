@@ -45,10 +45,11 @@ def load(name: str) -> np.ndarray:
 
 
 def view(image: np.ndarray, centre: tuple[float, float], size: tuple[int, int], scale: float) -> np.ndarray:
-    """What a camera sees of `image` [H, W, 3], which goes on mirrored beyond its edges: uint8 [*size, 3].
+    """What a camera sees of an image, uint8 [*size, 3]. The image goes on mirrored beyond its edges.
 
-    centre: row and column of the image in the middle of the view, in its pixels, fractions allowed.
-    scale: pixels of the image for one of the view; the image is low-passed accordingly (Pillow's bicubic filter).
+    image: uint8 [H, W, 3].
+    centre: row and column of the image in the middle of the view, px of the image. Fractions are allowed.
+    scale: pixels of the image for one of the view. The image is low-passed accordingly (Pillow's bicubic filter).
     """
     margin = math.ceil(2 * max(scale, 1)) + 1  # the filter's reach
     starts = [middle - side * scale / 2 for middle, side in zip(centre, size)]
@@ -76,10 +77,11 @@ def moving_view(
     zoom: float = 1.0,
     start: tuple[float, float] = (0.5, 0.5),
 ) -> np.ndarray:
-    """A video from a camera that moves over `image` [H, W, 3]: uint8 [frames, *size, 3].
+    """A video from a camera that moves over an image, uint8 [frames, *size, 3].
 
-    velocity: rows and columns by which the camera moves from frame to frame, in pixels of the video.
-    zoom: by how much things grow from frame to frame; none is ever shown larger than in the image fitted to `size`.
+    image: uint8 [H, W, 3].
+    velocity: rows and columns by which the camera moves from frame to frame, px of the video.
+    zoom: by how much things grow from frame to frame. None is ever larger than in the image fitted to `size`.
     start: the first view's centre, as a fraction of the image's height and width.
     """
     scale = min(image.shape[0] / size[0], image.shape[1] / size[1])
@@ -98,9 +100,11 @@ def videos_of(
 ) -> Iterator[np.ndarray]:
     """Videos of one image, uint8 [frames, *size, 3]: two pans, one zoom, one cut to the `other` image.
 
-    At the two frames a second of Qwen2-VL a hand-held or panning camera moves by some to tens of pixels from one frame
-    to the next, and a calm one by less than a pixel: speeds are log-uniform from 1/8 to 32 px per frame, in all
-    directions; zooms are by 1 to 7 % a frame, in and out; both sides of a cut move slowly.
+    Qwen2-VL reads two frames a second. From one to the next, a hand-held or panning camera moves by some to tens of
+    pixels,
+    a calm one by less than a pixel. So speeds are log-uniform from 1/8 to 32 px a frame, in all directions. Zooms are
+    by 1
+    to 7 % a frame, in and out. Both sides of a cut move slowly.
     """
 
     def pan(source: np.ndarray, length: int, fastest: float) -> np.ndarray:

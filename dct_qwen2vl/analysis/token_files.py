@@ -9,11 +9,10 @@ A file of tokens is safetensors: `tokens` float32 [N, K], `grid_thw` int64 [3], 
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dct_qwen2vl.analysis.output_file import check_output, naming
 from dct_qwen2vl.common.files import replacing, write_bytes
 from dct_qwen2vl.common.scripts import UserError, run_main
 
@@ -52,26 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     return run_main("dct_tokenizer.py", lambda: work(arguments), arguments.debug)
 
 
-def check_output(arguments: argparse.Namespace) -> None:
-    """Raises UserError for an output that is there or cannot be."""
-    if arguments.output.exists() and not arguments.force:
-        raise UserError(f"{arguments.output} is there already: choose another --output, or add --force")
-    if not arguments.output.parent.is_dir():
-        raise UserError(f"there is no folder {arguments.output.parent} for --output: make it first")
-
-
-@contextmanager
-def of_file(path: Path) -> Iterator[None]:
-    """Errors of reading and encoding name the file."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
 def encode_file(arguments: argparse.Namespace) -> int:
-    """Raises UserError, OSError."""
-    check_output(arguments)
+    """Writes the tokens of a file. Raises UserError, OSError."""
+    check_output(arguments.output, arguments.force)
     import torch
     from safetensors.torch import save
 
@@ -81,7 +63,7 @@ def encode_file(arguments: argparse.Namespace) -> int:
 
     kind = "video" if arguments.file.suffix.lower().lstrip(".") in VIDEO_EXTENSIONS else "image"
     data, sampling = arguments.file.read_bytes(), VideoSampling()
-    with of_file(arguments.file):
+    with naming(arguments.file):
         processor = DCTImageProcessor(arguments.preset, arguments.min_pixels, arguments.max_pixels)
         encoder = MediaEncoder(processor, sampling)
         tokens, grid = encoder.encode(kind, encoder.read(kind, data))
@@ -94,8 +76,8 @@ def encode_file(arguments: argparse.Namespace) -> int:
 
 
 def decode_file(arguments: argparse.Namespace) -> int:
-    """Raises UserError, OSError."""
-    check_output(arguments)
+    """Writes the image or video of a file of tokens. Raises UserError, OSError."""
+    check_output(arguments.output, arguments.force)
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
     from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 
@@ -106,7 +88,7 @@ def decode_file(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"{arguments.file} holds the tokens of one {kind}: give --output a file that ends in {wanted[0]}"
         )
-    with of_file(arguments.file):
+    with naming(arguments.file):
         config = DCTConfig.from_dict(json.loads(metadata["dct"]))
         frames = DCTTokenizer(config).decode(tensors["tokens"], tuple(tensors["grid_thw"].tolist())).numpy()
     if kind == "image":

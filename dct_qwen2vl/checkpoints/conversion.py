@@ -4,7 +4,6 @@ Weights are memory-mapped and passed through in shards of at most 2 GB.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -28,6 +27,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     unfolded_format,
     with_patch,
 )
+from dct_qwen2vl.common.files import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,13 @@ def folded_tensors(files: list[Path], dct) -> Iterator[tuple[str, "torch.Tensor"
     """(name, tensor) one by one, memory-mapped, the patch embedding folded. Raises CheckpointError if it is missing."""
     from dct_qwen2vl.dct.folding import fold_patch_embedding
 
-    return changed_tensors(files, lambda weight: fold_patch_embedding(weight, dct))
+    def fold(weight: "torch.Tensor") -> "torch.Tensor":
+        try:
+            return fold_patch_embedding(weight, dct)
+        except ValueError as error:
+            raise CheckpointError(f"{files[0].parent}: {error}: get the files again") from error
+
+    return changed_tensors(files, fold)
 
 
 def changed_tensors(
@@ -210,8 +216,3 @@ def new_directory(model_dir: Path, output_dir: Path, force: bool = False) -> Ite
         os.replace(temporary, output_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Indented, in UTF-8."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

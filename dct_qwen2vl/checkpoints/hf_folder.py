@@ -1,6 +1,5 @@
 """Hugging Face directories: copying one, its permissions, its processor."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 from transformers import Qwen2VLImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
-from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, remedy
+from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, read_json, remedy
+from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 
 
@@ -45,7 +45,7 @@ def write_pixel_bounds(folder: Path, bounds: dict[str, Any]) -> None:
     None is taken out."""
     path = folder / PROCESSOR
     if bounds and path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         config.pop("size", None)  # the stock processor's second name for the same two numbers
-        config = {name: value for name, value in {**config, **bounds}.items() if bounds.get(name, value) is not None}
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        off = {name for name, value in bounds.items() if value is None}
+        write_json(path, {name: value for name, value in {**config, **bounds}.items() if name not in off})

@@ -3,11 +3,11 @@
 Only the headers of safetensors files are read, so it takes no longer for a large model than for a small one.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dct_qwen2vl.common.files import read_object
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS
 
@@ -33,15 +33,7 @@ class CheckpointError(UserError):
 
 def read_json(path: Path, advice: str = "get the file again") -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError, whose message ends with `advice`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): {advice}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): {advice}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is JSON, but no object with fields: {advice}")
-    return value
+    return read_object(path, advice, CheckpointError)
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:

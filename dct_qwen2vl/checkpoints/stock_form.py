@@ -19,7 +19,6 @@ from dct_qwen2vl.checkpoints.conversion import (
     make_processor,
     new_directory,
     patch_embedding,
-    write_json,
     write_shards,
 )
 from dct_qwen2vl.checkpoints.inspection import (
@@ -37,6 +36,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     unfolded_format,
     with_patch,
 )
+from dct_qwen2vl.common.files import write_json
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,11 @@ UNFINISHED = r"\.[0-9a-f]{8}\.tmp"  # at the end of the name of a file that is b
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Writes a file under a temporary name of its own. At the end of the block it takes its name, complete and on the
-    disk, or is removed. Raises UserError where the disk does not take it."""
+    """Writes a file under a temporary name of its own.
+
+    At the end of the block it takes its name, complete and on the disk. After an error it is removed.
+    Raises UserError where the disk does not take it.
+    """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as stream:
@@ -52,24 +55,49 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Whole or not at all. Raises UserError."""
+    """Writes a file, whole or not at all. Raises UserError."""
     with replacing(path) as stream:
         stream.write(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8, whole or not at all. Raises UserError."""
+    """Writes a file in UTF-8, whole or not at all. Raises UserError."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented by two, with a line break at the end. Raises UserError."""
+    """Writes a file of JSON, indented by two, in ASCII, with a line break at the end. Raises UserError."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path, object_hook: Callable[[dict], Any] | None = None) -> Any:
-    """The value of a JSON file; None where it is missing or is no JSON. object_hook: as `json.loads` has it."""
+    """The value of a JSON file. None where it is missing or is no JSON.
+
+    object_hook: as `json.loads` has it.
+    """
     try:
         return json.loads(path.read_bytes(), object_hook=object_hook)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+
+
+def read_object(
+    path: Path,
+    advice: str,
+    error: type[UserError] = UserError,
+    object_hook: Callable[[dict], Any] | None = None,
+) -> dict[str, Any]:
+    """The object in a JSON file that has to be there. Raises `error`.
+
+    advice: what to do, the end of the message.
+    object_hook: as `json.loads` has it.
+    """
+    try:
+        value = json.loads(path.read_bytes(), object_hook=object_hook)
+    except OSError as why:
+        raise error(f"{path} cannot be read ({why.strerror}): {advice}") from why
+    except (ValueError, RecursionError) as why:
+        raise error(f"{path} is not JSON ({why}): {advice}") from why
+    if not isinstance(value, dict):
+        raise error(f"{path} is JSON, but no object with fields: {advice}")
+    return value

@@ -8,8 +8,10 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from flock, on file
 
 
 def flock(file: IO, operation: int) -> None:
-    """`fcntl.flock`, which does nothing where the file system knows no locks. Raises BlockingIOError where another
-    process has the lock and `operation` has fcntl.LOCK_NB."""
+    """`fcntl.flock`. Does nothing where the file system knows no locks.
+
+    Raises BlockingIOError where another process has the lock and `operation` has fcntl.LOCK_NB.
+    """
     try:
         fcntl.flock(file, operation)
     except OSError as error:

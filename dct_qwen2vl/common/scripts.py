@@ -17,9 +17,10 @@ def run_main(
 ) -> int:
     """Calls `work` and returns its exit status: 1 after one of `errors`, 130 after Ctrl-C.
 
-    program: as the user typed it; the line on stderr begins with it.
+    program: as the user typed it. The line on stderr begins with it.
     debug: the error is raised, so that its traceback is shown.
     goes_on: the same command continues what was interrupted, and Ctrl-C says so.
+    errors: that are shown in one line.
     """
     try:
         return work()

@@ -7,11 +7,10 @@ with the EXIF orientation or the display matrix applied.
 """
 
 import io
-import math
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dct_qwen2vl.common.scripts import UserError
+from dct_qwen2vl.common.video_sampling import VideoSampling
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi")
@@ -74,59 +74,6 @@ class YUVFrames:
     def nbytes(self) -> int:
         """Bytes of the three planes."""
         return self.luma.nbytes + self.cb.nbytes + self.cr.nbytes
-
-
-@dataclass(frozen=True)
-class VideoSampling:
-    """What is read of a video, as in Qwen2-VL's own utilities (`qwen_vl_utils.vision_process`).
-
-    `fps` frames a second, spread evenly over the video, between `min_frames` and `max_frames` of them (never more than
-    it has), an even number where possible. total_pixels: most pixels of a video, frames counted in pairs, as a token
-    holds two of them.
-    """
-
-    fps: float = 2.0
-    min_frames: int = 4
-    max_frames: int = 768
-    total_pixels: int = 24_576 * 28 * 28
-
-    @classmethod
-    def of(cls, settings: Any) -> "VideoSampling":
-        """From a command's settings: `video_fps`, `video_min_frames` and so on."""
-        return cls(**{each.name: getattr(settings, f"video_{each.name}") for each in fields(cls)})
-
-    def count(self, total_frames: int, frames_per_second: float) -> int:
-        """How many frames of a video are read."""
-        wanted = total_frames / frames_per_second * self.fps if frames_per_second > 0 else total_frames
-        least, most = math.ceil(self.min_frames / 2) * 2, self.max_frames // 2 * 2
-        return max(1, int(min(max(wanted, least), most, total_frames)) // 2 * 2)
-
-    def indices(self, total_frames: int, frames_per_second: float) -> np.ndarray:
-        """Numbers of the frames to read from a video of constant rate, int64, ascending."""
-        count = self.count(total_frames, frames_per_second)
-        return np.linspace(0, total_frames - 1, count).round().astype(np.int64)
-
-    def indices_at(self, seconds: np.ndarray, frames_per_second: float) -> np.ndarray:
-        """As `indices`, from the times at which the frames appear, float64 [total_frames], strictly ascending.
-
-        Where a frame strays from a constant rate by more than half an interval, frames are chosen by time: those on the
-        screen at evenly spread moments; one that stays long may come several times. frames_per_second: what the file
-        says, used if the times agree.
-        """
-        total = len(seconds)
-        if total < 3:
-            return self.indices(total, frames_per_second)
-        interval = (seconds[-1] - seconds[0]) / (total - 1)
-        if np.abs(seconds - np.linspace(seconds[0], seconds[-1], total)).max() <= interval / 2:
-            agrees = abs(frames_per_second * interval - 1) < 0.01
-            return self.indices(total, frames_per_second if agrees else 1 / interval)
-        duration = seconds[-1] - seconds[0] + float(np.median(np.diff(seconds)))
-        moments = np.linspace(seconds[0], seconds[-1], self.count(total, total / duration))
-        return np.searchsorted(seconds, moments, side="right") - 1
-
-    def max_frame_pixels(self, frames: int, min_pixels: int, max_pixels: int) -> int:
-        """Most pixels of one frame of a video of `frames` frames, given the bounds for an image."""
-        return min(max_pixels, max(int(self.total_pixels / frames * 2), int(min_pixels * 1.05)))
 
 
 def counted_frames(frames: int) -> int:

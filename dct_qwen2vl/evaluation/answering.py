@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dct_qwen2vl.checkpoints.inspection import read_processor, token_format
+from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.evaluation.questions import Question, blinded
 
 if TYPE_CHECKING:
@@ -40,11 +41,13 @@ class Answerer:
         from transformers import AutoModelForImageTextToText
 
         from dct_qwen2vl.data.media_encoder import MediaEncoder
+        from dct_qwen2vl.data.text_tokens import TextTokens
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.model = AutoModelForImageTextToText.from_pretrained(model_dir, torch_dtype=dtype).to(device).eval()
         self.processor = load_processor(model_dir, **pixel_bounds)
+        self.text_tokens = TextTokens(self.processor.tokenizer)
         self.media = MediaEncoder(self.processor.image_processor, sampling)
         self.max_new_tokens = max_new_tokens
 
@@ -58,7 +61,7 @@ class Answerer:
         else:
             output = self.model.generate(**inputs, **self.time_inputs(inputs), **options)
             new = output[:, inputs["input_ids"].shape[1] :]
-        return self.processor.batch_decode(new, skip_special_tokens=True)
+        return [self.text_tokens.decode(ids) for ids in new.tolist()]
 
     def _generate_skipping(self, inputs: dict[str, "torch.Tensor"], options: dict[str, Any]) -> "torch.Tensor":
         """New tokens, int64 [B, new], where some cells have no token. generate() gives these alone for embeddings."""
@@ -119,10 +122,10 @@ class Answerer:
         return torch.from_numpy(np.stack([find_positions(ids, mask, pads, media) for ids, mask in sequences], axis=1))
 
     def _expand(self, prompt: str, media: list["Encoded"]) -> str:
-        """A prompt with as many pads for each medium as the language model has tokens of it. Raises ValueError."""
+        """A prompt with as many pads for each medium as the language model has tokens of it. Raises UserError."""
         places, kinds = PAD.findall(prompt), [kind for kind, _, _ in media]
         if places != kinds:
-            raise ValueError(f"a prompt has places for {places}, its question has {kinds}: does its text spell a pad?")
+            raise UserError(f"a prompt has places for {places}, its question has {kinds}: does its text spell a pad?")
         merge = self.media.image_processor.merge_size
         counts = iter([len(tokens) // merge**2 for _, tokens, _ in media])
         return PAD.sub(lambda pad: pad[0] * next(counts), prompt)

@@ -1,58 +1,47 @@
-"""The command line of data_preparation.py."""
+"""The settings of data preparation, and the command line that is made from them.
+
+A new setting is one new field of `PreparationConfig`. Its metadata gives it a flag and bounds and puts it in the
+fingerprint, so that a set is gone on with only if the setting is the same:
+
+    max_pixels: int | None = setting("what is written", None, "make larger images smaller", at_least=1)
+"""
 
 import argparse
 import os
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from dct_qwen2vl.preparation import data_splits
+from dct_qwen2vl.common import settings
+from dct_qwen2vl.common.scripts import UserError
+from dct_qwen2vl.common.settings import add_flags, check_ranges, from_flags, plain
+from dct_qwen2vl.preparation.data_splits import parse_split, parse_weight, say_shares
 from dct_qwen2vl.preparation.metadata import METADATA_NAME
 
 DESCRIPTION = """Turn a LLaVA-style data set (JSON metadata of conversations, tars or folders of media) into shards for
 Energon."""
 MOST_SEED = 2**63 - 1
 MOST_WORKERS_A_CORE = 8  # more only wait for each other and take memory
+WRITTEN, RUNNING = "what is written", "how it runs"  # groups in --help
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=DESCRIPTION)
-    add_folders(parser)
-    add_settings(parser)
-    add_running(parser)
-    arguments = parser.parse_args(argv)
-    for name, least in (("num_workers", 0), ("maxcount", 1), ("limit", 1), ("max_pixels", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} must be {least} or more, not {value}")
-    if abs(arguments.seed) > MOST_SEED:
-        parser.error(f"--seed must be from -{MOST_SEED} to {MOST_SEED}; take a shorter number")
-    most = MOST_WORKERS_A_CORE * (os.cpu_count() or 1)
-    if arguments.num_workers > most:
-        parser.error(f"--num-workers must be {most} or less here ({MOST_WORKERS_A_CORE} for each core)")
-    if not 1 <= arguments.jpeg_quality <= 100:
-        parser.error(f"--jpeg-quality must be from 1 to 100, not {arguments.jpeg_quality}")
-    if arguments.part and arguments.force:
-        parser.error("--force with --part would remove what the other parts have written; remove the folder instead")
-    if arguments.verify:
-        return arguments
-    if arguments.data_dir is None:
-        parser.error("the following arguments are required: --data-dir")
-    output_dir, data_dir = arguments.output_dir.resolve(), arguments.data_dir.resolve()
-    if output_dir == data_dir or output_dir in data_dir.parents:
-        parser.error("--output-dir must not be or contain --data-dir: energon would take the source tars for shards")
-    return arguments
+def setting(
+    group: str,
+    default: Any,
+    help: str,
+    *,
+    in_fingerprint: bool = True,
+    record: Callable[[Any], Any] = plain,
+    **options: Any,
+) -> Any:
+    """A field of `PreparationConfig` with its metadata.
 
-
-def checked(parse: Any) -> Any:
-    """An argparse type whose ValueError becomes the message."""
-
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except (ValueError, ZeroDivisionError) as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return convert
+    in_fingerprint: whether the bytes of the set depend on it. A set is gone on with only if these are the same.
+    record: gives the value as run.json holds it.
+    group, default, help, options: as `common.settings.setting` has them.
+    """
+    return settings.setting(group, default, help, in_fingerprint=in_fingerprint, record=record, **options)
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -63,46 +52,157 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(number), int(parts)
 
 
-def add_folders(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    metadata = f"JSON lists or JSON lines, in D or elsewhere (default: {METADATA_NAME} in D)"
-    add("--data-dir", type=Path, metavar="D", help="folder with the metadata and the media")
-    add("--output-dir", type=Path, required=True, metavar="O", help="folder for the shards, new or empty")
-    add("--metadata", type=Path, nargs="+", metavar="FILE", help=metadata)
+def record_weights(weights: tuple[tuple[str, float], ...]) -> dict[str, float]:
+    """By name; of two weights of a source, the larger."""
+    return dict(sorted(weights))
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("what is written").add_argument
-    maxcount = "samples a shard at most, fewer where the split needs it (default: %(default)s)"
-    split = "shares of train, val and test, exact in every source dataset (default: 8,1,1)"
-    weight = "repeat or thin the training entries of a source, as 2 or 0.5 (default: 1)"
-    pixels = "make images with more pixels (height times width) smaller (default: keep them)"
-    quality = "of images that are encoded again (default: %(default)s)"
-    limit = "use the first N entries of the metadata alone"
-    add("--seed", type=int, default=0, metavar="N", help="of split and shuffle (default: %(default)s)")
-    add("--maxcount", type=int, default=1000, metavar="N", help=maxcount)
-    add("--split", type=checked(data_splits.parse_split), default=(8, 1, 1), metavar="A,B,C", help=split)
-    add("--source-weight", type=checked(data_splits.parse_weight), nargs="+", default=[], metavar="NAME=W", help=weight)
-    add("--max-pixels", type=int, metavar="N", help=pixels)
-    add("--jpeg-quality", type=int, default=95, metavar="Q", help=quality)
-    add("--check-images", action="store_true", help="decode every image and every frame of a video")
-    add("--check-pictures", dest="check_images", action="store_true", help=argparse.SUPPRESS)  # its first name
-    add("--limit", type=int, metavar="N", help=limit)
+@dataclass(frozen=True, kw_only=True)
+class PreparationConfig:
+    """What data_preparation.py was told. None means that a setting was not given."""
+
+    data_dir: Path | None = setting(
+        "", None, "folder with the metadata and the media", metavar="D", in_fingerprint=False
+    )
+    output_dir: Path = setting("", MISSING, "folder for the shards, new or empty", metavar="O", in_fingerprint=False)
+    metadata: tuple[Path, ...] | None = setting(
+        "",
+        None,
+        f"JSON lists or JSON lines, in D or elsewhere (default: {METADATA_NAME} in D)",
+        metavar="FILE",
+        nargs="+",
+        in_fingerprint=False,
+    )
+
+    seed: int = setting(
+        WRITTEN,
+        0,
+        "of split and shuffle (default: %(default)s)",
+        metavar="N",
+        at_least=-MOST_SEED,
+        at_most=MOST_SEED,
+    )
+    maxcount: int = setting(
+        WRITTEN,
+        1000,
+        "samples a shard at most, fewer where the split needs it (default: %(default)s)",
+        metavar="N",
+        at_least=1,
+    )
+    split: tuple[int, int, int] = setting(
+        WRITTEN,
+        (8, 1, 1),
+        "shares of train, val and test, exact in every source dataset (default: 8,1,1)",
+        metavar="A,B,C",
+        parse=parse_split,
+        record=say_shares,
+    )
+    source_weight: tuple[tuple[str, float], ...] = setting(
+        WRITTEN,
+        (),
+        "repeat or thin the training entries of a source, as 2 or 0.5 (default: 1)",
+        metavar="NAME=W",
+        nargs="+",
+        parse=parse_weight,
+        record=record_weights,
+    )
+    max_pixels: int | None = setting(
+        WRITTEN,
+        None,
+        "make images with more pixels (height times width) smaller (default: keep them)",
+        metavar="N",
+        at_least=1,
+    )
+    jpeg_quality: int = setting(
+        WRITTEN,
+        95,
+        "of images that are encoded again (default: %(default)s)",
+        metavar="Q",
+        at_least=1,
+        at_most=100,
+    )
+    check_images: bool = setting(
+        WRITTEN, False, "decode every image and every frame of a video", first_name="check_pictures"
+    )
+    limit: int | None = setting(WRITTEN, None, "use the first N entries of the metadata alone", metavar="N", at_least=1)
+
+    num_workers: int = setting(
+        RUNNING,
+        len(os.sched_getaffinity(0)),
+        "worker processes; 0: work in this process (default: the cores, %(default)s)",
+        metavar="N",
+        at_least=0,
+        in_fingerprint=False,
+    )
+    part: tuple[int, int] | None = setting(
+        RUNNING,
+        None,
+        "write every N-th shard alone; after all parts, the same command without --part ends the set",
+        metavar="I/N",
+        parse=parse_part,
+        in_fingerprint=False,
+    )
+    force: bool = setting(
+        RUNNING, False, "replace what an earlier run wrote in the output folder", in_fingerprint=False
+    )
+    strict: bool = setting(
+        RUNNING,
+        False,
+        "stop at the first entry, image or tar that needs repair or skipping",
+        in_fingerprint=False,
+    )
+    dry_run: bool = setting(
+        RUNNING,
+        False,
+        "say what would be written, by source and split, and write nothing",
+        in_fingerprint=False,
+    )
+    verify: bool = setting(
+        RUNNING,
+        False,
+        "write nothing; read the set in O back, decode everything and say what is wrong (needs no --data-dir)",
+        in_fingerprint=False,
+    )
+    energon_prepare: bool = setting(
+        RUNNING, False, "also run `energon prepare`: splits, crude samples", in_fingerprint=False
+    )
+    no_report: bool = setting(RUNNING, False, "no report.html", in_fingerprint=False)
+    debug: bool = setting(RUNNING, False, "show the traceback of an error", in_fingerprint=False)
 
 
-def add_running(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("how it runs").add_argument
-    workers = "worker processes; 0: work in this process (default: the cores, %(default)s)"
-    part = "write every N-th shard alone; after all parts, the same command without --part ends the set"
-    energon = "also run `energon prepare`: splits, crude samples"
-    verify = "write nothing; read the set in O back, decode everything and say what is wrong (needs no --data-dir)"
-    cores = len(os.sched_getaffinity(0))
-    add("--num-workers", type=int, default=cores, metavar="N", help=workers)
-    add("--part", type=checked(parse_part), metavar="I/N", help=part)
-    add("--force", action="store_true", help="replace what an earlier run wrote in the output folder")
-    add("--strict", action="store_true", help="stop at the first entry, image or tar that needs repair or skipping")
-    add("--dry-run", action="store_true", help="say what would be written, by source and split, and write nothing")
-    add("--verify", action="store_true", help=verify)
-    add("--energon-prepare", action="store_true", help=energon)
-    add("--no-report", action="store_true", help="no report.html")
-    add("--debug", action="store_true", help="show the traceback of an error")
+# Settings that were in the fingerprint from the first, in the order in which it has them: reordering the fields changes
+# nothing. A later setting enters behind them, and only where it is not its default, so that older sets go on.
+FIRST_IN_FINGERPRINT = (
+    *("seed", "maxcount", "limit", "max_pixels"),
+    *("jpeg_quality", "check_images", "split", "source_weight"),
+)
+
+
+def parse_arguments(argv: list[str] | None, kind: type[PreparationConfig] = PreparationConfig) -> PreparationConfig:
+    """kind: `PreparationConfig`, or one with more fields."""
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    add_flags(parser, kind)
+    config = from_flags(kind, parser.parse_args(argv))
+    try:
+        check_ranges(config)
+        check_config(config)
+    except UserError as error:
+        parser.error(str(error))
+    return config
+
+
+def check_config(config: PreparationConfig) -> None:
+    """Raises UserError for settings that do not go together."""
+    most = MOST_WORKERS_A_CORE * (os.cpu_count() or 1)
+    if config.num_workers > most:
+        raise UserError(f"--num-workers must be at most {most} here ({MOST_WORKERS_A_CORE} for each core), "
+                        f"got {config.num_workers}")  # fmt: skip
+    if config.part and config.force:
+        raise UserError("--force with --part would remove what the other parts have written; remove the folder instead")
+    if config.verify:
+        return
+    if config.data_dir is None:
+        raise UserError("the following arguments are required: --data-dir")
+    output_dir, data_dir = config.output_dir.resolve(), config.data_dir.resolve()
+    if output_dir == data_dir or output_dir in data_dir.parents:
+        raise UserError("--output-dir must not be or contain --data-dir: energon would take the source tars for shards")

@@ -81,8 +81,11 @@ TREATMENTS = (
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """max_pixels: images with more (height times width) are made smaller, at the same aspect ratio. jpeg_quality: of
-    what is encoded. check_images: decode every image and every frame of a video, even where the structure is sound.
+    """How media are stored.
+
+    max_pixels: images with more (height times width) are made smaller, at the same aspect ratio.
+    jpeg_quality: of what is encoded.
+    check_images: decodes every image and every frame of a video, even where the structure is sound.
     """
 
     max_pixels: int | None = None
@@ -94,8 +97,11 @@ class ConversionOptions:
 class StoredMedia:
     """One media part of a shard sample.
 
-    part: the file ending in the shard, "jpg", "png", "mp4", "mov", "mkv", "webm" or "avi". treatment: one of
-    TREATMENTS. height, width: as displayed, pixels. frames: 1 for an image. seconds: of a video, 0 for an image.
+    part: file ending in the shard, "jpg", "png", "mp4", "mov", "mkv", "webm" or "avi".
+    treatment: one of TREATMENTS.
+    height, width: as displayed, px.
+    frames: 1 for an image.
+    seconds: of a video, 0 for an image.
     """
 
     part: str
@@ -111,9 +117,11 @@ DEFAULTS = ConversionOptions()
 
 
 def convert_media(kind: str, name: str, data: bytes, options: ConversionOptions = DEFAULTS) -> StoredMedia:
-    """Check one image (kind "image") or video (kind "video") and return what the shard stores.
+    """Checks one image or video. Returns what the shard stores.
 
-    Raises UnusableSample with a reason of the table above and `name` in its detail.
+    kind: "image" or "video".
+    name: stands in the detail of an error.
+    Raises UnusableSample with a reason of the table above.
     """
     with saying_which(kind, name):
         return convert_image(data, options) if kind == "image" else convert_video(data, options)
@@ -161,7 +169,7 @@ def saying_which(kind: str, name: str) -> Iterator[None]:
 
 
 def convert_image(data: bytes, options: ConversionOptions, parts: tuple[str, ...] = ("jpg", "png")) -> StoredMedia:
-    """Any image -> the same bytes, if they are one of `parts` and training reads them as they are; else a JPEG."""
+    """The same bytes, if training reads the image as it is and `parts` has its ending; otherwise a JPEG."""
     layout = read_layout(data)
     if layout and layout.part in parts and not (layout.has_metadata or options.check_images):
         refuse_size(layout.height, layout.width)
@@ -209,8 +217,10 @@ def exceeds(height: int, width: int, options: ConversionOptions) -> bool:
 
 
 def read_orientation(image: Image.Image) -> int | None:
-    """Of the EXIF or XMP block; 1, upright, without one; None for a block that cannot be read. A PNG is read to its end
-    for it, where such blocks may lie; others are left unread."""
+    """Of the EXIF or XMP block. 1, upright, without one; None for a block that cannot be read.
+
+    A PNG is read to its end, where such blocks may lie. Other images are left unread.
+    """
     if image.format == "PNG":
         image.load()
     try:
@@ -222,8 +232,10 @@ def read_orientation(image: Image.Image) -> int | None:
 
 
 def copied_part(image: Image.Image, data: bytes, orientation: int | None) -> str | None:
-    """The file ending of an image that training reads as it is. Over an EXIF block that cannot be read it would
-    stumble."""
+    """The file ending of an image that training reads as it is.
+
+    An image with an EXIF block that cannot be read is none: training would stumble over it.
+    """
     if orientation is None or orientation in NOT_UPRIGHT:
         return None
     if image.format == "JPEG" and image.mode in ("L", "RGB"):
@@ -233,7 +245,7 @@ def copied_part(image: Image.Image, data: bytes, orientation: int | None) -> str
 
 
 def decode_whole(image: Image.Image, every_pixel: bool) -> None:
-    """Read an image to its end; it may have another size then. Raises whatever Pillow raises."""
+    """Reads an image to its end, after which it may have another size. Raises whatever Pillow raises."""
     if not every_pixel:
         # At 1/8 size libjpeg reads every Huffman code, so a cut file is found, but skips most of the inverse DCT.
         image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
@@ -241,7 +253,7 @@ def decode_whole(image: Image.Image, every_pixel: bool) -> None:
 
 
 def load_rgb(image: Image.Image, orientation: int | None) -> Image.Image:
-    """Any opened image as displayed, RGB; with a damaged EXIF block as browsers do, as if there were none."""
+    """Any opened image as displayed, RGB. A damaged EXIF block is ignored, as browsers do."""
     image.load()
     if image.mode == "F":
         raise UnusableSample("unsupported_image", "floating-point pixels have no known range")

@@ -1,11 +1,11 @@
 """Which entries go to train, val and test, how often, in which order, and into which shards.
 
-Entries that share an image or video form a group, and a group is never divided: what the model has seen in training is
-not asked for in the test. The groups are gone through in the order of a seeded hash of their image, and each goes to
-the split where its source datasets are furthest behind their shares, so every source is divided alike. Weights of
-sources repeat or thin their training entries, after that. The samples of a split are ordered by a seeded hash, too, and
-cut into shards; the shards of train come first, then those of val and test, in numbers of exactly the split's
-proportion, since Energon cuts its splits by whole shards in the order of their names.
+Entries that share an image or video form a group. A group is never divided: what the model has seen in training is
+not asked for in the test. The groups are gone through in the order of a seeded hash of their image. Each goes to the
+split where its source datasets are furthest behind their shares, so every source is divided alike. After that, weights
+of sources repeat or thin their training entries. The samples of a split are ordered by a seeded hash, too, and cut into
+shards. The shards of train come first, then those of val and test, in numbers of exactly the split's proportion:
+Energon cuts its splits by whole shards in the order of their names.
 
 Letters used for shapes: N entries, M their media in a row, G groups, S samples.
 """
@@ -30,9 +30,11 @@ CELLS = 1 << 16  # (group, source) at a time as Python's numbers, which take fiv
 class Layout:
     """The samples in the order of the shards.
 
-    row int64 [S]: number of the sample's entry in the plan. copy int32 [S]: 0, 1, ... where an entry is repeated.
-    bounds int64 [shards + 1]: shard i holds the samples from bounds[i] to bounds[i + 1]. split_of: each shard's split.
-    thinned int64: rows of training entries that a weight below 1 leaves out.
+    row: int64 [S]. Number of the sample's entry in the plan.
+    copy: int32 [S]. 0, 1, ... where an entry is repeated.
+    bounds: int64 [shards + 1]. Shard i holds the samples from bounds[i] to bounds[i + 1].
+    split_of: name of each shard's split.
+    thinned: int64. Rows of training entries that a weight below 1 leaves out.
     """
 
     row: np.ndarray
@@ -63,6 +65,11 @@ def parse_split(text: str) -> tuple[int, int, int]:
     return units
 
 
+def say_shares(shares: tuple[int, int, int]) -> str:
+    """(8, 1, 1) -> "8,1,1"."""
+    return ",".join(map(str, shares))
+
+
 def parse_weight(text: str) -> tuple[str, float]:
     """ "ocr_vqa=0.5" -> ("ocr_vqa", 0.5). Raises ValueError."""
     name, equals, weight = text.rpartition("=")
@@ -72,7 +79,10 @@ def parse_weight(text: str) -> tuple[str, float]:
 
 
 def hash_seeded(seed: int, purpose: str, digests: np.ndarray) -> np.ndarray:
-    """uint64 [N]: a hash of each of the digests S16 [N], another one for every seed and purpose."""
+    """A hash of each digest, uint64 [N], another one for every seed and purpose.
+
+    digests: S16 [N].
+    """
     key, person = str(seed).encode(), purpose.encode()
     data, width, hashes = memoryview(digests.tobytes()), digests.itemsize, bytearray()
     for place in range(0, len(data), width):
@@ -81,10 +91,11 @@ def hash_seeded(seed: int, purpose: str, digests: np.ndarray) -> np.ndarray:
 
 
 def group_entries(media_start: np.ndarray, content: np.ndarray, digest: np.ndarray) -> np.ndarray:
-    """int64 [N]: the group of each entry, numbered from 0.
+    """The group of each entry, int64 [N], numbered from 0.
 
-    Entry i has the media media_start[i] to media_start[i + 1], int64 [N + 1]; content S16 [M] tells media apart; digest
-    S16 [N] stands in for entries without media.
+    media_start: int64 [N + 1]. Entry i has the media media_start[i] to media_start[i + 1].
+    content: S16 [M]. Tells media apart.
+    digest: S16 [N]. Stands in for entries without media.
     """
     counts = np.diff(media_start)
     alone = np.flatnonzero(counts == 0)
@@ -104,7 +115,7 @@ def group_entries(media_start: np.ndarray, content: np.ndarray, digest: np.ndarr
 
 
 def identify(media_start: np.ndarray, content: np.ndarray, digest: np.ndarray) -> np.ndarray:
-    """S16 [N]: by what an entry's split is drawn: the content of its first medium, or itself where it has none."""
+    """What an entry's split is drawn by, S16 [N]: the content of its first medium, or its digest where it has none."""
     first, has_media = media_start[:-1], np.diff(media_start) > 0
     identity = digest.copy()
     identity[has_media] = content[first[has_media]]
@@ -114,10 +125,13 @@ def identify(media_start: np.ndarray, content: np.ndarray, digest: np.ndarray) -
 def split_entries(
     group: np.ndarray, source: np.ndarray, identity: np.ndarray, shares: tuple[int, int, int], seed: int
 ) -> np.ndarray:
-    """int8 [N]: the split of each entry, as number in SPLITS. group, source int [N]; identity S16 [N], see `identify`.
+    """The split of each entry, int8 [N], as number in SPLITS.
 
-    Every source, and all of them together, lack some entries in each split at any time. A group goes where it makes
-    the sum of squares of what they lack smallest.
+    group, source: int [N]. Of each entry.
+    identity: S16 [N]. See `identify`.
+
+    Every source, and all of them together, lack some entries in each split at any time. A group goes where it makes the
+    sum of squares of what they lack smallest.
     """
     _, first = np.unique(group, return_index=True)
     order = np.argsort(hash_seeded(seed, "split", identity[first]), kind="stable")
@@ -150,7 +164,10 @@ def iterate_groups(group: np.ndarray, source: np.ndarray, sources: int) -> Itera
 
 
 def choose_split(touched: list[tuple[list[int], int]], shares: tuple[int, int, int]) -> int:
-    """The split of a group, of which each of `touched` has some entries; keeps what they lack up to date."""
+    """The split of a group. Keeps what the sources lack up to date.
+
+    touched: for each source with entries in the group, what it lacks in each split, and the number of these entries.
+    """
     for lacks, entries in touched:
         for split, share in enumerate(shares):
             lacks[split] += share * entries
@@ -164,7 +181,10 @@ def choose_split(touched: list[tuple[list[int], int]], shares: tuple[int, int, i
 def count_copies(
     split: np.ndarray, source: np.ndarray, digest: np.ndarray, weights: dict[int, float], seed: int
 ) -> np.ndarray:
-    """int32 [N]: how often each entry is written. weights: source -> how often its training entries are, on average."""
+    """How often each entry is written, int32 [N].
+
+    weights: source -> how often its training entries are written, on average.
+    """
     copies = np.ones(len(split), np.int32)
     for number, weight in weights.items():
         rows = np.flatnonzero((source == number) & (split == SPLITS.index("train")))
@@ -176,8 +196,10 @@ def count_copies(
 def lay_out(
     split: np.ndarray, copies: np.ndarray, digest: np.ndarray, shares: tuple[int, int, int], maxcount: int, seed: int
 ) -> Layout:
-    """Order the samples and cut them into shards of at most `maxcount`. Raises PreparationError where a split has too
-    few samples for its shards."""
+    """Orders the samples and cuts them into shards of at most `maxcount`.
+
+    Raises PreparationError where a split has too few samples for its shards.
+    """
     row = np.repeat(np.arange(len(split)), copies)
     copy = (np.arange(len(row)) - np.repeat(np.cumsum(copies) - copies, copies)).astype(np.int32)
     order = np.lexsort((hash_seeded(seed, "order", name_samples(digest, row, copy)), split[row]))
@@ -194,15 +216,17 @@ def lay_out(
 
 
 def name_samples(digest: np.ndarray, row: np.ndarray, copy: np.ndarray) -> np.ndarray:
-    """S20 [S]: what tells samples apart."""
+    """Digests that tell samples apart, S20 [S]."""
     names = np.zeros(len(row), [("entry", digest.dtype), ("copy", "<i4")])
     names["entry"], names["copy"] = digest[row], copy
     return names.view(f"S{names.itemsize}")
 
 
 def count_rounds(samples: list[int], shares: tuple[int, int, int], maxcount: int) -> int:
-    """How often the split's proportion is repeated in numbers of shards. Raises PreparationError where no number fits,
-    so that a shard would be empty or hold more than maxcount."""
+    """How often the split's proportion is repeated in numbers of shards.
+
+    Raises PreparationError where no number fits: a shard would be empty or hold more than maxcount.
+    """
     least = max(-(-count // (share * maxcount)) for count, share in zip(samples, shares) if share)
     most = min(count // share for count, share in zip(samples, shares) if share)
     rounds = max(1, least)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from dct_qwen2vl.common.files import write_text
+from dct_qwen2vl.data.energon_files import count_samples, read_splits
 from dct_qwen2vl.preparation.data_splits import SPLITS
 from dct_qwen2vl.preparation.metadata import PreparationError
 from dct_qwen2vl.preparation.output_folder import ENERGON_FOLDER, SHARD_NAME, remove_own_folder
@@ -52,15 +53,6 @@ def energon_prepare(output_dir: Path, split: str, split_of: tuple[str, ...], num
     splits = {**yaml.safe_load((folder / "split.yaml").read_text()), "split_parts": shards}
     for name, text in (("split.yaml", yaml.dump(splits)), ("dataset.yaml", DATASET_YAML)):
         write_text(folder / name, text)
-    counts = ", ".join(f"{name} {count}" for name, count in count_splits(output_dir).items())
+    samples = {name: count_samples(output_dir, names) for name, names in read_splits(output_dir, SPLITS).items()}
+    counts = ", ".join(f"{name} {count}" for name, count in samples.items())
     print(f"Energon metadata in {folder}; samples: {counts}")
-
-
-def count_splits(output_dir: Path) -> dict[str, int]:
-    """The samples of each split, as Energon counted them."""
-    import yaml
-
-    folder = output_dir / ENERGON_FOLDER
-    counts = yaml.safe_load((folder / ".info.yaml").read_text())["shard_counts"]
-    splits = yaml.safe_load((folder / "split.yaml").read_text())["split_parts"]
-    return {name: sum(counts[shard] for shard in splits.get(name, [])) for name in SPLITS}

@@ -1,7 +1,7 @@
 """Images judged by their structure alone: which files training will read as they are, without decoding one of them.
 
-A JPEG is followed from marker to marker, through its scans, to the EOI that ends the file; of a PNG every chunk's
-length and CRC is checked up to the IEND that ends the file. What is checked is what makes Pillow or libjpeg refuse one.
+A JPEG is followed from marker to marker, through its scans, to the EOI that ends the file. Of a PNG, the length and CRC
+of every chunk are checked, up to the IEND that ends the file. Checked is what makes Pillow or libjpeg refuse a file.
 Anything unusual, sound or not, is left to the decoders.
 """
 
@@ -46,8 +46,12 @@ MAXIMUM_RATIO = 1032  # of what zlib decompresses to what it reads
 
 
 class Layout(NamedTuple):
-    """Of a sound file. part: its file ending; height, width: as stored, pixels; has_metadata: EXIF or the like, which
-    may say that the image is to be turned, or may be broken."""
+    """Of a sound file.
+
+    part: its file ending.
+    height, width: as stored, px.
+    has_metadata: EXIF or the like. It may turn the image, or may be broken.
+    """
 
     part: str
     height: int
@@ -56,7 +60,7 @@ class Layout(NamedTuple):
 
 
 def read_layout(data: bytes) -> Layout | None:
-    """The layout of a grey or RGB JPEG of 8 bits, or of a PNG of 8 bits without transparency; None for all else."""
+    """The layout of a grey or RGB JPEG of 8 bits, or of a PNG of 8 bits without transparency. None for others."""
     try:
         if data.startswith(JPEG_MAGIC):
             return read_jpeg(data)
@@ -97,8 +101,10 @@ def read_jpeg(data: bytes) -> Layout | None:
 
 
 def find_end_of_scan(data: bytes, start: int) -> int:
-    """Where the next segment begins: in a scan, 0xFF is followed by 0 or by a restart marker. The length of `data`
-    where none does. (Twice as fast as a regular expression.)"""
+    """Where the next segment begins. The length of `data` where none does.
+
+    In a scan, 0xFF is followed by 0 or by a restart marker. A regular expression takes twice as long.
+    """
     content = np.frombuffer(data, np.uint8)
     for place in range(start, len(data) - 1, SEARCH_BYTES):
         here, following = content[place:-1][:SEARCH_BYTES], content[place + 1 :][:SEARCH_BYTES]
@@ -110,7 +116,7 @@ def find_end_of_scan(data: bytes, start: int) -> int:
 
 
 def read_segment(state: JPEGState, marker: int, content: bytes, length: int) -> bool:
-    """Whether a segment, without its marker and length, is one that decoders take; notes what it says."""
+    """Whether decoders take a segment, given without its marker and length. Notes what it says."""
     if len(content) != length:
         return False
     if marker == DHT:
@@ -140,7 +146,10 @@ def read_application(state: JPEGState, marker: int, content: bytes) -> bool:
 
 @lru_cache(maxsize=1024)
 def read_huffman_tables(content: bytes) -> frozenset[int]:
-    """The tables of a DHT segment; none if one of them is no Huffman code (T.81, annex C). Most files have the same."""
+    """The tables of a DHT segment, none if one of them is no Huffman code (T.81, annex C).
+
+    They are kept: most files have the same.
+    """
     tables, position = [], 0
     while position < len(content):
         table, counts = content[position], content[position + 1 : position + 17]
@@ -155,7 +164,10 @@ def read_huffman_tables(content: bytes) -> frozenset[int]:
 
 
 def is_prefix_code(counts: bytes) -> bool:
-    """counts: how many codes have 1, 2, ... 16 bits. The code of ones alone must stay free."""
+    """Whether codes of these lengths can be told apart. The code of ones alone must stay free.
+
+    counts: how many codes have 1, 2, ... 16 bits.
+    """
     code = 0
     for bits, count in enumerate(counts, start=1):
         code += count
@@ -241,7 +253,7 @@ def read_png(data: bytes) -> Layout | None:
 
 
 def list_chunks(data: bytes) -> list[tuple[bytes, memoryview]]:
-    """(kind, content) of the chunks of a PNG that fill the file; none if a length or a CRC is wrong."""
+    """(kind, content) of the chunks of a PNG that fill the file. Empty if a length or a CRC is wrong."""
     view, chunks, position = memoryview(data), [], len(PNG_MAGIC)
     while position < len(data):
         length = int.from_bytes(view[position : position + 4], "big")

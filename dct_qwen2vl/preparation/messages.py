@@ -1,6 +1,5 @@
 """What data preparation says on the screen."""
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,18 +7,21 @@ from typing import Any
 import numpy as np
 
 from dct_qwen2vl.preparation.archives import name_unread
-from dct_qwen2vl.preparation.data_splits import SPLITS, Layout
-from dct_qwen2vl.preparation.fingerprint import say_shares
+from dct_qwen2vl.preparation.config import PreparationConfig
+from dct_qwen2vl.preparation.data_splits import SPLITS, Layout, say_shares
 from dct_qwen2vl.preparation.media_index import TarSource, count_refused
 from dct_qwen2vl.preparation.metadata import PreparationError
 from dct_qwen2vl.preparation.output_folder import REFUSED_NAME
 from dct_qwen2vl.preparation.plan import Plan
 
 
-def say_tars(tars: list[TarSource], arguments: argparse.Namespace) -> None:
-    """How many files there are, and on stderr what is not used. Raises PreparationError for the latter if strict."""
+def say_tars(tars: list[TarSource], config: PreparationConfig) -> None:
+    """Says how many files there are and, on stderr, what is not used of them.
+
+    Raises PreparationError for the latter with --strict.
+    """
     print(f"Found {sum(tar.members for tar in tars)} files in {len(tars)} tars")
-    for line in name_unread(arguments.data_dir):
+    for line in name_unread(config.data_dir):
         print(line, file=sys.stderr)
     for tar in tars:
         findings = []
@@ -28,21 +30,21 @@ def say_tars(tars: list[TarSource], arguments: argparse.Namespace) -> None:
         if tar.refused:
             reasons = ", ".join(f"{reason} {count}" for reason, count in count_refused(tar).items())
             findings.append(f"members refused ({reasons}), by name in {REFUSED_NAME}")
-        if findings and arguments.strict:
+        if findings and config.strict:
             raise PreparationError(f"--strict: {tar.path}: {'; '.join(findings)}")
         if findings:
             print(f"{tar.path.name}: {'; '.join(findings)}", file=sys.stderr)
 
 
-def say_plan(plan: Plan, layout: Layout, arguments: argparse.Namespace) -> None:
+def say_plan(plan: Plan, layout: Layout, config: PreparationConfig) -> None:
     sizes = np.diff(layout.bounds)
     read, samples = sum(plan.read.values()), len(layout.row)
     print(f"Keeping {len(plan)} of {read} conversations: {len(sizes)} shards of up to {sizes.max()} samples")
     if samples != len(plan):
         print(f"({samples} samples, by --source-weight)")
-    if sizes.max() < arguments.maxcount and len(sizes) == sum(arguments.split):
-        split = say_shares(arguments.split)
-        print(f"(fewer than --maxcount {arguments.maxcount} a shard: the split {split} needs {len(sizes)} shards)")
+    if sizes.max() < config.maxcount and len(sizes) == sum(config.split):
+        split = say_shares(config.split)
+        print(f"(fewer than --maxcount {config.maxcount} a shard: the split {split} needs {len(sizes)} shards)")
     print("Samples: " + ", ".join(f"{name} {count}" for name, count in layout.counts.items()))
 
 
@@ -66,9 +68,9 @@ def own_shards(layout: Layout, part: tuple[int, int] | None) -> list[int]:
     return list(range(number - 1, len(layout.split_of), parts))
 
 
-def say_part(arguments: argparse.Namespace, layout: Layout, seconds: float, samples: int) -> None:
-    number, parts = arguments.part
-    shards = len(own_shards(layout, arguments.part))
+def say_part(config: PreparationConfig, layout: Layout, seconds: float, samples: int) -> None:
+    number, parts = config.part
+    shards = len(own_shards(layout, config.part))
     print(f"Part {number} of {parts} done: {shards} of {len(layout.split_of)} shards{say_rate(seconds, samples)}")
     print("When all parts are done, the same command without --part puts the counts together")
 

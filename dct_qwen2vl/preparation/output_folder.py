@@ -18,6 +18,7 @@ from typing import Any
 
 from dct_qwen2vl.common.files import UNFINISHED, read_json, remove, write_json
 from dct_qwen2vl.common.locks import flock
+from dct_qwen2vl.data.energon_files import FOLDER as ENERGON_FOLDER
 from dct_qwen2vl.preparation.metadata import PreparationError
 
 SHARD_NAME = "pretrain-{:06d}.tar"
@@ -32,7 +33,7 @@ OWN_FILE = re.compile(
     rf"({UNFINISHED})?"
 )
 TEMPORARY = re.compile(rf".+{UNFINISHED}")
-ENERGON_FOLDER, REPORT_FOLDER = ".nv-meta", "report"
+REPORT_FOLDER = "report"
 OWN_FILE_IN = {
     ENERGON_FOLDER: re.compile(rf"(\.info|split|dataset)\.yaml({UNFINISHED})?"),
     REPORT_FOLDER: re.compile(rf".+\.png({UNFINISHED})?"),
@@ -56,7 +57,10 @@ def stats_path(shard: Path) -> Path:
 
 
 def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
-    """One JSON object of stats or of skipped.jsonl with today's names, whatever version wrote it; an `object_hook`."""
+    """An object of stats or of skipped.jsonl with today's names, whatever version wrote it.
+
+    It serves `json.loads` as `object_hook`.
+    """
     renamed = {OLD_NAMES.get(name, name): value for name, value in values.items()}
     if isinstance(renamed.get("reason"), str):
         renamed["reason"] = OLD_NAMES.get(renamed["reason"], renamed["reason"])
@@ -64,19 +68,21 @@ def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_stats(path: Path) -> Any:
-    """What the stats of a shard or of a set hold; None where the file is missing or no JSON."""
+    """The stats of a shard or of a set. None where the file is missing or is no JSON."""
     return read_json(path, object_hook=with_new_names)
 
 
 def read_run(output_dir: Path) -> dict[str, Any] | None:
-    """What run.json holds; None if this tool did not write it."""
+    """The object in run.json. None if this tool did not write it."""
     run = read_json(output_dir / RUN_NAME)
     return run if isinstance(run, dict) and run.get("tool") == TOOL else None
 
 
 def check_output(output_dir: Path, force: bool) -> None:
-    """Raise PreparationError for a folder that is neither new nor empty nor this tool's. With `force` it may hold other
-    files, too, as long as Energon would not take them for shards."""
+    """Raises PreparationError for a folder that is neither new nor empty nor this tool's.
+
+    force: allows other files in it, unless Energon would take them for shards.
+    """
     present = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
     present = [path for path in present if path.name != WORK_FOLDER and not is_leftover(path)]
     if not present or (read_run(output_dir) and not force):
@@ -101,7 +107,10 @@ def is_leftover(path: Path, own: re.Pattern = OWN_FILE) -> bool:
 
 
 def claim(output_dir: Path, run: dict[str, Any], force: bool) -> None:
-    """Mark the folder as that of this run. Raises PreparationError if it is another run's, unless `force`."""
+    """Marks the folder as that of this run.
+
+    Raises PreparationError if it is another run's, unless `force` allows it.
+    """
     earlier = read_run(output_dir)
     if earlier and not force:
         if earlier.get("fingerprint") == run["fingerprint"]:
@@ -124,7 +133,7 @@ def describe_difference(earlier: dict[str, Any], run: dict[str, Any]) -> str:
 
 
 def clear_output(output_dir: Path) -> None:
-    """Remove what this tool and `energon prepare` wrote, but for .work; nothing else."""
+    """Removes what this tool and `energon prepare` wrote, except .work. Nothing else is removed."""
     output_dir.mkdir(parents=True, exist_ok=True)
     for path in sorted(output_dir.iterdir()):
         if OWN_FILE.fullmatch(path.name) and path.name != RUN_NAME:
@@ -135,7 +144,7 @@ def clear_output(output_dir: Path) -> None:
 
 
 def remove_own_folder(folder: Path) -> None:
-    """Empty it of what is ours; it stays where someone put a file of their own."""
+    """Removes our files from a folder, and the folder. It stays where somebody put other files."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if OWN_FILE_IN[folder.name].fullmatch(path.name):
             path.unlink()
@@ -144,7 +153,7 @@ def remove_own_folder(folder: Path) -> None:
 
 
 def remove_conclusions(output_dir: Path) -> None:
-    """Remove what was made from the complete set."""
+    """Removes what was made from the complete set."""
     for name in (STATS_NAME, REPORT_NAME):
         (output_dir / name).unlink(missing_ok=True)
     for name in OWN_FILE_IN:
@@ -152,14 +161,17 @@ def remove_conclusions(output_dir: Path) -> None:
 
 
 def remove_leftovers(output_dir: Path, prefixes: tuple[str, ...]) -> None:
-    """Remove temporary files, of those beginning with one of `prefixes`, that a killed run left behind."""
+    """Removes temporary files that a killed run left behind.
+
+    prefixes: of the names. Other files stay.
+    """
     for path in sorted(output_dir.iterdir()):
         if is_leftover(path) and path.name.startswith(prefixes):
             remove(path)
 
 
 def list_leftovers(output_dir: Path) -> list[Path]:
-    """What killed runs left in the folder of a complete set and in those within it."""
+    """What killed runs left in the folder of a complete set and in the folders within it."""
     owned = [(output_dir, OWN_FILE), *((output_dir / name, own) for name, own in OWN_FILE_IN.items())]
     folders = [(folder, own) for folder, own in owned if folder.is_dir()]
     paths = [path for folder, own in folders for path in sorted(folder.iterdir()) if is_leftover(path, own)]
@@ -168,7 +180,7 @@ def list_leftovers(output_dir: Path) -> list[Path]:
 
 
 def is_finished(shard: Path) -> bool:
-    """Whether a shard and its stats are there. Both come in by rename, the stats last."""
+    """Whether a shard and its stats are there. Both are put there by a rename, the stats last."""
     stats = read_json(stats_path(shard))
     return isinstance(stats, dict) and shard.is_file() and shard.stat().st_size == stats.get("bytes")
 
@@ -179,8 +191,10 @@ def remove_work(output_dir: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, shared: bool = False, wait: bool = False) -> Iterator[None]:
-    """Hold a lock that ends with this process, however it ends. Raises PreparationError where another process has it,
-    unless `wait`. Where the file system knows no locks, there is none."""
+    """Holds a lock that ends with this process, however it ends. Where the file system knows no locks, there is none.
+
+    wait: waits for another process that has it. Without it, PreparationError is raised.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         try:

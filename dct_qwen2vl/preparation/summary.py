@@ -35,7 +35,10 @@ USUAL_PARTS = ("images_copied", "images_converted", "videos_copied", "text_only"
 
 @dataclass
 class SetCounts:
-    """The sums over all shards, and all entries left out. written: samples by (source, split)."""
+    """The sums over all shards, and all entries left out.
+
+    written: samples by (source, split).
+    """
 
     skipped: SkipList
     shards: dict[str, int] = field(default_factory=dict)
@@ -45,7 +48,7 @@ class SetCounts:
     broken: set[int] = field(default_factory=set)
 
     def add(self, stats: dict[str, Any]) -> None:
-        """What one shard's stats say."""
+        """Adds what one shard's stats say."""
         self.shards[stats["name"]] = stats["written"]
         self.parts.update(stats["parts"])
         self.repairs.update(stats["repairs"])
@@ -59,7 +62,7 @@ class SetCounts:
 def summarise(
     output_dir: Path, plan: Plan, layout: Layout, metadata: list[Path], tars: list[TarSource], run: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write the files named above from the shards' stats; returns what stats.json holds."""
+    """Writes the files named above from the shards' stats. Returns what stats.json holds."""
     counts = SetCounts(plan.skipped)
     for number in range(len(layout.split_of)):
         data = stats_path(output_dir / SHARD_NAME.format(number)).read_bytes()
@@ -86,7 +89,7 @@ def make_stats(
     run: dict[str, Any],
     counts: SetCounts,
 ) -> dict[str, Any]:
-    """No times, folders or worker counts, so that equal data and settings give an equal file."""
+    """What stats.json holds. Without times, folders and worker counts: equal data and settings give an equal file."""
     sources = count_sources(plan, layout, counts)
     totals = {
         name: sum(source[name] for source in sources.values()) for name in ("read", "copies", "thinned", "written")
@@ -132,7 +135,7 @@ def describe_tar(tar: TarSource) -> dict[str, Any]:
 
 
 def write_filtered_metadata(path: Path, plan: Plan, layout: Layout, metadata: list[Path], broken: set[int]) -> None:
-    """Copy the text of every written entry into a new JSON list."""
+    """Copies the text of every written entry into a new JSON list."""
     written = np.zeros(len(plan), bool)
     written[layout.row] = True
     written &= ~np.isin(plan.entries["index"], np.array(sorted(broken), np.int64))

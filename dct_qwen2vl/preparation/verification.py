@@ -55,8 +55,12 @@ MAGIC = {"jpg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
 
 @dataclass
 class ShardCheck:
-    """What was found in one shard. keys: of its samples. names, contents uint64 [M]: digests of the media's names in
-    the entries and of their bytes; a content is 0 where conversion may have made two files equal."""
+    """What was found in one shard.
+
+    keys: of its samples.
+    names: uint64 [M]. Digests of the media's names in the entries.
+    contents: uint64 [M]. Digests of the media's bytes, 0 where conversion may have made two files equal.
+    """
 
     name: str
     split: str = ""
@@ -69,8 +73,10 @@ class ShardCheck:
 
 
 def verify(output_dir: Path, num_workers: int) -> list[str]:
-    """Problems, a line each; none for a sound set. Prints what has been read. Raises PreparationError for a folder
-    without shards."""
+    """Reads a set back and prints what has been read. Returns a line for each problem, none for a sound set.
+
+    Raises PreparationError for a folder without shards.
+    """
     shards = sorted(output_dir.glob(SHARD_FILES))
     if not shards:
         raise PreparationError(f"{output_dir} holds no shards; --output-dir takes a folder that this tool has written")
@@ -229,7 +235,10 @@ def verify_sample(
 
 
 def part_kind(ending: str, number: int, count: int) -> str | None:
-    """ "image" or "video", if the part is called "jpg" where it is the only one, or "0.jpg", "1.mp4", ... in order."""
+    """ "image" or "video", by the name of a part.
+
+    None unless it is "jpg" where it is the only one, or "0.jpg", "1.mp4", ... in order.
+    """
     found = PART.fullmatch(ending)
     if not found or found[1] != (str(number) if count > 1 else None):
         return None
@@ -247,7 +256,7 @@ def parse(entry: bytes | None) -> Any:
 
 
 def decode_part(kind: str, ending: str, data: bytes) -> tuple[int, int, int]:
-    """Decode all of a part -> height, width as displayed, number of frames. Raises UnusableSample and MediaError."""
+    """Decodes all of a part: height and width as displayed, frames. Raises UnusableSample and MediaError."""
     if not data.startswith(MAGIC.get(ending.rpartition(".")[2], b"")):
         raise UnusableSample("broken_image", "the content is of another format than the name says")
     if kind == "image":
@@ -263,8 +272,10 @@ def decode_part(kind: str, ending: str, data: bytes) -> tuple[int, int, int]:
 
 
 def is_copy(data: bytes) -> bool:
-    """Whether an image was not encoded by this tool, which makes baseline RGB JPEGs without chroma subsampling. Two
-    different files may have become one and the same of those."""
+    """Whether an image was not encoded by this tool, which makes baseline RGB JPEGs without chroma subsampling.
+
+    Encoding may have made one file of two different ones.
+    """
     try:
         with Image.open(io.BytesIO(data)) as image:
             factors = {(component[1], component[2]) for component in getattr(image, "layer", [])}
@@ -294,7 +305,7 @@ def compare_stats(stats: dict[str, Any], tar: TarReader, measured: Measured) -> 
 
 
 def compare_columns(thing: str, said: dict[str, list], measured: dict[str, list], count: int) -> Iterator[str]:
-    """Yields where columns with a value for each of `count` things are not what was measured."""
+    """Yields a line for each column that is not what was measured, with a value for each of `count` things."""
     for name in {**said, **measured}:
         values = len(said.get(name, []))
         if values != count:

@@ -1,6 +1,7 @@
 """Videos, through FFmpeg: what a file holds, whether it can be decoded, and its packets in another container.
 
-Containers are opened by what they are. Playlists and other formats that would make FFmpeg open further files are not.
+Containers are opened by what they are. Playlists and other formats that would make FFmpeg open further files are not
+opened.
 """
 
 import io
@@ -24,8 +25,13 @@ EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # the two top-level el
 
 
 class Probe(NamedTuple):
-    """What a video file holds. part: its file ending, None if training does not read the container; height, width: as
-    displayed, pixels; frames: that are shown; seconds: from the beginning of the first to the end of the last."""
+    """What a video file holds.
+
+    part: its file ending. None if training does not read the container.
+    height, width: as displayed, px.
+    frames: that are shown.
+    seconds: from the beginning of the first frame to the end of the last.
+    """
 
     part: str | None
     height: int
@@ -72,8 +78,11 @@ def refuse_frame_size(height: int, width: int) -> None:
 
 
 def probe_video(data: bytes, everything: bool = False) -> Probe:
-    """Read all packets of a video and decode a first, a middle and a last part, or `everything`. Raises UnusableSample
-    and FFmpeg's errors."""
+    """Reads all packets of a video and decodes a first, a middle and a last part.
+
+    everything: decodes all frames.
+    Raises UnusableSample and FFmpeg's errors.
+    """
     refuse_cut_file(data)
     with open_video(data) as (container, stream):
         formats = container.format.name.split(",")
@@ -89,7 +98,10 @@ def probe_video(data: bytes, everything: bool = False) -> Probe:
 
 
 def file_ending(data: bytes, formats: list[str]) -> str | None:
-    """Of the containers in media.VIDEO_EXTENSIONS; None for others. formats: FFmpeg's names for one demuxer."""
+    """The ending of a container in VIDEO_EXTENSIONS. None for others.
+
+    formats: FFmpeg's names for one demuxer.
+    """
     if "mp4" in formats:
         return "mov" if data[4:12] == b"ftypqt  " else "mp4"
     if "matroska" in formats:
@@ -129,7 +141,7 @@ def end_of_boxes(data: bytes) -> int:
 
 
 def read_length(data: bytes, position: int) -> tuple[int, int, bool]:
-    """An element's length (RFC 8794, 4): position behind it, length, whether it says that the length is unknown."""
+    """An element's length (RFC 8794, 4): position behind it, length, whether the length is said to be unknown."""
     first = data[position] if position < len(data) else 0
     size = 9 - first.bit_length()
     if size > 8:
@@ -177,7 +189,7 @@ def decode_run(stream: Any, packets: list[Any], run: tuple[int, int]) -> Any:
 
 
 def duration(stream: Any, packets: list[Any], frames: int) -> float:
-    """Seconds, by the packets' time stamps, or else by the frame rate; 0 where neither is there."""
+    """Seconds, by the packets' time stamps or by the frame rate. 0 where neither is there."""
     stamps = [packet.pts for packet in packets if packet.pts is not None and not packet.is_discard]
     if len(stamps) < frames or len(set(stamps)) < 2:
         return float(frames / stream.average_rate) if stream.average_rate else 0.0
@@ -186,10 +198,11 @@ def duration(stream: Any, packets: list[Any], frames: int) -> float:
 
 
 def remux(data: bytes) -> bytes:
-    """The video packets of a video, from the first key frame on, in an mp4; in an mkv or else an avi where mp4 takes no
-    such codec. Raises UnusableSample and FFmpeg's errors.
+    """The packets of a video, from the first key frame on, in an mp4, or in an mkv or avi where mp4 takes no such
+    codec.
 
-    An avi keeps no time stamps, only a rate, so there packets are numbered at the average rate of the video.
+    An avi keeps a rate in place of time stamps. There, packets are numbered at the average rate of the video.
+    Raises UnusableSample and FFmpeg's errors.
     """
     for container_format in ("mp4", "matroska", "avi"):
         with open_video(data) as (container, stream), new_video(container_format) as (output, target):
@@ -221,8 +234,10 @@ def frame_interval(stream: Any) -> Fraction:
 
 
 def refuse_other_times(before: tuple[bytes, Probe], after: tuple[bytes, Probe]) -> None:
-    """Raises UnusableSample where training would read another number of frames of a video in its new container, or
-    would take it for shorter or longer. Each side: the file and what it holds."""
+    """Raises UnusableSample where a new container changes what training reads of a video.
+
+    That is another number of frames, or another duration. Each side: the file and what it holds.
+    """
     counts = [media_shape("video", data, VideoSampling())[2] for data, _ in (before, after)]
     seconds = [probe.seconds for _, probe in (before, after)]
     if counts[0] != counts[1] or abs(seconds[1] - seconds[0]) > TIME_TOLERANCE * seconds[0]:

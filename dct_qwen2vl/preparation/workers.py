@@ -1,4 +1,4 @@
-"""Processes that work through numbered tasks, and say how far they are."""
+"""Processes that work through numbered tasks and say how far they are."""
 
 import multiprocessing
 import os
@@ -18,7 +18,10 @@ _progress: Any = None  # in a worker process: the counter that it shares with it
 
 
 def start_worker(progress: Any) -> None:
-    """Prepare a worker process: it ends with its parent, leaves Ctrl-C to it, and keeps Pillow's warnings to itself."""
+    """Prepares a worker process.
+
+    It ends with its parent, leaves Ctrl-C to it, and keeps Pillow's warnings to itself.
+    """
     global _progress
     _progress = progress
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -42,10 +45,12 @@ def run_in_worker(function: Callable[[Any, Callable[[int], Any]], Any], task: An
 
 
 class WorkerPool:
-    """`num_workers` processes; 0: the calling one does the work. Used as a context manager.
+    """Worker processes, as a context manager.
+
+    num_workers: how many. 0: the calling process does the work.
 
     They are forked, all at once and first of all: before this process has threads, open locks or much memory, and with
-    everything imported. Started again they would take a second.
+    everything imported. To start an interpreter for each would take a second.
     """
 
     def __init__(self, num_workers: int):
@@ -68,10 +73,14 @@ class WorkerPool:
     def map(
         self, function: Callable[[Any, Callable[[int], Any]], Any], tasks: Iterable[Any], advance: Callable[[int], Any]
     ) -> Iterator[Any]:
-        """The results of function(task, count), in the order of the tasks; what they count arrives at `advance`.
+        """The results of function(task, count), in the order of the tasks.
 
-        Tasks are built when a worker is about to be free. After a failure no new one starts; what runs is finished,
-        then the failure of the first failed task is raised, as it would be without processes.
+        tasks: built when a worker is about to be free.
+        advance: gets what the tasks count.
+
+        After a failure no new task starts, and those that run are finished. Then the failure of the first failed task
+        is
+        raised, as it would be without processes.
         """
         if self.pool is None:
             with warnings.catch_warnings():

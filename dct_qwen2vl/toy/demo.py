@@ -19,6 +19,9 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.common.scripts import UserError, run_main
+
 MARKER = ".made_by_demo"
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXPERIMENT = "demo"
@@ -66,13 +69,16 @@ NOISE = re.compile(
 )
 
 
-class StageError(RuntimeError):
+class StageError(UserError):
     """A stage failed. The message names its log."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the pipeline. environment: variables on top of the caller's."""
+    """One command of the pipeline.
+
+    environment: variables on top of the caller's.
+    """
 
     name: str
     command: list[str]
@@ -90,7 +96,7 @@ class Stage:
 
 
 class Screen:
-    """What a stage says, without the noise of its libraries, and the last state alone of each progress bar.
+    """Shows what a stage says, without the noise of its libraries, and of each progress bar the last state alone.
 
     A terminal also shows the states in between, one over the other.
     """
@@ -126,7 +132,10 @@ class Screen:
 
 
 def stages(folder: Path, seed: int) -> list[Stage]:
-    """Raw data to answers, in order. folder: absolute, or from the repository, where all stages run."""
+    """Raw data to answers, in order.
+
+    folder: absolute, or relative to the repository, where all stages run.
+    """
     shards, model = str(folder / "shards"), str(folder / "tiny-qwen2-vl-x4")
     source = str(folder / "sample" / "model" / "tiny-qwen2-vl")
     run = folder / "experiments" / EXPERIMENT
@@ -152,7 +161,10 @@ def stages(folder: Path, seed: int) -> list[Stage]:
 
 
 def run_stage(stage: Stage, log: Path) -> float:
-    """Runs it with its output in `log` and, without noise, on the screen; returns seconds. Raises StageError."""
+    """Runs a stage. Returns the seconds it took. Raises StageError.
+
+    log: gets its output. The screen gets it without noise.
+    """
     print(f"\n=== {stage.name}\n$ {stage.shown()}", flush=True)
     start, screen = time.perf_counter(), Screen()
     # Libraries warn of each other at import. What the pipeline has to say it prints.
@@ -179,7 +191,7 @@ def run_stage(stage: Stage, log: Path) -> float:
 
 
 def find_reason(lines: list[str]) -> str:
-    """Why a stage failed: its script's last message, or the first exception of a traceback; "" if there is neither."""
+    """Why a stage failed: its script's last message, or the first exception of a traceback. "" if there is neither."""
     messages = [line for line in lines if re.match(r"\w+\.(py|sh): ", line)]
     exceptions = [re.match(r"(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception): .+)", line) for line in lines]
     errors = [found[1] for found in exceptions if found]
@@ -187,7 +199,7 @@ def find_reason(lines: list[str]) -> str:
 
 
 def fresh_folder(folder: Path) -> None:
-    """An empty folder; one that an earlier demo made is replaced. Raises StageError for any other content."""
+    """An empty folder. One that an earlier demo made is replaced. Raises StageError for any other content."""
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).is_file():
             raise StageError(f"{folder} holds something that no demo made: choose another --output-dir")
@@ -282,26 +294,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    folder = arguments.output_dir.resolve()
-    seconds = {}
-    try:
-        fresh_folder(folder)
-        named = folder.relative_to(REPOSITORY) if folder.is_relative_to(REPOSITORY) else folder
-        for stage in stages(named, arguments.seed):
-            seconds[stage.name] = run_stage(stage, folder / "logs" / f"{stage.name}.log")
-    except StageError as error:
-        if arguments.debug:
-            raise
-        print(f"demo.py: {error}", file=sys.stderr)
-        return 1
+    return run_main("demo.py", lambda: run_demo(arguments.output_dir, arguments.seed), arguments.debug)
+
+
+def run_demo(output_dir: Path, seed: int) -> int:
+    """All stages, then the images and the summary. Raises StageError, OSError."""
+    folder, seconds = output_dir.resolve(), {}
+    fresh_folder(folder)
+    named = folder.relative_to(REPOSITORY) if folder.is_relative_to(REPOSITORY) else folder
+    for stage in stages(named, seed):
+        seconds[stage.name] = run_stage(stage, folder / "logs" / f"{stage.name}.log")
     print("\n=== images", flush=True)
     start = time.perf_counter()
     images, tokens = draw_images(folder)
     seconds["images"] = time.perf_counter() - start
     summary = summarise(folder, seconds, images, tokens)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "summary.json", summary)
     print("Drew samples.png and loss.png")
-    print("\n".join(last_words(arguments.output_dir, summary)))
+    print("\n".join(last_words(output_dir, summary)))
     return 0
 
 

@@ -64,7 +64,7 @@ def write_table(accuracy: Path, output: Path) -> Path:
 
 
 def tokens_per_image(pixel_model: Path, dct_model: Path, shards: Path) -> dict[str, float]:
-    """Mean number of language-model tokens of an image of the val split, for the pixel and for the DCT processor."""
+    """Mean number of language-model tokens of an image of the val split, for the pixel and the DCT processor."""
     processors = {
         "pixels": Qwen2VLImageProcessor.from_pretrained(pixel_model),
         "dct": DCTImageProcessor.from_pretrained(dct_model),
@@ -81,8 +81,10 @@ def tokens_per_image(pixel_model: Path, dct_model: Path, shards: Path) -> dict[s
 
 
 def draw_samples(model_dir: Path, shards: Path, output: Path, count: int = 8) -> Path:
-    """For each of `count` val samples: the image before, what its tokens decode to with the token grid, its text with
-    the learned part in green. Videos show one frame of each token row in time."""
+    """A sheet of `count` val samples: the image before, what its tokens decode to with the token grid, and its text.
+
+    The learned part of the text is green. Videos show one frame of each step of time.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     processor = DCTImageProcessor.from_pretrained(model_dir)
     encoder = QwenTaskEncoder(tokenizer, processor)
@@ -102,7 +104,7 @@ def draw_samples(model_dir: Path, shards: Path, output: Path, count: int = 8) ->
 
 
 def _choose(shards: Path, count: int) -> list[ConversationSample]:
-    """The first samples of the val split, at least two videos and one text-only entry among them if there are any."""
+    """The first samples of the val split, with at least two videos and one text-only entry if there are any."""
     samples = list(read_samples(shards, "val"))
     videos = [sample for sample in samples if [kind for kind, _ in sample.media] == ["video"]][:2]
     texts = [sample for sample in samples if not sample.media][:1]
@@ -133,7 +135,11 @@ def _images(
 
 
 def _draw_row(images: list[tuple[str, Image.Image]], columns: int, pieces: list[tuple[str, bool]]) -> Image.Image:
-    """A row of the sheet. columns: for as many images there is room. pieces: of the text, as from `_pieces`."""
+    """A row of the sheet.
+
+    columns: for as many images there is room.
+    pieces: of the text, as from `_pieces`.
+    """
     left = GAP + columns * (CELL + GAP) + GAP
     width, top, font = left + TEXT_WIDTH + GAP, GAP + LINE + 4, _font()
     words = _wrap(pieces, left, width - GAP, font)
@@ -188,7 +194,7 @@ def _fit(image: Image.Image) -> Image.Image:
 
 
 def _pieces(encoded: EncodedSample, encoder: QwenTaskEncoder) -> list[tuple[str, bool]]:
-    """(text, learned) runs of the ids; a run of visual tokens is shortened to its name and number."""
+    """(text, learned) runs of the ids. A run of visual tokens is shortened to its name and number."""
     pads = set(encoder.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"]))
     learned = (encoded.labels != IGNORE_INDEX).tolist()
     pieces = []

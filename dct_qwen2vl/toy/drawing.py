@@ -41,7 +41,12 @@ VIDEO_JITTER = 6  # pixels, of the middle of the path
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image or video shows. `digit` for printed digits, `motion` for videos; otherwise `count` equal shapes."""
+    """What an image or video shows.
+
+    digit: of printed digits.
+    motion: direction, of videos.
+    count: of equal shapes, where neither is given.
+    """
 
     colour: str
     shape: str | None = None
@@ -58,10 +63,11 @@ class Scene:
 
 
 def draw_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A muted, uneven, grainy surface: float32 [H, W, 3] in 0..255.
+    """A muted, uneven, grainy surface, float32 [H, W, 3] in 0..255.
 
-    It is darker than every colour in COLOURS: with light and dark backgrounds mixed, a model this small needs more
-    images than a minute on a CPU gives it before it tells a shape from its negative.
+    It is darker than every colour in COLOURS. With light and dark backgrounds mixed, a model this small needs more
+    images
+    than a minute on a CPU gives it before it tells a shape from its negative.
     """
     import numpy as np
     from PIL import Image
@@ -76,7 +82,10 @@ def draw_background(rng: np.random.Generator, height: int, width: int) -> np.nda
 
 
 def shape_mask(shape: str, radius: float, offset: tuple[float, float]) -> np.ndarray:
-    """Coverage of one shape in a cell: float32 [CELL, CELL] in 0..1. `offset` of its centre: (y, x), pixels."""
+    """Coverage of one shape in a cell, float32 [CELL, CELL] in 0..1.
+
+    offset: (y, x) of its centre, px.
+    """
     from PIL import Image, ImageDraw
 
     scale = OVERSAMPLING
@@ -96,7 +105,7 @@ def shape_mask(shape: str, radius: float, offset: tuple[float, float]) -> np.nda
 
 
 def glyph_mask(digit: str, size: int, offset: tuple[float, float]) -> np.ndarray:
-    """Coverage of one printed digit in a cell: float32 [CELL, CELL] in 0..1. Pillow's own font: no system fonts."""
+    """Coverage of one printed digit in a cell, float32 [CELL, CELL] in 0..1. The font is Pillow's own."""
     from PIL import Image, ImageDraw
 
     scale = OVERSAMPLING
@@ -120,7 +129,12 @@ def _to_coverage(image: Image.Image) -> np.ndarray:
 
 
 def blend(canvas: np.ndarray, mask: np.ndarray, colour: np.ndarray, top: int, left: int) -> None:
-    """Paint `mask` [h, w] in `colour` [3] into `canvas` [H, W, 3], in place; parts outside the canvas are cut off."""
+    """Paints a mask into an image, in place. What lies outside of the image is cut off.
+
+    canvas: [H, W, 3].
+    mask: [h, w].
+    colour: [3].
+    """
     area = canvas[top : top + mask.shape[0], left : left + mask.shape[1]]
     area += mask[..., None] * (colour - area)
 
@@ -135,10 +149,10 @@ def jitter_colour(rng: np.random.Generator, name: str) -> np.ndarray:
 def draw_scene(
     rng: np.random.Generator, scene: Scene, height: int = 2 * CELL, width: int = 2 * CELL, transparent: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw `scene` in random cells of a grid in the middle of the image.
+    """Draws a scene in random cells of a grid in the middle of the image.
 
-    Returns the image, uint8 [H, W, 3], and where it is opaque, bool [H, W]: everywhere, or, if `transparent`, only in
-    the cells that show something.
+    transparent: the image is opaque only in the cells that show something.
+    Returns the image, uint8 [H, W, 3], and where it is opaque, bool [H, W].
     """
     import numpy as np
 
@@ -174,9 +188,9 @@ def _draw_thing(rng: np.random.Generator, canvas: np.ndarray, scene: Scene, top:
 
 
 def draw_video(rng: np.random.Generator, scene: Scene, frames: int) -> np.ndarray:
-    """One shape that moves in `scene.motion` at even speed: uint8 [T, H, W, 3].
+    """One shape that moves in `scene.motion` at even speed, uint8 [T, H, W, 3].
 
-    The path's middle is the image's, give or take VIDEO_JITTER.
+    The middle of its path is that of the image, give or take VIDEO_JITTER.
     """
     import numpy as np
 
@@ -214,10 +228,12 @@ VIDEO_FORMS = ((4, 8), (4, 12), (2, 8), (8, 16))  # (frames per second, frames):
 
 
 def encode_image(rng: np.random.Generator, pixels: np.ndarray, kind: str, orientation: int, mask: np.ndarray) -> bytes:
-    """The file of an image, in the form `kind` (one of FILE_KINDS, or "jpeg").
+    """The file of an image.
 
-    pixels: uint8 [H, W, 3] as a viewer should see them; orientation: EXIF value of an "exif_jpeg"; mask: bool [H, W],
-    False where an "rgba_png" is transparent.
+    pixels: uint8 [H, W, 3], as a viewer should see them.
+    kind: one of FILE_KINDS, or "jpeg".
+    orientation: EXIF value of an "exif_jpeg".
+    mask: bool [H, W], False where an "rgba_png" is transparent.
     """
     from PIL import Image
 
@@ -282,8 +298,10 @@ def _save_rotated(image: Image.Image, orientation: int) -> bytes:
 
 
 def encode_video(frames: np.ndarray, frames_per_second: int, codec: str) -> bytes:
-    """An mp4 of frames uint8 [T, H, W, 3]. One thread, no code of x264 that rounds otherwise on another CPU, and the
-    muxer writes no date: the same bytes every time."""
+    """An mp4 of frames uint8 [T, H, W, 3], the same bytes every time.
+
+    There is one thread, no code of x264 that rounds otherwise on another CPU, and no date.
+    """
     import av
 
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Make a tiny, untrained Qwen2-VL and its tokenizer: a Hugging Face directory that stock transformers loads."""
+"""Makes a tiny, untrained Qwen2-VL and its tokenizer: a Hugging Face directory that stock transformers loads."""
 
 from __future__ import annotations
 
@@ -135,7 +135,11 @@ def build_config(tokenizer):
 
 
 def write_checkpoint(texts: Iterable[str], folder: Path, seed: int) -> int:
-    """Train the tokenizer on `texts`, draw the weights by `seed`, save all to `folder`; returns the parameter count."""
+    """Trains the tokenizer, draws the weights and saves both. Returns the number of parameters.
+
+    texts: that the tokenizer is trained on.
+    seed: of the weights.
+    """
     import torch
     from transformers import GenerationConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor, Qwen2VLProcessor
 

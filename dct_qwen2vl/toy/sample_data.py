@@ -1,21 +1,22 @@
 """Draw a small Cambrian-format data set and make a tiny, untrained Qwen2-VL checkpoint. Nothing is downloaded.
 
-    python sample_data.py --output-dir sample
+    python -m dct_qwen2vl.toy.sample_data --output-dir sample
 
     sample/data/cambrian737k.json     entries: conversations + the names of their images and videos
-    sample/data/*.tar                 coco, gqa, ocr_vqa, vg (images), videos (mp4); member names as in the entries
+    sample/data/*.tar                 coco, gqa, ocr_vqa, vg (images), clips (mp4); member names as in the entries
     sample/model/tiny-qwen2-vl/       a Hugging Face directory that stock transformers loads
     sample/summary.json               how many entries of which kind there are, and what can be read
 
-Every question has one short right answer, needs the image, and is asked so that every answer is equally frequent:
-a model that does not see the image stays at chance. The same arguments give the same bytes.
+Every question has one short right answer and needs the image. Every answer is equally frequent: a model that does not
+see the image stays at chance. The same arguments give the same bytes.
+
+sample_plan.py decides what is drawn and asked, drawing.py draws it, sample_conversations.py asks and answers.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import json
 import os
 import shutil
@@ -24,20 +25,17 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.common.scripts import UserError, run_main
 from dct_qwen2vl.toy.drawing import (
-    COLOURLESS,
     COLOURS,
     COUNTS,
-    DIGITS,
     DIRECTIONS,
     EXTENSIONS,
-    FILE_KINDS,
-    ORIENTATIONS,
     SHAPES,
     VIDEO_FORMS,
     Scene,
@@ -46,78 +44,31 @@ from dct_qwen2vl.toy.drawing import (
     encode_image,
     encode_video,
 )
+from dct_qwen2vl.toy.sample_conversations import (
+    choose_turns,
+    conversation_texts,
+    entry_answers,
+    make_entry,
+    text_only_entry,
+)
+from dct_qwen2vl.toy.sample_plan import EXTRA_KINDS, Item, plan_items, shuffle
 
 if TYPE_CHECKING:
     import numpy as np
 
-QUESTIONS = {
-    "colour": ("What colour do you see?", "Which colour is it?", "Name the colour.", "What is the main colour?"),
-    "shape": ("What shape do you see?", "Which shape is it?", "Name the shape.", "What kind of shape is drawn?"),
-    "count": ("How many shapes are there?", "Count the shapes.", "How many do you see?"),
-    "digits": ("What digit is printed?", "Which digit do you see?", "Read the digit."),
-    "motion": ("Which way does it move?", "In which direction does it move?", "Where is it going?"),
-}
-# The answers stay English, so that they stay balanced.
-NON_ASCII_QUESTIONS = {
-    "colour": ("这是什么颜色？", "¿De qué color es?", "Какого это цвета?"),
-    "shape": ("这是什么形状？", "¿Qué forma tiene?", "Welche Form könnte das sein – „rund“ oder „eckig“?"),
-    "count": ("有多少个形状？", "¿Cuántas figuras hay?", "Combien de formes — où qu’elles soient ?"),
-    "digits": ("这是哪个数字？", "¿Qué número está impreso?", "Какая это цифра?"),
-    "motion": ("它往哪边移动？", "¿Hacia dónde se mueve?", "Où va-t-il ? ➡️⬅️"),
-}
-PAIR_QUESTIONS = {
-    "colour": ("What colour do both pictures show?", "Which colour is in both pictures?"),
-    "shape": ("What shape do both pictures show?", "Which shape is in both pictures?"),
-}
-TEXT_ONLY = (
-    ("What is two plus two?", "4"),
-    ("What is the opposite of left?", "right"),
-    ("What is the opposite of up?", "down"),
-    ("Which shape has three corners?", "triangle"),
-    ("Which shape has no corners?", "circle"),
-    ("What colour is a ripe tomato?", "red"),
-    ("What colour is grass?", "green"),
-    ("How many sides has a square?", "4"),
-    ("¿De qué color es un limón maduro?", "yellow"),
-    ("晴天的天空是什么颜色？", "blue"),
-)
-SYSTEM_TURNS = ("Answer with one word.", "You look at pictures and answer briefly.")
-
-
-# So many of a kind in a small data set; 1 of the others.
-LEAST = {"exif_jpeg": len(ORIENTATIONS), "two_entries": 2}
-# Shares of what is shown, per 1,000 images and videos; the rest shows shapes.
-DIGIT_SHARE, VIDEO_SHARE = 320, 130
-# How often each form of a conversation occurs, per 1,000; the others ask all there is to ask, one question a turn.
-DIALOGUE_KINDS = {
-    "one_turn": 40,
-    "openai": 30,
-    "system": 30,
-    "non_ascii": 25,
-    "two_entries": 20,  # two entries on one image, with one id, as Cambrian has them
-}
-PAIR_SHARE = 20  # two images in one entry
-# Entries besides those: without an image, or with one that cannot be read; per 1,000.
-EXTRA_KINDS = {"text_only": 30, "missing": 8, "zero_byte": 6, "truncated": 8, "garbage": 6, "broken_video": 4}
 UNREADABLE = ("missing", "zero_byte", "truncated", "garbage", "broken_video")
 # height, width; mostly two cells by two, the others wide and tall
 IMAGE_SIZES = ((112, 112),) * 8 + ((112, 168), (168, 112))
-
-
-@dataclass(frozen=True)
-class Item:
-    """One thing to draw and ask about. `number` names its files and seeds its random numbers."""
-
-    number: int
-    scene: Scene
-    file_kind: str
-    dialogue_kind: str
-    orientation: int = 1
+PARTS = ("data", "model", "summary.json")
 
 
 @dataclass
 class DataSet:
-    """What is written: entries of the JSON file, and tar name -> [(member name, bytes)]."""
+    """What is written.
+
+    entries: of the JSON file.
+    files: name of a tar -> [(name of a member, its bytes)].
+    """
 
     entries: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, list[tuple[str, bytes]]] = field(default_factory=dict)
@@ -126,56 +77,25 @@ class DataSet:
         self.files.setdefault(name.split("/", 1)[0], []).append((name, content))
 
 
-def quota(shares: dict[str, int], total: int, default: str) -> list[str]:
-    """`total` kinds: shares are per 1,000, never less than LEAST of a kind, `default` for the rest."""
-    kinds = []
-    for kind, share in shares.items():
-        kinds += [kind] * max(LEAST.get(kind, 1), round(total * share / 1000))
-    return (kinds + [default] * total)[:total]
+def draw_data_set(seed: int, total: int) -> DataSet:
+    """All entries, in random order, and all files.
 
+    total: images and videos that can be read. Entries without one come on top.
+    """
+    import numpy as np
 
-def cycle_scenes(rng: np.random.Generator, scenes: list[Scene], total: int) -> list[Scene]:
-    """`total` scenes, each as often as any other (give or take one), in random order."""
-    rounds = -(-total // len(scenes))
-    return [scenes[i] for _ in range(rounds) for i in rng.permutation(len(scenes))][:total]
-
-
-def plan_items(rng: np.random.Generator, total: int) -> list[Item]:
-    """Decide what to draw, before anything is drawn: answers balanced, every kind of file and conversation present."""
-    product = itertools.product
-    videos, digits = round(total * VIDEO_SHARE / 1000), round(total * DIGIT_SHARE / 1000)
-    shapes = total - videos - digits
-    images = cycle_scenes(rng, [Scene(c, s, count=n) for c, s, n in product(COLOURS, SHAPES, COUNTS)], shapes)
-    images += cycle_scenes(rng, [Scene(c, digit=d) for c, d in product(COLOURS, DIGITS)], digits)
-    moving = cycle_scenes(rng, [Scene(c, s, motion=m) for c, s, m in product(COLOURS, SHAPES, DIRECTIONS)], videos)
-
-    kinds = _shuffle(rng, quota(FILE_KINDS, len(images), "jpeg"))
-    kinds += _shuffle(rng, quota({"mp4_mpeg4": 125}, videos, "mp4_h264"))
-    dialogues = _shuffle(rng, quota(DIALOGUE_KINDS, total, "turns"))
-    orientations = itertools.cycle(ORIENTATIONS)
-    for number in _eligible_for_pairs(rng, images, kinds, dialogues)[: max(1, round(total * PAIR_SHARE / 1000))]:
-        dialogues[number] = "two_images"
-    planned = enumerate(zip(images + moving, kinds, dialogues, strict=True))
-    return [
-        Item(number, scene, kind, dialogue, next(orientations) if kind == "exif_jpeg" else 1)
-        for number, (scene, kind, dialogue) in planned
-    ]
-
-
-def _eligible_for_pairs(
-    rng: np.random.Generator, images: list[Scene], kinds: list[str], dialogues: list[str]
-) -> list[int]:
-    """Numbers of the plain images of shapes with a plain conversation, in random order."""
-    plain = [n for n, s in enumerate(images) if s.count and kinds[n] == "jpeg" and dialogues[n] == "turns"]
-    return _shuffle(rng, plain)
-
-
-def _shuffle(rng: np.random.Generator, values: list) -> list:
-    return [values[i] for i in rng.permutation(len(values))]
+    rng = np.random.default_rng([seed, 0])
+    data = DataSet()
+    items = plan_items(rng, total)
+    for item in items:
+        add_item(data, seed, item)
+    add_extras(data, seed, total, first_number=len(items))
+    data.entries = shuffle(rng, data.entries)
+    return data
 
 
 def add_item(data: DataSet, seed: int, item: Item) -> None:
-    """Draw `item` and add its files and its entry (or two entries) to `data`."""
+    """Draws `item`. Adds its files and its entry, or two entries, to `data`."""
     import numpy as np
 
     rng = np.random.default_rng([seed, 1, item.number])
@@ -225,62 +145,15 @@ def _draw_video_file(rng: np.random.Generator, item: Item) -> bytes:
     return encode_video(video, frames_per_second, "mpeg4" if item.file_kind == "mp4_mpeg4" else "libx264")
 
 
-def choose_turns(rng: np.random.Generator, item: Item) -> list[tuple[str, str, str]]:
-    """(question type, question, answer) of each turn, in random order."""
-    answers = item.scene.answers()
-    if item.file_kind in COLOURLESS:
-        del answers["colour"]
-    questions = NON_ASCII_QUESTIONS if item.dialogue_kind == "non_ascii" else QUESTIONS
-    if item.dialogue_kind == "two_images":
-        questions = PAIR_QUESTIONS
-        answers = {question_type: answers[question_type] for question_type in PAIR_QUESTIONS}
-    types = _shuffle(rng, list(answers))
-    if item.dialogue_kind == "one_turn":
-        types = types[:1]
-    return [(kind, questions[kind][rng.integers(len(questions[kind]))], answers[kind]) for kind in types]
-
-
-def make_entry(
-    rng: np.random.Generator, item: Item, names: list[str], turns: list[tuple[str, str, str]]
-) -> dict[str, Any]:
-    """One entry of the JSON file. `names` are those of its image, images or video."""
-    is_video = item.scene.motion is not None
-    placeholders = "\n".join(["<video>" if is_video else "<image>"] * len(names))
-    conversations = []
-    if item.dialogue_kind == "system":
-        conversations.append(("system", SYSTEM_TURNS[rng.integers(len(SYSTEM_TURNS))]))
-    for number, (_, question, answer) in enumerate(turns):
-        if number == 0:
-            after = rng.random() < 0.1  # Cambrian has both orders
-            question = f"{question}\n{placeholders}" if after else f"{placeholders}\n{question}"
-        conversations += [("human", question), ("gpt", answer)]
-    return {
-        "id": f"{item.number:012d}",
-        "video" if is_video else "image": names if len(names) > 1 else names[0],
-        "conversations": _format_turns(conversations, item.dialogue_kind == "openai"),
-        "source": names[0].split("/", 1)[0],
-        "question_type": [question_type for question_type, _, _ in turns],
-        "file_kind": item.file_kind,
-        "dialogue_kind": item.dialogue_kind,
-    }
-
-
-def _format_turns(turns: list[tuple[str, str]], openai: bool) -> list[dict[str, str]]:
-    if not openai:
-        return [{"from": speaker, "value": text} for speaker, text in turns]
-    roles = {"system": "system", "human": "user", "gpt": "assistant"}
-    return [{"role": roles[speaker], "content": text} for speaker, text in turns]
-
-
 def add_extras(data: DataSet, seed: int, total: int, first_number: int) -> None:
-    """Add the entries without an image, and those whose image is missing or broken."""
+    """Adds the entries without an image, and those whose image is missing or broken."""
     import numpy as np
 
     kinds = [kind for kind, share in EXTRA_KINDS.items() for _ in range(max(1, round(total * share / 1000)))]
     for number, kind in enumerate(kinds, start=first_number):
         rng = np.random.default_rng([seed, 2, number])
         if kind == "text_only":
-            data.entries.append(_text_only_entry(rng, number))
+            data.entries.append(text_only_entry(rng, number))
             continue
         item = Item(number, _any_scene(rng, moving=kind == "broken_video"), "mp4_h264", "turns")
         name = f"clips/{number:06d}.mp4" if kind == "broken_video" else f"coco/train2017/{number:012d}.jpg"
@@ -309,38 +182,11 @@ def _break_file(rng: np.random.Generator, kind: str, item: Item) -> bytes:
     return content[: len(content) // 2]
 
 
-def _text_only_entry(rng: np.random.Generator, number: int) -> dict[str, Any]:
-    question, answer = TEXT_ONLY[rng.integers(len(TEXT_ONLY))]
-    return {
-        "id": f"text-{number:06d}",
-        "conversations": _format_turns([("human", question), ("gpt", answer)], openai=False),
-        "source": "text",
-        "question_type": ["text"],
-        "file_kind": "text_only",
-        "dialogue_kind": "turns",
-    }
-
-
-def draw_data_set(seed: int, total: int) -> DataSet:
-    """All entries, in random order, and all files. `total` counts those that show something and can be read."""
-    import numpy as np
-
-    rng = np.random.default_rng([seed, 0])
-    data = DataSet()
-    items = plan_items(rng, total)
-    for item in items:
-        add_item(data, seed, item)
-    add_extras(data, seed, total, first_number=len(items))
-    data.entries = _shuffle(rng, data.entries)
-    return data
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
 
 def write_data_set(data: DataSet, folder: Path) -> None:
-    """Write cambrian737k.json and one tar for each top folder. Dates and owners are fixed: same data, same bytes."""
+    """Writes cambrian737k.json and one tar for each top folder. Dates and owners are fixed: same data, same bytes."""
     folder.mkdir(parents=True)
     text = json.dumps(data.entries, ensure_ascii=False, indent=1) + "\n"
     (folder / "cambrian737k.json").write_text(text, encoding="utf-8")
@@ -353,7 +199,7 @@ def write_data_set(data: DataSet, folder: Path) -> None:
 
 
 def summarise(data: DataSet, seed: int, total: int) -> dict[str, Any]:
-    """Counts by kind. `entries` = `readable` + the sum of `unreadable`."""
+    """Counts by kind. `entries` is `readable` plus the sum of `unreadable`."""
     unreadable = Counter(entry["file_kind"] for entry in data.entries if entry["file_kind"] in UNREADABLE)
     answers: dict[str, Counter] = {}
     for entry in data.entries:
@@ -376,34 +222,7 @@ def _count(entries: list[dict[str, Any]], key: str) -> dict[str, int]:
     return dict(sorted(Counter(entry[key] for entry in entries).items()))
 
 
-def entry_answers(entry: dict[str, Any]) -> list[str]:
-    """The answers of an entry, turn by turn."""
-    turns = entry["conversations"]
-    return [t.get("value", t.get("content")) for t in turns if t.get("from", t.get("role")) in ("gpt", "assistant")]
-
-
-def conversation_texts(entries: list[dict[str, Any]]) -> Iterator[str]:
-    """What the tokenizer is trained on: every turn with the words that ChatML puts around it."""
-    for entry in entries:
-        yield "system\nYou are a helpful assistant."
-        for turn in entry["conversations"]:
-            yield turn.get("value", turn.get("content"))
-            yield "user\nassistant\n"
-
-
-def publish(staged: Path, output_dir: Path) -> None:
-    """Move each finished part from `staged` to its place, over what was there."""
-    for part in PARTS:
-        target = output_dir / part
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(staged / part, target)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Command line
-
-PARTS = ("data", "model", "summary.json")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -429,30 +248,34 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        refuse_overwrite(arguments.output_dir, arguments.force)
-        arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=arguments.output_dir) as staged:
-            summary = build(Path(staged), arguments.seed, arguments.num_images)
-            publish(Path(staged), arguments.output_dir)
-    except OSError as error:
-        if arguments.debug:
-            raise
-        print(f"sample_data.py: {error}", file=sys.stderr)
-        return 1
+    return run_main("sample_data.py", lambda: make_sample_data(arguments), arguments.debug)
+
+
+def make_sample_data(arguments: argparse.Namespace) -> int:
+    """Raises UserError, OSError."""
+    refuse_overwrite(arguments.output_dir, arguments.force)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=arguments.output_dir) as staged:
+        summary = build(Path(staged), arguments.seed, arguments.num_images)
+        publish(Path(staged), arguments.output_dir)
     print_summary(summary, arguments.output_dir)
     return 0
 
 
 def refuse_overwrite(output_dir: Path, force: bool) -> None:
-    """Raise FileExistsError when there is something to overwrite and nobody said so."""
+    """Raises UserError where there is something to overwrite, unless `force` allows it."""
     present = [part for part in PARTS if (output_dir / part).exists()]
     if present and not force:
-        raise FileExistsError(f"{output_dir} already holds {', '.join(present)}; add --force to replace it")
+        raise UserError(f"{output_dir} already holds {', '.join(present)}; add --force to replace it")
 
 
 def build(folder: Path, seed: int, total: int) -> dict[str, Any]:
-    """Write all parts below `folder`; returns the summary."""
+    """Writes all parts. Returns the summary.
+
+    folder: where they go.
+    seed: of everything random.
+    total: images and videos that can be read.
+    """
     start = time.perf_counter()
     data = draw_data_set(seed, total)
     write_data_set(data, folder / "data")
@@ -464,12 +287,21 @@ def build(folder: Path, seed: int, total: int) -> dict[str, Any]:
     parameters = write_checkpoint(conversation_texts(data.entries), folder / "model" / "tiny-qwen2-vl", seed)
     print(f"model: {parameters:,} parameters in {time.perf_counter() - start:.1f} s", flush=True)
     summary = summarise(data, seed, total)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "summary.json", summary)
     return summary
 
 
+def publish(staged: Path, output_dir: Path) -> None:
+    """Moves each finished part from `staged` to its place, over what was there."""
+    for part in PARTS:
+        target = output_dir / part
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(staged / part, target)
+
+
 def print_summary(summary: dict[str, Any], output_dir: Path) -> None:
-    """Say what is there."""
+    """Says what has been written."""
     unreadable = ", ".join(f"{kind} {count}" for kind, count in summary["unreadable"].items())
     print(f"{output_dir}: {summary['entries']} entries, {summary['readable']} readable; on purpose not: {unreadable}")
 

@@ -229,7 +229,9 @@ def build_optimizer(config: TrainingConfig) -> PytorchOptimizerModule:
     )
 
 
-def build_trainer(config: TrainingConfig, module: QwenAutoModel, callbacks: list[Callback]) -> nl.Trainer:
+def build_trainer(
+    config: TrainingConfig, module: QwenAutoModel, callbacks: list[Callback], validates: bool
+) -> nl.Trainer:
     """Lightning's Trainer as NeMo wraps it. Steps are optimizer steps; Lightning counts validation in micro-batches."""
     return nl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
@@ -239,7 +241,7 @@ def build_trainer(config: TrainingConfig, module: QwenAutoModel, callbacks: list
         val_check_interval=config.val_interval * config.accumulate,
         callbacks=callbacks,
         plugins=[FolderCheckpointIO(module)],
-        **trainer_options(config),
+        **trainer_options(config, validates),
     )
 
 
@@ -266,7 +268,7 @@ def run(
         *step_checkpoints(config, log.restart_clock),
         *extra_callbacks,
     ]
-    trainer = build_trainer(config, module, callbacks)
+    trainer = build_trainer(config, module, callbacks, data.validates)
     llm.finetune(
         model=module,
         data=data,

@@ -1,12 +1,9 @@
 """Everything that can be wrong before a heavy import, each refused in one line."""
 
-import math
 import os
-from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from dct_qwen2vl.checkpoints.inspection import (
     FORMAT_DEFAULTS,
@@ -16,9 +13,11 @@ from dct_qwen2vl.checkpoints.inspection import (
     saved_pixel_bounds,
     unfolded_format,
 )
+from dct_qwen2vl.common import settings
 from dct_qwen2vl.common.files import read_json as read_file
+from dct_qwen2vl.common.settings import flag_of
 from dct_qwen2vl.data.energon_files import count_samples, read_splits
-from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig, flag_of
+from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig
 from dct_qwen2vl.training.disk_space import check_space
 from dct_qwen2vl.training.run_file import check_run_folder
 
@@ -75,48 +74,25 @@ def check_skipping(config: TrainingConfig, info: ModelInfo) -> None:
 
 
 def check_data(config: TrainingConfig) -> None:
-    """Raises RunError or PreparedSetError unless `energon prepare` has been run, both splits that training reads hold
-    shards, and each loader process has a sample to train on."""
+    """Raises RunError or PreparedSetError unless `energon prepare` has been run and each loader process has a sample to
+    train on. The val split may be empty: there is no validation then."""
     data_dir, loaders = config.data_dir, config.data_parallel * max(1, config.num_workers)
     if not data_dir.is_dir() or not any(data_dir.glob("*.tar")):
         raise RunError(f"no shards in {data_dir}: python data_preparation.py --data-dir RAW --output-dir {data_dir}")
     splits = read_splits(data_dir, ("train", "val"))
-    empty = [part for part, shards in splits.items() if not shards]
+    if not splits["train"]:
+        raise RunError(f"the train split of {data_dir} holds no shard: prepare with more shards (a smaller --maxcount)")
     samples = count_samples(data_dir, splits["train"])
-    if not empty and samples < loaders:
+    if samples < loaders:
         raise RunError(
             f"the train split of {data_dir} holds {samples} samples, fewer than {config.data_parallel} processes "
             f"have loader processes ({loaders}): lower --num-workers or --devices"
-        )
-    if empty:
-        raise RunError(
-            f"the {empty[0]} split of {data_dir} holds no shard: prepare with more shards (a smaller --maxcount)"
         )
 
 
 def check_ranges(config: TrainingConfig) -> None:
     """Raises RunError for a number that is outside what it can be."""
-    given = [each for each in fields(config) if getattr(config, each.name) is not None]
-    for each in given:
-        check_bounds(flag_of(each.name), getattr(config, each.name), each.metadata)
-    for each in given:
-        high = each.metadata["not_over"]
-        if high and getattr(config, each.name) > getattr(config, high):
-            raise RunError(
-                f"{flag_of(each.name)} {getattr(config, each.name)} is over {flag_of(high)} {getattr(config, high)}: "
-                "change one of them"
-            )
-
-
-def check_bounds(flag: str, value: Any, bounds: Mapping[str, Any]) -> None:
-    """bounds: metadata of a field. Raises RunError."""
-    at_least, over, below = (bounds[name] for name in ("at_least", "over", "below"))
-    if at_least is not None and not at_least <= value < math.inf:
-        raise RunError(f"{flag} must be at least {at_least}, got {value}")
-    if over is not None and not over < value < math.inf:
-        raise RunError(f"{flag} must be over {over}, got {value}")
-    if below is not None and not value < below:
-        raise RunError(f"{flag} must be below {below}, got {value}")
+    settings.check_ranges(config, error=RunError)
 
 
 def check_numbers(config: TrainingConfig) -> None:

@@ -6,12 +6,14 @@ A new setting is one new field of `TrainingConfig`. Its metadata gives it a flag
 """
 
 import argparse
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
+from dct_qwen2vl.common import settings
 from dct_qwen2vl.common.scripts import UserError
+from dct_qwen2vl.common.settings import add_flags, from_flags, setting_of
+from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
 
 PARTS = ("vision", "projector", "language")
 SEQUENCE_TOKENS, SEQUENCES_PER_STEP = 8192, 16  # of packed sequences, where the command line does not say
@@ -40,31 +42,28 @@ def setting(
     default: Any,
     help: str = "",
     *,
-    at_least: float | None = None,
-    over: float | None = None,
-    below: float | None = None,
-    not_over: str | None = None,
-    choices: tuple[str, ...] | None = None,
-    metavar: str | None = None,
     engine: str | None = None,
     resume: str = SAME,
     flag: str | None = None,
     recorded: bool = True,
+    **options: Any,
 ) -> Any:
-    """A field of `TrainingConfig` with its metadata. Its type is that of the flag; the flag of a bool turns it on.
+    """A field of `TrainingConfig` with its metadata.
 
-    group: title of its flag's group in --help. None: it has no flag, the program sets it.
-    default: MISSING makes the flag required.
-    help, choices, metavar: as argparse has them.
-    at_least, over, below: bounds of a number. With at_least or over it must also be finite.
-    not_over: name of another field. The value must not exceed that field's value.
     engine: the only engine that knows it. With the other engine it must keep its default or be 0.
     resume: what a resumed run may do with it.
     flag: what messages call it (default: its own flag).
     recorded: whether run.json holds it.
+    group, default, help, options: as `common.settings.setting` has them.
     """
-    metadata = dict(locals())
-    return field(default=metadata.pop("default"), metadata=metadata)
+    more = {"engine": engine, "resume": resume, "flag": flag, "recorded": recorded}
+    return settings.setting(group, default, help, **more, **options)
+
+
+def _video_setting(name: str) -> Any:
+    """A field of `VideoSampling`."""
+    more = {"group": "what", "engine": None, "resume": DATA, "flag": None, "recorded": True}
+    return setting_of(VideoSampling, name, PREFIX, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +97,10 @@ class TrainingConfig:
         at_least=0,
         resume=DATA,
     )
-    video_fps: float = setting("what", 2.0, "frames read from a second of a video", over=0, resume=DATA)
-    video_min_frames: int = setting(
-        "what", 4, "least frames read from a video that has them", at_least=1, not_over="video_max_frames", resume=DATA
-    )
-    video_max_frames: int = setting("what", 768, "most frames read from a video", at_least=1, resume=DATA)
-    video_total_pixels: int = setting(
-        "what", 24_576 * 28 * 28, "most pixels of a video, two frames counted as one", at_least=1, resume=DATA
-    )
+    video_fps: float = _video_setting("fps")
+    video_min_frames: int = _video_setting("min_frames")
+    video_max_frames: int = _video_setting("max_frames")
+    video_total_pixels: int = _video_setting("total_pixels")
     seq_length: int = setting("what", 2048, "longer samples are skipped and counted, tokens", at_least=1, resume=DATA)
 
     max_steps: int = setting("how", 1000, "optimizer steps", at_least=1)
@@ -129,7 +124,7 @@ class TrainingConfig:
     weight_decay: float = setting("how", 0.05, "of weight matrices", at_least=0)
     adam_beta2: float = setting("how", 0.98, "AdamW's second momentum", at_least=0, below=1)
     max_gradient_norm: float = setting("how", 1.0, "gradients are clipped to it; 0: not clipped", at_least=0)
-    freeze: tuple[str, ...] = setting("how", (), "parts that are not trained", choices=PARTS)
+    freeze: tuple[str, ...] = setting("how", (), "parts that are not trained", choices=PARTS, nargs="*")
     lora_rank: int = setting(
         "how",
         0,
@@ -214,6 +209,7 @@ class TrainingConfig:
     debug: bool = setting("where", False, "show the traceback of an error", resume=FREE, recorded=False)
     rank: int = setting(None, 0, resume=FREE)  # of this process, from torchrun
     data_restarts: int = setting(None, 0, resume=FREE)
+    train_shards: str | None = setting(None, None, resume=FREE, recorded=False)  # fingerprint
 
     @property
     def run_dir(self) -> Path:
@@ -280,11 +276,6 @@ def metadata_of(kind: type[TrainingConfig]) -> dict[str, dict[str, Any]]:
     return {**{each.name: dict(each.metadata) for each in fields(kind)}, **DERIVED}
 
 
-def flag_of(name: str) -> str:
-    """min_lr -> --min-lr."""
-    return f"--{name.replace('_', '-')}"
-
-
 def parse_arguments(argv: list[str] | None, kind: type[TrainingConfig] = TrainingConfig) -> TrainingConfig:
     """kind: `TrainingConfig`, or one with more fields."""
     parser = argparse.ArgumentParser(
@@ -292,29 +283,6 @@ def parse_arguments(argv: list[str] | None, kind: type[TrainingConfig] = Trainin
         "torchrun.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    groups: dict[str, Any] = {}
-    for each in fields(kind):
-        group = each.metadata["group"]
-        if group is None:
-            continue
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        groups[group].add_argument(flag_of(each.name), **_flag_options(each))
-    values = vars(parser.parse_args(argv))
-    for name, value in values.items():
-        if isinstance(value, list):  # several words; their order and repetition mean nothing
-            values[name] = tuple(sorted(set(value)))
-    return kind(**values)
-
-
-def _flag_options(each: Field) -> dict[str, Any]:
-    """What argparse is told about a field."""
-    about = each.metadata
-    if each.type is bool:
-        return {"action": "store_true", "help": about["help"]}
-    options = {name: about[name] for name in ("help", "choices", "metavar") if about[name] is not None}
-    if get_origin(each.type) is tuple:
-        return {**options, "nargs": "*", "action": "extend", "default": list(each.default)}
-    value_type = get_args(each.type)[0] if isinstance(each.type, UnionType) else each.type
-    required = each.default is MISSING
-    return {**options, "type": value_type, **({"required": True} if required else {"default": each.default})}
+    add_flags(parser, kind)
+    config = from_flags(kind, parser.parse_args(argv))
+    return replace(config, freeze=tuple(sorted(set(config.freeze))))  # their order and repetition mean nothing

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.training.config import ModelInfo, RunError, TrainingConfig
+from dct_qwen2vl.training.processes import raise_in_all
 
 MOST_TOLD = 400  # characters of a library's error
 REHEARSAL = ".rehearsal"  # in the run folder while it lasts
@@ -50,11 +51,17 @@ class RehearseSave(Callback):
         self.save = save
 
     def on_fit_start(self, trainer, pl_module) -> None:
-        """Raises RunError."""
-        if trainer.is_global_zero:
+        """Collective. Raises RunError, in every process."""
+        raise_in_all(self._rehearse() if trainer.is_global_zero else None)
+
+    def _rehearse(self) -> RunError | None:
+        try:
             with rehearsal_folder(self.config) as folder:
                 self.save(trained_folder(folder, self.info))
                 write_stock_form(self.config, self.info, folder)
+        except RunError as error:
+            return error
+        return None
 
 
 @contextmanager

@@ -357,7 +357,7 @@ def build_strategy(config: TrainingConfig) -> nl.MegatronStrategy:
     )
 
 
-def build_trainer(config: TrainingConfig, callbacks: list[Callback]) -> nl.Trainer:
+def build_trainer(config: TrainingConfig, callbacks: list[Callback], validates: bool) -> nl.Trainer:
     """Lightning's Trainer as NeMo wraps it; its batch is an optimizer step."""
     return nl.Trainer(
         accelerator="gpu",
@@ -365,7 +365,7 @@ def build_trainer(config: TrainingConfig, callbacks: list[Callback]) -> nl.Train
         plugins=[nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16, grad_reduce_in_fp32=True)],
         val_check_interval=config.val_interval,
         callbacks=callbacks,
-        **trainer_options(config),
+        **trainer_options(config, validates),
     )
 
 
@@ -410,7 +410,7 @@ def run(
         SaveHF(trained_folder(config.run_dir, info), edit),
         *extra_callbacks,
     ]
-    trainer = build_trainer(config, callbacks)
+    trainer = build_trainer(config, callbacks, data.validates)
     try:
         llm.finetune(
             model=module,

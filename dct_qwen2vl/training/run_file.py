@@ -1,12 +1,13 @@
 """run.json: the settings of a run, and which of them a start that goes on from a checkpoint may change."""
 
 from dataclasses import MISSING, asdict, fields
-from pathlib import Path
 from typing import Any
 
 from dct_qwen2vl.checkpoints.inspection import CheckpointError, read_json
 from dct_qwen2vl.common.files import write_json
-from dct_qwen2vl.training.config import DATA, DERIVED, SAME, ModelInfo, RunError, TrainingConfig, flag_of, metadata_of
+from dct_qwen2vl.common.settings import flag_of, plain
+from dct_qwen2vl.data.energon_files import fingerprint_of_shards
+from dct_qwen2vl.training.config import DATA, DERIVED, SAME, ModelInfo, RunError, TrainingConfig, metadata_of
 
 
 def earlier_settings(config: TrainingConfig) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def earlier_settings(config: TrainingConfig) -> dict[str, Any]:
     if not path.is_file() or not begun:
         return {}
     advice = "put back what the run was started with, or another --experiment-name"
-    defaults = {each.name: _plain(each.default) for each in fields(config) if each.default is not MISSING}
+    defaults = {each.name: plain(each.default) for each in fields(config) if each.default is not MISSING}
     earlier = {**defaults, **read_json(path, advice)}
     count = earlier["data_restarts"]
     if not isinstance(count, int):
@@ -34,7 +35,7 @@ def check_run_folder(config: TrainingConfig) -> None:
     metadata = metadata_of(type(config))
     for rule in (SAME,) if config.restart_data else (SAME, DATA):
         for name, about in metadata.items():
-            now = _plain(getattr(config, name))
+            now = plain(getattr(config, name))
             if about["resume"] == rule and earlier.get(name) != now:
                 flag = about.get("flag") or flag_of(name)
                 again = ", --restart-data to begin the data again" if rule == DATA else ""
@@ -42,6 +43,12 @@ def check_run_folder(config: TrainingConfig) -> None:
                     f"{config.run_dir} was started with {flag} {earlier.get(name)}, now it is {now}: use the same "
                     f"value to resume{again}, or another --experiment-name"
                 )
+    begun_with = earlier.get("train_shards")  # a run may be older than this key
+    if begun_with and not config.restart_data and begun_with != fingerprint_of_shards(config.data_dir):
+        raise RunError(
+            f"the train shards in {config.data_dir} are not those that {config.run_dir} was started with: add "
+            "--restart-data to go on with these from their beginning, or take another --experiment-name"
+        )
 
 
 def count_data_restarts(config: TrainingConfig) -> int:
@@ -56,13 +63,9 @@ def write_run_file(config: TrainingConfig, info: ModelInfo) -> None:
     recorded = {each.name for each in fields(config) if each.metadata["recorded"]}
     values = {name: value for name, value in asdict(config).items() if name in recorded}
     values |= {name: getattr(config, name) for name in DERIVED}
-    values = {name: _plain(value) for name, value in values.items()}
+    values = {name: plain(value) for name, value in values.items()}
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(config.run_dir / "run.json", {**values, "token_format": info.dct_name})
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    values["token_format"] = info.dct_name
+    if config.train_shards:
+        values["train_shards"] = config.train_shards
+    write_json(config.run_dir / "run.json", values)

@@ -114,8 +114,11 @@ def agree_on_checkpoint(folder: Path, store: torch.distributed.Store, rank: int,
     return folder / name if name else None
 
 
-def trainer_options(config: TrainingConfig) -> dict[str, Any]:
-    """Of NeMo's Trainer: how long, and that this repository's own callbacks show and save."""
+def trainer_options(config: TrainingConfig, validates: bool = True) -> dict[str, Any]:
+    """Of NeMo's Trainer: how long, and that this repository's own callbacks show and save.
+
+    validates: there is a val split.
+    """
     return {
         "devices": config.devices,
         "num_nodes": config.num_nodes,
@@ -123,6 +126,7 @@ def trainer_options(config: TrainingConfig) -> dict[str, Any]:
         "max_epochs": -1,
         "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,
+        **({} if validates else {"limit_val_batches": 0}),
         "enable_checkpointing": bool(config.save_interval),
         "use_distributed_sampler": False,
         "enable_progress_bar": False,

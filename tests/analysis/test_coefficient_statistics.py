@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.fft import dctn
 
-from dct_qwen2vl.analysis import coefficient_statistics, natural_images
+from dct_qwen2vl.analysis import coefficient_moments, coefficient_statistics, media_files, natural_images
 from dct_qwen2vl.dct.configuration_dct import (
     CoefficientTable,
     coefficient_variance,
@@ -26,9 +26,9 @@ VALUES = json.loads(BUILT_IN.read_text())
 @pytest.fixture(scope="module")
 def stills():
     """The stills of the built-in table, measured again."""
-    found = coefficient_statistics.Measurement()
+    found = coefficient_moments.Measurement()
     images = (natural_images.load(name) for name in natural_images.TABLE_IMAGES)
-    coefficient_statistics.measure_images(
+    coefficient_moments.measure_images(
         images, found, coefficient_statistics.DEFAULT_PIXELS, np.random.default_rng(0), with_motion=False
     )
     return found
@@ -101,7 +101,7 @@ def test_variances_are_read_only():
 
 def test_fit_finds_a_spectrum_from_what_follows_of_it():
     table = CoefficientTable.from_file()
-    found = coefficient_statistics.fit_table(table.variance(coefficient_statistics.BLOCK))
+    found = coefficient_moments.fit_table(table.variance(coefficient_moments.BLOCK))
     for block in ((2, 14, 14), (2, 56, 56), (16, 8, 8)):
         assert np.abs(np.log2(found.variance(block) / table.variance(block))).max() < 0.1
 
@@ -113,7 +113,7 @@ def test_built_in_table_is_small_and_says_where_it_is_from():
     assert BUILT_IN.stat().st_size < 60_000
     assert VALUES["made_by"] == "python -m dct_qwen2vl.analysis.coefficient_statistics --seed 0"
     assert (VALUES["images"], VALUES["videos"], VALUES["skipped"]) == (4, 0, 0)
-    assert VALUES["block"] == list(coefficient_statistics.BLOCK)
+    assert VALUES["block"] == list(coefficient_moments.BLOCK)
 
 
 def test_statistics_of_stills_are_remade_exactly(stills):
@@ -126,7 +126,7 @@ def test_the_command_measures_what_it_measured():
     path = natural_images.image_path(natural_images.TABLE_IMAGES[0])
     found = coefficient_statistics.measure([path], [], (112 * 112,), seed=0)
     assert (found.stills.blocks, found.videos.blocks, found.skipped) == (1, 4, [])
-    variance = coefficient_statistics.fit_table(found.square(directions=False)).variance((2, 3, 3))
+    variance = coefficient_moments.fit_table(found.square(directions=False)).variance((2, 3, 3))
     expected = [
         [[1.1232, 0.053811, 0.0080496], [0.053811, 0.010481, 0.0028092], [0.0080496, 0.0028092, 0.0010127]],
         [[0.18710, 0.018063, 0.0039849], [0.018063, 0.0045869, 0.0015055], [0.0039849, 0.0015055, 0.00060215]],
@@ -145,9 +145,9 @@ def test_table_agrees_with_what_was_measured(stills):
 
 def test_table_fits_images_that_are_not_in_it():
     """The order is what counts: at half of 4:2:0 the table's choice loses less than 0.7 dB to the images' own."""
-    moments = coefficient_statistics.Moments((1, 28, 28))
+    moments = coefficient_moments.Moments((1, 28, 28))
     for name in natural_images.HELD_OUT_IMAGES:
-        moments.add(coefficient_statistics.resized(natural_images.load(name)[None], (336, 448)), 1)
+        moments.add(coefficient_moments.resized(natural_images.load(name)[None], (336, 448)), 1)
     own, tabled = (variance.ravel() for variance in (moments.square, coefficient_variance((1, 28, 28))))
     lost = [own[np.argsort(-variance)[588:]].sum() for variance in (tabled, own)]
     assert 1 <= lost[0] / lost[1] < 10**0.07
@@ -168,7 +168,7 @@ def test_trends():
 
 def test_moments_are_means_over_blocks(natural_frames):
     frames = natural_frames(5, 4, 8)
-    moments = coefficient_statistics.Moments((2, 4, 4))
+    moments = coefficient_moments.Moments((2, 4, 4))
     moments.add(frames, 0.5)
     moments.add(frames, 0.5)
     luma = (frames[:4] / 255 - np.array([0.48145466, 0.4578275, 0.40821073])) @ np.array([0.299, 0.587, 0.114])
@@ -180,12 +180,12 @@ def test_moments_are_means_over_blocks(natural_frames):
 
 
 def test_stills_give_the_frame_and_videos_the_motion(natural_frames):
-    found = coefficient_statistics.Measurement()
+    found = coefficient_moments.Measurement()
     frames = natural_frames(16, 112, 112, seed=1)
     found.add_stills(frames[:1], 1.0)
     found.add_video(frames, 1.0)
     square = found.square(directions=True)
-    least = coefficient_statistics.LEAST_VARIANCE
+    least = coefficient_moments.LEAST_VARIANCE
     np.testing.assert_allclose(square.mean(axis=1), np.maximum(found.stills.square[:, 0], least), rtol=1e-9)
     videos = np.maximum(found.videos.square, least)
     expected = videos / videos.sum(axis=1, keepdims=True)
@@ -279,8 +279,8 @@ def test_videos_are_measured_as_they_are(tmp_path, video_file, natural_frames, c
 
 def test_files_are_spread_evenly():
     files = [Path(str(number)) for number in range(10)]
-    assert [int(str(file)) for file in coefficient_statistics.spread(files, 3)] == [0, 3, 6]
-    assert coefficient_statistics.spread(files, 10) == files
+    assert [int(str(file)) for file in media_files.spread(files, 3)] == [0, 3, 6]
+    assert media_files.spread(files, 10) == files
 
 
 @pytest.mark.parametrize("broken", [True, False])

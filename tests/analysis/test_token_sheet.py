@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dct_qwen2vl.analysis import skipped_cells, token_sheet
-from dct_qwen2vl.analysis.token_sheet import Canvas, measure, worst_window
+from dct_qwen2vl.analysis import coefficient_masks, sheet_canvas, skipped_cells, token_measures, token_sheet
+from dct_qwen2vl.analysis.sheet_canvas import Canvas
+from dct_qwen2vl.analysis.token_measures import measure, worst_window
 from dct_qwen2vl.dct import (
     configuration_dct,
     image_inputs_dct,
@@ -62,7 +63,7 @@ def test_nothing_is_lost_by_exact(natural_frames):
     result = measure(frames, PRESETS[0], [0, 1])
     np.testing.assert_array_equal(result.decoded, frames)
     assert result.psnr == result.pixels_psnr == math.inf and not result.error.any()
-    assert token_sheet.describe(result, 2, 56, 84)[-1] == "every byte is kept"
+    assert token_measures.describe(result, 2, 56, 84)[-1] == "every byte is kept"
 
 
 @pytest.mark.parametrize(
@@ -82,14 +83,14 @@ def test_as_many_tokens_of_pixels(frames, bt, side, natural_frames, monkeypatch)
 
 
 def test_words_of_a_preset(natural_frames):
-    still = token_sheet.describe(measure(natural_frames(1, 112, 112), PRESETS[1], [0]), 1, 112, 112)
+    still = token_measures.describe(measure(natural_frames(1, 112, 112), PRESETS[1], [0]), 1, 112, 112)
     assert still[:3] == [
         "2 x 28 x 28 blocks, 4:2:0, 1,764 floats a token",
         "16 tokens an image, 4 in the language model",
         "28,224 floats an image, 2.25 a pixel (33% are 0)",
     ]
     assert re.fullmatch(r"PSNR \d\d\.\d dB \(as many tokens of pixels: \d\d\.\d dB\)", still[3])
-    video = token_sheet.describe(measure(natural_frames(4, 112, 112), PRESETS[1], [0]), 4, 112, 112)
+    video = token_measures.describe(measure(natural_frames(4, 112, 112), PRESETS[1], [0]), 4, 112, 112)
     assert video[1:3] == ["32 tokens a video, 8 in the language model", "56,448 floats a video, 1.12 a pixel"]
 
 
@@ -104,7 +105,7 @@ def test_figures_with_skipping_are_those_of_what_is_shown(natural_frames):
     assert result.tokens == 9 * 4 and result.share == 9 / 24
     np.testing.assert_array_equal(result.decoded, whole.decoded)
     assert result.psnr == pytest.approx(whole.psnr) and result.pixels_psnr < whole.pixels_psnr
-    words = token_sheet.describe(result, 5, 112, 224)
+    words = token_measures.describe(result, 5, 112, 224)
     assert words[1] == "36 tokens a video, 9 in the language model (38% kept)"
 
 
@@ -128,19 +129,19 @@ def test_the_window_where_most_is_lost():
 @pytest.mark.parametrize(("most", "scale"), [(0, 4), (4, 4), (5, 8), (90, 128), (250, 255)])
 def test_the_error_scale_is_a_round_number(most, scale):
     config = PRESETS[0]
-    result = token_sheet.Result(config, 1, np.zeros((1, 8, 8, 3), np.uint8), np.full((1, 8, 8), most), 30.0, 30.0)
-    assert token_sheet.error_scale([result]) == scale
+    result = token_measures.Result(config, 1, np.zeros((1, 8, 8, 3), np.uint8), np.full((1, 8, 8), most), 30.0, 30.0)
+    assert token_measures.error_scale([result]) == scale
 
 
 def test_error_colours_follow_the_scale():
-    colours = token_sheet.error_image(np.array([[0.0, 4.0, 16.0, 99.0]]), 16)[0]
+    colours = sheet_canvas.error_image(np.array([[0.0, 4.0, 16.0, 99.0]]), 16)[0]
     expected = [np.round(np.array(matplotlib.colormaps["inferno"](place)[:3]) * 255) for place in (0.0, 0.5, 1.0, 1.0)]
     np.testing.assert_array_equal(colours, expected)
 
 
 def test_sizes_suit_all_presets(tmp_path, natural_frames):
     path = save(tmp_path / "a.png", natural_frames(1, 300, 500)[0])
-    frames, original = token_sheet.read_frames(path, token_sheet.common_factor(PRESETS, 10**6), 10**6)
+    frames, original = token_measures.read_frames(path, token_measures.common_factor(PRESETS, 10**6), 10**6)
     assert original == (300, 500)
     assert frames.shape == (1, *target_size(300, 500, 112, 3136, 10**6), 3) == (1, 336, 448, 3)
     resized = Image.fromarray(natural_frames(1, 300, 500)[0]).resize((448, 336), Image.Resampling.BICUBIC)
@@ -243,15 +244,15 @@ def test_images_stand_on_the_sheet_pixel_for_pixel(tmp_path, natural_frames):
 def test_masks_show_what_is_kept(natural_frames):
     config = PRESETS[1]
     canvas = Canvas(500, 600)
-    token_sheet.draw_masks(canvas, 0, 0, config, 400, still=False)
+    coefficient_masks.draw_masks(canvas, 0, 0, config, 400, still=False)
     from matplotlib.colors import to_rgb
 
     shown = np.stack([np.asarray(axes.images[0].get_array()) for axes in canvas.figure.axes]).reshape(3, 2, 28, 28, 3)
     kept = np.zeros((3, 2, 28, 28), bool)
     kept.ravel()[list(config.kept)] = True
-    for plane, colour in enumerate(token_sheet.PLANE_COLOURS):
+    for plane, colour in enumerate(coefficient_masks.PLANE_COLOURS):
         np.testing.assert_array_equal((shown[plane] == to_rgb(colour)).all(axis=-1), kept[plane])
-    dropped = (shown == to_rgb(token_sheet.DROPPED)).all(axis=-1)
+    dropped = (shown == to_rgb(coefficient_masks.DROPPED)).all(axis=-1)
     assert dropped[0, 1].sum() == 784 - 196 and dropped.sum() == 784 - 196, "4:2:0 has no more chroma to drop"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.quality.analysis import feature_fidelity, patch_weights, rate_distortion
-from dct_qwen2vl.analysis.coefficient_statistics import resized
+from dct_qwen2vl.analysis.coefficient_moments import resized
 from dct_qwen2vl.analysis.natural_images import HELD_OUT_IMAGES, load, moving_view
 from dct_qwen2vl.dct import configuration_dct
 

@@ -20,6 +20,7 @@ from pipeline import REPOSITORY, run
 from samples_by_hand import answer, conversation_sample
 
 from benchmarks.quality.analysis import compare_answers
+from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.media import VideoSampling
 from dct_qwen2vl.evaluation.answering import Answerer, load_processor
 from dct_qwen2vl.evaluation.questions import Question
@@ -173,3 +174,23 @@ def test_the_wrapper_reads_media_as_training_does(
         assert torch.equal(seen[name], getattr(learned, name)), name
     length = seen["input_ids"].shape[1]
     assert seen["input_ids"][0].tolist() == learned.input_ids[:length].tolist()
+
+
+def test_the_wrapper_has_the_video_settings_of_training(wrapper, prepared):
+    given = {"video_fps": "1", "video_min_frames": 2, "video_total_pixels": 10**6}
+    model = wrapper(str(prepared.model), max_batch_size=None, **given)
+    assert model.answerer.media.sampling == VideoSampling(1.0, 2, 64, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"video_fps": 0}, "--video-fps must be over 0, got 0.0"),
+        ({"video_min_frames": 65}, "--video-min-frames 65 is over --video-max-frames 64: change one of them"),
+        ({"video_frames": 2, "fps": 1}, "--model_args: qwen2_vl_dct has no fps, video_frames"),
+    ],
+)
+def test_the_wrapper_refuses_other_settings(wrapper, given, said):
+    with pytest.raises(UserError) as refusal:
+        wrapper("no-model", **given)
+    assert str(refusal.value) == said

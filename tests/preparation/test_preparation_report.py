@@ -19,7 +19,9 @@ from PIL import Image
 from prepared_set import StoredSample, write_json, write_set
 
 import data_preparation
+from dct_qwen2vl.data.text_tokens import TextTokens
 from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS
+from dct_qwen2vl.preparation.entries import read_turns
 from dct_qwen2vl.preparation.report import writing
 from dct_qwen2vl.preparation.report.figures import DPI, FIGURES, HEIGHT, WIDTH
 from dct_qwen2vl.preparation.report.samples import (
@@ -434,6 +436,17 @@ def test_token_counts_are_those_of_training(prepared_set, qwen2vl_directory, sam
     assert lengths.refused.tolist() == [number == 6 for number in range(11)]
 
 
+def test_grounding_tokens_are_counted_as_training_makes_them(qwen2vl_directory):
+    from transformers import AutoTokenizer
+
+    text = "<|box_start|>(110,220),(330,440)<|box_end|> and <|im_end|>?"
+    turns = read_turns({"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text}]})
+    counted = count_text_tokens(iter([[turns]]), load_tokenizer(qwen2vl_directory))
+    encoded = TextTokens(AutoTokenizer.from_pretrained(qwen2vl_directory)).encode
+    texts = ["system\nYou are a helpful assistant.", "\n", f"user\n{text}", "\n", "assistant\n", text, "\n"]
+    assert counted.tolist() == [sum(len(encoded(text)) for text in texts) + 6]
+
+
 def test_text_is_estimated_from_characters(prepared_set):
     """A token for four characters, 21 for the chat template, 2 for each medium."""
     lengths = measure_lengths(read_statistics(prepared_set), None, *PIXEL_BOUNDS)
@@ -451,9 +464,9 @@ def spoil(folder: Path, name: str, change: Callable[[dict], object]) -> None:
 
 SHARD, SHARD_STATS = "pretrain-000001.tar", "pretrain-000001.stats.json"
 FAULTS = {
-    "no stats": (lambda folder: (folder / "stats.json").unlink(), "stats.json is missing"),
+    "no stats": (lambda folder: (folder / "stats.json").unlink(), "stats.json cannot be read (No such file"),
     "cut stats": (lambda folder: (folder / "stats.json").write_text('{"tool": '), "stats.json is not JSON"),
-    "a list": (lambda folder: (folder / "stats.json").write_text("[]"), "holds a list, not an object"),
+    "a list": (lambda folder: (folder / "stats.json").write_text("[]"), "stats.json is JSON, but no object"),
     "another tool's": (lambda folder: spoil(folder, "stats.json", lambda s: s.update(tool="x")), "was not written by"),
     "not complete": (lambda folder: spoil(folder, "stats.json", lambda s: s.update(complete=False)), "not complete"),
     "read": (lambda folder: spoil(folder, "stats.json", lambda s: s.update(read=15)), "read is 15, the sum of its sou"),
@@ -463,7 +476,7 @@ FAULTS = {
     ),
     "negative": (lambda folder: spoil(folder, "stats.json", lambda s: s.update(written=-1)), "must be counts"),
     "source": (lambda folder: spoil(folder, "stats.json", lambda s: s["sources"].update(gqa=2)), "sources must hold"),
-    "no shard stats": (lambda folder: (folder / SHARD_STATS).unlink(), f"{SHARD_STATS} is missing"),
+    "no shard stats": (lambda folder: (folder / SHARD_STATS).unlink(), f"{SHARD_STATS} cannot be read"),
     "short column": (
         lambda folder: spoil(folder, SHARD_STATS, lambda s: s["media"]["height"].pop()),
         f"{SHARD_STATS}: height must be a list of 3 numbers",

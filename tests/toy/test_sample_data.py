@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dct_qwen2vl.toy import drawing, sample_data
+from dct_qwen2vl.toy import drawing, sample_data, sample_plan
 from dct_qwen2vl.toy.drawing import COLOURS, Scene
 
 TOTAL = 200
@@ -317,7 +317,7 @@ def test_digits_differ_from_each_other_in_print():
 
 
 def test_plans_are_balanced_so_that_a_guess_stays_at_chance():
-    items = sample_data.plan_items(np.random.default_rng(0), 2000)
+    items = sample_plan.plan_items(np.random.default_rng(0), 2000)
     for question_type, choices in (("colour", 6), ("shape", 4), ("count", 4), ("digits", 10), ("motion", 4)):
         answers = Counter(item.scene.answers().get(question_type) for item in items)
         del answers[None]
@@ -326,7 +326,7 @@ def test_plans_are_balanced_so_that_a_guess_stays_at_chance():
 
 
 def test_one_answer_does_not_tell_another():
-    items = sample_data.plan_items(np.random.default_rng(0), 2400)
+    items = sample_plan.plan_items(np.random.default_rng(0), 2400)
     for first, second in (("colour", "shape"), ("shape", "count"), ("colour", "digits"), ("colour", "motion")):
         pairs = Counter((item.scene.answers().get(first), item.scene.answers().get(second)) for item in items)
         pairs = {pair: count for pair, count in pairs.items() if None not in pair}
@@ -334,7 +334,7 @@ def test_one_answer_does_not_tell_another():
 
 
 def test_most_of_the_default_data_is_plain_jpeg_and_enough_of_it_can_be_read():
-    items = sample_data.plan_items(
+    items = sample_plan.plan_items(
         np.random.default_rng(0), sample_data.parse_arguments(["--output-dir", "x"]).num_images
     )
     images = [item for item in items if item.scene.motion is None]

@@ -46,6 +46,7 @@ from benchmarks.quality.analysis.run_results import (
     without_starts,
 )
 from benchmarks.quality.result_files import SUFFIX, Result, result_files
+from dct_qwen2vl.common.scripts import UserError, run_main
 
 # What is compared with what: (variant, against).
 PAIRS = (
@@ -72,7 +73,7 @@ PAIRS = (
     ("exact", "pixels"),
     ("x16", "sixteenth"),
 )
-LIMITED = "reading"  # the task that legibility.py reads
+LIMITED = "reading"  # the task that digit_classifier.py reads
 LEVEL_PAIRS = (("x4", "quarter"), ("x4", "x4-corner"), ("x16", "sixteenth"))  # level by level, too
 MARKS = (50, 80, 90, 95, 98)  # percent right, of which the steps to them are told
 
@@ -225,29 +226,30 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--results", type=place, nargs="+", required=True, metavar="PATH", help="result files, or folders with them")
     add("--times", type=place, nargs="+", default=[], metavar="PATH", help="more, for times alone")
-    add("--limits", type=place, metavar="PATH", help="results of legibility.py, for the figures")
+    add("--limits", type=place, metavar="PATH", help="results of digit_classifier.py, for the figures")
     add("--figures", type=Path, metavar="DIR", help="draw three figures for each experiment there")
     return parser.parse_args(argv)
 
 
 def read(arguments: argparse.Namespace) -> tuple[list[Result], Times, Limits]:
-    """Raises ValueError for places without results and for damaged files."""
+    """Raises UserError for places without results and for damaged files."""
     limits = [] if arguments.limits is None else [arguments.limits]
     empty = [str(path) for path in [*arguments.results, *arguments.times, *limits] if not result_files(path)]
     results = [] if empty else load(*arguments.results)
     if not results:
         where = " ".join(empty or map(str, arguments.results))
-        raise ValueError(f"no results in {where}: expected .jsonl files of run_experiments.py or legibility.py")
+        raise UserError(f"no results in {where}: expected .jsonl files of run_experiments.py or digit_classifier.py")
     return results, step_times(results + load(*arguments.times)), load_limits(arguments.limits)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        results, times, limits = read(arguments)
-    except ValueError as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 1
+    return run_main("compare.py", lambda: compare(arguments))
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Prints the tables and draws the figures. Raises UserError, OSError."""
+    results, times, limits = read(arguments)
     for number, (name, variants) in enumerate(experiments(results).items()):
         tested = [len(runs[0]["by_image"]["right"]) for runs in variants.values()]
         chance = 100 * next(iter(variants.values()))[0]["chance"]

@@ -31,6 +31,8 @@ from benchmarks.quality.analysis.paired import (
     spread,
     verdict_over_seeds,
 )
+from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.common.scripts import UserError, run_main
 
 # The score of each task, as lmms-eval 0.7.3 names it; other tasks need --metric, if they have more than one.
 METRICS = {
@@ -73,7 +75,7 @@ class Answers:
 def read_answers(path: Path, task: str, metric: str | None = None) -> Answers:
     """A file of samples that lmms-eval wrote. metric: None for the one of METRICS, or the only one that is there.
 
-    Raises ValueError, naming file and line, for what is no sample, or has no score of that name.
+    Raises UserError, naming file and line, for what is no sample, or has no score of that name.
     """
     found: dict[int, tuple[str, float]] = {}
     metric = metric or METRICS.get(task)
@@ -82,22 +84,20 @@ def read_answers(path: Path, task: str, metric: str | None = None) -> Answers:
             sample = json.loads(line)
             question = sample["doc_id"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number} is no sample of lmms-eval: expected JSON with doc_id") from error
+            raise UserError(f"{path}:{number} is no sample of lmms-eval: expected JSON with doc_id") from error
         name = metric or only_score(sample, path, number)
         try:
             value = sample[name]
             score = float(value["score"] if isinstance(value, dict) else value)
         except (KeyError, TypeError, ValueError) as error:
             known = ", ".join(scores_of(sample)) or "none"
-            raise ValueError(
-                f"{path}:{number} has no score {name!r}, only {known}: try --metric {task}=NAME"
-            ) from error
+            raise UserError(f"{path}:{number} has no score {name!r}, only {known}: try --metric {task}=NAME") from error
         if question in found:
-            raise ValueError(f"{path}:{number} answers question {question} again: evaluate the task once")
+            raise UserError(f"{path}:{number} answers question {question} again: evaluate the task once")
         cluster = value.get(CLUSTER, question) if isinstance(value, dict) else question
         found[question] = str(cluster), score
     if not found:
-        raise ValueError(f"{path} is empty: run lmms-eval with --log_samples again")
+        raise UserError(f"{path} is empty: run lmms-eval with --log_samples again")
     ids = tuple(sorted(found))
     return Answers(ids, tuple(found[i][0] for i in ids), np.array([found[i][1] for i in ids]))
 
@@ -114,7 +114,7 @@ def scores_of(sample: dict[str, Any]) -> list[str]:
 def only_score(sample: dict[str, Any], path: Path, number: int) -> str:
     names = scores_of(sample)
     if len(names) != 1:
-        raise ValueError(
+        raise UserError(
             f"{path}:{number} has the scores {', '.join(names) or '(none)'}: choose one by --metric TASK=NAME"
         )
     return names[0]
@@ -123,20 +123,20 @@ def only_score(sample: dict[str, Any], path: Path, number: int) -> str:
 def sample_files(folder: Path) -> dict[str, Path]:
     """{task: its samples} in a folder that was lmms-eval's --output_path; the newest, if a task was evaluated again.
 
-    Raises ValueError if there are none.
+    Raises UserError if there are none.
     """
     files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*_samples_*.jsonl"), key=lambda path: path.name):  # names begin with the date
         files[path.stem.partition("_samples_")[2]] = path
     if not files:
-        raise ValueError(f"no *_samples_*.jsonl in {folder}: run lmms-eval with --log_samples --output_path {folder}")
+        raise UserError(f"no *_samples_*.jsonl in {folder}: run lmms-eval with --log_samples --output_path {folder}")
     return files
 
 
 def difference(ours: Answers, theirs: Answers) -> Difference:
-    """Of two models on the same questions. Raises ValueError if the questions are not the same."""
+    """Of two models on the same questions. Raises UserError if the questions are not the same."""
     if (ours.ids, ours.clusters) != (theirs.ids, theirs.clusters):
-        raise ValueError(
+        raise UserError(
             f"other questions were answered: {len(ours.ids)} and {len(theirs.ids)}, of which "
             f"{len(set(ours.ids) & set(theirs.ids))} are the same"
         )
@@ -184,11 +184,11 @@ def table(tasks: dict[str, Runs]) -> list[str]:
 
 
 def gather(folders: list[tuple[str, Path]], metrics: dict[str, str]) -> dict[str, Runs]:
-    """{task: {variant: answers by seed}} of the tasks that all folders have. Raises ValueError if there are none."""
+    """{task: {variant: answers by seed}} of the tasks that all folders have. Raises UserError if there are none."""
     files = [(variant, sample_files(folder)) for variant, folder in folders]
     shared = [task for task in files[0][1] if all(task in tasks for _, tasks in files)]
     if not shared:
-        raise ValueError(
+        raise UserError(
             "no task was evaluated for all variants: " + "; ".join(f"{variant}: {', '.join(t)}" for variant, t in files)
         )
     for variant, tasks in files:
@@ -225,7 +225,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def differences(tasks: dict[str, Runs]) -> list[str]:
-    """Lines: the last variant against each other one, by task. Raises ValueError, naming them, if questions differ."""
+    """Lines: the last variant against each other one, by task. Raises UserError, naming them, if questions differ."""
     lines = []
     for task, runs in tasks.items():
         *others, last = runs
@@ -233,7 +233,7 @@ def differences(tasks: dict[str, Runs]) -> list[str]:
             try:
                 lines.append(f"{task}, {last} - {other}, {verdict(runs[last], runs[other])}")
             except ValueError as error:
-                raise ValueError(f"{task}, {last} and {other}: {error}") from error
+                raise UserError(f"{task}, {last} and {other}: {error}") from error
     return lines
 
 
@@ -254,15 +254,15 @@ def figures(tasks: dict[str, Runs]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        tasks = gather([(variant, Path(folder)) for variant, folder in arguments.answers], dict(arguments.metric))
-        lines = [*table(tasks), "", *differences(tasks)]
-    except (ValueError, OSError) as error:
-        print(f"compare_answers.py: {error}", file=sys.stderr)
-        return 1
-    print("\n".join(lines))
+    return run_main("compare_answers.py", lambda: compare(arguments))
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Prints the table and the differences. Raises UserError, OSError."""
+    tasks = gather([(variant, Path(folder)) for variant, folder in arguments.answers], dict(arguments.metric))
+    print("\n".join([*table(tasks), "", *differences(tasks)]))
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures(tasks), indent=1) + "\n")
+        write_json(arguments.json, figures(tasks))
     return 0
 
 

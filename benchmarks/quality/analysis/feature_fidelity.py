@@ -14,13 +14,16 @@ standard deviation, is the best of CLIP_LIMITS. The weights themselves have bf16
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dct_qwen2vl.analysis.media_files import add_media_flags
+from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.common.scripts import run_main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +89,7 @@ def bicubic_downscaled(frames: "np.ndarray", block: tuple[int, int, int]) -> "to
     import numpy as np
     import torch
 
-    from dct_qwen2vl.analysis.coefficient_statistics import resized
+    from dct_qwen2vl.analysis.coefficient_moments import resized
 
     size = (frames.shape[1] * 14 // block[1], frames.shape[2] * 14 // block[2])
     return torch.from_numpy(resized(frames, size).astype(np.float64))
@@ -206,8 +209,7 @@ def report(rows: list[Row]) -> str:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model-dir", type=Path, help="pixel Qwen2-VL (default: random weights of its size)")
-    parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="PATH", help="image files and folders")
-    parser.add_argument("--videos", type=Path, nargs="+", default=[], metavar="PATH", help="video files and folders")
+    add_media_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="of motion and random weights (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -216,23 +218,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    return run_main("feature_fidelity.py", lambda: measure_and_say(arguments), arguments.debug)
+
+
+def measure_and_say(arguments: argparse.Namespace) -> int:
+    """Raises UserError, OSError."""
     from benchmarks.quality.analysis.patch_weights import patch_weight
     from benchmarks.quality.analysis.rate_distortion import chosen_material
 
-    try:
-        weight, source = patch_weight(arguments.model_dir, arguments.seed)
-        rows = measure(chosen_material(arguments), weight)
-    except (ValueError, OSError) as error:
-        if arguments.debug:
-            raise
-        print(f"feature_fidelity.py: {error}", file=sys.stderr)
-        return 1
+    weight, source = patch_weight(arguments.model_dir, arguments.seed)
+    rows = measure(chosen_material(arguments), weight)
     print(f"patch embedding {list(weight.shape)}: {source}")
     print("relative error of the embedding\n")
     print(report(rows))
     if arguments.json:
-        values = {"weight": source, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.json, {"weight": source, "rows": [asdict(row) for row in rows]})
     return 0
 
 

@@ -10,7 +10,7 @@ SHAPE = (1280, 3, 2, 14, 14)  # of every Qwen2-VL, 2B to 72B
 
 
 def patch_weight(model_dir: Path | None, seed: int) -> tuple["torch.Tensor", str]:
-    """The weight [E, 3, 2, 14, 14] and where it is from, for the output. Raises ValueError, OSError.
+    """The weight [E, 3, 2, 14, 14] and where it is from, for the output. Raises CheckpointError, OSError.
 
     Without a checkpoint: independent normal values, as a model has them before training. A trained one prefers low
     frequencies, so what a random one says of high frequencies is too pessimistic.
@@ -20,8 +20,8 @@ def patch_weight(model_dir: Path | None, seed: int) -> tuple["torch.Tensor", str
     if model_dir is None:
         weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) * (3 * 2 * 14 * 14) ** -0.5
         return weight, f"RANDOM, seed {seed} (--model-dir takes a checkpoint's)"
-    from convert_checkpoint import safetensors_files
     from dct_qwen2vl.checkpoints.conversion import patch_embedding, read_config
+    from dct_qwen2vl.checkpoints.inspection import safetensors_files
 
     read_config(model_dir)
     return patch_embedding(safetensors_files(model_dir)), f"of {model_dir.name}"

@@ -14,13 +14,16 @@ frame of a video of that size.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dct_qwen2vl.analysis.media_files import add_media_flags
+from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.common.scripts import UserError, run_main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +64,7 @@ def held_out_material(seed: int) -> dict[str, list["np.ndarray"]]:
     """{"stills": uint8 [1, H, W, 3] each, "videos": uint8 [T, H, W, 3] each}, one video of each kind for each image."""
     import numpy as np
 
-    from dct_qwen2vl.analysis.coefficient_statistics import resized, sizes_of
+    from dct_qwen2vl.analysis.coefficient_moments import resized, sizes_of
     from dct_qwen2vl.analysis.natural_images import HELD_OUT_IMAGES, load, videos_of
 
     rng = np.random.default_rng(seed)
@@ -76,8 +79,9 @@ def held_out_material(seed: int) -> dict[str, list["np.ndarray"]]:
 
 
 def given_material(images: list[Path], videos: list[Path]) -> dict[str, list["np.ndarray"]]:
-    """As `held_out_material`, from files and folders; says what cannot be used. Raises ValueError, OSError."""
-    from dct_qwen2vl.analysis.coefficient_statistics import files_of, read_images, read_videos, resized, sizes_of
+    """As `held_out_material`, from files and folders; says what cannot be used. Raises UserError, OSError."""
+    from dct_qwen2vl.analysis.coefficient_moments import resized, sizes_of
+    from dct_qwen2vl.analysis.media_files import files_of, read_images, read_videos
     from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
     skipped: list[str] = []
@@ -88,7 +92,7 @@ def given_material(images: list[Path], videos: list[Path]) -> dict[str, list["np
     for line in skipped:
         print(f"skipped {line}")
     if not stills and not moving:
-        raise ValueError("nothing to measure: no file could be used")
+        raise UserError("nothing to measure: no file could be used; give --images or --videos others")
     return {"stills": stills, "videos": moving}
 
 
@@ -296,21 +300,21 @@ def plot(points: list[Point], path: Path, weight_source: str) -> None:
     import matplotlib.pyplot as plt
 
     materials = list(dict.fromkeys(point.material for point in points))
-    figure, axes = plt.subplots(len(materials), 4, figsize=(21, 5 * len(materials) + 1), layout="constrained")
+    figure, axes = plt.subplots(len(materials), 4, figsize=(15, 3.8 * len(materials) + 1.2), layout="constrained")
     axes = axes.reshape(len(materials), 4)
     for row, material in zip(axes, materials):
         chosen = [point for point in points if point.material == material]
         for column, (measure, unit) in enumerate((("psnr", "PSNR in dB"), ("ssim", "SSIM"))):
             plot_over_floats(row[column], chosen, measure)
             plot_over_tokens(row[2 + column], chosen, measure)
-            row[column].set(title=f"{material}: {unit} over floats, blocks of 28 px", ylabel=unit)
-            row[2 + column].set(title=f"{material}: {unit} over tokens", ylabel=unit)
+            row[column].set(title=f"{material}: {unit}, blocks of 28 px", ylabel=unit)
+            row[2 + column].set(title=f"{material}: {unit}, all block sizes", ylabel=unit)
     handles = {}
     for axis in axes.ravel():
         handles.update(zip(*axis.get_legend_handles_labels()[::-1]))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
     figure.suptitle(f'The preset exact is lossless and not shown. Weight of the order "weighted": {weight_source}')
-    figure.savefig(path, dpi=70, metadata={"Software": None})
+    figure.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(figure)
 
 
@@ -324,7 +328,7 @@ def plot_over_floats(axis, points: list[Point], measure: str) -> None:
         some = [(p.floats_per_pixel, getattr(p, measure)) for p in points if p.method == method]
         draw(axis, some, f"{method} downscaling", color=grey, marker=marker, ls="--")
     mark_presets(axis, points, measure, "floats_per_pixel")
-    finish(axis, "floats per pixel of a frame", FLOAT_TICKS)
+    finish(axis, "numbers per pixel of a frame", FLOAT_TICKS)
 
 
 def plot_over_tokens(axis, points: list[Point], measure: str) -> None:
@@ -334,7 +338,7 @@ def plot_over_tokens(axis, points: list[Point], measure: str) -> None:
             for p in points
             if (p.method, p.chroma) == (order, "420") and abs(p.floats_per_pixel * p.side**2 / 588 - factor) < 1e-2
         ]
-        label = f"{order}, 4:2:0, {'as' if factor == 1 else 'twice as'} many floats in a token as pixels have"
+        label = f"{order}, 4:2:0, {'as' if factor == 1 else 'twice as'} many numbers a token as pixels"
         draw(axis, some, label, color=STYLES[order], ls=line, marker="o", ms=4, lw=2)
     for method, (grey, marker) in GREYS.items():
         some = [(p.tokens, getattr(p, measure)) for p in points if p.method == method]
@@ -379,8 +383,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0],
         epilog="Without --images and --videos: the photographs of natural_images.HELD_OUT_IMAGES.",
     )
-    parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="PATH", help="image files and folders")
-    parser.add_argument("--videos", type=Path, nargs="+", default=[], metavar="PATH", help="video files and folders")
+    add_media_flags(parser)
     parser.add_argument("--model-dir", type=Path, help="pixel Qwen2-VL, for the order weighted (default: random)")
     parser.add_argument("--seed", type=int, default=0, help="of motion and random weights (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for all figures")
@@ -391,23 +394,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    return run_main("rate_distortion.py", lambda: measure_and_say(arguments), arguments.debug)
+
+
+def measure_and_say(arguments: argparse.Namespace) -> int:
+    """Raises UserError, OSError."""
     from benchmarks.quality.analysis.patch_weights import patch_weight
 
-    try:
-        weight, source = patch_weight(arguments.model_dir, arguments.seed)
-        points = measure(chosen_material(arguments), weight)
-        print(f'weight of the order "weighted": {source}')
-        print(report(points, FLOATS_PER_PIXEL, SIDES))
-        if arguments.json:
-            values = {"weight": source, "points": [asdict(point) for point in points]}
-            arguments.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        if arguments.plot:
-            plot(points, arguments.plot, source)
-    except (ValueError, OSError) as error:
-        if arguments.debug:
-            raise
-        print(f"rate_distortion.py: {error}", file=sys.stderr)
-        return 1
+    weight, source = patch_weight(arguments.model_dir, arguments.seed)
+    points = measure(chosen_material(arguments), weight)
+    print(f'weight of the order "weighted": {source}')
+    print(report(points, FLOATS_PER_PIXEL, SIDES))
+    if arguments.json:
+        write_json(arguments.json, {"weight": source, "points": [asdict(point) for point in points]})
+    if arguments.plot:
+        plot(points, arguments.plot, source)
     return 0
 
 

@@ -13,6 +13,8 @@ from typing import ClassVar
 
 import torch
 
+from dct_qwen2vl.common.scripts import UserError
+
 DIGITS = "0123456789"
 MOST_CELLS = 64
 NOT_SCORED = -1
@@ -115,9 +117,9 @@ class CellTask:
         return tuple(place for place in range(self.answer_length) if place % (1 + self.answers))
 
     def check(self, fits: bool, needs: str) -> None:
-        """Raises ValueError for cells that are too many, or do not hold what is drawn."""
+        """Raises UserError for cells that are too many, or do not hold what is drawn."""
         if self.count > MOST_CELLS or not fits:
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: there may be at most {MOST_CELLS} cells, and each must hold {needs}, got {self.cells} "
                 f"cells along {self.size} px"
             )

@@ -14,6 +14,7 @@ from benchmarks.quality.tasks.drawing import Random, generator_for
 from benchmarks.quality.tasks.reading import Numbers, OddOne, Reading, ShortWords
 from benchmarks.quality.tasks.scenes import Chart, Counting, Texture
 from benchmarks.quality.tasks.videos import Flashes, Motion, Order, Ticker
+from dct_qwen2vl.common.scripts import UserError
 
 TASKS: dict[str, type[CellTask]] = {
     task.name: task
@@ -22,13 +23,13 @@ TASKS: dict[str, type[CellTask]] = {
 
 
 def make_task(name: str, knobs: dict[str, Any] | None = None) -> CellTask:
-    """A task by name, with some of its fields changed. Raises ValueError for a name or field that it has not."""
+    """A task by name, with some of its fields changed. Raises UserError for a name or field that it has not."""
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
+        raise UserError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
     known = TASKS[name].__dataclass_fields__
     for knob in knobs or {}:
         if knob not in known:
-            raise ValueError(f"task {name} has no knob {knob!r}: it has {', '.join(known)}")
+            raise UserError(f"task {name} has no knob {knob!r}: it has {', '.join(known)}")
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in (knobs or {}).items()}
     return TASKS[name](**fields)
 

@@ -65,7 +65,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Figure:
-    """name: of the file, without ending. caption: what is on the axes. draw: puts it on a matplotlib figure."""
+    """One figure.
+
+    name: of the file, without ending.
+    caption: what is on the axes.
+    draw: puts it on a matplotlib figure.
+    """
 
     name: str
     caption: str
@@ -73,7 +78,7 @@ class Figure:
 
 
 def draw_figures(data: Data, folder: Path) -> list[Figure]:
-    """Draw what the set has data for and remove the files of other figures. Returns those drawn."""
+    """Draws what the set has data for and removes the files of other figures. Returns those drawn."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [figure for figure in FIGURES if has_data(figure, data.statistics)]
     for figure in FIGURES:
@@ -119,7 +124,7 @@ def shorten(name: str) -> str:
 
 
 def sum_up(names: list[str], table: np.ndarray, most: int, rest: str) -> tuple[list[str], np.ndarray]:
-    """At most `most` rows: names and their rows of a table, beyond that the sum of the others as "5 `rest`"."""
+    """At most `most` rows of a table, with their names. The last is the sum of the others, named "5 `rest`"."""
     if len(names) <= most:
         return [shorten(name) for name in names], table
     kept = most - 1
@@ -128,7 +133,10 @@ def sum_up(names: list[str], table: np.ndarray, most: int, rest: str) -> tuple[l
 
 
 def stack_bars(drawing: "Drawing", labels: list[str], parts: list[tuple[str, str, np.ndarray]], xlabel: str):
-    """A horizontal bar for each label, first on top, of parts: (name, colour, length for each label). Returns axes."""
+    """Draws a horizontal bar for each label, the first on top. Returns the axes.
+
+    parts: of the bars, as (name, colour, length for each label).
+    """
     axes = drawing.subplots()
     rows, left = np.arange(len(labels)), np.zeros(len(labels))
     for name, colour, widths in parts:
@@ -145,7 +153,7 @@ def stack_bars(drawing: "Drawing", labels: list[str], parts: list[tuple[str, str
 
 
 def parts_by_source(statistics: Statistics, table: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
-    """table [sources, bars] -> parts of `stack_bars`; a source has one colour in all figures."""
+    """A table [sources, bars] as parts of `stack_bars`. A source has one colour in all figures."""
     names, table = sum_up(list(statistics.sources), table, len(SERIES) + 1, "other sources")
     parts = zip(names, [*SERIES, OTHER], table)
     return [(name, colour, widths) for name, colour, widths in parts if widths.any()]
@@ -202,9 +210,9 @@ def count_ticks(axis) -> None:
 
 
 def edges_of(values: np.ndarray, least_ratio: float = 8, bins: int = BINS) -> tuple[np.ndarray, bool]:
-    """-> edges of bins for values above 0, whether they are logarithmic: where the values span `least_ratio`.
+    """Edges of bins for values above 0, and whether they are logarithmic: where the values span `least_ratio`.
 
-    No bin is narrower than the steps of whole numbers, which would leave gaps between them.
+    No bin is narrower than a step of whole numbers, which would leave gaps between bins.
     """
     low, high = float(values.min()), float(values.max())
     is_logarithmic = high >= low * least_ratio
@@ -219,7 +227,7 @@ def edges_of(values: np.ndarray, least_ratio: float = 8, bins: int = BINS) -> tu
 
 
 def log_ticks(axis, most: int = 8) -> None:
-    """Plain numbers, `most` of them at most: at 1, 2, 5, 10, ... or at others, as many as there is room for."""
+    """Plain numbers, at most `most`: at 1, 2, 5, 10, ..., or at more or fewer steps, as there is room."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     low, high = axis.get_view_interval()

@@ -36,7 +36,9 @@ UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\u
 class Findings:
     """All that the page shows.
 
-    examples: the first skipped entry for each reason. samples: a random choice. figures: those drawn, in `folder`.
+    examples: the first skipped entry for each reason.
+    samples: a random choice.
+    figures: those drawn, in `folder`.
     """
 
     statistics: Statistics
@@ -74,8 +76,11 @@ def write_page(findings: Findings) -> bytes:
 
 
 def node(tag: str, *children: Any, **attributes: Any) -> Element:
-    """An element. children: elements, text, or None for nothing. class_ stands for the attribute class, http_equiv for
-    http-equiv."""
+    """An element.
+
+    children: elements, text, or None for nothing.
+    class_, http_equiv: the attributes class and http-equiv.
+    """
     names = {name: name.rstrip("_").replace("_", "-") for name in attributes}
     element = Element(tag, {names[name]: clean(str(value)) for name, value in attributes.items()})
     last = None
@@ -95,12 +100,12 @@ def clean(text: str) -> str:
 
 
 def cut(text: str, most: int) -> tuple[str, str]:
-    """-> the beginning of a text, a note of what is missing, or ""."""
+    """The beginning of a text, and a note of what is missing, or ""."""
     return (text, "") if len(text) <= most else (f"{text[:most]}…", f"({len(text) - most:,} more characters)")
 
 
 def foreign(text: str) -> Element:
-    """A name from the set within a line: written from right to left, it must not turn the line around."""
+    """A name from the set within a line. Written from right to left, it does not turn the line around."""
     shown, note = cut(text, MOST_DETAIL)
     return node("span", node("bdi", shown), f" {note}" if note else None)
 
@@ -120,7 +125,11 @@ def counted(part: int, whole: int) -> Element:
 
 
 def table(name: str, header: Sequence[str], rows: Iterable[Sequence[Any]], has_sum: bool = False) -> Element:
-    """rows: cells, each a "td", or text or an element to put into one. has_sum: the last row sums up the others."""
+    """A table of rows.
+
+    rows: of cells. A cell is a "td", or text or an element to put into one.
+    has_sum: the last row sums up the others.
+    """
     lines = [[c if isinstance(c, Element) and c.tag == "td" else node("td", c) for c in row] for row in rows]
     body = node("tbody", *(node("tr", *line) for line in lines))
     if has_sum:

@@ -28,8 +28,12 @@ VERIFY = "look at it with data_preparation.py --verify"
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A medium made small. name: its file ending in the shard; images: JPEG files, of a video several frames, none
-    where it cannot be decoded, as `fault` says. height, width: px of each."""
+    """A medium made small.
+
+    name: its file ending in the shard.
+    images: JPEG files, several frames of a video. Empty where it cannot be decoded, as `fault` says.
+    height, width: of each, px.
+    """
 
     name: str
     images: tuple[bytes, ...] = ()
@@ -40,7 +44,11 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class ShownSample:
-    """position: number in the set. more_media: how many media have no thumbnail here."""
+    """One sample of the report.
+
+    position: number in the set.
+    more_media: how many media have no thumbnail here.
+    """
 
     position: int
     key: str

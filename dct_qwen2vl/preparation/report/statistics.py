@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dct_qwen2vl.common.files import read_object
 from dct_qwen2vl.preparation.data_splits import SPLITS
 from dct_qwen2vl.preparation.metadata import PreparationError
 from dct_qwen2vl.preparation.output_folder import SKIPPED_NAME, STATS_NAME, TOOL, stats_path, with_new_names
@@ -27,7 +28,10 @@ AGAIN = "run data_preparation.py on the folder again"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of the set. first: the number of its first sample in the set."""
+    """One tar of the set.
+
+    first: number of its first sample in the set.
+    """
 
     name: str
     split: str
@@ -39,10 +43,15 @@ class Shard:
 class Statistics:
     """A prepared set.
 
-    stats: what stats.json holds. sources: the names of the source datasets, the one with most entries read first.
-    Columns [N]: source int32, index in `sources`; media int32, images and videos of the sample; text int64, characters
-    of all turns; split int8, index in SPLITS. Columns [M]: height, width int32, px; frames int32, 1 for an image;
-    seconds float32, 0 for an image.
+    stats: the object in stats.json.
+    sources: names of the source datasets, the one with most entries read first.
+    split: int8 [N]. Index in SPLITS.
+    source: int32 [N]. Index in `sources`.
+    media: int32 [N]. Images and videos of the sample.
+    text: int64 [N]. Characters of all turns.
+    height, width: int32 [M], px.
+    frames: int32 [M]. 1 for an image.
+    seconds: float32 [M]. 0 for an image.
     """
 
     stats: dict[str, Any]
@@ -90,9 +99,12 @@ class Statistics:
 
 
 def read_statistics(output_dir: Path) -> Statistics:
-    """Raises PreparationError where a file is missing, is no stats file or contradicts another one."""
+    """A prepared set.
+
+    Raises PreparationError for a file that is missing, is no stats file or contradicts another one.
+    """
     path = output_dir / STATS_NAME
-    stats = read_json(path)
+    stats = read_object(path, AGAIN, PreparationError, with_new_names)
     check_stats(stats, path)
     sources = tuple(sorted(stats["sources"], key=lambda name: (-stats["sources"][name]["read"], name)))
     numbers = {name: number for number, name in enumerate(sources)}
@@ -109,18 +121,6 @@ def read_statistics(output_dir: Path) -> Statistics:
     statistics = Statistics(stats, shards, sources, split.astype(np.int8), **columns)
     check_sources(statistics, path)
     return statistics
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes(), object_hook=with_new_names)
-    except FileNotFoundError:
-        raise PreparationError(f"{path} is missing; {AGAIN}") from None
-    except (ValueError, RecursionError) as error:
-        raise PreparationError(f"{path} is not JSON ({error}); {AGAIN}") from error
-    if not isinstance(value, dict):
-        raise PreparationError(f"{path} holds a {type(value).__name__}, not an object; {AGAIN}")
-    return value
 
 
 def check_stats(stats: dict[str, Any], path: Path) -> None:
@@ -166,7 +166,7 @@ def agree(path: Path, what: str, value: int, other: str, expected: int) -> None:
 def read_shard(shard: Path, written: int, sources: dict[str, int]) -> tuple[str, dict[str, np.ndarray]]:
     """The split of a shard and its columns, `source` as index in the set's sources."""
     path = stats_path(shard)
-    stats = read_json(path)
+    stats = read_object(path, AGAIN, PreparationError, with_new_names)
     samples, media, names = stats.get("samples"), stats.get("media"), stats.get("sources")
     if stats.get("split") not in SPLITS:
         raise PreparationError(f"{path}: split must be one of {', '.join(SPLITS)}; {AGAIN}")
@@ -186,7 +186,7 @@ def read_shard(shard: Path, written: int, sources: dict[str, int]) -> tuple[str,
 
 
 def read_column(path: Path, name: str, values: Any, count: int) -> np.ndarray:
-    """`count` numbers, whole but for the seconds; sizes and frames are 1 or more."""
+    """`count` numbers. Seconds may be fractions; sizes and frames are 1 or more. Raises PreparationError."""
     whole = name != "seconds"
     dtype = np.int64 if name == "text" else np.int32 if whole else np.float32
     if count == 0 and values == []:
@@ -205,7 +205,7 @@ def read_column(path: Path, name: str, values: Any, count: int) -> np.ndarray:
 
 
 def check_sources(statistics: Statistics, path: Path) -> None:
-    """The samples of each source in the columns are as many as stats.json says."""
+    """Raises PreparationError unless each source has as many samples in the columns as stats.json says."""
     counts = np.bincount(statistics.source, minlength=len(statistics.sources)).tolist()
     for name, count in zip(statistics.sources, counts):
         agree(

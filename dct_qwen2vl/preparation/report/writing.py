@@ -1,7 +1,7 @@
 """Draw up a report on a prepared set: counts, sizes, token counts and random samples, as one page to open in a browser.
 
-    python preparation_report.py O
-    python preparation_report.py O --seq-length 2048 --tokenizer /models/Qwen2-VL-2B-Instruct
+    python -m dct_qwen2vl.preparation.report O
+    python -m dct_qwen2vl.preparation.report O --seq-length 2048 --tokenizer /models/Qwen2-VL-2B-Instruct
 
 In:  O/stats.json, O/skipped.jsonl, O/pretrain-*.stats.json and the shards, as data_preparation.py leaves them
 Out: O/report.html      the page; it holds its images and loads nothing
@@ -30,11 +30,11 @@ def write_report(
     pixel_bounds: tuple[int, int] = PIXEL_BOUNDS,
     tokenizer_dir: Path | None = None,
 ) -> Path:
-    """Write report.html and the figures of a prepared set; returns the page's path.
+    """Writes report.html and the figures of a prepared set. Returns the page's path.
 
-    pixel_bounds: min_pixels and max_pixels of training. tokenizer_dir: a Hugging Face directory whose tokenizer counts
-    the text tokens; None to estimate them. Raises PreparationError where a file of the set is missing or contradicts
-    another one, OSError.
+    pixel_bounds: min_pixels and max_pixels of training.
+    tokenizer_dir: a Hugging Face directory whose tokenizer counts the text tokens. None: they are estimated.
+    Raises OSError, and PreparationError where a file of the set is missing or contradicts another one.
     """
     from dct_qwen2vl.common.files import replacing
     from dct_qwen2vl.preparation.output_folder import REPORT_FOLDER

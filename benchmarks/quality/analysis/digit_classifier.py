@@ -1,6 +1,6 @@
 """What can be read at all? A convolutional classifier reads digits from images put together from a variant's tokens.
 
-    python -m benchmarks.quality.analysis.legibility --variants exact x4 x4-corner quarter --output legibility
+    python -m benchmarks.quality.analysis.digit_classifier --variants exact x4 x4-corner quarter --output legibility
 
 It is trained on single cells of the reading task, one digit in each, and has nothing else to learn: no tokens, no
 language, no looking for a place, no blanks. What it reads can be read, and what a language model misses beyond that is
@@ -28,6 +28,7 @@ from benchmarks.quality.tasks.reading import Reading
 from benchmarks.quality.tasks.registry import Source, make_task
 from benchmarks.quality.trainer import DRAWN_AT_ONCE
 from benchmarks.quality.variants import MERGE, Encoder, downscale, make_variant
+from dct_qwen2vl.common.scripts import UserError, run_main
 
 KNOBS = {"cells": 4, "blank": 0.0}
 HEIGHTS = Reading.heights
@@ -40,14 +41,14 @@ class Rebuild:
     """Images from a variant's tokens: uint8 frames [B, 1, H, W, 3] -> float32 [B, H, W, 3] in levels of 0..255.
 
     DCT variants: by the pseudo-inverse of their analysis. Pixel variants: the downscaled image, each pixel as often as
-    it was shrunk. Raises ValueError for variants that are measured on data, which show what others show.
+    it was shrunk. Raises UserError for variants that are measured on data, which show what others show.
     """
 
     def __init__(self, variant: str, patch: int, size: int, device: torch.device) -> None:
         self.encoder = Encoder(make_variant(variant, patch), (size, size), 1, device)
         self.variant = self.encoder.variant
         if self.variant.config is None and self.variant.scaling != "clip":
-            raise ValueError(
+            raise UserError(
                 f"variant {variant} is measured on data: choose pixels, quarter, sixteenth or a DCT variant"
             )
         if self.variant.config is not None:
@@ -198,16 +199,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    return run_main("digit_classifier.py", lambda: measure_and_say(arguments))
+
+
+def measure_and_say(arguments: argparse.Namespace) -> int:
+    """Raises UserError, OSError."""
     device, output, results = chosen_device(arguments.device), Output.at(arguments.output, "legibility"), []
     shared = {name: getattr(arguments, name) for name in ("steps", "images", "width", "heights", "patch", "test")}
     for variant in arguments.variants:
         for seed in arguments.seeds:
             settings = {"variant": variant, "seed": seed, **shared}
-            try:
-                result = run(settings, output, device, arguments.commit)
-            except (ValueError, OSError) as error:
-                print(f"legibility.py: {error}", file=sys.stderr)
-                return 1
+            result = run(settings, output, device, arguments.commit)
             print(f"{variant} seed {seed}: right {result['accuracy']:.1%} after {result['seconds']} s", flush=True)
             results.append(result)
     print("\n".join(["", *table(results)]))

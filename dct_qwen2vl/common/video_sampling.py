@@ -1,0 +1,64 @@
+"""Which frames of a video are read: settings that data preparation, training and evaluation share."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from dct_qwen2vl.common.settings import setting
+
+PREFIX = "video_"  # of the settings' names in commands, as in --video-fps
+
+
+@dataclass(frozen=True)
+class VideoSampling:
+    """What is read of a video, as in Qwen2-VL's own utilities (`qwen_vl_utils.vision_process`).
+
+    fps: frames of a second. They are spread evenly over the video.
+    min_frames, max_frames: bounds of their number. It is even where possible, and never more than the video has.
+    total_pixels: most pixels of a video. Frames are counted in pairs, as a token holds two of them.
+    """
+
+    fps: float = setting("", 2.0, "frames read from a second of a video", over=0)
+    min_frames: int = setting("", 4, "least frames read from a video that has them", at_least=1, not_over="max_frames")
+    max_frames: int = setting("", 768, "most frames read from a video", at_least=1)
+    total_pixels: int = setting("", 24_576 * 28 * 28, "most pixels of a video, two frames counted as one", at_least=1)
+
+    @classmethod
+    def of(cls, settings: Any) -> "VideoSampling":
+        """settings: of a command. Its names have a prefix: `video_fps`, `video_min_frames` and so on."""
+        return cls(**{each.name: getattr(settings, PREFIX + each.name) for each in fields(cls)})
+
+    def count(self, total_frames: int, frames_per_second: float) -> int:
+        """How many frames of a video are read."""
+        wanted = total_frames / frames_per_second * self.fps if frames_per_second > 0 else total_frames
+        least, most = math.ceil(self.min_frames / 2) * 2, self.max_frames // 2 * 2
+        return max(1, int(min(max(wanted, least), most, total_frames)) // 2 * 2)
+
+    def indices(self, total_frames: int, frames_per_second: float) -> np.ndarray:
+        """Numbers of the frames to read from a video of constant rate, int64, ascending."""
+        count = self.count(total_frames, frames_per_second)
+        return np.linspace(0, total_frames - 1, count).round().astype(np.int64)
+
+    def indices_at(self, seconds: np.ndarray, frames_per_second: float) -> np.ndarray:
+        """As `indices`, from the times at which the frames appear, float64 [total_frames], strictly ascending.
+
+        Where a frame strays from a constant rate by more than half an interval, frames are chosen by time: those on the
+        screen at evenly spread moments; one that stays long may come several times. frames_per_second: what the file
+        says, used if the times agree.
+        """
+        total = len(seconds)
+        if total < 3:
+            return self.indices(total, frames_per_second)
+        interval = (seconds[-1] - seconds[0]) / (total - 1)
+        if np.abs(seconds - np.linspace(seconds[0], seconds[-1], total)).max() <= interval / 2:
+            agrees = abs(frames_per_second * interval - 1) < 0.01
+            return self.indices(total, frames_per_second if agrees else 1 / interval)
+        duration = seconds[-1] - seconds[0] + float(np.median(np.diff(seconds)))
+        moments = np.linspace(seconds[0], seconds[-1], self.count(total, total / duration))
+        return np.searchsorted(seconds, moments, side="right") - 1
+
+    def max_frame_pixels(self, frames: int, min_pixels: int, max_pixels: int) -> int:
+        """Most pixels of one frame of a video of `frames` frames, given the bounds for an image."""
+        return min(max_pixels, max(int(self.total_pixels / frames * 2), int(min_pixels * 1.05)))
