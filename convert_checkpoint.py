@@ -23,11 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dct_qwen2vl.checkpoints.conversion import convert, patch_embedding, read_config
-from dct_qwen2vl.checkpoints.inspection import (
-    CheckpointError,
-    safetensors_files,
-)
+from dct_qwen2vl.checkpoints.conversion import convert_source, patch_embedding, read_config
+from dct_qwen2vl.checkpoints.inspection import CheckpointError
+from dct_qwen2vl.checkpoints.source import opened
 from dct_qwen2vl.checkpoints.stock_form import to_dct, to_stock
 from dct_qwen2vl.common.scripts import UserError, run_main
 
@@ -163,27 +161,39 @@ def change_form_and_say(arguments: argparse.Namespace) -> int:
     folders, bounds = (arguments.model_dir, arguments.output_dir), (arguments.min_pixels, arguments.max_pixels)
     if arguments.to == "stock":
         done = to_stock(*folders, *bounds, arguments.force)
+        if done.dct is None:
+            print("It is a stock Qwen2-VL: written as transformers 4.51 reads it.")
+    if arguments.to == "stock" and done.dct:
         frames, rows, columns = done.dct.block
         print(f"Unfolded the patch embedding: {done.dct.name} is a plain Qwen2-VL with patches of {frames} frames x "
               f"{rows} x {columns} px.")  # fmt: skip
-    else:
+    elif arguments.to == "dct":
         dct = read_format(arguments.dct) if isinstance(arguments.dct, str) else arguments.dct
         done = to_dct(*folders, dct, *bounds, arguments.force)
         print(f"Folded the patch embedding: {done.dct.name}, {done.dct.num_coefficients} coefficients a token, leaves "
               f"out {done.left_out:.2g} of its norm.")  # fmt: skip
+    say(done.notes)
     print(f"Wrote {done.weight_bytes / 1e6:.1f} MB of weights and the processor to {arguments.output_dir}.")
     return 0
 
 
+def say(notes: tuple[str, ...]) -> None:
+    """What was read otherwise than it is written in the source, a line each."""
+    for note in notes:
+        print(f"Note: {note}.")
+
+
 def convert_and_say(arguments: argparse.Namespace) -> int:
     dct = read_format(arguments.dct) if isinstance(arguments.dct, str) else arguments.dct
-    if arguments.block and arguments.order == "weighted":
-        read_config(arguments.model_dir)
-        dct = own_format(arguments, patch_embedding(safetensors_files(arguments.model_dir)))
-    with usable():
-        dct = dct.with_detail_gain(arguments.detail_gain)
-    folders, bounds = (arguments.model_dir, arguments.output_dir), (arguments.min_pixels, arguments.max_pixels)
-    total = convert(*folders, dct, *bounds, arguments.force)
+    read_config(arguments.model_dir)
+    with opened(arguments.model_dir) as source:
+        if arguments.block and arguments.order == "weighted":
+            dct = own_format(arguments, patch_embedding(source))
+        with usable():
+            dct = dct.with_detail_gain(arguments.detail_gain)
+        bounds = arguments.min_pixels, arguments.max_pixels
+        total = convert_source(source, arguments.output_dir, dct, *bounds, arguments.force)
+        say(source.notes)
     side = dct.block[1] * dct.merge
     print(f"Folded the patch embedding: {dct.name}, blocks of {dct.block} -> {dct.num_coefficients} coefficients.")
     print(f"One token of the language model now covers {side}x{side} px of {dct.block[0]} frames (was 28x28 px of 2).")

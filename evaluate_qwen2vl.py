@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dct_qwen2vl.checkpoints.inspection import check_checkpoint
+from dct_qwen2vl.checkpoints.inspection import check_checkpoint, note_on_old_code
 from dct_qwen2vl.common.files import write_bytes, write_json
 from dct_qwen2vl.common.scripts import UserError, run_main
 from dct_qwen2vl.common.settings import add_flags, check_ranges, flag_of
@@ -52,6 +52,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises UserError or OSError with one line. Makes the output folder, so that no answer is in vain."""
+    from dct_qwen2vl.checkpoints.loading import check_directory
+
     for name in ("limit", "batch_size", "max_new_tokens"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -60,6 +62,9 @@ def check(arguments: argparse.Namespace) -> None:
     if not (arguments.model_dir / "config.json").is_file():
         raise UserError(f"no model in {arguments.model_dir} (no config.json): give --model-dir a run's hf folder")
     check_checkpoint(arguments.model_dir)
+    check_directory(arguments.model_dir)
+    if note := note_on_old_code(arguments.model_dir):
+        print(f"Note: {note}")
     if not read_splits(arguments.data_dir, (arguments.split,))[arguments.split]:
         raise UserError(f"the {arguments.split} split of {arguments.data_dir} holds no shard: choose another --split")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)

@@ -133,8 +133,10 @@ def explain(error: Exception) -> str | None:
     trace = "".join(traceback.format_exception(error))
     if marker in trace:
         return trace.split(marker)[1].split("\n")[0]
-    if any(words in str(error) for words in PEER_ENDED):
+    if any(words in trace for words in PEER_ENDED):
         return "another process of this run has ended, so this one ends as well"
+    if type(error).__name__ == "SIGTERMException":  # Lightning's, whose import is slow
+        return "ended by SIGTERM; the same command goes on from the newest checkpoint"
     return str(error) if isinstance(error, UserError) else None
 
 

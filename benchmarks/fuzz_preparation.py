@@ -15,34 +15,25 @@ Worker processes do the work, so that a crash or a hang is seen, named, and not 
 was a finding.
 """
 
-import argparse
-import contextlib
 import io
 import json
-import multiprocessing
-import os
 import random
-import resource
-import signal
 import struct
 import sys
 import tarfile
 import tempfile
-import time
-import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from benchmarks import fuzzing
+from benchmarks.fuzzing import Finding, Result, Run, Target, mutate, mutate_json, quiet
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.media import MediaError, VideoSampling, decode_image, decode_video
 from dct_qwen2vl.preparation import conversion
@@ -62,13 +53,7 @@ ENTRY_REASONS = {
     "placeholder_in_system", "placeholder_mismatch", "media_names_disagree", "nothing_learned", "embedded_media",
     "missing_media",
 }  # fmt: skip
-INTERESTING = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
-MEMORY_LIMIT = 4 << 30  # bytes of address space of a worker: what asks for more gets none
 SMALL = 56, 84  # height and width to which what is stored is resized
-
-
-class Finding(Exception):
-    """Something that must not happen."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,84 +208,6 @@ def json_files() -> list[bytes]:
     return [json.dumps(entries, indent=1).encode(), json.dumps(entries, ensure_ascii=False).encode(), lines]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Mutations
-
-
-def flip_bits(rng: random.Random, data: bytearray, other: bytes) -> None:
-    for _ in range(rng.randint(1, 8)):
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-
-
-def set_number(rng: random.Random, data: bytearray, other: bytes) -> None:
-    """An integer of one, two, four or eight bytes, in either order."""
-    size, place = rng.choice((1, 2, 4, 8)), rng.randrange(len(data))
-    value = rng.choice((*INTERESTING, rng.getrandbits(64))) % (1 << 8 * size)
-    data[place : place + size] = value.to_bytes(size, rng.choice(("big", "little")))[: len(data) - place]
-
-
-def change_header(rng: random.Random, data: bytearray, other: bytes) -> None:
-    """A byte or two of the first 800, where most formats say how the rest is to be read."""
-    for _ in range(rng.randint(1, 2)):
-        data[rng.randrange(min(len(data), 800))] = rng.choice((rng.randrange(256), rng.randrange(4)))
-
-
-def cut_end(rng: random.Random, data: bytearray, other: bytes) -> None:
-    del data[rng.randrange(len(data)) :]
-
-
-def remove_range(rng: random.Random, data: bytearray, other: bytes) -> None:
-    start, stop = choose_range(rng, data)
-    del data[start:stop]
-
-
-def repeat_range(rng: random.Random, data: bytearray, other: bytes) -> None:
-    start, stop = choose_range(rng, data)
-    data[stop:stop] = data[start:stop] * rng.choice((1, 1, 2, 50))
-
-
-def move_range(rng: random.Random, data: bytearray, other: bytes) -> None:
-    start, stop = choose_range(rng, data)
-    piece = data[start:stop]
-    del data[start:stop]
-    place = rng.randint(0, len(data))
-    data[place:place] = piece
-
-
-def fill_range(rng: random.Random, data: bytearray, other: bytes) -> None:
-    start, stop = choose_range(rng, data)
-    data[start:stop] = rng.choice((bytes(stop - start), b"\xff" * (stop - start), rng.randbytes(stop - start)))
-
-
-def take_from_other(rng: random.Random, data: bytearray, other: bytes) -> None:
-    start, stop = choose_range(rng, other)
-    place = rng.randint(0, len(data))
-    data[place : place + rng.choice((0, stop - start))] = other[start:stop]
-
-
-def append_garbage(rng: random.Random, data: bytearray, other: bytes) -> None:
-    data += rng.choice((bytes(100), rng.randbytes(rng.randint(1, 2000)), other))
-
-
-def choose_range(rng: random.Random, data: bytes) -> tuple[int, int]:
-    start = rng.randrange(len(data))
-    return start, min(len(data), start + rng.choice((1, 4, 16, 64, 512, len(data))))
-
-
-MUTATIONS = (
-    flip_bits, set_number, change_header, change_header, cut_end, remove_range, repeat_range, move_range, fill_range,
-    take_from_other, append_garbage,
-)  # fmt: skip
-
-
-def mutate(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    mutated = bytearray(data)
-    for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
-        if mutated:
-            rng.choice(MUTATIONS)(rng, mutated, other)
-    return bytes(mutated)
-
-
 def correct_png(data: bytes) -> bytes:
     """Put right the CRCs of the chunks, as far as they can be followed."""
     corrected, place = bytearray(data), 8
@@ -322,29 +229,6 @@ def correct_tar(data: bytes) -> bytes:
             block[148:156] = b" " * 8
             corrected[place + 148 : place + 156] = b"%06o\0 " % sum(block)
     return bytes(corrected)
-
-
-JSON_WORDS = (
-    b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"-0", b"null", b"true", b'""', b'"\\ud800"', b'"\\u0000"', b"[]",
-    b"{}", b"[" * 100_000, b'{"a":' * 5000, b'"image"', b'"video"', b'"conversations"', b'"<image>"',
-    b'"<video><image>"', b'"../../etc/passwd"', b'"/etc/passwd"', b'"gpt"', b'"human"', b"\xff\xfe",
-    b"\xed\xa0\x80", b"\\", b'"', b",", b"\n", b'"' + b"x" * 300_000 + b'"',
-)  # fmt: skip
-
-
-def mutate_json(rng: random.Random, data: bytes) -> bytes:
-    """Words put in place of values, or anywhere; or mutations of bytes."""
-    if rng.random() < 0.3:
-        return mutate(rng, data, json_files()[0])
-    for _ in range(rng.choice((1, 1, 2, 4))):
-        places = [place for place, byte in enumerate(data) if byte in b':,[{"']
-        place = rng.choice(places or [0]) + 1
-        end = place
-        if rng.random() < 0.6:
-            while end < len(data) and data[end] not in b",]}\n":
-                end += 1
-        data = data[:place] + rng.choice(JSON_WORDS) + data[end:]
-    return data
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,7 +296,7 @@ def find_again(medium: str, data: bytes, error: MediaError) -> str:
 def run_json(rng: random.Random) -> str:
     """A file of metadata, entry by entry. All are accounted for, or the file is refused in one line."""
     *lists, lines = json_files()
-    data = mutate_json(rng, rng.choice([*lists, lines, lines]))
+    data = mutate_json(rng, rng.choice([*lists, lines, lines]), lists[0])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "metadata.json"
         path.write_bytes(data)
@@ -507,214 +391,33 @@ def write_set(rng: random.Random, data: Path) -> None:
     for name in rng.sample(sorted(files), 2):
         files[name] = mutate(rng, files[name], files["a.tar"])
         files[name] = correct_tar(files[name]) if name.endswith("tar") and rng.random() < 0.7 else files[name]
-    metadata = mutate_json(rng, metadata) if rng.random() < 0.4 else metadata
+    metadata = mutate_json(rng, metadata, json_files()[0]) if rng.random() < 0.4 else metadata
     for name, content in {**files, "cambrian737k.json": metadata}.items():
         (data / name).write_bytes(content)
 
 
-@contextlib.contextmanager
-def quiet() -> Any:
-    """What is printed meanwhile."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        yield said
+def make_files() -> None:
+    """All sound files, before the clock runs."""
+    for make in (image_files, video_files, tar_files, json_files):
+        make()
 
 
-RUNNERS: dict[str, Callable[[random.Random], str]] = {
-    "image": run_image, "video": run_video, "json": run_json, "tar": run_tar, "set": run_set,
-}  # fmt: skip
+TARGET = Target(
+    "fuzz_preparation",
+    KINDS,
+    {"image": run_image, "video": run_video, "json": run_json, "tar": run_tar, "set": run_set},
+    make_files,
+)
+kind_of, run_input = TARGET.kind_of, TARGET.run
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Workers
-
-
-def kind_of(number: int) -> str:
-    """The kinds take turns, so that any run of inputs holds all of them."""
-    place = number * 37 % 100  # 37 and 100 have no common divisor
-    for kind, share in KINDS.items():
-        if place < share:
-            return kind
-        place -= share
-    raise AssertionError("the shares of KINDS must add up to 100")
-
-
-Run = Callable[[int, int], tuple[str, bool]]  # run_input, or a test's
-
-
-def run_input(seed: int, number: int) -> tuple[str, bool]:
-    """What became of one input, and whether that is a finding."""
-    try:
-        return RUNNERS[kind_of(number)](random.Random(f"{seed} {number}")), False
-    except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split()):.300}", True
-
-
-def work(pipe: Connection, seed: int, run: Run) -> None:
-    """Run the inputs whose numbers come through the pipe, until None does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    if run is run_input:  # before the clock runs
-        for make_files in (image_files, video_files, tar_files, json_files):
-            make_files()
-    pipe.send(None)
-    while (number := pipe.recv()) is not None:
-        start = time.perf_counter()
-        outcome, is_finding = run(seed, number)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        pipe.send((number, outcome, is_finding, time.perf_counter() - start, memory))
-
-
-@dataclass
-class Worker:
-    """A process and the input that it has in hand since `since`."""
-
-    process: multiprocessing.Process
-    pipe: Connection
-    number: int | None = None
-    since: float = 0.0
-
-
-@dataclass
-class Result:
-    """outcomes: by kind. findings: (number, kind, what)."""
-
-    outcomes: dict[str, Counter] = field(default_factory=lambda: {kind: Counter() for kind in KINDS})
-    findings: list[tuple[int, str, str]] = field(default_factory=list)
-    slowest: tuple[float, int] = (0.0, -1)
-    peak_mib: float = 0.0
-
-    def add(self, number: int, outcome: str, is_finding: bool, seconds: float = 0.0, kib: int = 0) -> None:
-        kind = kind_of(number)
-        self.outcomes[kind]["finding" if is_finding else outcome] += 1
-        if is_finding:
-            self.findings.append((number, kind, outcome))
-            print(f"\ninput {number} ({kind}): {outcome}", file=sys.stderr)
-        self.slowest = max(self.slowest, (seconds, number))
-        self.peak_mib = max(self.peak_mib, kib / 1024)
-
-
-def fuzz(inputs: range, seed: int, num_workers: int, limit: float, run: Run = run_input) -> Result:
-    """Run all inputs in processes; limit: seconds for one of them."""
-    context, result, waiting = multiprocessing.get_context("forkserver"), Result(), iter(inputs)
-    context.set_forkserver_preload([__name__])
-    workers = [start_worker(context, seed, run) for _ in range(num_workers)]
-    while workers:
-        ready = set(wait([worker.pipe for worker in workers], timeout=0.2))
-        for place, worker in enumerate(list(workers)):
-            try:
-                if worker.pipe in ready:
-                    take_result(worker, result)
-                    give_input(worker, waiting)
-                elif worker.number is not None and time.monotonic() - worker.since > limit:
-                    worker.process.kill()
-                    raise TimeoutError
-            except (EOFError, OSError, TimeoutError) as error:
-                say_death(worker, result, error, limit)
-                workers[place] = start_worker(context, seed, run)
-        workers = [worker for worker in workers if not worker.pipe.closed]
-    return result
-
-
-def start_worker(context: Any, seed: int, run: Run) -> Worker:
-    ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, seed, run), daemon=True)
-    process.start()
-    theirs.close()
-    return Worker(process, ours)
-
-
-def take_result(worker: Worker, result: Result) -> None:
-    """Raises EOFError where the process has ended."""
-    received = worker.pipe.recv()
-    worker.number = None
-    if received is not None:
-        result.add(*received)
-        done = sum(outcomes.total() for outcomes in result.outcomes.values())
-        if done % 200 == 0:
-            print(f"\r{done} inputs, {len(result.findings)} findings", end="", file=sys.stderr, flush=True)
-
-
-def give_input(worker: Worker, waiting: Any) -> None:
-    number = next(waiting, None)
-    worker.pipe.send(number)
-    worker.number, worker.since = number, time.monotonic()
-    if number is None:
-        worker.process.join()
-        worker.pipe.close()
-
-
-def say_death(worker: Worker, result: Result, error: Exception, limit: float) -> None:
-    worker.process.join()
-    worker.pipe.close()
-    if worker.number is None:
-        raise SystemExit(f"fuzz_preparation.py: error: a worker ended with {worker.process.exitcode} while it started")
-    died = f"the process died (exit code {worker.process.exitcode})"
-    result.add(worker.number, f"over {limit:g} s" if isinstance(error, TimeoutError) else died, True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def summarise(result: Result, inputs: range, seed: int, seconds: float) -> dict[str, Any]:
-    counts = {kind: dict(sorted(outcomes.items())) for kind, outcomes in result.outcomes.items()}
-    total = sum(outcomes.total() for outcomes in result.outcomes.values())
-    return {
-        "seed": seed,
-        "first": inputs.start,
-        "inputs": len(inputs),
-        "lost": len(inputs) - total,
-        "findings": [{"input": number, "kind": kind, "what": what} for number, kind, what in result.findings],
-        "outcomes": counts,
-        "seconds": round(seconds, 1),
-        "slowest_input": {"input": result.slowest[1], "seconds": round(result.slowest[0], 2)},
-        "peak_memory_of_a_worker_mib": round(result.peak_mib),
-    }
-
-
-def print_summary(summary: dict[str, Any]) -> None:
-    for kind, outcomes in summary["outcomes"].items():
-        print(f"{kind}: {sum(outcomes.values())}")
-        for outcome, count in outcomes.items():
-            print(f"    {count:6} {outcome}")
-    for finding in summary["findings"]:
-        print(f"FINDING input {finding['input']} ({finding['kind']}): {finding['what']}")
-    slowest = summary["slowest_input"]
-    print(
-        f"{summary['inputs']} inputs in {summary['seconds']} s, {len(summary['findings'])} findings, "
-        f"{summary['lost']} lost; slowest: input {slowest['input']}, {slowest['seconds']} s; "
-        f"memory of a worker up to {summary['peak_memory_of_a_worker_mib']} MiB"
-    )
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    cores = len(os.sched_getaffinity(0))
-    add("--inputs", type=int, default=20_000, metavar="N", help="how many (default: %(default)s)")
-    add("--first", type=int, default=0, metavar="N", help="number of the first one (default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="other inputs for every seed (default: %(default)s)")
-    add("--num-workers", type=int, default=cores, metavar="N", help="processes (default: the cores, %(default)s)")
-    add("--limit", type=float, default=20.0, metavar="SECONDS", help="for one input (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    arguments = parser.parse_args(argv)
-    if arguments.inputs < 1 or arguments.first < 0 or arguments.num_workers < 1 or arguments.limit <= 0:
-        parser.error("--inputs and --num-workers must be 1 or more, --first 0 or more, --limit more than 0")
-    return arguments
+def fuzz(inputs: range, seed: int, num_workers: int, limit: float, run: Run | None = None) -> Result:
+    """See fuzzing.fuzz."""
+    return fuzzing.fuzz(TARGET, inputs, seed, num_workers, limit, run)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    inputs = range(arguments.first, arguments.first + arguments.inputs)
-    start = time.perf_counter()
-    result = fuzz(inputs, arguments.seed, min(arguments.num_workers, len(inputs)), arguments.limit)
-    summary = summarise(result, inputs, arguments.seed, time.perf_counter() - start)
-    print(file=sys.stderr)
-    print_summary(summary)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(summary, indent=2) + "\n")
-    return 1 if summary["findings"] or summary["lost"] else 0
+    return fuzzing.run_target(TARGET, argv, __doc__, inputs=20_000)
 
 
 if __name__ == "__main__":

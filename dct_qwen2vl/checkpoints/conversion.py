@@ -4,10 +4,13 @@ Weights are memory-mapped and passed through in shards of at most 2 GB.
 """
 
 import contextlib
+import itertools
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,22 +21,24 @@ from dct_qwen2vl.checkpoints.inspection import (
     PROCESSOR,
     STOCK_FORM,
     CheckpointError,
-    no_patch_embedding,
-    open_tensors,
     own_pixel_bounds,
     read_json,
     reads_pixel_patches,
-    safetensors_files,
     unfolded_format,
     with_patch,
 )
+from dct_qwen2vl.checkpoints.normalising import SAMPLING, VIDEO_PROCESSOR
+from dct_qwen2vl.checkpoints.source import Source, opened
+from dct_qwen2vl.checkpoints.weights import Stored
 from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.dct.image_sizes_dct import pixel_bounds
 
 if TYPE_CHECKING:
     import torch
 
 
 SHARD_BYTES = 2_000_000_000
+THREE_NUMBERS = [list(types) for types in itertools.product((int, float), repeat=3)]
 
 
 REWRITTEN = ("config.json", PROCESSOR, INDEX, STOCK_FORM)
@@ -62,39 +67,34 @@ def converted_config(config: dict, num_coefficients: int) -> dict:
     return {**config, "vision_config": vision}
 
 
-def patch_embedding(files: list[Path]) -> "torch.Tensor":
-    """The pixel model's weight [E, 3, 2, 14, 14]. Raises CheckpointError if it is missing."""
-    for name, tensors in open_tensors(files, "pt"):
-        if name.endswith(PATCH_EMBEDDING):
-            return tensors.get_tensor(name)
-    raise no_patch_embedding(files)
+def patch_embedding(source: Source) -> "torch.Tensor":
+    """The weight of the patch embedding, [E, 3, 2, 14, 14] of a pixel model."""
+    ((_, weight),) = read_tensors({PATCH_EMBEDDING: source.tensors[PATCH_EMBEDDING]})
+    return weight
 
 
-def folded_tensors(files: list[Path], dct) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """(name, tensor) one by one, memory-mapped, the patch embedding folded. Raises CheckpointError if it is missing."""
-    from dct_qwen2vl.dct.folding import fold_patch_embedding
+def read_tensors(tensors: Mapping[str, Stored]) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """(name, tensor) one by one, memory-mapped, file by file. Raises CheckpointError."""
+    from safetensors import SafetensorError, safe_open
 
-    def fold(weight: "torch.Tensor") -> "torch.Tensor":
+    by_file: dict[Path, list[str]] = {}
+    for name, stored in tensors.items():
+        by_file.setdefault(stored.file, []).append(name)
+    for file, names in by_file.items():
         try:
-            return fold_patch_embedding(weight, dct)
-        except ValueError as error:
-            raise CheckpointError(f"{files[0].parent}: {error}: get the files again") from error
-
-    return changed_tensors(files, fold)
+            with safe_open(file, framework="pt") as opened_file:
+                for name in names:
+                    yield name, opened_file.get_tensor(tensors[name].name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is damaged ({error}): get the file again") from error
 
 
 def changed_tensors(
-    files: list[Path], change: Callable[["torch.Tensor"], "torch.Tensor"]
+    source: Source, change: Callable[["torch.Tensor"], "torch.Tensor"]
 ) -> Iterator[tuple[str, "torch.Tensor"]]:
     """(name, tensor) one by one, memory-mapped; the patch embedding is changed. Raises CheckpointError."""
-    found = False
-    for name, tensors in open_tensors(files, "pt"):
-        tensor = tensors.get_tensor(name)
-        if name.endswith(PATCH_EMBEDDING):
-            tensor, found = change(tensor), True
-        yield name, tensor
-    if not found:
-        raise no_patch_embedding(files)
+    for name, tensor in read_tensors(source.tensors):
+        yield name, change(tensor) if name == PATCH_EMBEDDING else tensor
 
 
 def write_shards(tensors: Iterator[tuple[str, "torch.Tensor"]], output_dir: Path, shard_bytes: int) -> int:
@@ -133,29 +133,57 @@ def write_shards(tensors: Iterator[tuple[str, "torch.Tensor"]], output_dir: Path
     return total
 
 
-def make_processor(model_dir: Path, dct, min_pixels: int | None, max_pixels: int | None):
-    """The DCT processor with the source's pixel bounds, unless given. Raises CheckpointError for another mean, std."""
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+def own_colours(folder: Path, dct):
+    """The token format with the mean and std that the source's own processor normalises by. Raises CheckpointError."""
+    path = folder / PROCESSOR
+    source = read_json(path) if path.is_file() else {}
+    usual = {"do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255}
+    for name, value in usual.items():
+        said = source.get(name, value)
+        if not isinstance(said, int | float) or not math.isclose(said, value, rel_tol=1e-6):
+            raise CheckpointError(f"{path} has {name} {said!r}, tokens are made of pixels with {value!r}: get the file "
+                                  "again")  # fmt: skip
+    colours = {}
+    for name, key in (("mean", "image_mean"), ("std", "image_std")):
+        numbers = source.get(key) or list(getattr(dct, name))
+        if not isinstance(numbers, list) or list(map(type, numbers)) not in THREE_NUMBERS:
+            raise CheckpointError(f"{path} has {key} {numbers!r}, not three numbers: get the file again")
+        colours[name] = tuple(map(float, numbers))
+    try:
+        return replace(dct, **colours)
+    except ValueError as error:
+        raise CheckpointError(f"{path} has image_mean and image_std that cannot be ({error}): "
+                              "get the file again") from error  # fmt: skip
 
+
+def chosen_bounds(folder: Path, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
+    """min_pixels and max_pixels: those given, else the source's, of which the lower one gives way to a lower upper one.
+    Raises CheckpointError."""
+    try:
+        return pixel_bounds(min_pixels, max_pixels, *own_pixel_bounds(folder))
+    except ValueError as error:
+        raise CheckpointError(f"{error}: change --min-pixels or --max-pixels") from error
+
+
+def make_processor(folder: Path, dct, min_pixels: int | None, max_pixels: int | None):
+    """The DCT processor with the source's pixel bounds, unless given. Raises CheckpointError."""
     from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 
-    path = model_dir / PROCESSOR
-    source = read_json(path) if path.is_file() else {}
-    for name, expected in (("image_mean", OPENAI_CLIP_MEAN), ("image_std", OPENAI_CLIP_STD)):
-        if source.get(name, expected) != expected:
-            raise CheckpointError(f"{path} has {name} {source[name]}; the folding is for Qwen2-VL's {expected}")
-    own_low, own_high = own_pixel_bounds(model_dir)
-    low = own_low if min_pixels is None else min_pixels
-    high = own_high if max_pixels is None else max_pixels
-    if low < 1 or high < 1:
-        raise CheckpointError(f"min_pixels {low} and max_pixels {high} must be at least 1: change --min-pixels or "
-                              "--max-pixels")  # fmt: skip
-    if low > high:
-        raise CheckpointError(f"min_pixels {low} is over max_pixels {high}: change --min-pixels or --max-pixels")
+    low, high = chosen_bounds(folder, min_pixels, max_pixels)
     processor = DCTImageProcessor(dct=dct, min_pixels=low, max_pixels=high)
     # transformers 4 has _set_processor_class for it, 5 has not.
-    processor._processor_class = inspection.MODEL_TYPES[inspection.read_config(model_dir)["model_type"]]
+    processor._processor_class = inspection.MODEL_TYPES[inspection.read_config(folder)["model_type"]]
     return processor
+
+
+def keep_video_sampling(folder: Path) -> None:
+    """Of a copied video processor, which cuts pixels into patches, only the sampling stays."""
+    from dct_qwen2vl.checkpoints.hf_folder import write_video_sampling
+
+    path = folder / VIDEO_PROCESSOR
+    if path.is_file():
+        saved = read_json(path)
+        write_video_sampling(folder, {name: saved[name] for name in SAMPLING if saved.get(name) is not None})
 
 
 def copy_other_files(model_dir: Path, output_dir: Path, without: tuple[str, ...] = ()) -> None:
@@ -183,17 +211,36 @@ def convert(
 
     dct: a DCTConfig. Raises CheckpointError for an unusable source or an existing output without `force`.
     """
-    config = read_config(model_dir)
+    read_config(model_dir)
+    with opened(model_dir) as source:
+        return convert_source(source, output_dir, dct, min_pixels, max_pixels, force, shard_bytes)
+
+
+def convert_source(
+    source: Source,
+    output_dir: Path,
+    dct,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """The same for a checked pixel model."""
+    from dct_qwen2vl.dct.folding import fold_patch_embedding
+
+    config, dct = read_config(source.folder), own_colours(source.folder, dct)
     merge = config["vision_config"].get("spatial_merge_size", 2)
     if merge != dct.merge:
-        raise CheckpointError(f"{model_dir} merges {merge}x{merge} tokens, --dct says {dct.merge}: make them equal")
-    files = safetensors_files(model_dir)
-    processor = make_processor(model_dir, dct, min_pixels, max_pixels)
-    with new_directory(model_dir, output_dir, force) as temporary:
-        copy_other_files(model_dir, temporary)
+        raise CheckpointError(f"{source.model_dir} merges {merge}x{merge} tokens, --dct says {dct.merge}: make them "
+                              "equal")  # fmt: skip
+    processor = make_processor(source.folder, dct, min_pixels, max_pixels)
+    with new_directory(source.model_dir, output_dir, force) as temporary:
+        copy_other_files(source.folder, temporary)
         write_json(temporary / "config.json", converted_config(config, dct.num_coefficients))
         processor.save_pretrained(temporary)
-        return write_shards(folded_tensors(files, dct), temporary, shard_bytes)
+        keep_video_sampling(temporary)
+        tensors = changed_tensors(source, lambda weight: fold_patch_embedding(weight, dct))
+        return write_shards(tensors, temporary, shard_bytes)
 
 
 @contextlib.contextmanager

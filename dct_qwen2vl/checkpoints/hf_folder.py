@@ -4,10 +4,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import Qwen2VLImageProcessor
+from transformers import AutoTokenizer, Qwen2VLImageProcessor, Qwen2VLProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
-from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, read_json, remedy
+from dct_qwen2vl.checkpoints.inspection import (
+    PROCESSOR,
+    CheckpointError,
+    read_json,
+    read_processor,
+    remedy,
+    token_format,
+)
+from dct_qwen2vl.checkpoints.normalising import VIDEO_PROCESSOR
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 
@@ -25,6 +33,20 @@ def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **settings
         raise CheckpointError(f"{model_dir / PROCESSOR} cannot be used ({error}): {remedy(model_dir)}") from error
 
 
+def load_processor(model_dir: Path, **pixel_bounds: int) -> Qwen2VLProcessor:
+    """A checkpoint's tokenizer, which pads on the left, chat template and image processor, all but the template as
+    training loads them. pixel_bounds: of the image processor. Raises CheckpointError."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
+    dct = token_format(model_dir, read_processor(model_dir))
+    image_processor = load_image_processor(model_dir, dct, **pixel_bounds)
+    configuration, of_own_file = Qwen2VLProcessor.get_processor_dict(model_dir)
+    templates = of_own_file.get("chat_template"), configuration.get("chat_template"), tokenizer.chat_template
+    # Several templates stand by their names.
+    named = [each.get("default") if isinstance(each, dict) else each for each in templates]
+    template = next((each for each in named if isinstance(each, str) and each), None)
+    return Qwen2VLProcessor(image_processor, tokenizer, chat_template=template)
+
+
 def copy_all_but_weights(model_dir: Path, folder: Path) -> None:
     """A fresh `folder` with the configuration, tokenizer and processor of a Hugging Face directory."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -38,6 +60,18 @@ def let_others_read(folder: Path) -> None:
     """The weights of a Hugging Face directory get the permissions of its other files."""
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes 0600
+
+
+def write_video_sampling(folder: Path, sampling: dict[str, Any]) -> None:
+    """How a coefficient form samples videos, beside its processor's settings: transformers from 4.52 on reads the file
+    in place of these.
+
+    sampling: fields of a video processor.
+    """
+    settings = read_json(folder / PROCESSOR)
+    settings.pop("image_processor_type", None)
+    values = {**settings, "video_processor_type": "DCTVideoProcessor", **sampling}
+    write_json(folder / VIDEO_PROCESSOR, values)
 
 
 def write_pixel_bounds(folder: Path, bounds: dict[str, Any]) -> None:

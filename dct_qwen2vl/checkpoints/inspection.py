@@ -3,6 +3,9 @@
 Only the headers of safetensors files are read, so it takes no longer for a large model than for a small one.
 """
 
+import math
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS
 
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 PROCESSOR = "preprocessor_config.json"
+SHARED = "processor_config.json"  # transformers 5 saves all processors in it, and reads them there first
 INDEX = "model.safetensors.index.json"
 STOCK_FORM = "dct_format.json"  # beside the stock form of a DCT model: its token format, for the way back
 # Parsed when model and tokenizer are loaded; the other two, config.json and PROCESSOR, are looked into.
@@ -27,27 +31,76 @@ FORMAT_DEFAULTS = {"merge": 2, "name": "custom"}  # of a DCTConfig, whose other 
 MODEL_TYPES = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}  # that are read: their processors
 
 
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+LFS_POINTER = b"version https://git-lfs"
+ADAPTER = "adapter_config.json"  # PEFT's
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state*.pth", "scaler.pt")
+
+
 class CheckpointError(UserError):
     """A file is not what it should be. The message is one line: what, where, what to do next."""
 
 
 def read_json(path: Path, advice: str = "get the file again") -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError, whose message ends with `advice`."""
-    return read_object(path, advice, CheckpointError)
+    try:
+        return read_object(path, advice, CheckpointError)
+    except CheckpointError as error:
+        if is_lfs_pointer(path):
+            raise _pointer(path) from error
+        raise
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:
     """config.json of a Qwen2-VL, with its vision_config. Raises CheckpointError."""
     path = model_dir / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"no config.json in {model_dir}: give --model-dir a Hugging Face Qwen2-VL directory")
+        raise CheckpointError(f"no config.json in {model_dir}: {_where_it_is(model_dir)}")
     config = read_json(path)
-    if config.get("model_type") not in MODEL_TYPES:
+    if str(config.get("model_type")) not in MODEL_TYPES:
         raise CheckpointError(f"{path} is of model_type {config.get('model_type')!r}, only {' and '.join(MODEL_TYPES)} "
                               "are read: give --model-dir a Hugging Face Qwen2-VL directory")  # fmt: skip
     if not isinstance(config.get("vision_config"), dict):
         raise CheckpointError(f"{path} has no vision_config: give --model-dir a Hugging Face Qwen2-VL directory")
     return config
+
+
+def _where_it_is(model_dir: Path) -> str:
+    """What to give in place of a directory without a config.json."""
+    if (model_dir / ADAPTER).is_file():
+        return how_to_merge(model_dir)
+    if (model_dir / "config.json").is_symlink():
+        return "it is a link to a file that is not there; download the model again, or copy it with cp -rL"
+    inside = sorted(path.parent for pattern in ("*/config.json", "snapshots/*/config.json")
+                    for path in model_dir.glob(pattern))  # fmt: skip
+    if inside:
+        return f"give --model-dir {inside[-1]}"
+    return "give --model-dir a Hugging Face Qwen2-VL directory"
+
+
+def how_to_merge(model_dir: Path) -> str:
+    """The command that makes a model of a directory of PEFT's adapters. Raises CheckpointError."""
+    base = read_json(model_dir / ADAPTER).get("base_model_name_or_path") or "QWEN2_VL"
+    return (
+        'it holds LoRA adapters alone, merge them first: python -c "import peft, transformers as t; '
+        f"m = t.AutoModelForImageTextToText.from_pretrained('{base}', torch_dtype='auto'); "
+        f"peft.PeftModel.from_pretrained(m, '{model_dir}').merge_and_unload().save_pretrained('MERGED'); "
+        f"t.AutoProcessor.from_pretrained('{base}').save_pretrained('MERGED')\""
+    )
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether git has left the address of a file in its place."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
+def _pointer(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is a git-lfs pointer, not the file: git -C {path.parent} lfs pull")
 
 
 def tower_width(config: dict[str, Any]) -> int:
@@ -90,18 +143,24 @@ def patch_of(config: dict[str, Any]) -> tuple[int, int, int]:
 def saved_pixel_bounds(model_dir: Path) -> dict[str, int | None]:
     """min_pixels and max_pixels of the processor, None where it leaves them open. Raises CheckpointError."""
     path = model_dir / PROCESSOR
-    saved = read_json(path) if path.is_file() else {}
+    return pixel_bounds_in(path, read_json(path) if path.is_file() else {})
+
+
+def pixel_bounds_in(path: Path, saved: dict[str, Any]) -> dict[str, int | None]:
+    """The same of the settings in a file, under any of their names. Raises CheckpointError."""
     size = saved.get("size") or {}
     if not isinstance(size, dict):
         raise CheckpointError(f"{path} has the size {size!r}, which has no fields: get the file again")
     bounds = {
-        "min_pixels": saved.get("min_pixels") or size.get("shortest_edge"),
-        "max_pixels": saved.get("max_pixels") or size.get("longest_edge"),
+        name: saved.get(name) or size.get(edge) or size.get(name)
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
     }
     for name, value in bounds.items():
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise CheckpointError(f"{path} has {name} {value!r}, which is no number: get the file again")
-    return bounds
+        if value is not None and not 1 <= value < math.inf:
+            raise CheckpointError(f"{path} has {name} {value!r}, which is no number of pixels: get the file again")
+    return {name: value if value is None else int(value) for name, value in bounds.items()}
 
 
 def own_pixel_bounds(model_dir: Path) -> tuple[int, int]:
@@ -121,9 +180,60 @@ def safetensors_files(model_dir: Path) -> list[Path]:
         files = [model_dir / Path(name).name for name in sorted(set(names.values()))]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
-        raise CheckpointError(f"{model_dir} lacks {', '.join(missing)}: only whole safetensors checkpoints are read, "
-                              "get what is missing")  # fmt: skip
+        raise CheckpointError(f"{model_dir} lacks {', '.join(missing)}: {_how_to_get(model_dir, index.is_file())}")
     return files
+
+
+def _how_to_get(model_dir: Path, indexed: bool) -> str:
+    """What to do where weights are missing."""
+    advice = "only whole safetensors checkpoints are read, get what is missing"
+    if indexed:
+        return advice
+    if whole_shards(model_dir):
+        return (f"all shards are there, their index {INDEX} is not: get it again, or convert this directory, which "
+                "rebuilds it")  # fmt: skip
+    if any(SHARD.fullmatch(path.name) for path in model_dir.iterdir()):
+        return f"{advice}, the index {INDEX} and the shards that {_lacking_shards(model_dir)}"
+    if (model_dir / ADAPTER).is_file():
+        return how_to_merge(model_dir)
+    if any(model_dir.glob("global_step*/*")):
+        return ("the weights are DeepSpeed's, in parts: python zero_to_fp32.py . MERGED --safe_serialization "
+                "there, and copy the other files to MERGED")  # fmt: skip
+    pickles = [path.name for pattern in PICKLES for path in sorted(model_dir.glob(pattern))
+               if not any(path.match(name) for name in NO_WEIGHTS)]  # fmt: skip
+    if pickles:
+        return (f"{pickles[0]} is a pickle, which is not read; write safetensors with python -c "
+                f"\"import transformers as t; t.AutoModelForImageTextToText.from_pretrained('{model_dir}', "
+                f"torch_dtype='auto').save_pretrained('{model_dir}')\"")  # fmt: skip
+    if any(model_dir.glob("*.gguf")):
+        return "GGUF files are not read; give --model-dir the model in safetensors that they were made from"
+    return advice
+
+
+def _sets_of_shards(model_dir: Path) -> dict[tuple[str, int], dict[int, Path]]:
+    """By stem and count of their names: files by number."""
+    found: dict[tuple[str, int], dict[int, Path]] = defaultdict(dict)
+    for path in sorted(model_dir.glob("*-of-*.safetensors")):
+        name = SHARD.fullmatch(path.name)
+        if name and path.is_file():
+            found[name["stem"], int(name["count"])][int(name["number"])] = path
+    return found
+
+
+def whole_shards(model_dir: Path) -> list[Path]:
+    """The shards of the only set whose names say that it is complete; else []."""
+    whole = [
+        [path for _, path in sorted(shards.items())]
+        for (_, count), shards in _sets_of_shards(model_dir).items()
+        if sorted(shards) == list(range(1, count + 1))
+    ]
+    return whole[0] if len(whole) == 1 else []
+
+
+def _lacking_shards(model_dir: Path) -> str:
+    (stem, count), shards = next(iter(_sets_of_shards(model_dir).items()), (("model", 0), {}))
+    lacking = [f"{stem}-{number:05d}-of-{count:05d}" for number in range(1, count + 1) if number not in shards]
+    return f"are not there ({', '.join(lacking[:3]) or 'several sets are begun'})"
 
 
 def open_tensors(files: list[Path], framework: str) -> Iterator[tuple[str, Any]]:
@@ -136,6 +246,8 @@ def open_tensors(files: list[Path], framework: str) -> Iterator[tuple[str, Any]]
                 for name in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
                     yield name, tensors
         except (SafetensorError, OSError) as error:
+            if is_lfs_pointer(path):
+                raise _pointer(path) from error
             raise CheckpointError(f"{path} is damaged ({error}): get the file again") from error
 
 
@@ -165,7 +277,10 @@ def check_tokenizer(model_dir: Path) -> None:
 def read_processor(model_dir: Path) -> dict[str, Any]:
     """The image processor's configuration. Raises CheckpointError."""
     if not (model_dir / PROCESSOR).is_file():
-        raise CheckpointError(f"{model_dir} lacks {PROCESSOR}: {remedy(model_dir)}")
+        advice = remedy(model_dir)
+        if "image_processor" in (read_json(model_dir / SHARED) if (model_dir / SHARED).is_file() else {}):
+            advice = f"{SHARED} has its settings; {normalise(model_dir)}"
+        raise CheckpointError(f"{model_dir} lacks {PROCESSOR}: {advice}")
     return read_json(model_dir / PROCESSOR)
 
 
@@ -198,8 +313,23 @@ def unfolded_format(model_dir: Path) -> dict[str, Any] | None:
     return {**FORMAT_DEFAULTS, **dct}
 
 
-def check_format(model_dir: Path, processor: dict[str, Any], dct: dict[str, Any] | None) -> None:
-    """Processor, config.json and weights must be of one token format; dct: the processor's. Raises CheckpointError."""
+def note_on_old_code(model_dir: Path) -> str | None:
+    """A line for a coefficient form beside whose weights the processor's code is as it was before transformers 4.52;
+    None for any other directory. This repository reads it all the same. Raises CheckpointError."""
+    processor = read_processor(model_dir)
+    if processor.get("dct") is None or "AutoVideoProcessor" in (processor.get("auto_map") or ()):
+        return None
+    return (
+        f"{model_dir} was converted by an earlier version: transformers after 4.51 does not load its processor. "
+        f"Convert the model again for that, or {normalise(model_dir)}"
+    )
+
+
+def check_format(
+    model_dir: Path, processor: dict[str, Any], dct: dict[str, Any] | None, shape: tuple[int, ...] | None = None
+) -> None:
+    """Processor, config.json and weights must be of one token format; dct: the processor's. shape: of the patch
+    embedding; read from the weights if None. Raises CheckpointError."""
     config, size = read_config(model_dir), processor.get("size")
     vision = config["vision_config"]
     if dct is None and size and not (isinstance(size, dict) and {"shortest_edge", "longest_edge"} <= set(size)):
@@ -215,7 +345,7 @@ def check_format(model_dir: Path, processor: dict[str, Any], dct: dict[str, Any]
             f"{merges[0]} x {merges[0]}, config.json beside it reads {_by(reads)}, merged {merges[1]} x {merges[1]}: "
             f"{remedy(model_dir)}"
         )
-    shape = patch_embedding_shape(safetensors_files(model_dir))
+    shape = shape or patch_embedding_shape(safetensors_files(model_dir))
     wanted = (tower_width(config), *reads)
     if shape != wanted:
         raise CheckpointError(f"{model_dir}: {PATCH_EMBEDDING} is {_by(shape)}, config.json says {_by(wanted)}: "
@@ -228,11 +358,17 @@ def check_checkpoint(model_dir: Path) -> dict[str, Any] | None:
     processor = read_processor(model_dir)
     dct = token_format(model_dir, processor)
     check_format(model_dir, processor, dct)
+    saved_pixel_bounds(model_dir)
     check_tokenizer(model_dir)
     for name in PARSED:
         if (model_dir / name).is_file():
             read_json(model_dir / name)
     return dct
+
+
+def normalise(model_dir: Path) -> str:
+    """The command that writes a pixel model as transformers 4.51 reads it."""
+    return f"python convert_checkpoint.py --to stock --model-dir {model_dir} --output-dir {model_dir}-stock"
 
 
 def remedy(model_dir: Path) -> str:

@@ -14,35 +14,39 @@ from typing import TYPE_CHECKING, Any
 from dct_qwen2vl.checkpoints.conversion import (
     SHARD_BYTES,
     changed_tensors,
+    chosen_bounds,
     converted_config,
     copy_other_files,
+    keep_video_sampling,
     make_processor,
     new_directory,
+    own_colours,
     patch_embedding,
+    read_tensors,
     write_shards,
 )
 from dct_qwen2vl.checkpoints.inspection import (
+    PATCH_EMBEDDING,
     PROCESSOR,
+    SHARED,
     STOCK_FORM,
     CheckpointError,
     check_format,
-    own_pixel_bounds,
     patch_of,
     read_config,
     read_json,
     read_processor,
-    safetensors_files,
     token_format,
     unfolded_format,
     with_patch,
 )
+from dct_qwen2vl.checkpoints.normalising import VIDEO_PROCESSOR
+from dct_qwen2vl.checkpoints.source import Source, opened
 from dct_qwen2vl.common.files import write_json
 
 if TYPE_CHECKING:
     import torch
 
-VIDEO_PROCESSOR = "video_preprocessor_config.json"  # read by transformers from 4.52 on
-OWN_PROCESSORS = "processor_config.json"  # transformers 5 saves all processors in it, and reads them there first
 # Settings of the image processor that both forms have.
 SHARED_SETTINGS = ("do_resize", "do_rescale", "rescale_factor", "resample", "do_convert_rgb", "merge_size")
 # How videos are sampled where the processor does it: Qwen2-VL's, and those of training.
@@ -55,14 +59,16 @@ MOST_LEFT_OUT = 0.005
 class Converted:
     """What was written.
 
-    dct: DCTConfig. The token format.
+    dct: DCTConfig. The token format; None for a stock Qwen2-VL that was only normalised.
     weight_bytes: of all tensors.
     left_out: share of the patch embedding's norm that the format cannot show; 0 on the way to the stock form.
+    notes: lines, one for each thing of the source that was normalised.
     """
 
     dct: Any
     weight_bytes: int
     left_out: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 def to_stock(
@@ -72,34 +78,60 @@ def to_stock(
     max_pixels: int | None = None,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    complete: bool = True,
 ) -> Converted:
-    """Writes the stock form of a coefficient-form directory, whole or not at all.
+    """Writes the stock form of a coefficient-form directory, whole or not at all. A stock Qwen2-VL that another version
+    or tool has saved is written as transformers 4.51 reads it.
 
     The patch embedding is written in float32, whatever the type of the other weights: rounded to bfloat16 over pixels
     it would not give the coefficient form back. Loaders cast it to the type they run in.
 
     min_pixels, max_pixels: of an image or frame; those of `model_dir` if None.
+    complete: whether every weight must be there; a run that rehearses its last save has the patch embedding alone.
     Raises CheckpointError.
     """
     import torch
 
     from dct_qwen2vl.dct.folding import unfold_patch_embedding
 
-    dct, config = _coefficient_format(model_dir), read_config(model_dir)
-    bounds = _pixel_bounds(model_dir, min_pixels, max_pixels)
-    files = safetensors_files(model_dir)
-    dtype = str(patch_embedding(files).dtype).removeprefix("torch.")
+    with opened(model_dir, complete) as source:
+        if token_format(source.folder, read_processor(source.folder)) is None:
+            return _normalised(source, output_dir, min_pixels, max_pixels, force, shard_bytes)
+        dct, config = _coefficient_format(source), read_config(source.folder)
+        bounds = chosen_bounds(source.folder, min_pixels, max_pixels)
+        dtype = str(patch_embedding(source).dtype).removeprefix("torch.")
 
-    def unfold(weight: "torch.Tensor") -> "torch.Tensor":
-        return unfold_patch_embedding(weight, dct, dtype=torch.promote_types(weight.dtype, torch.float32))
+        def unfold(weight: "torch.Tensor") -> "torch.Tensor":
+            return unfold_patch_embedding(weight, dct, dtype=torch.promote_types(weight.dtype, torch.float32))
 
-    with new_directory(model_dir, output_dir, force) as folder:
-        copy_other_files(model_dir, folder, without=(".py",))
-        write_json(folder / "config.json", stock_config(config, dct))
-        _write_processors(model_dir, folder, dct, bounds)
-        write_json(folder / STOCK_FORM, {"patch_embedding_dtype": dtype, "dct": dct.to_dict()})
-        total = write_shards(changed_tensors(files, unfold), folder, shard_bytes)
-    return Converted(dct, total)
+        with new_directory(model_dir, output_dir, force) as folder:
+            copy_other_files(source.folder, folder, without=(".py",))
+            write_json(folder / "config.json", stock_config(config, dct))
+            _write_processors(source.folder, folder, dct, bounds)
+            write_json(folder / STOCK_FORM, {"patch_embedding_dtype": dtype, "dct": dct.to_dict()})
+            total = write_shards(changed_tensors(source, unfold), folder, shard_bytes)
+        return Converted(dct, total, notes=source.notes)
+
+
+def _normalised(
+    source: Source, output_dir: Path, min_pixels: int | None, max_pixels: int | None, force: bool, shard_bytes: int
+) -> Converted:
+    """Raises CheckpointError where there is nothing to change."""
+    if not source.notes and min_pixels is None and max_pixels is None:
+        saved = unfolded_format(source.folder)
+        what = f"is the stock form of {saved['name']} already" if saved else "reads pixels: it is a stock Qwen2-VL"
+        raise CheckpointError(f"{source.model_dir} {what}: use it as it is")
+    bounds = dict(zip(("min_pixels", "max_pixels"), chosen_bounds(source.folder, min_pixels, max_pixels), strict=True))
+    with new_directory(source.model_dir, output_dir, force) as folder:
+        copy_other_files(source.folder, folder, without=(".py",))
+        write_json(folder / "config.json", read_json(source.folder / "config.json"))
+        settings = {name: value for name, value in read_processor(source.folder).items() if name != "size"}
+        write_json(folder / PROCESSOR, {**settings, **bounds})
+        unfolded = source.folder / STOCK_FORM
+        if unfolded.is_file():
+            write_json(folder / STOCK_FORM, read_json(unfolded))
+        total = write_shards(read_tensors(source.tensors), folder, shard_bytes)
+    return Converted(None, total, notes=source.notes)
 
 
 def to_dct(
@@ -119,27 +151,29 @@ def to_dct(
     """
     from dct_qwen2vl.dct.folding import distance_from_format, fold_block_embedding
 
-    config = read_config(model_dir)
-    _check_pixels(model_dir)
-    dct = dct or _saved_format(model_dir) or _preset_of(model_dir, config)
-    _check_patch(model_dir, config, dct)
-    files = safetensors_files(model_dir)
-    weight = patch_embedding(files)
-    left_out = distance_from_format(weight, dct)
-    if not left_out <= MOST_LEFT_OUT:
-        raise _too_far(model_dir, dct, left_out)
-    processor = make_processor(model_dir, dct, min_pixels, max_pixels)
-    saved = read_processor(model_dir)
-    for name in ("do_resize", "do_rescale", "do_convert_rgb", "resample"):
-        setattr(processor, name, saved.get(name, getattr(processor, name)))
-    dtype = _saved_dtype(model_dir, weight)
-    with new_directory(model_dir, output_dir, force) as folder:
-        copy_other_files(model_dir, folder)
-        write_json(folder / "config.json", converted_config(config, dct.num_coefficients))
-        processor.save_pretrained(folder)
-        tensors = changed_tensors(files, lambda weight: fold_block_embedding(weight, dct, dtype=dtype))
-        total = write_shards(tensors, folder, shard_bytes)
-    return Converted(dct, total, left_out)
+    with opened(model_dir) as source:
+        config = read_config(source.folder)
+        _check_pixels(source)
+        dct = dct or _saved_format(source.folder) or _preset_of(source.folder, config)
+        dct = own_colours(source.folder, dct)
+        _check_patch(source.folder, config, dct)
+        weight = patch_embedding(source)
+        left_out = distance_from_format(weight, dct)
+        if not left_out <= MOST_LEFT_OUT:
+            raise _too_far(source.folder, dct, left_out)
+        processor = make_processor(source.folder, dct, min_pixels, max_pixels)
+        saved = read_processor(source.folder)
+        for name in ("do_resize", "do_rescale", "do_convert_rgb", "resample"):
+            setattr(processor, name, saved.get(name, getattr(processor, name)))
+        dtype = _saved_dtype(source.folder, weight)
+        with new_directory(model_dir, output_dir, force) as folder:
+            copy_other_files(source.folder, folder)
+            write_json(folder / "config.json", converted_config(config, dct.num_coefficients))
+            processor.save_pretrained(folder)
+            keep_video_sampling(folder)
+            tensors = changed_tensors(source, lambda weight: fold_block_embedding(weight, dct, dtype=dtype))
+            total = write_shards(tensors, folder, shard_bytes)
+        return Converted(dct, total, left_out, source.notes)
 
 
 def stock_config(config: dict[str, Any], dct) -> dict[str, Any]:
@@ -156,16 +190,14 @@ def stock_processor(processor: dict[str, Any], dct, bounds: tuple[int, int]) -> 
     processor: the coefficient form's. bounds: min_pixels and max_pixels. Older transformers read them under these
     names, newer ones as `size`.
     """
-    from dct_qwen2vl.dct.configuration_dct import CLIP_MEAN, CLIP_STD
-
     return {
         "do_convert_rgb": True,
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": list(CLIP_MEAN),
+        "image_mean": list(dct.mean),
         "image_processor_type": "Qwen2VLImageProcessor",
-        "image_std": list(CLIP_STD),
+        "image_std": list(dct.std),
         "max_pixels": bounds[1],
         "merge_size": dct.merge,
         "min_pixels": bounds[0],
@@ -190,7 +222,7 @@ def _write_processors(model_dir: Path, folder: Path, dct, bounds: tuple[int, int
     kind = {"video_processor_type": "Qwen2VLVideoProcessor"}
     write_json(folder / VIDEO_PROCESSOR, {**videos, **kind, **VIDEO_SAMPLING, **sampling})
     for name, unwanted in (
-        (OWN_PROCESSORS, ("image_processor", "video_processor", "auto_map")),
+        (SHARED, ("image_processor", "video_processor", "auto_map")),
         ("tokenizer_config.json", ("auto_map",)),
     ):
         path = folder / name
@@ -199,42 +231,28 @@ def _write_processors(model_dir: Path, folder: Path, dct, bounds: tuple[int, int
             write_json(path, {key: value for key, value in values.items() if key not in unwanted})
 
 
-def _coefficient_format(model_dir: Path):
+def _coefficient_format(source: Source):
     """The DCTConfig of a coefficient-form directory, whose files go together. Raises CheckpointError."""
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
 
-    read_config(model_dir)
+    model_dir = source.folder
     processor = read_processor(model_dir)
     dct = token_format(model_dir, processor)
-    if dct is None:
-        saved = unfolded_format(model_dir)
-        what = f"is the stock form of {saved['name']} already" if saved else "reads pixels: it is a stock Qwen2-VL"
-        raise CheckpointError(f"{model_dir} {what}: use it as it is")
-    check_format(model_dir, processor, dct)
+    check_format(model_dir, processor, dct, source.tensors[PATCH_EMBEDDING].shape)
     try:
         return DCTConfig.from_dict(processor["dct"])
     except ValueError as error:
         raise CheckpointError(f"{model_dir / PROCESSOR}: {error}: convert the model again") from error
 
 
-def _check_pixels(model_dir: Path) -> None:
+def _check_pixels(source: Source) -> None:
     """Raises CheckpointError for what is the coefficient form already, or whose files do not go together."""
+    model_dir = source.folder
     processor = read_processor(model_dir)
     dct = token_format(model_dir, processor)
     if dct is not None:
         raise CheckpointError(f"{model_dir} is the coefficient form of {dct['name']} already: use it as it is")
-    check_format(model_dir, processor, None)
-
-
-def _pixel_bounds(model_dir: Path, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
-    """Raises CheckpointError."""
-    from dct_qwen2vl.dct.image_sizes_dct import pixel_bounds
-
-    own = own_pixel_bounds(model_dir)
-    try:
-        return pixel_bounds(min_pixels, max_pixels, *own)
-    except ValueError as error:
-        raise CheckpointError(f"{error}: change --min-pixels or --max-pixels") from error
+    check_format(model_dir, processor, None, source.tensors[PATCH_EMBEDDING].shape)
 
 
 def _saved_format(model_dir: Path):

@@ -31,6 +31,7 @@ FIELDS = {
     "scale": ("a list of numbers", True, (int, float)),
     "merge": ("a whole number", False, (int,)),
     **dict.fromkeys(("chroma", "name"), ("a text", False, (str,))),
+    **dict.fromkeys(("mean", "std"), ("a list of numbers", True, (int, float))),
 }
 ORDERS = ("variance", "weighted", "zigzag", "box")  # see DCTConfig.select
 
@@ -225,6 +226,8 @@ class DCTConfig:
     scale: K positive numbers by which the coefficients are divided, so that inputs have about unit variance.
     merge: m, tokens of the vision tower along one side that become one token of the language model.
     name: for messages and logs.
+    mean, std: three numbers each, R, G, B in 0..1, by which the model's own processor normalises. Tokens are centred by
+        the mean; folding takes the std into the weight.
 
     Raises ValueError for a configuration that contradicts itself.
     """
@@ -235,6 +238,8 @@ class DCTConfig:
     scale: tuple[float, ...]
     merge: int = 2
     name: str = "custom"
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
 
     def __post_init__(self) -> None:
         _check_format(self.block, self.chroma)
@@ -250,6 +255,10 @@ class DCTConfig:
             )
         if self.merge < 1:
             raise ValueError(f"DCTConfig.merge must be at least 1, got {self.merge}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, self.mean)):
+            raise ValueError("DCTConfig.mean and DCTConfig.std must be three finite numbers each")
+        if not all(math.isfinite(s) and s > 0 for s in self.std):
+            raise ValueError("DCTConfig.std must be three positive numbers")
 
     @property
     def num_coefficients(self) -> int:
@@ -345,8 +354,10 @@ class DCTConfig:
         return replace(self, scale=scale, name=f"{self.name}-gain{gain:g}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Plain JSON types. CLIP's mean and std are left out: formats of Qwen2-VL are as they were without them."""
+        usual = {"mean": CLIP_MEAN, "std": CLIP_STD}
+        values = {key: value for key, value in asdict(self).items() if key not in usual or value != usual[key]}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DCTConfig":
@@ -395,20 +406,20 @@ def shown_in_patch(config: DCTConfig, patch: tuple[int, int, int] = PIXEL_PATCH)
 
 
 def synthesis_matrix(
-    config: DCTConfig, patch: tuple[int, int, int] = PIXEL_PATCH, std: tuple[float, ...] = CLIP_STD
+    config: DCTConfig, patch: tuple[int, int, int] = PIXEL_PATCH, std: tuple[float, ...] | None = None
 ) -> np.ndarray:
     """S, float64 [K, 3*2*14*14]: from a token to the normalised RGB patch (channel, frame, row, column) that Qwen2-VL's
     Conv3d expects.
 
     The patch is the block, downscaled in the DCT domain: its lowest (2, 14, 14) coefficients, times
     sqrt(2*14*14 / (bt*bh*bw)) so that a constant image keeps its value, transformed back. Rows of other coefficients
-    are zero. For a block of (2, 14, 14) this is the inverse transform. patch, std: what stands for (2, 14, 14) and
-    CLIP's in other models.
+    are zero. For a block of (2, 14, 14) this is the inverse transform.
+    patch: what stands for (2, 14, 14) in other models. std: that of `config` if None.
     """
     plane, ft, fy, fx = np.unravel_index(np.array(config.kept), (3, *config.block))
     inside = shown_in_patch(config, patch)
     frames, rows, columns = (dct_matrix(side) for side in patch)
-    colour = np.linalg.inv(RGB_TO_YCBCR) / np.array(std)[:, None]  # [rgb, plane]
+    colour = np.linalg.inv(RGB_TO_YCBCR) / np.array(std or config.std)[:, None]  # [rgb, plane]
     gain = np.array(config.scale) * math.sqrt(math.prod(patch) / math.prod(config.block))
     synthesis = np.zeros((config.num_coefficients, 3, *patch))
     synthesis[inside] = np.einsum(

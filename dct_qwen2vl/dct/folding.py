@@ -19,7 +19,7 @@ import math
 import numpy as np
 import torch
 
-from .configuration_dct import CLIP_STD, PIXEL_PATCH, RGB_TO_YCBCR, DCTConfig, dct_matrix, synthesis_matrix
+from .configuration_dct import PIXEL_PATCH, RGB_TO_YCBCR, DCTConfig, dct_matrix, synthesis_matrix
 
 ROWS_AT_ONCE = 128  # of an embedding, so that float64 copies of a large block stay small
 
@@ -28,7 +28,7 @@ def fold_patch_embedding(
     weight: torch.Tensor,
     config: DCTConfig,
     patch: tuple[int, int, int] = PIXEL_PATCH,
-    std: tuple[float, ...] = CLIP_STD,
+    std: tuple[float, ...] | None = None,
 ) -> torch.Tensor:
     """W' = W S: a Conv3d weight for pixels [E, 3, 2, 14, 14] -> one for tokens [E, K, 1, 1, 1], of the same dtype.
 
@@ -43,16 +43,16 @@ def fold_patch_embedding(
 
 
 def unfold_patch_embedding(
-    weight: torch.Tensor, config: DCTConfig, std: tuple[float, ...] = CLIP_STD, dtype: torch.dtype | None = None
+    weight: torch.Tensor, config: DCTConfig, std: tuple[float, ...] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """W = W' A: a Conv3d weight for tokens [E, K, 1, 1, 1] -> one for normalised RGB pixels [E, 3, bt, bh, bw].
 
-    std: three numbers. By which the pixels are divided, channels R, G, B.
+    std: three numbers. By which the pixels are divided, channels R, G, B; that of `config` if None.
     dtype: of the result; that of `weight` if None. The arithmetic is float64, rounded once.
     Raises ValueError for a weight of any other shape.
     """
     _check_shape("unfold_patch_embedding", weight, (config.num_coefficients, 1, 1, 1))
-    axes = [_tensor(matrix) for matrix in (RGB_TO_YCBCR * np.array(std), *map(dct_matrix, config.block))]
+    axes = [_tensor(matrix) for matrix in (RGB_TO_YCBCR * np.array(std or config.std), *map(dct_matrix, config.block))]
     kept, scale = torch.tensor(config.kept), torch.tensor(config.scale, dtype=torch.float64)
 
     def unfold(rows: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ def unfold_patch_embedding(
 
 
 def fold_block_embedding(
-    weight: torch.Tensor, config: DCTConfig, std: tuple[float, ...] = CLIP_STD, dtype: torch.dtype | None = None
+    weight: torch.Tensor, config: DCTConfig, std: tuple[float, ...] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """W' = W S: a Conv3d weight for normalised RGB pixels [E, 3, bt, bh, bw] -> one for tokens [E, K, 1, 1, 1].
 
@@ -72,7 +72,7 @@ def fold_block_embedding(
     errors are the same.
     """
     _check_shape("fold_block_embedding", weight, (3, *config.block))
-    to_rgb = np.linalg.inv(RGB_TO_YCBCR) / np.array(std)[:, None]
+    to_rgb = np.linalg.inv(RGB_TO_YCBCR) / np.array(std or config.std)[:, None]
     axes = [_tensor(matrix) for matrix in (to_rgb, *(dct_matrix(side).T for side in config.block))]
     kept, scale = torch.tensor(config.kept), torch.tensor(config.scale, dtype=torch.float64)
 
@@ -102,7 +102,7 @@ def bias_for_mean(
     return (bias.double() + weight.double().sum(dim=(2, 3, 4)) @ shift).to(bias.dtype)
 
 
-def distance_from_format(weight: torch.Tensor, config: DCTConfig, std: tuple[float, ...] = CLIP_STD) -> float:
+def distance_from_format(weight: torch.Tensor, config: DCTConfig, std: tuple[float, ...] | None = None) -> float:
     """How much of a pixel embedding [E, 3, bt, bh, bw] no token of the format can show: the norm of W - W S A over that
     of W, 0 to about 1. Rounding a weight to bfloat16 leaves about 0.002."""
     whole = weight.double()

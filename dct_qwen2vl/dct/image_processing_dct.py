@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, PILImageResampling
+from transformers.image_utils import ChannelDimension, PILImageResampling
 from transformers.utils import TensorType
 
 from .configuration_dct import DCTConfig
@@ -222,8 +222,8 @@ class DCTImageProcessor(BaseImageProcessor):
             "temporal_patch_size": config.block[0],
             "merge_size": config.merge,
             "do_normalize": True,
-            "image_mean": OPENAI_CLIP_MEAN,
-            "image_std": OPENAI_CLIP_STD,
+            "image_mean": list(config.mean),
+            "image_std": list(config.std),
             "rescale_factor": 1 / 255,
         }
         for name, value in fixed.items():

@@ -11,7 +11,7 @@ Letters used for shapes in this file:
 
 Analysis of one block, every step linear, in this order:
 
-    RGB uint8 -> /255, minus CLIP mean -> Y, Cb, Cr -> DCT-II over frames, rows, columns -> keep K -> divide by scale
+    RGB uint8 -> /255, minus the mean -> Y, Cb, Cr -> DCT-II over frames, rows, columns -> keep K -> divide by scale
 
 The file is saved beside converted checkpoints, with image_processing_dct.py.
 """
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .configuration_dct import CLIP_MEAN, RGB_TO_YCBCR, YCBCR_MATRICES, DCTConfig, dct_matrix
+from .configuration_dct import RGB_TO_YCBCR, YCBCR_MATRICES, DCTConfig, dct_matrix
 from .skipping_dct import fill_tokens
 
 CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 26  # samples encoded at once, which stay in a CPU's cache or fill a GPU
@@ -120,7 +120,7 @@ class DCTTokenizer:
         if "rgb" not in self._layers:
             self._layers["rgb"] = [self._build_layers(RGB_TO_YCBCR / 255, bh, bw, interleaved=True)]
         source = _Source([frames], *self._layers["rgb"], bh)
-        return self._encode([source], RGB_TO_YCBCR @ np.array(CLIP_MEAN))
+        return self._encode([source], RGB_TO_YCBCR @ np.array(self.config.mean))
 
     def encode_planes(
         self, luma: Frames, cb: Frames, cr: Frames, matrix: str = "bt601", full_range: bool = False
@@ -154,7 +154,7 @@ class DCTTokenizer:
             ]
         luma_layers, chroma_layers = self._layers[matrix, full_range]
         sources = [_Source([luma], luma_layers, bh), _Source(chroma, chroma_layers, bh // 2)]
-        offset = RGB_TO_YCBCR @ np.array(CLIP_MEAN) + to_jfif @ [black, *[128 / chroma_range] * 2]
+        offset = RGB_TO_YCBCR @ np.array(self.config.mean) + to_jfif @ [black, *[128 / chroma_range] * 2]
         return self._encode(sources, offset)
 
     def _frame_list(self, frames: Frames, expected: str, channels: tuple[int, ...] = ()) -> list[torch.Tensor]:
@@ -362,7 +362,7 @@ class DCTTokenizer:
         colour = self._tensor(np.linalg.inv(RGB_TO_YCBCR) * 255)
         x = x.view(-1, bw * 3) @ torch.kron(columns, colour.T.contiguous())
         x = x.view(bt, t, h * bh, w * bw, 3).transpose(0, 1).reshape(t * bt, h * bh, w * bw, 3)
-        return x + self._tensor(np.array(CLIP_MEAN) * 255)
+        return x + self._tensor(np.array(self.config.mean) * 255)
 
     def _filled(self, tokens: torch.Tensor, cells: tuple[int, int, int], kept: torch.Tensor) -> torch.Tensor:
         """Tokens of the kept cells -> of all. Raises ValueError."""

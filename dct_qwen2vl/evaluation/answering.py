@@ -5,13 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dct_qwen2vl.checkpoints.inspection import read_processor, token_format
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.evaluation.questions import Question, blinded
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Qwen2VLProcessor
 
     from dct_qwen2vl.data.media import VideoSampling
     from dct_qwen2vl.data.media_encoder import Encoded
@@ -40,6 +38,7 @@ class Answerer:
         import torch
         from transformers import AutoModelForImageTextToText
 
+        from dct_qwen2vl.checkpoints.hf_folder import load_processor
         from dct_qwen2vl.data.media_encoder import MediaEncoder
         from dct_qwen2vl.data.text_tokens import TextTokens
 
@@ -140,21 +139,6 @@ class Answerer:
         if question.system is not None:
             messages.insert(0, {"role": "system", "content": question.system})
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def load_processor(model_dir: Path, **pixel_bounds: int) -> "Qwen2VLProcessor":
-    """A checkpoint's tokenizer, which pads on the left, chat template and image processor, all but the template as
-    training loads them. pixel_bounds: of the image processor. Raises CheckpointError."""
-    from transformers import AutoTokenizer, Qwen2VLProcessor
-
-    from dct_qwen2vl.checkpoints.hf_folder import load_image_processor
-
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
-    dct = token_format(model_dir, read_processor(model_dir))
-    image_processor = load_image_processor(model_dir, dct, **pixel_bounds)
-    configuration, of_own_file = Qwen2VLProcessor.get_processor_dict(model_dir)
-    template = of_own_file.get("chat_template") or configuration.get("chat_template") or tokenizer.chat_template
-    return Qwen2VLProcessor(image_processor, tokenizer, chat_template=template)
 
 
 def answer_all(

@@ -8,6 +8,7 @@ from pathlib import Path
 from dct_qwen2vl.checkpoints.inspection import (
     FORMAT_DEFAULTS,
     check_checkpoint,
+    note_on_old_code,
     read_config,
     read_json,
     saved_pixel_bounds,
@@ -149,11 +150,23 @@ def check_lora(config: TrainingConfig) -> None:
         raise RunError(f"--lora-rank {rank} is not divisible by --tensor-parallel {size}: change one of them")
 
 
+def check_loading(config: TrainingConfig) -> None:
+    """Whether transformers loads what --model-dir holds: every tensor but not its numbers, the tokenizer, the
+    processor. It takes seconds, of which most are imports. Raises CheckpointError."""
+    from dct_qwen2vl.checkpoints.loading import check_directory
+
+    check_directory(config.model_dir)
+    note = note_on_old_code(config.model_dir)
+    if note and config.rank == 0:
+        print(f"Note: {note}", flush=True)
+
+
 def check(config: TrainingConfig) -> ModelInfo:
-    """Everything that can be wrong before a heavy import. Raises RunError, CheckpointError or PreparedSetError."""
+    """Everything that can be wrong before training. Raises RunError, CheckpointError or PreparedSetError."""
     check_numbers(config)
     check_parts(config)
     info = check_model(config.model_dir, config.dct)
+    check_loading(config)
     check_pixel_bounds(config)
     check_skipping(config, info)
     check_data(config)

@@ -12,6 +12,7 @@ from dct_qwen2vl.training.parts import is_frozen
 # (two moments; the megatron engine adds a float32 copy of the weight).
 WEIGHT = {"automodel": 4, "megatron": 2}
 OPTIMIZER = {"automodel": 8, "megatron": 12}
+BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 ADAPTED = tuple(f".{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 
 
@@ -21,9 +22,9 @@ def check_space(config: TrainingConfig, forms: int) -> None:
     forms: in which the model is written at the end, 2 for a DCT model.
     """
     free = free_bytes(config.run_dir)
-    weights, trained = count_numbers(config)
-    model = weights * WEIGHT[config.chosen_engine]
-    checkpoint = model + trained * OPTIMIZER[config.chosen_engine]
+    weights, trained, saved = count_numbers(config)
+    checkpoint = weights * WEIGHT[config.chosen_engine] + trained * OPTIMIZER[config.chosen_engine]
+    model = saved if config.chosen_engine == "automodel" else weights * WEIGHT["megatron"]
     there = len(list((config.run_dir / "checkpoints").glob("step*")))
     most, kept = checkpoints_at_once(config)
     needed = max(most * checkpoint, kept * checkpoint + forms * model) - there * checkpoint
@@ -44,19 +45,21 @@ def checkpoints_at_once(config: TrainingConfig) -> tuple[int, int]:
     return min(config.keep + 1, written), min(config.keep, written)
 
 
-def count_numbers(config: TrainingConfig) -> tuple[int, int]:
-    """Numbers of all weights, and of those that are trained, from the headers of the checkpoint's files. Raises
-    CheckpointError."""
-    weights = trained = 0
+def count_numbers(config: TrainingConfig) -> tuple[int, int, int]:
+    """Numbers of all weights, of those that are trained, and the bytes of all in the checkpoint's files, from their
+    headers. Raises CheckpointError."""
+    weights = trained = saved = 0
     freeze = (*config.freeze, "language") if config.lora_rank else config.freeze
     for name, tensors in open_tensors(safetensors_files(config.model_dir), "np"):
-        shape = tensors.get_slice(name).get_shape()
+        tensor = tensors.get_slice(name)
+        shape = tensor.get_shape()
         weights += prod(shape)
+        saved += prod(shape) * BYTES.get(tensor.get_dtype(), 4)
         if not is_frozen(name, freeze):
             trained += prod(shape)
         elif config.lora_rank and name.startswith("model.layers.") and name.endswith(ADAPTED):
             trained += config.lora_rank * sum(shape)
-    return weights, trained
+    return weights, trained, saved
 
 
 def free_bytes(folder: Path) -> int | None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from lightning.pytorch.callbacks import Callback
 
-from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.training.config import ModelInfo, RunError, TrainingConfig
 from dct_qwen2vl.training.processes import raise_in_all
 
@@ -24,19 +23,20 @@ def trained_folder(parent: Path, info: ModelInfo) -> Path:
     return parent / ("hf_dct" if info.dct else "hf")
 
 
-def write_stock_form(config: TrainingConfig, info: ModelInfo, parent: Path) -> None:
+def write_stock_form(config: TrainingConfig, info: ModelInfo, parent: Path, complete: bool = True) -> None:
     """parent/hf from the coefficient form in parent/hf_dct. Its video processor samples frames as the run did.
 
-    A pixel model has no other form.
+    A pixel model has no other form. complete: whether all weights are there.
     """
-    from dct_qwen2vl.checkpoints.stock_form import VIDEO_PROCESSOR, to_stock
+    from dct_qwen2vl.checkpoints.hf_folder import write_video_sampling
+    from dct_qwen2vl.checkpoints.stock_form import to_stock
 
     if not info.dct:
         return
     model_dir = trained_folder(parent, info)
     sampling = {name: getattr(config, f"video_{name}") for name in ("fps", "min_frames", "max_frames")}
-    write_json(model_dir / VIDEO_PROCESSOR, sampling)  # goes along on the way to the stock form and back
-    to_stock(model_dir, parent / "hf", force=True)
+    write_video_sampling(model_dir, sampling)  # goes along on the way to the stock form and back
+    to_stock(model_dir, parent / "hf", force=True, complete=complete)
 
 
 class RehearseSave(Callback):
@@ -58,7 +58,7 @@ class RehearseSave(Callback):
         try:
             with rehearsal_folder(self.config) as folder:
                 self.save(trained_folder(folder, self.info))
-                write_stock_form(self.config, self.info, folder)
+                write_stock_form(self.config, self.info, folder, complete=False)
         except RunError as error:
             return error
         return None

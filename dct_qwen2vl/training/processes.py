@@ -38,6 +38,7 @@ def interruptible() -> Iterator[list[int]]:
     def stop(number: int, frame: object) -> None:
         if os.getpid() == owner and not seen:
             seen.append(number)
+            sys.excepthook = lambda *error: None  # threads that lose their other end
             raise Interrupted
 
     before = signal.signal(signal.SIGINT, stop)

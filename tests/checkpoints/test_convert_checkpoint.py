@@ -333,13 +333,15 @@ def with_cut_shard(folder: Path) -> None:
 def without_patch_embedding(folder: Path) -> None:
     for path in folder.glob("model*"):
         path.unlink()
-    save_file({"lm_head.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+    tensors = {"lm_head.weight": torch.zeros(384, 64), "model.norm.weight": torch.zeros(64)}
+    save_file(tensors, folder / "model.safetensors")
 
 
 def with_another_patch_embedding(folder: Path) -> None:
+    tensors = {**read_tensors(folder), PATCH_EMBEDDING: torch.zeros(4, 3, 2, 16, 16)}
     for path in folder.glob("model*"):
         path.unlink()
-    save_file({PATCH_EMBEDDING: torch.zeros(4, 3, 2, 16, 16)}, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
 
 
 DAMAGES = {
@@ -349,8 +351,8 @@ DAMAGES = {
     "has no vision_config": lambda folder: edit_json(folder / "config.json", vision_config=None),
     "lacks model-00002-of-": without_shard,
     "is damaged": with_cut_shard,
-    f"no {PATCH_EMBEDDING} in model.safetensors": without_patch_embedding,
-    "expects a weight [E, 3, 2, 14, 14], got [4, 3, 2, 16, 16]": with_another_patch_embedding,
+    "lacks 68 of the model's 70 tensors (visual.patch_embed.proj.weight, ": without_patch_embedding,
+    f"{PATCH_EMBEDDING} is 4 x 3 x 2 x 16 x 16, config.json says 128 x 3 x 2 x 14": with_another_patch_embedding,
     "does not say in which files the tensors are": lambda folder: edit_json(
         folder / "model.safetensors.index.json", weight_map=[]
     ),
@@ -358,8 +360,8 @@ DAMAGES = {
     "has min_pixels 'many', which is no number": lambda folder: edit_json(
         folder / "preprocessor_config.json", min_pixels="many"
     ),
-    "has image_mean [0.5, 0.5, 0.5]": lambda folder: edit_json(
-        folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5]
+    "has image_mean [0.5, 0.5], not three numbers": lambda folder: edit_json(
+        folder / "preprocessor_config.json", image_mean=[0.5, 0.5]
     ),
 }
 
@@ -369,7 +371,7 @@ def with_another_merge(folder: Path) -> None:
     edit_json(folder / "config.json", vision_config={**vision, "spatial_merge_size": 4})
 
 
-DAMAGES["merges 4x4 tokens, --dct says 2"] = with_another_merge
+DAMAGES["visual.merger.mlp.0.weight is 512 x 512, config.json says 2048 x 2048"] = with_another_merge
 
 
 @pytest.mark.parametrize("message", DAMAGES)
@@ -383,7 +385,7 @@ def test_unusable_sources(message, copy_of, tmp_path, one_line_error):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"), [(without_patch_embedding, f"no {PATCH_EMBEDDING} in"), (without_shard, "lacks model-")]
+    ("damage", "message"), [(without_patch_embedding, "lacks 68 of the model's"), (without_shard, "lacks model-")]
 )
 def test_unusable_sources_of_a_weighted_order(damage, message, copy_of, tmp_path, one_line_error):
     damaged = copy_of()
@@ -391,6 +393,12 @@ def test_unusable_sources_of_a_weighted_order(damage, message, copy_of, tmp_path
     assert run(damaged, tmp_path / "own", *OWN, "--order", "weighted") == 1
     assert message in one_line_error()
     assert os.listdir(tmp_path) == ["damaged"]
+
+
+def test_a_format_of_another_merge(qwen2vl_directory, tmp_path, one_line_error):
+    DCTConfig.select((2, 28, 28), "420", 900, merge=4).save(tmp_path / "own.json")
+    assert run(qwen2vl_directory, tmp_path / "x4", "--dct", str(tmp_path / "own.json")) == 1
+    assert "merges 2x2 tokens, --dct says 4: make them equal" in one_line_error()
 
 
 def test_a_converted_checkpoint_is_not_converted_again(output, tmp_path, one_line_error):
@@ -414,7 +422,7 @@ def test_a_converted_checkpoint_is_not_converted_again(output, tmp_path, one_lin
         ({"chroma": 420}, "DCTConfig.chroma must be a text"),
         ({"name": ["own"]}, "DCTConfig.name must be a text"),
         ({"chroma": "422"}, "DCTConfig.chroma must be one of 444, 420"),
-        ({"colour": 1}, "a DCT configuration has the fields block, chroma, kept, merge, name, scale"),
+        ({"colour": 1}, "a DCT configuration has the fields block, chroma, kept, mean, merge, name, scale"),
     ],
 )
 def test_a_format_file_with_wrong_values(changes, said, qwen2vl_directory, tmp_path, one_line_error):
@@ -462,9 +470,14 @@ def test_same_directory(copy_of, one_line_error):
 
 def test_pixel_bounds_that_contradict(qwen2vl_directory, tmp_path, one_line_error):
     assert run(qwen2vl_directory, tmp_path / "x4", "--min-pixels", "1000000") == 1
-    assert "min_pixels 1000000 is over max_pixels 200704" in one_line_error()
-    assert run(qwen2vl_directory, tmp_path / "x4", "--max-pixels", "0") == 1
-    assert "max_pixels 0 must be at least 1" in one_line_error()
+    assert (
+        "1 <= min_pixels <= max_pixels, got min_pixels 1000000 and max_pixels 200704: change --min-" in one_line_error()
+    )
+    assert run(qwen2vl_directory, tmp_path / "x4", "--max-pixels", "2000") == 0, "the least gives way"
+    read = json.loads((tmp_path / "x4" / "preprocessor_config.json").read_text())
+    assert (read["min_pixels"], read["max_pixels"]) == (2000, 2000)
+    assert run(qwen2vl_directory, tmp_path / "x5", "--max-pixels", "0") == 1
+    assert "got min_pixels 0 and max_pixels 0: change --min-pixels or --max-pixels" in one_line_error()
 
 
 def test_existing_output_is_kept_without_force(qwen2vl_directory, tmp_path, one_line_error, capsys):

@@ -326,8 +326,8 @@ DAMAGES = {
         dct={**json.loads((folder / "dct_format.json").read_text())["dct"], "chroma": 420},
     ),
     "makes tokens of 3 x 2 x 14 x 14": lambda folder: edit_json(folder / "preprocessor_config.json", patch_size=14),
-    "has image_mean [0.5, 0.5, 0.5]": lambda folder: edit_json(
-        folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5]
+    "has image_mean 'CLIP', not three numbers": lambda folder: edit_json(
+        folder / "preprocessor_config.json", image_mean="CLIP"
     ),
     "lacks preprocessor_config.json": lambda folder: (folder / "preprocessor_config.json").unlink(),
     "no preset has its patches of 3 x 28 x 28": lambda folder: another_patch(folder),

@@ -19,7 +19,7 @@ from samples_by_hand import answer, conversation_sample
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 import evaluate_qwen2vl
-from dct_qwen2vl.checkpoints.hf_folder import load_image_processor
+from dct_qwen2vl.checkpoints.hf_folder import load_image_processor, load_processor
 from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError
 from dct_qwen2vl.data.media import VideoSampling, YUVFrames, as_array
 from dct_qwen2vl.data.samples import IGNORE_INDEX
@@ -27,7 +27,7 @@ from dct_qwen2vl.data.text_tokens import TextTokens
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.evaluation import questions as reading
 from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines
-from dct_qwen2vl.evaluation.answering import Answerer, answer_all, load_processor
+from dct_qwen2vl.evaluation.answering import Answerer, answer_all
 from dct_qwen2vl.evaluation.questions import Question, Reading, blinded, read_questions
 from dct_qwen2vl.evaluation.scoring import accuracies, describe_answers, same_answer
 from task_encoder import QwenTaskEncoder

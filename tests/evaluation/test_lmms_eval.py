@@ -20,9 +20,10 @@ from pipeline import REPOSITORY, run
 from samples_by_hand import answer, conversation_sample
 
 from benchmarks.quality.analysis import compare_answers
+from dct_qwen2vl.checkpoints.hf_folder import load_processor
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.media import VideoSampling
-from dct_qwen2vl.evaluation.answering import Answerer, load_processor
+from dct_qwen2vl.evaluation.answering import Answerer
 from dct_qwen2vl.evaluation.questions import Question
 from task_encoder import QwenTaskEncoder
 

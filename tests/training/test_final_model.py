@@ -126,7 +126,7 @@ def test_a_checkpoint_is_as_large_as_was_reckoned(prepared, tmp_path):
     from dct_qwen2vl.training.automodel import QwenAutoModel
 
     settings = settings_of(prepared.model, tmp_path)
-    weights, _ = disk_space.count_numbers(settings)
+    weights, *_ = disk_space.count_numbers(settings)
     module = QwenAutoModel(settings.model_dir)
     module.configure_model()
     module.save_hf(tmp_path / "hf")

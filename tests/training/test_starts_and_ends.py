@@ -154,6 +154,15 @@ def test_a_process_that_was_killed_is_told(variables, tmp_path):
     assert not any("Traceback" in line for line in lines)
 
 
+def test_an_end_that_others_have_made_is_told_in_one_line():
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    ended = SIGTERMException()
+    assert finetune_qwen2vl.explain(ended).startswith("ended by SIGTERM")
+    ended.__context__ = RuntimeError("gloo/transport/tcp/pair.cc:525] Read error: Connection reset by peer")
+    assert finetune_qwen2vl.explain(ended).startswith("another process of this run has ended")
+
+
 def test_what_a_shell_has_left_over_does_not_count(prepared, tmp_path, monkeypatch):
     monkeypatch.delenv(processes.TORCHRUN, raising=False)
     for name, value in LEFT_OVER.items():
@@ -166,7 +175,7 @@ def test_what_a_shell_has_left_over_does_not_count(prepared, tmp_path, monkeypat
 
 
 def test_only_the_first_ctrl_c_counts_and_only_in_the_process_that_asked():
-    before = signal.getsignal(signal.SIGINT)
+    before, hook = signal.getsignal(signal.SIGINT), sys.excepthook
     with pytest.raises(processes.Interrupted), processes.interruptible() as seen:
         child = os.fork()
         if not child:
@@ -179,6 +188,7 @@ def test_only_the_first_ctrl_c_counts_and_only_in_the_process_that_asked():
             os.kill(os.getpid(), signal.SIGINT)
     assert seen == [signal.SIGINT]
     signal.signal(signal.SIGINT, before)
+    sys.excepthook = hook
 
 
 def test_data_that_were_prepared_again_are_told_before_the_start(prepared, tmp_path, one_line_error, monkeypatch):
