@@ -31,14 +31,14 @@ from dct_qwen2vl.training.run_file import count_data_restarts, write_run_file
 
 
 def load_processor(config: TrainingConfig, info: ModelInfo):
-    """The checkpoint's tokenizer and image processor, the latter with the pixel bounds of the command line. Raises
+    """The checkpoint's tokenizer and image processor, the latter with the settings of the command line. Raises
     CheckpointError for a token format that contradicts itself."""
     from transformers import AutoTokenizer
 
     from dct_qwen2vl.checkpoints.hf_folder import load_image_processor
 
     tokenizer = AutoTokenizer.from_pretrained(config.model_dir)
-    return tokenizer, load_image_processor(config.model_dir, info.dct, **config.pixel_bounds)
+    return tokenizer, load_image_processor(config.model_dir, info.dct, **config.processor_settings)
 
 
 def build_task_encoder(config: TrainingConfig, info: ModelInfo, packed: bool):

@@ -42,6 +42,7 @@ GBS=${GBS:-}                     # global batch size: packed sequences of one op
 SEQ_LENGTH=${SEQ_LENGTH:-2048}   # tokens; longer samples are skipped and counted
 MINPIXELS=${MINPIXELS:-}         # least pixels of an image; empty: what the checkpoint says
 MAXPIXELS=${MAXPIXELS:-}         # most pixels of an image; empty: what the checkpoint says
+SKIP_DB=${SKIP_DB:-}             # leaves out cells that a kept cell already shows with this PSNR, dB (38); empty: what the checkpoint says, usually none
 MAX_STEPS=${MAX_STEPS:-5000}
 LR=${LR:-1e-5}
 MIN_LR=${MIN_LR:-1e-6}
@@ -74,6 +75,7 @@ if [ -n "$MBS" ]; then arguments+=(--micro-batch-size "$MBS"); fi
 if [ -n "$GBS" ]; then arguments+=(--global-batch-size "$GBS"); fi
 if [ -n "$MINPIXELS" ]; then arguments+=(--min-pixels "$MINPIXELS"); fi
 if [ -n "$MAXPIXELS" ]; then arguments+=(--max-pixels "$MAXPIXELS"); fi
+if [ -n "$SKIP_DB" ]; then arguments+=(--skip-db "$SKIP_DB"); fi
 arguments+=("$@")
 
 # Packed sequences differ in length; without this the freed pieces of the device's memory do not fit the next one.

@@ -30,9 +30,9 @@ from megatron.energon import (
 
 from dct_qwen2vl.data.conversations import DEFAULT_SYSTEM, Message, put_first
 from dct_qwen2vl.data.media import BadSample
-from dct_qwen2vl.data.media_encoder import MediaEncoder, stack_media
-from dct_qwen2vl.data.packing import MeasuredSample, PackedBatch, fit_sequences, pack
-from dct_qwen2vl.data.positions import Run, mrope_positions
+from dct_qwen2vl.data.media_encoder import Encoded, MediaEncoder, stack_kept, stack_media
+from dct_qwen2vl.data.packing import HeldSamples, MeasuredSample, PackedBatch, fit_sequences, pack
+from dct_qwen2vl.data.positions import Grid, KeptRun, Run, mrope_positions
 from dct_qwen2vl.data.reading import MediaError
 from dct_qwen2vl.data.samples import (
     IGNORE_INDEX,
@@ -54,7 +54,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
     tokenizer: Qwen2-VL's, with its special tokens. image_processor: `DCTImageProcessor`, or any processor with
     Qwen2VLImageProcessor's interface. seq_length: samples with more tokens are skipped and counted, never cut.
     max_bad_in_a_row: that many consecutive failures in one worker stop the run. time_step: of a video's positions, as
-    `inspection.time_step` gives it.
+    `inspection.time_step` gives it. Where image_processor has a `skip_db`, cells that a kept cell already shows get no
+    token (dct/skipping_dct.py).
     """
 
     cookers = (Cooker(cook),)
@@ -85,6 +86,11 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         self._media = MediaEncoder(image_processor, self.video_sampling)
         self._im_start, self._im_end, self._vision_start, self._vision_end, *pads = ids
         self._pad = {"image": pads[0], "video": pads[1]}
+
+    @property
+    def skips(self) -> bool:
+        """Whether some cells get no token."""
+        return self._media.skip_db is not None
 
     def _begin_counting(self) -> None:
         self.skipped: Counter[str] = Counter()
@@ -124,6 +130,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
             position_ids=torch.arange(2).expand(3, 2),
             **self._stack("image", [], "pixel_values", "image_grid_thw"),
             **self._stack("video", [], "pixel_values_videos", "video_grid_thw"),
+            image_kept=self._stack_kept("image", [], []),
+            video_kept=self._stack_kept("video", [], []),
         )
 
     @stateless
@@ -167,7 +175,12 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         """As `encode_sample`, but raises BadSample or MediaError and counts nothing."""
         messages = self._messages(sample)
         media = [self._encode_media(kind, content) for kind, content in sample.media]
-        ids, learned, runs = self._segments(messages, [(kind, grid) for kind, _, grid in media])
+        masks = [None] * len(media)
+        if self.skips:
+            media, masks = self._media.skip(media)
+        ids, learned, runs = self._segments(
+            messages, [(kind, grid, mask) for (kind, _, grid), mask in zip(media, masks)]
+        )
         input_ids = torch.tensor(ids, dtype=torch.int64)
         return EncodedSample.derive_from(
             sample,
@@ -176,13 +189,16 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
             position_ids=torch.from_numpy(mrope_positions(runs)),
             **self._stack("image", media, "pixel_values", "image_grid_thw"),
             **self._stack("video", media, "pixel_values_videos", "video_grid_thw"),
+            image_kept=self._stack_kept("image", media, masks),
+            video_kept=self._stack_kept("video", media, masks),
         )
 
     def measure(self, sample: ConversationSample) -> tuple[int, int]:
-        """Tokens of the sample and vision tokens of its media, without decoding these. Raises as `encode`."""
-        grids = [(kind, self._media.expected_grid(kind, content)) for kind, content in sample.media]
+        """Tokens of the sample and vision tokens of its media, without decoding these, nor with skipping. Raises as
+        `encode`."""
+        grids = [(kind, self._media.expected_grid(kind, content), None) for kind, content in sample.media]
         ids, _, _ = self._segments(self._messages(sample), grids)
-        return len(ids), sum(math.prod(grid) for _, grid in grids)
+        return len(ids), sum(math.prod(grid) for _, grid, _ in grids)
 
     def _messages(self, sample: ConversationSample) -> list[Message]:
         messages = parse_messages(parse_entry(sample.entry), bool(sample.media))
@@ -210,9 +226,9 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         return kind, *self._media.encode(kind, frames)
 
     def _segments(
-        self, messages: list[Message], media: list[tuple[str, tuple[int, int, int]]]
+        self, messages: list[Message], media: list[tuple[str, Grid, torch.Tensor | None]]
     ) -> tuple[list[int], list[bool], list[Run]]:
-        """-> ids, whether each is learned, runs for `mrope_positions`.
+        """-> ids, whether each is learned, runs for `mrope_positions`. media: kind, grid, kept cells (None: all).
 
         The sequence is the one of Qwen2-VL's chat template: `<|im_start|>role\\n text <|im_end|>\\n` for each turn.
         Raises BadSample if it is over seq_length.
@@ -237,17 +253,26 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
             else:
                 add(self._ids(f"{role}\n{pieces[0]}"))
                 for piece in pieces[2::2]:
-                    kind, (t, h, w) = next(remaining)
-                    grid = (t, h // self.image_processor.merge_size, w // self.image_processor.merge_size)
+                    kind, grid, kept = next(remaining)
                     add([self._vision_start])
-                    run = grid if self.time_step == 1 or kind == "image" else (*grid, self.time_step)
-                    add([self._pad[kind]] * math.prod(grid), run=run)
+                    add([self._pad[kind]] * self._cells(grid, kept), run=self._visual_run(kind, grid, kept))
                     add([self._vision_end, *self._ids(piece)])
                 add([self._im_end])
             add(self._ids("\n"))
         if len(ids) > self.seq_length:
             raise BadSample("too_long", f"{len(ids)} tokens, the limit is {self.seq_length}")
         return ids, learned, runs
+
+    def _cells(self, grid: Grid, kept: torch.Tensor | None) -> int:
+        """Tokens of the language model of a medium."""
+        return math.prod(grid) // self.image_processor.merge_size**2 if kept is None else int(kept.sum())
+
+    def _visual_run(self, kind: str, grid: Grid, kept: torch.Tensor | None) -> Run:
+        cells = (grid[0], grid[1] // self.image_processor.merge_size, grid[2] // self.image_processor.merge_size)
+        time_step = 1 if kind == "image" else self.time_step
+        if kept is not None:
+            return KeptRun(cells, kept.numpy(), time_step)
+        return cells if time_step == 1 else (*cells, time_step)
 
     def _ids(self, text: str) -> list[int]:
         """Of a text in which turns and media are plain text: `TextTokens`."""
@@ -256,6 +281,10 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
     def _stack(self, kind: str, media: list, tokens_name: str, grid_name: str) -> dict[str, torch.Tensor]:
         """Tokens [N, K] and grids [M, 3] of all media of a kind, empty tensors if there are none."""
         return dict(zip((tokens_name, grid_name), stack_media(kind, media)))
+
+    def _stack_kept(self, kind: str, media: list[Encoded], masks: list) -> torch.Tensor | None:
+        """Cells of all media of a kind that have tokens, bool [cells]; None without skipping."""
+        return stack_kept(kind, media, masks) if self.skips else None
 
     @stateless
     def batch(self, samples: list[EncodedSample]) -> QwenBatch:
@@ -273,6 +302,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
             video_grid_thw=torch.cat([s.video_grid_thw for s in samples]),
             keys=[s.__key__ for s in samples],
             skipped=self.take_skipped(),
+            image_kept=torch.cat([s.image_kept for s in samples]) if self.skips else None,
+            video_kept=torch.cat([s.video_kept for s in samples]) if self.skips else None,
         )
 
 
@@ -292,7 +323,9 @@ class PackingTaskEncoder(QwenTaskEncoder):
     pack_tokens, pack_vision_tokens: most tokens and vision tokens of a sequence that several samples share. A larger
         sample has a sequence of its own. Memory grows with both: in the 2B model a vision token takes two thirds of
         what a token takes.
-    token_dtype: of the vision tokens, the model's. Other arguments: of `QwenTaskEncoder`.
+    token_dtype: of the vision tokens, the model's.
+    held_bytes: with skipping, the memory of samples that a worker holds decoded (`HeldSamples`).
+    Other arguments: of `QwenTaskEncoder`.
     """
 
     def __init__(
@@ -301,16 +334,26 @@ class PackingTaskEncoder(QwenTaskEncoder):
         pack_tokens: int,
         pack_vision_tokens: int,
         token_dtype: torch.dtype = torch.bfloat16,
+        held_bytes: int = 1 << 30,
         **options,
     ) -> None:
         super().__init__(*arguments, **options)
+        self._held = HeldSamples(held_bytes)
         self.budget = (pack_tokens, pack_vision_tokens)
         self.token_dtype = token_dtype
 
     @stateless
     def encode_sample(self, sample: ConversationSample) -> MeasuredSample:
         """Raises SkipSample, TooManyBadSamples."""
-        return MeasuredSample.derive_from(sample, conversation=sample, size=self._or_skip(self.measure, sample))
+        if not self.skips:
+            return MeasuredSample.derive_from(sample, conversation=sample, size=self._or_skip(self.measure, sample))
+        encoded = self._in_token_dtype(super().encode_sample(sample))
+        size = len(encoded.input_ids), len(encoded.pixel_values) + len(encoded.pixel_values_videos)
+        return MeasuredSample.derive_from(sample, conversation=sample, size=size, held=self._held.hold(encoded))
+
+    def _in_token_dtype(self, sample: EncodedSample) -> EncodedSample:
+        names = ("pixel_values", "pixel_values_videos")
+        return replace(sample, **{name: getattr(sample, name).to(self.token_dtype) for name in names})
 
     def select_samples_to_pack(self, samples: list[MeasuredSample]) -> list[list[MeasuredSample]]:
         """Energon's packing stage, over a full buffer. -> packed sequences within the budget."""
@@ -323,7 +366,8 @@ class PackingTaskEncoder(QwenTaskEncoder):
         encoded = []
         for sample in samples:
             with suppress(SkipSample):
-                encoded.append(super().encode_sample(sample.conversation))
+                held = sample.held
+                encoded.append(super().encode_sample(sample.conversation) if held is None else held)
         if not encoded:
             raise SkipSample
         return self.make_sequence(encoded)

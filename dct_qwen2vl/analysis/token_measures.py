@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from dct_qwen2vl.analysis.skipped_cells import skip
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.images import decode_image
 from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS, VideoSampling, decode_video
@@ -37,6 +38,9 @@ class Result:
     error: float32 [S, H, W], levels of 0..255. Absolute difference from the source, mean of R, G and B.
     psnr: dB over all T frames, infinite where nothing is lost.
     pixels_psnr: the same of as many tokens of pixels, that is, of the source at a smaller size.
+    kept: bool [S, rows, columns], the merge cells of the frames shown that skipping keeps; None without skipping. With
+        it, `tokens` are those of kept cells, and the others are decoded as what they copy.
+    share: of all cells that are kept.
     """
 
     config: "DCTConfig"
@@ -45,6 +49,8 @@ class Result:
     error: np.ndarray
     psnr: float
     pixels_psnr: float
+    kept: np.ndarray | None = None
+    share: float = 1.0
 
 
 def common_factor(configs: list["DCTConfig"], max_pixels: int) -> int:
@@ -94,21 +100,27 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower().lstrip(".") in VIDEO_EXTENSIONS
 
 
-def measure(frames: np.ndarray, config: "DCTConfig", shown: list[int]) -> Result:
+def measure(frames: np.ndarray, config: "DCTConfig", shown: list[int], skip_db: float | None = None) -> Result:
     """Encodes and decodes a video.
 
     frames: uint8 [T, H, W, 3].
     shown: numbers of the S frames that the result holds decoded.
+    skip_db: dB, the threshold of skipping; None keeps all cells.
     """
     from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 
     tokenizer, bt = DCTTokenizer(config), config.block[0]
     scale = math.sqrt(math.ceil(len(frames) / bt) / math.ceil(len(frames) / PIXEL_PATCH[0]))
+    filled, kept_cells = skip(frames, config, skip_db) if skip_db else (None, None)
+    share = 1.0 if kept_cells is None else float(kept_cells.mean())
+    scale *= math.sqrt(share)
     tokens, squares, pixels_squares, kept = 0, 0.0, 0.0, {}
     step = bt * max(1, 8 // bt)  # frames at once: videos are long
     for start in range(0, len(frames), step):
         chunk = frames[start : start + step]
         encoded, grid = tokenizer.encode(chunk)
+        if filled is not None:
+            encoded = filled[tokens : tokens + len(encoded)]
         decoded = tokenizer.decode(encoded, grid).numpy()[: len(chunk)]
         tokens += len(encoded)
         squares += _squares(decoded, chunk)
@@ -117,7 +129,10 @@ def measure(frames: np.ndarray, config: "DCTConfig", shown: list[int]) -> Result
     decoded = np.stack([kept[number] for number in shown])
     error = np.abs(decoded.astype(np.float32) - frames[shown]).mean(axis=-1)
     psnr, pixels_psnr = (_psnr(value / frames.size) for value in (squares, pixels_squares))
-    return Result(config, tokens, decoded, error, psnr, pixels_psnr)
+    if kept_cells is not None:
+        tokens = int(kept_cells.sum()) * config.merge**2
+        kept_cells = kept_cells[[number // bt for number in shown]]
+    return Result(config, tokens, decoded, error, psnr, pixels_psnr, kept_cells, share)
 
 
 def _squares(found: np.ndarray, expected: np.ndarray) -> float:
@@ -166,10 +181,11 @@ def describe(result: Result, frames: int, height: int, width: int) -> list[str]:
     unit = "an image" if frames == 1 else "a video"
     constant = sum(index // (bh * bw) % bt == 0 for index in config.kept)
     zeros = f" ({1 - constant / config.num_coefficients:.0%} are 0)" if frames == 1 < bt else ""
+    skipped = "" if result.kept is None or frames == 1 else f" ({result.share:.0%} kept)"
     lost = "every byte is kept" if math.isinf(result.psnr) else f"PSNR {result.psnr:.1f} dB"
     lines = [
         f"{bt} x {bh} x {bw} blocks, {':'.join(config.chroma)}, {config.num_coefficients:,} floats a token",
-        f"{result.tokens:,} tokens {unit}, {result.tokens // config.merge**2:,} in the language model",
+        f"{result.tokens:,} tokens {unit}, {result.tokens // config.merge**2:,} in the language model{skipped}",
         f"{floats:,} floats {unit}, {floats / (frames * height * width):.2f} a pixel{zeros}",
     ]
     if math.isinf(result.pixels_psnr):

@@ -20,15 +20,15 @@ from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 
 
-def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **pixel_bounds: int) -> BaseImageProcessor:
+def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **settings: Any) -> BaseImageProcessor:
     """The image processor of a checkpoint, by this repository's code: a copy that lies beside the weights is not run.
 
-    dct: the checkpoint's token format as `inspection.token_format` gives it, None for pixels. pixel_bounds:
-    min_pixels and max_pixels in place of the checkpoint's. Raises CheckpointError for a format that contradicts itself.
+    dct: the checkpoint's token format as `inspection.token_format` gives it, None for pixels. settings: min_pixels,
+    max_pixels and skip_db in place of the checkpoint's. Raises CheckpointError for a format that contradicts itself.
     """
     processor_class = Qwen2VLImageProcessor if dct is None else DCTImageProcessor
     try:
-        return processor_class.from_pretrained(model_dir, **pixel_bounds)
+        return processor_class.from_pretrained(model_dir, **settings)
     except ValueError as error:
         raise CheckpointError(f"{model_dir / PROCESSOR} cannot be used ({error}): {remedy(model_dir)}") from error
 
@@ -69,10 +69,12 @@ def write_reading(folder: Path, bounds: dict[str, int], sampling: dict[str, Any]
     write_sampling(folder, sampling)
 
 
-def write_pixel_bounds(folder: Path, bounds: dict[str, int]) -> None:
-    """The processor of a Hugging Face directory gets the bounds that the run was trained with."""
+def write_pixel_bounds(folder: Path, bounds: dict[str, Any]) -> None:
+    """The processor of a Hugging Face directory gets the bounds and the skip_db that the run was trained with; what is
+    None is taken out."""
     path = folder / PROCESSOR
     if bounds and path.is_file():
         config = read_json(path)
         config.pop("size", None)  # the stock processor's second name for the same two numbers
-        write_json(path, {**config, **bounds})
+        off = {name for name, value in bounds.items() if value is None}
+        write_json(path, {name: value for name, value in {**config, **bounds}.items() if name not in off})

@@ -20,6 +20,7 @@ import torch
 from dct_qwen2vl.data.media import PixelFit, as_array, media_shape, resize_frames
 from dct_qwen2vl.data.reading import counted_frames
 from dct_qwen2vl.data.videos import VideoSampling, YUVFrames
+from dct_qwen2vl.dct.skipping_dct import keep_tokens, kept_cells
 
 Frames = np.ndarray | YUVFrames
 Grid = tuple[int, int, int]  # t, h, w
@@ -66,6 +67,18 @@ class MediaEncoder:
         output = self.image_processor(images=None, videos=[list(frames)], **options)
         return output["pixel_values_videos"], tuple(output["video_grid_thw"][0].tolist())
 
+    @property
+    def skip_db(self) -> float | None:
+        """Cells that a kept cell already shows with this PSNR get no token; None: all get theirs. The processor's."""
+        return getattr(self.image_processor, "skip_db", None)
+
+    def skip(self, media: list[Encoded]) -> tuple[list[Encoded], list[torch.Tensor]]:
+        """What `encode` gives of several media -> the same with the tokens of kept cells alone, and for each which
+        cells these are, bool [t, h/m, w/m]."""
+        config = self.image_processor.dct_config
+        masks = [kept_cells(tokens, grid, config, self.skip_db) for _, tokens, grid in media]
+        return [(kind, keep_tokens(tokens, kept), grid) for (kind, tokens, grid), kept in zip(media, masks)], masks
+
     def expected_grid(self, kind: str, content: Any) -> Grid:
         """The grid that `encode` gives for the same part, without decoding it. Raises as `read`."""
         height, width, frames = media_shape(kind, content, self.sampling)
@@ -73,6 +86,12 @@ class MediaEncoder:
         processor = self.image_processor
         steps = -(-frames // processor.temporal_patch_size)
         return steps, height // processor.patch_size, width // processor.patch_size
+
+
+def stack_kept(kind: str, media: Iterable[Encoded], masks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Which cells of all media of a kind have tokens, bool [cells]."""
+    chosen = [mask.flatten() for (its_kind, *_), mask in zip(media, masks) if its_kind == kind]
+    return torch.cat(chosen) if chosen else torch.ones(0, dtype=torch.bool)
 
 
 def stack_media(kind: str, media: Iterable[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,13 +12,15 @@ Letters used for shapes in this file:
     M F    media of a sequence, time steps of all of them together
 """
 
+import weakref
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from megatron.energon import Batch, Sample
 
-from dct_qwen2vl.data.positions import vision_positions
+from dct_qwen2vl.data.kept_cells import kept_by_medium
+from dct_qwen2vl.data.positions import Grid, step_lengths, vision_positions
 from dct_qwen2vl.data.samples import IGNORE_INDEX, ConversationSample, EncodedSample
 
 
@@ -30,8 +32,11 @@ class PackedBatch(Batch):
     the samples begin and the last one ends. learned int64 [T]: positions that have to predict; targets int64 [T]: what.
     visual int64 [V]: positions that hold visual tokens. tokens [N, K]: vision tokens in the order of the sequence, in
     the data type of the model; token_positions int64 [N, 2]: row and column of each in its time step; step_starts int32
-    [F + 1]: where time steps begin, attention stays within one. grid_thw int64 [M, 3]. longest_sample, longest_step:
-    tokens. keys, skipped: as in `task_encoder.QwenBatch`; a sequence without keys stands for none.
+    [F + 1]: where time steps begin, attention stays within one. grid_thw int64 [M, 3], of whole
+    media. longest_sample, longest_step: tokens. keys, skipped: as in `task_encoder.QwenBatch`; a sequence without keys
+    stands for none.
+
+    With skipping, cells that are left out have no token, and steps that keep nothing are no steps.
 
     A sequence without media has one blank image, so that the vision tower has a gradient in every micro-batch: N is
     then m * m while V and M are 0.
@@ -60,6 +65,13 @@ class PackedBatch(Batch):
         }
         return PackedBatch(**values)
 
+    def step_grids(self) -> torch.Tensor:
+        """Each time step as a medium of its own, int64 [F, 3], for counting; none where there are no media."""
+        if not len(self.grid_thw):
+            return self.grid_thw
+        lengths = self.step_starts.diff().long()
+        return torch.stack([torch.ones_like(lengths), lengths, torch.ones_like(lengths)], dim=1)
+
     def without_tokens(self) -> "PackedBatch":
         """The same sequence for who does not need its vision tokens."""
         return replace(self, tokens=self.tokens[:0])
@@ -68,10 +80,39 @@ class PackedBatch(Batch):
 @dataclass
 class MeasuredSample(Sample):
     """A conversation that waits for its sequence. Its media are as in the shard: a hundredth of the memory that
-    their vision tokens take. size: its tokens, its vision tokens."""
+    their vision tokens take. size: its tokens, its vision tokens. held: the sample as it goes into its sequence, with
+    skipping, where memory allows (`HeldSamples`)."""
 
     conversation: ConversationSample
     size: tuple[int, int]
+    held: EncodedSample | None = None
+
+
+class HeldSamples:
+    """Bounds the memory of encoded samples that wait for their sequence in one loader process.
+
+    With skipping, the size of a sample is known only once it is decoded. Holding what was decoded is cheapest: to
+    count and decode again doubles the work of the loader, most of which is decoding; counts beside the shards would
+    tie these to one token format and threshold. Beyond the limit samples are decoded again, which changes nothing else.
+
+    limit: bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.bytes = 0
+
+    def hold(self, sample: EncodedSample) -> EncodedSample | None:
+        """The sample, counted as long as it lives, or None where it is over the limit."""
+        size = sum(value.nbytes for value in vars(sample).values() if isinstance(value, torch.Tensor))
+        if self.bytes + size > self.limit:
+            return None
+        self.bytes += size
+        weakref.finalize(sample, self._release, size).atexit = False
+        return sample
+
+    def _release(self, size: int) -> None:
+        self.bytes -= size
 
 
 def fit_sequences(sizes: list[tuple[int, ...]], budget: tuple[int, ...]) -> list[list[int]]:
@@ -111,12 +152,10 @@ def pack(
     input_ids = torch.cat([sample.input_ids for sample in samples])
     following = torch.cat([torch.cat([s.labels[1:], s.labels.new_full((1,), IGNORE_INDEX)]) for s in samples])
     learned = (following != IGNORE_INDEX).nonzero().flatten()
-    tokens, grids = _media_in_order(samples, visual_ids)
-    grid_thw = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
-    blank = [] if grids else [(1, merge_size, merge_size)]
-    if blank:
-        tokens = [torch.zeros(merge_size**2, token_width)]
-    steps = [rows * columns for time, rows, columns in [*grids, *blank] for _ in range(time)]
+    media = _media_in_order(samples, visual_ids, merge_size)
+    grids = [grid for _, grid, _ in media]
+    media = media or [(torch.zeros(merge_size**2, token_width), (1, merge_size, merge_size), None)]
+    steps = [length for _, grid, kept in media for length in step_lengths(grid, merge_size, kept) if length]
     lengths = [len(sample.input_ids) for sample in samples]
     return PackedBatch(
         input_ids=input_ids,
@@ -125,10 +164,10 @@ def pack(
         learned=learned,
         targets=following[learned],
         visual=torch.isin(input_ids, torch.tensor(visual_ids)).nonzero().flatten() if grids else input_ids[:0],
-        tokens=torch.cat(tokens).to(token_dtype),
-        token_positions=torch.from_numpy(np.concatenate([vision_positions(g, merge_size) for g in [*grids, *blank]])),
+        tokens=torch.cat([tokens for tokens, _, _ in media]).to(token_dtype),
+        token_positions=torch.from_numpy(np.concatenate([vision_positions(g, merge_size, k) for _, g, k in media])),
         step_starts=_starts(steps),
-        grid_thw=grid_thw,
+        grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
         longest_sample=max(lengths),
         longest_step=max(steps),
         keys=[sample.__key__ for sample in samples],
@@ -140,27 +179,28 @@ def _starts(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
 
 
-def _media_in_order(
-    samples: list[EncodedSample], visual_ids: tuple[int, ...]
-) -> tuple[list[torch.Tensor], list[tuple[int, int, int]]]:
-    """Vision tokens and grids of all media of a sequence in the order in which their placeholders stand."""
-    tokens, grids = [], []
+Medium = tuple[torch.Tensor, Grid, np.ndarray | None]  # its tokens, its grid, the cells that have tokens (None: all)
+
+
+def _media_in_order(samples: list[EncodedSample], visual_ids: tuple[int, ...], merge_size: int) -> list[Medium]:
+    """All media of a sequence in the order in which their placeholders stand."""
+    ordered = []
     image_id, video_id = visual_ids
     for sample in samples:
         media = {
-            image_id: _split(sample.pixel_values, sample.image_grid_thw),
-            video_id: _split(sample.pixel_values_videos, sample.video_grid_thw),
+            image_id: _split(sample.pixel_values, sample.image_grid_thw, sample.image_kept, merge_size),
+            video_id: _split(sample.pixel_values_videos, sample.video_grid_thw, sample.video_kept, merge_size),
         }
-        for visual_id in _kinds_in_order(sample.input_ids, visual_ids):
-            its_tokens, grid = media[visual_id].pop(0)
-            tokens.append(its_tokens)
-            grids.append(grid)
-    return tokens, grids
+        ordered += [media[visual_id].pop(0) for visual_id in _kinds_in_order(sample.input_ids, visual_ids)]
+    return ordered
 
 
-def _split(tokens: torch.Tensor, grids: torch.Tensor) -> list[tuple[torch.Tensor, tuple[int, int, int]]]:
-    pieces = tokens.split(grids.prod(dim=1).tolist()) if len(grids) else ()
-    return [(piece, tuple(grid)) for piece, grid in zip(pieces, grids.tolist())]
+def _split(tokens: torch.Tensor, grids: torch.Tensor, kept: torch.Tensor | None, merge_size: int) -> list[Medium]:
+    if not len(grids):
+        return []
+    masks = kept_by_medium(grids, kept, merge_size)
+    counts = [sum(step_lengths(grid, merge_size, mask)) for grid, mask in zip(grids.tolist(), masks)]
+    return [(piece, tuple(grid), mask) for piece, grid, mask in zip(tokens.split(counts), grids.tolist(), masks)]
 
 
 def _kinds_in_order(input_ids: torch.Tensor, visual_ids: tuple[int, ...]) -> list[int]:

@@ -1,39 +1,94 @@
-"""Positions of tokens: M-RoPE in the language model, rows and columns in the vision tower."""
+"""Positions of tokens: M-RoPE in the language model, rows and columns in the vision tower.
+
+With skipping (dct/skipping_dct.py), cells that are left out have no token. All others keep their positions.
+
+Letters used for shapes in this file:
+
+    t h w    the grid of vision tokens of a medium
+    r c      rows and columns of merge cells: r = h/m, c = w/m; each is one token of the language model
+    L        tokens of a sequence
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 
+Grid = tuple[int, int, int]
 
-def vision_positions(grid: tuple[int, int, int], merge_size: int) -> np.ndarray:
-    """Row and column of each vision token of a medium with grid (t, h, w), int64 [t * h * w, 2], in Qwen2-VL's order:
+
+def vision_positions(grid: Grid, merge_size: int, kept: np.ndarray | None = None) -> np.ndarray:
+    """Row and column of each vision token of a medium with grid (t, h, w), int64 [tokens, 2], in Qwen2-VL's order:
     time steps, then merge groups row by row, then the tokens of a group (transformers 4.51.3, modeling_qwen2_vl.py,
-    `rot_pos_emb`)."""
+    `rot_pos_emb`).
+
+    kept: bool [t, r, c], the merge cells that have tokens; None for all.
+    """
     steps, rows, columns = grid
     plane = np.indices((rows, columns), dtype=np.int64)
     groups = plane.reshape(2, rows // merge_size, merge_size, columns // merge_size, merge_size)
     ordered = groups.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
-    return np.tile(ordered, (steps, 1))
+    positions = np.tile(ordered, (steps, 1))
+    if kept is None:
+        return positions
+    return positions.reshape(kept.size, -1, 2)[kept.ravel()].reshape(-1, 2)
 
 
-Run = int | tuple[int, int, int] | tuple[int, int, int, float]  # see `mrope_positions`
+def step_lengths(grid: Grid, merge_size: int, kept: np.ndarray | None = None) -> list[int]:
+    """Vision tokens of each time step of a medium, over which its attention runs. With skipping a step may have none.
+
+    kept: as of `vision_positions`.
+    """
+    steps, rows, columns = grid
+    if kept is None:
+        return [rows * columns] * steps
+    return (kept.reshape(steps, -1).sum(axis=1) * merge_size**2).tolist()
+
+
+@dataclass(frozen=True, eq=False)
+class KeptRun:
+    """The visual run of a medium of which only some cells have tokens.
+
+    grid: (t, r, c), of all cells.
+    kept: bool [t, r, c], those that have a token.
+    time_step: by how much time advances from step to step.
+    """
+
+    grid: Grid
+    kept: np.ndarray
+    time_step: float = 1.0
+
+
+Run = int | Grid | tuple[int, int, int, float] | KeptRun  # see `mrope_positions`
 
 
 def mrope_positions(runs: list[Run]) -> np.ndarray:
-    """M-RoPE position ids, int64 [3, L], of a sequence of runs: an int n is n text tokens, a tuple (t, h, w) is a
-    visual run of t*h*w language-model tokens (grid after the spatial merge). A fourth number is by how much time
+    """M-RoPE position ids, int64 [3, L], of a sequence of runs: an int n is n text tokens, a tuple (t, r, c) is a
+    visual run of t*r*c language-model tokens (grid after the spatial merge). A fourth number is by how much time
     advances from step to step, 1 if it is left out; what it gives is rounded down.
 
     Text advances all three axes together; a visual run counts time, row and column from where the text stopped, and
-    the next text starts after its largest index (Qwen2-VL, arXiv 2409.12191, section 2.1; `get_rope_index`).
+    the next text starts after its largest index (Qwen2-VL, arXiv 2409.12191, section 2.1; `get_rope_index`). Cells that
+    a `KeptRun` leaves out count for that index, too: text starts where it would have, and a video keeps its duration.
     """
     columns, start = [], 0
     for run in runs:
-        if isinstance(run, tuple):
-            indices = np.indices(run[:3], dtype=np.int64).reshape(3, -1)
-            if len(run) == 4:
-                indices[0] = indices[0].astype(np.float32) * np.float32(run[3])
-            columns.append(indices + start)
-            start += int(indices.max()) + 1
-        else:
+        if isinstance(run, int):
             columns.append(np.broadcast_to(np.arange(start, start + run, dtype=np.int64), (3, run)))
             start += run
+        elif isinstance(run, KeptRun):
+            indices = _visual_indices(run.grid, run.time_step)
+            columns.append(indices[:, run.kept.ravel()] + start)
+            start += int(indices.max()) + 1
+        else:
+            indices = _visual_indices(run[:3], *run[3:])
+            columns.append(indices + start)
+            start += int(indices.max()) + 1
     return np.concatenate(columns, axis=1) if columns else np.zeros((3, 0), np.int64)
+
+
+def _visual_indices(grid: Grid, time_step: float = 1.0) -> np.ndarray:
+    """Time, row and column of each cell of a medium, counted from 0: int64 [3, t * r * c]."""
+    indices = np.indices(grid, dtype=np.int64).reshape(3, -1)
+    if time_step != 1:
+        indices[0] = indices[0].astype(np.float32) * np.float32(time_step)
+    return indices

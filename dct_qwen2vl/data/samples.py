@@ -44,7 +44,9 @@ from dct_qwen2vl.data.conversations import (
 )
 from dct_qwen2vl.data.energon_files import PreparedSetError, prepare_again
 from dct_qwen2vl.data.images import IMAGE_EXTENSIONS
+from dct_qwen2vl.data.kept_cells import kept_by_medium
 from dct_qwen2vl.data.media import BadSample, part_order
+from dct_qwen2vl.data.positions import step_lengths
 from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS
 
 # Shards hold file bytes, which images.py and videos.py decode; this is what a dataset.yaml that does not say gets.
@@ -70,7 +72,8 @@ class EncodedSample(Sample):
 
     input_ids int64 [L]; labels int64 [L], aligned with input_ids, IGNORE_INDEX where not learned; position_ids int64
     [3, L] (time, row, column); pixel_values float32 [N, K] and image_grid_thw int64 [M, 3] of its images, the other
-    two of its videos (N and M may be 0).
+    two of its videos (N and M may be 0). With skipping, image_kept and video_kept are bool [cells of all images, of all
+    videos]: which merge cells have tokens. Grids are then still those of whole media.
     """
 
     input_ids: torch.Tensor
@@ -80,6 +83,8 @@ class EncodedSample(Sample):
     image_grid_thw: torch.Tensor
     pixel_values_videos: torch.Tensor
     video_grid_thw: torch.Tensor
+    image_kept: torch.Tensor | None = None
+    video_kept: torch.Tensor | None = None
 
 
 @dataclass
@@ -89,6 +94,7 @@ class QwenBatch(Batch):
     labels int64 [B, L] are already shifted: labels[b, i] is the token that position i has to predict. position_ids
     int64 [3, B, L]. attention_mask int64 [B, L]. pixel_values float32 [N, K] of all images in order, image_grid_thw
     int64 [M, 3]; likewise for videos. skipped: samples left out since the previous batch of the same worker, by reason.
+    image_kept, video_kept: as in `EncodedSample`, None without skipping.
 
     A batch without keys stands for none: its one learned token is not to be counted (`QwenTaskEncoder.blank_batch`).
     """
@@ -103,14 +109,32 @@ class QwenBatch(Batch):
     video_grid_thw: torch.Tensor
     keys: list[str]
     skipped: dict[str, int] = field(default_factory=dict)
+    image_kept: torch.Tensor | None = None
+    video_kept: torch.Tensor | None = None
+
+    def step_grids(self, merge_size: int) -> torch.Tensor:
+        """Grids int64 [n, 3] that have as many vision tokens in as many time steps as the media of the batch: theirs,
+        or with skipping each step that keeps some as a medium of its own."""
+        grids = torch.cat([self.image_grid_thw, self.video_grid_thw])
+        if self.image_kept is None:
+            return grids
+        masks = kept_by_medium(grids, torch.cat([self.image_kept, self.video_kept]), merge_size)
+        media = zip(map(tuple, grids.tolist()), masks)
+        lengths = [length for grid, mask in media for length in step_lengths(grid, merge_size, mask) if length]
+        return torch.tensor([(1, length, 1) for length in lengths], dtype=torch.int64).view(-1, 3)
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
-        """Keyword arguments of Qwen2VLForConditionalGeneration.forward, without labels; absent media are left out."""
+        """Keyword arguments of Qwen2VLForConditionalGeneration.forward, without labels; absent media are left out. With
+        skipping, `kept_cells.embed_media` has to embed the media first."""
         inputs = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "position_ids")}
         if len(self.image_grid_thw):
             inputs.update(pixel_values=self.pixel_values, image_grid_thw=self.image_grid_thw)
+            if self.image_kept is not None:
+                inputs.update(image_kept=self.image_kept)
         if len(self.video_grid_thw):
             inputs.update(pixel_values_videos=self.pixel_values_videos, video_grid_thw=self.video_grid_thw)
+            if self.video_kept is not None:
+                inputs.update(video_kept=self.video_kept)
         return inputs
 
 

@@ -32,6 +32,7 @@ from .image_inputs_dct import (
     to_three_channels,
 )
 from .image_sizes_dct import PIXEL_BOUNDS, bounds_in, pixel_bounds, target_size
+from .skipping_dct import check_skip_db
 from .transform_dct import DCTTokenizer
 
 try:
@@ -50,6 +51,8 @@ class DCTImageProcessor(BaseImageProcessor):
     do_rescale: turn off for floats in 0..1; with it, floats are in 0..255.
     resample: Pillow's filter; what is resized has 8 bits, as in the stock processor, and gets the same pixels.
     do_convert_rgb: turn off to have PIL images refused that are neither RGB nor grey.
+    skip_db: dB, None for no skipping. Which cells the model was trained without (skipping_dct.py). This repository's
+        training and evaluation follow it. The processor itself always gives all tokens, which stock models expect.
 
     Images are PIL, numpy or torch; grey ([H, W], or one channel), RGB or RGBA; channels first or last; uint8, uint16
     (0..65535), bool, other whole numbers in 0..255, or floats. Transparency is laid on white, as `images.to_rgb` does
@@ -74,6 +77,7 @@ class DCTImageProcessor(BaseImageProcessor):
         resample: PILImageResampling = PILImageResampling.BICUBIC,
         do_convert_rgb: bool = True,
         size: dict[str, int] | None = None,
+        skip_db: float | None = None,
         **kwargs: Any,
     ) -> None:
         config = DCTConfig.resolve(dct)
@@ -93,6 +97,7 @@ class DCTImageProcessor(BaseImageProcessor):
         for name, value in fixed.items():
             setattr(self, name, value)
         self.dct = config.to_dict()
+        self.skip_db = None if skip_db is None else check_skip_db(skip_db)
         self._tokenizers: dict[torch.device, DCTTokenizer] = {}
 
     @property
@@ -134,6 +139,8 @@ class DCTImageProcessor(BaseImageProcessor):
         """What is saved."""
         values = super(DCTImageProcessor, copy.copy(self)).to_dict()
         del values["_tokenizers"]
+        if self.skip_db is None:
+            del values["skip_db"]
         if "AutoImageProcessor" in values.get("auto_map", {}):  # transformers 4.52 and later ask for both
             name = values["auto_map"]["AutoImageProcessor"].replace("ImageProcessor", "VideoProcessor")
             values["auto_map"] = {**values["auto_map"], "AutoVideoProcessor": name}

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from .configuration_dct import RGB_TO_YCBCR, YCBCR_MATRICES, DCTConfig, dct_matrix
+from .skipping_dct import fill_tokens
 
 CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 26  # samples encoded at once, which stay in a CPU's cache or fill a GPU
 Frames = np.ndarray | torch.Tensor | Sequence[np.ndarray | torch.Tensor]
@@ -328,18 +329,25 @@ class DCTTokenizer:
         order = torch.stack(torch.meshgrid(*(torch.arange(side) for side in (t, h, w)), indexing="ij"), dim=-1)
         return order.view(t, h // m, m, w // m, m, 3).transpose(2, 3).reshape(-1, 3)
 
-    def decode(self, tokens: torch.Tensor, grid_thw: tuple[int, int, int]) -> torch.Tensor:
+    def decode(
+        self, tokens: torch.Tensor, grid_thw: tuple[int, int, int], kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Tokens [N, K], grid (t, h, w) -> uint8 frames [t*bt, h*bh, w*bw, 3]: what the model receives, as an image.
 
         Coefficients that were not kept count as zero.
+        kept: bool [t, h/m, w/m], of `skipping_dct.kept_cells`. Cells that are left out of `tokens` show what they copy.
         """
-        return self.decode_float(tokens, grid_thw).round_().clamp_(0, 255).to(torch.uint8)
+        return self.decode_float(tokens, grid_thw, kept).round_().clamp_(0, 255).to(torch.uint8)
 
-    def decode_float(self, tokens: torch.Tensor, grid_thw: tuple[int, int, int]) -> torch.Tensor:
+    def decode_float(
+        self, tokens: torch.Tensor, grid_thw: tuple[int, int, int], kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """As `decode`, without rounding and clipping: [t*bt, h*bh, w*bw, 3] in 0..255, of this tokenizer's dtype."""
         (bt, bh, bw), m = self.config.block, self.config.merge
         t, h, w = (int(side) for side in grid_thw)
         tokens = torch.as_tensor(tokens, device=self.device).to(self.dtype)
+        if kept is not None:
+            tokens = self._filled(tokens, (t, h // m, w // m), kept)
         if tokens.shape != (t * h * w, self.config.num_coefficients):
             raise ValueError(
                 f"decode expects tokens [{t * h * w}, {self.config.num_coefficients}] for the grid {(t, h, w)} of "
@@ -355,6 +363,16 @@ class DCTTokenizer:
         x = x.view(-1, bw * 3) @ torch.kron(columns, colour.T.contiguous())
         x = x.view(bt, t, h * bh, w * bw, 3).transpose(0, 1).reshape(t * bt, h * bh, w * bw, 3)
         return x + self._tensor(np.array(self.config.mean) * 255)
+
+    def _filled(self, tokens: torch.Tensor, cells: tuple[int, int, int], kept: torch.Tensor) -> torch.Tensor:
+        """Tokens of the kept cells -> of all. Raises ValueError."""
+        kept = torch.as_tensor(kept, device=self.device)
+        if tuple(kept.shape) != cells or len(tokens) != int(kept.sum()) * self.config.merge**2:
+            raise ValueError(
+                f"decode expects kept {list(cells)} with {self.config.merge**2} tokens for each cell that is kept, got "
+                f"kept {list(kept.shape)} with {int(kept.sum())} and {len(tokens)} tokens"
+            )
+        return fill_tokens(tokens, kept)
 
 
 class _Buffers:

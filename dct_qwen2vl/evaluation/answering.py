@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.evaluation.questions import Question, blinded
@@ -19,6 +19,7 @@ MEDIA_INPUTS = {  # of the model, by kind: tokens and grids
     "image": ("pixel_values", "image_grid_thw"),
     "video": ("pixel_values_videos", "video_grid_thw"),
 }
+KEPT_INPUTS = {"image": "image_kept", "video": "video_kept"}  # with skipping: which cells have tokens
 
 
 PAD = re.compile(r"<\|(image|video)_pad\|>")  # what the chat template writes for a medium
@@ -56,23 +57,27 @@ class Answerer:
 
     def answer(self, questions: list[Question]) -> list[str]:
         """Greedy answers to a batch of questions."""
-        inputs = self.model_inputs(questions)
-        output = self.generate(inputs)
-        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [self.text_tokens.decode(ids) for ids in answers]
+        return [self.text_tokens.decode(ids) for ids in self.generate(self.model_inputs(questions)).tolist()]
 
     def generate(self, inputs: dict[str, "torch.Tensor"]) -> "torch.Tensor":
-        """What `model_inputs` gives, with greedy answers behind it: int64 [B, L]."""
+        """What `model_inputs` gives -> the greedy answers, int64 [B, new]."""
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-        return self.model.generate(
-            **inputs,
-            **self.time_inputs(inputs),
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-        )
+        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        options |= dict.fromkeys(("temperature", "top_p", "top_k"))
+        if self.media.skip_db is not None:
+            return self._generate_skipping(inputs, options)
+        output = self.model.generate(**inputs, **self.time_inputs(inputs), **options)
+        return output[:, inputs["input_ids"].shape[1] :]
+
+    def _generate_skipping(self, inputs: dict[str, "torch.Tensor"], options: dict[str, Any]) -> "torch.Tensor":
+        """New tokens, int64 [B, new], where some cells have no token. generate() gives these alone for embeddings."""
+        import torch
+
+        from dct_qwen2vl.data.kept_cells import embed_media, given_positions
+
+        positions = inputs.pop("position_ids")
+        with torch.no_grad(), given_positions(self.model, positions):
+            return self.model.generate(**embed_media(self.model, inputs), **options)
 
     def time_inputs(self, inputs: dict[str, "torch.Tensor"]) -> dict[str, list[float]]:
         """Seconds between the time steps of each video, as training counts them; {} where the model has no such input
@@ -88,19 +93,39 @@ class Answerer:
         input_ids, attention_mask: int64 [B, L], padded on the left.
         pixel_values, pixel_values_videos: float32 [N, K] of all images, of all videos; left out where there are none.
         image_grid_thw, video_grid_thw: int64 [M, 3], likewise.
+        With skipping also image_kept, video_kept: bool [cells of all of them]; and position_ids: int64 [3, B, L].
         """
-        from dct_qwen2vl.data.media_encoder import stack_media
+        from dct_qwen2vl.data.media_encoder import stack_kept, stack_media
 
-        texts, media = [], []
+        texts, media, masks = [], [], []
         for question in questions:
             encoded = [(kind, *self.media.encode(kind, frames)) for kind, frames in question.media]
+            if self.media.skip_db is not None:
+                encoded, kept = self.media.skip(encoded)
+                masks += kept
             texts.append(self._expand(self._prompt(question), encoded))
             media += encoded
         inputs = dict(self.processor.tokenizer(texts, padding=True, return_tensors="pt"))
         for kind, names in MEDIA_INPUTS.items():
             if any(part[0] == kind for part in media):
                 inputs.update(zip(names, stack_media(kind, media)))
+                if masks:
+                    inputs[KEPT_INPUTS[kind]] = stack_kept(kind, media, masks)
+        if self.media.skip_db is not None:
+            inputs["position_ids"] = self._positions(inputs, masks)
         return inputs
+
+    def _positions(self, inputs: dict[str, "torch.Tensor"], masks: list["torch.Tensor"]) -> "torch.Tensor":
+        """M-RoPE positions int64 [3, B, L]. masks: of all media in order, bool [t, r, c]."""
+        import numpy as np
+        import torch
+
+        from dct_qwen2vl.data.kept_cells import find_positions
+
+        pads = {self.model.config.image_token_id, self.model.config.video_token_id}
+        media = iter([(tuple(mask.shape), mask.numpy()) for mask in masks])
+        sequences = zip(inputs["input_ids"].numpy(), inputs["attention_mask"].bool().numpy())
+        return torch.from_numpy(np.stack([find_positions(ids, mask, pads, media) for ids, mask in sequences], axis=1))
 
     def _expand(self, prompt: str, media: list["Encoded"]) -> str:
         """A prompt with as many pads for each medium as the language model has tokens of it. Raises UserError."""
@@ -108,7 +133,7 @@ class Answerer:
         if places != kinds:
             raise UserError(f"a prompt has places for {places}, its question has {kinds}: does its text spell a pad?")
         merge = self.media.image_processor.merge_size
-        counts = iter([t * h * w // merge**2 for _, _, (t, h, w) in media])
+        counts = iter([len(tokens) // merge**2 for _, tokens, _ in media])
         return PAD.sub(lambda pad: pad[0] * next(counts), prompt)
 
     def _prompt(self, question: Question) -> str:

@@ -95,7 +95,7 @@ def ask(answerer: Answerer, question: Question, follow: list[int] | None = None)
     """follow: tokens of the answer whose logits are taken; None for the model's own."""
     inputs = answerer.model_inputs([question])
     length = inputs["input_ids"].shape[1]
-    tokens = answerer.generate(inputs)[0, length:].tolist()
+    tokens = answerer.generate(inputs)[0].tolist()
     follow = tokens if follow is None else follow
     ids = torch.cat([inputs["input_ids"], torch.tensor([follow[:-1]], dtype=torch.int64)], dim=1)
     inputs = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -32,6 +32,7 @@ from transformers import AutoModelForImageTextToText
 from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read, write_reading
 from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING, open_tensors, read_json, safetensors_files
 from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.data.kept_cells import embed_media
 from dct_qwen2vl.data.loader import EnergonDataModule, energon_state_classes
 from dct_qwen2vl.data.samples import IGNORE_INDEX, QwenBatch
 from dct_qwen2vl.data.videos import VideoSampling
@@ -59,10 +60,10 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
     """Qwen2-VL or Qwen2.5-VL as a LightningModule that takes `QwenBatch`es.
 
     model_dir: HF directory. freeze: parts that are not trained ("vision" is the tower without its projector).
-    max_gradient_norm: 0 for no clipping. pixel_bounds: min_pixels, max_pixels of this run where they are not those of
-    model_dir; the processor that is saved with the weights gets them. lora: adapters in place of the language model's
-    weights. guard: stops at a loss or gradient that is no number; None for a model that is not trained. sampling: of
-    videos, saved as pixel_bounds are.
+    max_gradient_norm: 0 for no clipping. pixel_bounds: min_pixels, max_pixels and skip_db of this run where they are
+    not those of model_dir; the processor that is saved with the weights gets them. lora: adapters in place of the
+    language model's weights. guard: stops at a loss or gradient that is no number; None for a model that is not
+    trained. sampling: of videos, saved as pixel_bounds are.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         model_dir: Path,
         freeze: tuple[str, ...] = (),
         max_gradient_norm: float = 1.0,
-        pixel_bounds: dict[str, int] | None = None,
+        pixel_bounds: dict[str, Any] | None = None,
         lora: LoRA | None = None,
         guard: StepGuard | None = None,
         sampling: dict[str, Any] | None = None,
@@ -109,7 +110,10 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
 
     def forward(self, batch: QwenBatch) -> torch.Tensor:
         """-> logits [B, L, vocabulary]."""
-        return self.model(**batch.model_inputs(), use_cache=False).logits
+        inputs = batch.model_inputs()
+        if batch.image_kept is not None:
+            inputs = embed_media(self.model, inputs)
+        return self.model(**inputs, use_cache=False).logits
 
     def training_step(self, batch: QwenBatch, batch_index: int) -> dict[str, torch.Tensor]:
         """The sum of the losses of the learned tokens; `configure_gradient_clipping` divides by the tokens of the step.
@@ -324,7 +328,7 @@ def run(
         config.model_dir,
         config.freeze,
         config.max_gradient_norm,
-        config.pixel_bounds,
+        config.processor_settings,
         LoRA.of(config),
         StepGuard(config.run_dir / NON_FINITE),
         vars(VideoSampling.of(config)),

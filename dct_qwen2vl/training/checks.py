@@ -9,6 +9,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     FORMAT_DEFAULTS,
     check_checkpoint,
     note_on_old_code,
+    read_config,
     read_json,
     saved_pixel_bounds,
     unfolded_format,
@@ -58,6 +59,19 @@ def check_pixel_bounds(config: TrainingConfig) -> None:
     low, high = bounds["min_pixels"], bounds["max_pixels"]
     if low is not None and high is not None and low > high:
         raise RunError(f"min_pixels {low} is over max_pixels {high}: change --min-pixels or --max-pixels")
+
+
+def check_skipping(config: TrainingConfig, info: ModelInfo) -> None:
+    """Raises RunError where cells are to be skipped that cannot be."""
+    if not config.skip_db:
+        return
+    if info.dct is None:
+        raise RunError(f"--skip-db {config.skip_db:g} needs DCT tokens, {config.model_dir} reads pixels: leave it out")
+    model_type = read_config(config.model_dir)["model_type"]
+    if model_type != "qwen2_vl":  # whose tower sees windows of whole grids
+        raise RunError(
+            f"--skip-db {config.skip_db:g} needs a Qwen2-VL, {config.model_dir} is {model_type}: leave it out"
+        )
 
 
 def check_data(config: TrainingConfig) -> None:
@@ -157,6 +171,7 @@ def check(config: TrainingConfig) -> ModelInfo:
     info = check_model(config.model_dir, config.dct)
     check_loading(config)
     check_pixel_bounds(config)
+    check_skipping(config, info)
     check_data(config)
     check_run_folder(config)
     if not (config.run_dir / "finished").is_file():

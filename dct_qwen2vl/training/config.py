@@ -89,6 +89,14 @@ class TrainingConfig:
     max_pixels: int | None = setting(
         "what", None, "most pixels of an image (default: the checkpoint's)", at_least=1, resume=DATA
     )
+    skip_db: float | None = setting(
+        "what",
+        None,
+        "leave out cells of images and videos that a kept cell already shows with this PSNR in dB, 38 for example; 0: "
+        "none (default: the checkpoint's)",
+        at_least=0,
+        resume=DATA,
+    )
     video_fps: float = _video_setting("fps")
     video_min_frames: int = _video_setting("min_frames")
     video_max_frames: int = _video_setting("max_frames")
@@ -228,6 +236,12 @@ class TrainingConfig:
         """Those given; the others are the checkpoint's."""
         bounds = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         return {name: value for name, value in bounds.items() if value is not None}
+
+    @property
+    def processor_settings(self) -> dict[str, Any]:
+        """What the image processor has otherwise than the checkpoint's, now and where it is saved."""
+        skipping = {} if self.skip_db is None else {"skip_db": self.skip_db or None}
+        return {**self.pixel_bounds, **skipping}
 
     @property
     def world_size(self) -> int:

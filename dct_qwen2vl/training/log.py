@@ -116,8 +116,7 @@ def gather(value: Any) -> list[Any]:
 
 def count_tokens(batch: QwenBatch, merge_size: int) -> dict[str, float]:
     """What is in a micro-batch, by the names of `SUMMED`."""
-    grids = torch.cat([batch.image_grid_thw, batch.video_grid_thw])
-    visual = int(grids.prod(dim=1).sum()) // merge_size**2
+    visual = int(batch.step_grids(merge_size).prod(dim=1).sum()) // merge_size**2
     present = int(batch.attention_mask.sum())
     return {
         "samples": len(batch.keys),
@@ -217,7 +216,7 @@ class TrainingLog(pl.Callback):
         return sum(gather(self._skipped), Counter())
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch: QwenBatch, batch_index: int) -> None:
-        grids = torch.cat([batch.image_grid_thw, batch.video_grid_thw])
+        grids = batch.step_grids(self.merge_size)
         flops = training_flops(pl_module.model.config, grids, batch.attention_mask.sum(dim=1))
         loss, learned = float(outputs["loss_sum"]), int(outputs["tokens"])
         self.add(loss=loss, loss_weight=learned, flops=flops, **count_tokens(batch, self.merge_size))

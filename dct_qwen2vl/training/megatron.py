@@ -259,7 +259,7 @@ class PackedTrainingLog(TrainingLog):
         visual, tokens = len(sequence.visual), len(sequence.input_ids)
         lengths = sequence.sample_starts.diff()
         return {
-            "flops": training_flops(self.hf_config, sequence.grid_thw, lengths, len(sequence.learned)),
+            "flops": training_flops(self.hf_config, sequence.step_grids(), lengths, len(sequence.learned)),
             "samples": len(sequence.keys),
             "visual_tokens": visual,
             "text_tokens": tokens - visual,
@@ -403,7 +403,7 @@ def run(
         hf_config=module.hf_config,
         budget=(config.pack_tokens, config.pack_vision_tokens),
     )
-    edit = partial(write_reading, bounds=config.pixel_bounds, sampling=vars(VideoSampling.of(config)))
+    edit = partial(write_reading, bounds=config.processor_settings, sampling=vars(VideoSampling.of(config)))
     callbacks = [
         RehearseSave(config, info, partial(rehearse_hf, config.model_dir, edit=edit)),
         log,

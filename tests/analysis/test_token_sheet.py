@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dct_qwen2vl.analysis import coefficient_masks, sheet_canvas, token_measures, token_sheet
+from dct_qwen2vl.analysis import coefficient_masks, sheet_canvas, skipped_cells, token_measures, token_sheet
 from dct_qwen2vl.analysis.sheet_canvas import Canvas
 from dct_qwen2vl.analysis.token_measures import measure, worst_window
 from dct_qwen2vl.dct import (
@@ -20,6 +20,7 @@ from dct_qwen2vl.dct import (
     image_inputs_dct,
     image_processing_dct,
     image_sizes_dct,
+    skipping_dct,
     transform_dct,
 )
 from dct_qwen2vl.dct.transform_dct import DCTTokenizer
@@ -92,6 +93,30 @@ def test_words_of_a_preset(natural_frames):
     assert re.fullmatch(r"PSNR \d\d\.\d dB \(as many tokens of pixels: \d\d\.\d dB\)", still[3])
     video = token_measures.describe(measure(natural_frames(4, 112, 112), PRESETS[1], [0]), 4, 112, 112)
     assert video[1:3] == ["32 tokens a video, 8 in the language model", "56,448 floats a video, 1.12 a pixel"]
+
+
+def test_figures_with_skipping_are_those_of_what_is_shown(natural_frames):
+    """Five frames, nothing moves until the last: cells of its place are new, all others are kept once."""
+    frames, config = natural_frames(1, 112, 224).repeat(5, axis=0), PRESETS[1]
+    frames[4, :56, 56:112] = 255 - frames[4, :56, 56:112]
+    result = measure(frames, config, [0, 3, 4], skip_db=38.0)
+    whole = measure(frames, config, [0, 3, 4])
+    assert whole.kept is None and whole.tokens == 3 * 32
+    assert result.kept.sum((1, 2)).tolist() == [8, 0, 1] and result.kept[2, 0, 1]
+    assert result.tokens == 9 * 4 and result.share == 9 / 24
+    np.testing.assert_array_equal(result.decoded, whole.decoded)
+    assert result.psnr == pytest.approx(whole.psnr) and result.pixels_psnr < whole.pixels_psnr
+    words = token_measures.describe(result, 5, 112, 224)
+    assert words[1] == "36 tokens a video, 9 in the language model (38% kept)"
+
+
+def test_cells_that_are_left_out_are_tinted():
+    frames = np.full((1, 4, 6, 3), 200, np.uint8)
+    shown = skipped_cells.tint_skipped(frames, np.array([[[True, False], [False, True]]]))[0]
+    expected = np.round(0.2 * 200 + 0.8 * np.array(skipped_cells.TINT))
+    for rows, columns, colour in ((slice(2), slice(3), 200), (slice(2), slice(3, 6), expected)):
+        assert (shown[rows, columns] == colour).all()
+        assert (shown[2:][:, slice(3, 6) if columns == slice(3) else slice(3)] == colour).all()
 
 
 def test_the_window_where_most_is_lost():
@@ -175,12 +200,13 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("skip_db", [None, 38.0])
 @pytest.mark.parametrize("case", LAYOUTS)
-def test_nothing_overlaps_and_all_is_on_the_sheet(case, natural_frames):
+def test_nothing_overlaps_and_all_is_on_the_sheet(case, skip_db, natural_frames):
     count, height, width, configs, name = LAYOUTS[case]
     frames = natural_frames(count, height, width)
     shown = list(range(count))
-    results = [measure(frames, config, shown) for config in configs]
+    results = [measure(frames, config, shown, skip_db) for config in configs]
     canvas = (
         token_sheet.draw_image_sheet(name, (999, 1999), frames, results)
         if count == 1
@@ -268,6 +294,14 @@ def test_a_video_through_the_command(tmp_path, natural_frames, video_file, sheet
     assert sheet(path, "--presets", "x16", "--frames", "2")[0] != first
 
 
+def test_skipping_through_the_command(tmp_path, natural_frames, video_file, sheet):
+    path = save(tmp_path / "video.mp4", natural_frames(1, 112, 112).repeat(8, axis=0), video_file)
+    bare = sheet(path, "--presets", "x4")
+    first, printed = sheet(path, "--presets", "x4", "--skip-db", "30")
+    assert "16 tokens a video, 4 in the language model (50% kept)" in printed, "two steps at 2 frames a second"
+    assert "32 tokens a video, 8 in the language model;" in bare[1] and first != bare[0]
+
+
 def test_max_pixels_and_files_of_presets(tmp_path, natural_frames, sheet):
     path = save(tmp_path / "photo.png", natural_frames(1, 300, 300)[0])
     DCTConfig.select((2, 20, 20), "420", 500).save(tmp_path / "mine.json")
@@ -286,6 +320,7 @@ def test_max_pixels_and_files_of_presets(tmp_path, natural_frames, sheet):
         ),
         (["show", "a.png", "--presets", "none.json"], "argument --presets: .*none.json"),
         (["show", "a.png", "--frames", "0"], "argument --frames: must be at least 1, got 0"),
+        (["show", "a.png", "--skip-db", "0"], "argument --skip-db: must be above 0, got 0"),
         (["show", "a.png", "--max-pixels", "-4"], "argument --max-pixels: must be at least 1, got -4"),
         (["show", "a.png", "--output", "sheet.jpg"], "argument --output: the sheet is a PNG, got sheet.jpg"),
     ],
@@ -338,16 +373,14 @@ def test_transformers_finds_nothing_to_miss_in_the_copy():
     from transformers.dynamic_module_utils import get_imports
 
     installed = {"PIL", "numpy", "torch", "transformers"}
-    found = {
-        name
-        for module in (
-            configuration_dct,
-            image_colours_dct,
-            image_inputs_dct,
-            image_processing_dct,
-            image_sizes_dct,
-            transform_dct,
-        )
-        for name in get_imports(module.__file__)
-    }
+    shipped = (
+        configuration_dct,
+        image_colours_dct,
+        image_inputs_dct,
+        image_processing_dct,
+        image_sizes_dct,
+        skipping_dct,
+        transform_dct,
+    )
+    found = {name for module in shipped for name in get_imports(module.__file__)}
     assert found - set(sys.stdlib_module_names) == installed

@@ -1,6 +1,7 @@
 """The automodel engine's step: whose mean the gradient is."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -44,6 +45,37 @@ def test_the_gradient_is_that_of_the_model_s_own_mean_loss(in_one, converted):
     own = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
     assert relative_difference(in_one[-len(own) :], own) < 1e-5
     assert not in_one[: -len(own)].any()  # of the vision tower, which comes first and has seen a blank image
+
+
+@pytest.mark.parametrize("skip_db", [math.inf, 30.0])
+def test_the_model_reads_kept_cells(skip_db, converted, natural_frames, video_file):
+    """With nothing skipped the logits are those without skipping, bit for bit."""
+    from samples_by_hand import answer, conversation_sample
+    from transformers import AutoTokenizer
+
+    from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
+    from dct_qwen2vl.training.automodel import QwenAutoModel
+    from dct_qwen2vl.training.log import count_tokens
+    from task_encoder import QwenTaskEncoder
+
+    folder, video = converted("x4"), video_file(natural_frames(1, 112, 112).repeat(8, axis=0), rate=2)
+    sample = conversation_sample(answer("<video>What is there?", "A square."), ("video", video))
+    module, logits, counts = QwenAutoModel(folder), {}, {}
+    module.configure_model()
+    for threshold in (None, skip_db):
+        processor = DCTImageProcessor.from_pretrained(folder, skip_db=threshold)
+        encoder = QwenTaskEncoder(AutoTokenizer.from_pretrained(folder), processor)
+        batch = encoder.batch([encoder.encode(sample)])
+        logits[threshold] = module(batch)
+        counts[threshold] = count_tokens(batch, 2)
+        steps = batch.step_grids(2).prod(dim=1).tolist()
+        assert steps == ([64] if threshold is None else [16] * 4 if threshold == math.inf else [16])
+    if skip_db == math.inf:
+        assert torch.equal(logits[None], logits[skip_db]) and counts[None] == counts[skip_db]
+    else:
+        assert logits[skip_db].shape[1] == logits[None].shape[1] - 12
+        assert counts[skip_db]["visual_tokens"] == 4 and counts[None]["visual_tokens"] == 16
+        assert counts[skip_db]["text_tokens"] == counts[None]["text_tokens"]
 
 
 @pytest.mark.launch

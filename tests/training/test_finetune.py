@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from pipeline import REPOSITORY, Prepared, metrics, run
+from pipeline import REPOSITORY, Prepared, edit_json, metrics, run
 from safetensors.torch import load_file
 from stand_in_python import write_interpreter
 
@@ -651,6 +651,53 @@ def test_unequal_devices_are_refused(prepared, tmp_path):
 
 def test_pixel_bounds_the_wrong_way_round_are_refused(prepared, tmp_path):
     assert "is over max_pixels" in refused(prepared, tmp_path, MINPIXELS="200000", MAXPIXELS="100000")
+
+
+def test_skipping_needs_tokens_that_can_be_skipped(prepared, tmp_path):
+    pixels = {"MODEL_DIR": str(prepared.pixel_model), "SKIP_DB": "38"}
+    assert "--skip-db 38 needs DCT tokens" in refused(prepared, tmp_path, "--dct", "none", **pixels)
+    assert "--skip-db must be at least 0, got -1.0" in refused(prepared, tmp_path, SKIP_DB="-1")
+    model = shutil.copytree(prepared.model, tmp_path / "other")
+    info, values = checks.check_model(model, None), {"model_dir": model, "data_dir": prepared.shards}
+    checks.check_skipping(config.TrainingConfig(**values, skip_db=38.0), info)
+    edit_json(model / "config.json", model_type="qwen2_5_vl")
+    with pytest.raises(config.RunError, match=r"--skip-db 38 needs a Qwen2-VL, .* is qwen2_5_vl"):
+        checks.check_skipping(config.TrainingConfig(**values, skip_db=38.0), info)
+
+
+@pytest.mark.parametrize(("skip_db", "saved"), [(None, 36.0), (38.0, 38.0), (0.0, None)])
+def test_the_processor_that_is_saved_says_what_was_skipped(prepared, tmp_path, skip_db, saved):
+    """Trained further without the setting, a checkpoint keeps its own; 0 turns it off."""
+    from dct_qwen2vl.checkpoints.hf_folder import write_pixel_bounds
+
+    model = shutil.copytree(prepared.model, tmp_path / "model")
+    edit_json(model / "preprocessor_config.json", skip_db=36.0)
+    settings = config.TrainingConfig(model_dir=model, data_dir=prepared.shards, skip_db=skip_db)
+    _, processor = finetune_qwen2vl.load_processor(settings, checks.check_model(model, None))
+    write_pixel_bounds(model, settings.processor_settings)
+    assert processor.skip_db == saved == json.loads((model / "preprocessor_config.json").read_text()).get("skip_db")
+
+
+@pytest.mark.launch
+def test_a_run_with_skipping_is_evaluated_with_skipping(prepared, tmp_path):
+    """Fewer visual tokens, the same samples; the model that is written says so, and is asked alike. 15 dB, since the
+    images of the sample data are small and full of texture."""
+    from dct_qwen2vl.evaluation.answering import Answerer
+
+    visual = {}
+    for name, skip_db in (("plain", ""), ("skips", "15")):
+        environment = launch_environment(prepared, tmp_path, name, 1)
+        environment |= {"MAX_STEPS": "2", "VAL_INTERVAL": "2", "SAVE_INTERVAL": "0", "ENGINE": "automodel"}
+        log = finish(start(environment | {"SKIP_DB": skip_db, "SEQ_LENGTH": "2048"}), environment)
+        assert "Done: the fine-tuned model is in" in log
+        lines = [line for line in metrics(tmp_path / name) if "loss" in line]
+        assert [line["samples"] for line in lines] == [8, 8]
+        visual[name] = sum(line["visual_tokens"] for line in lines)
+    assert 0 < visual["skips"] < visual["plain"]
+    assert json.loads((tmp_path / "skips" / "run.json").read_text())["skip_db"] == 15
+    assert Answerer(tmp_path / "skips" / "hf_dct", 4).media.skip_db == 15
+    for folder in ("skips/hf", "plain/hf_dct"):
+        assert "skip_db" not in (tmp_path / folder / "preprocessor_config.json").read_text(), "the stock form takes all"
 
 
 FAKE_SRUN = """#!/usr/bin/env bash

@@ -200,6 +200,33 @@ def test_logits_and_losses_are_those_of_transformers(name, sequence, directory, 
     assert_as_near_as_transformers(found, losses, rounded[1], "losses")
 
 
+def test_skipped_cells_give_the_logits_of_transformers_over_kept_cells(directory, natural_frames, video_file, entries):
+    """A video in which one corner moves, once: two steps of five keep nothing, one keeps a cell."""
+    from dct_qwen2vl.data.kept_cells import embed_media
+
+    folder, frames = directory("x4"), natural_frames(1, 112, 168, 5).repeat(10, axis=0)
+    frames[6:, :56, 112:] = 255 - frames[6:, :56, 112:]
+    video = (answer("<video>Where does it go?", "Left."), ("video", video_file(frames, rate=2)))
+    encoder = packing_encoder(folder, "x4")
+    encoder.image_processor.skip_db = 30.0
+    samples = encode(encoder, {**entries, "still": video}, ("image", "still", "text"))
+    sequence = encoder.make_sequence(samples)
+    assert (
+        sequence.step_starts.diff().tolist()[-2:] == [24, 4]
+        and len(sequence.step_grids()) == len(sequence.step_starts) - 1
+    )
+    hf = Qwen2VLForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float32).to(DEVICE)
+    wanted = []
+    with torch.no_grad():
+        for sample in samples:
+            batch = QwenTaskEncoder.batch(encoder, [sample])
+            inputs = {name: value.to(DEVICE) for name, value in batch.model_inputs().items()}
+            logits = hf(**embed_media(hf, inputs), use_cache=False).logits
+            wanted.append(logits[0, batch.labels[0].to(DEVICE) != IGNORE_INDEX].float())
+        found = build(folder).eval()(sequence.to(DEVICE), return_logits=True)
+    assert distance(found, torch.cat(wanted)) < (2e-2 if GPU else 1e-5)
+
+
 # One parameter per part, by its name in the checkpoint.
 GRADIENTS = (
     "visual.patch_embed.proj.weight",

@@ -1,0 +1,33 @@
+"""Which merge cells skipping keeps of an image or a video, measured and drawn.
+
+Letters: S frames that are shown, H W their rows and columns, t r c steps, rows and columns of cells.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from dct_qwen2vl.dct.configuration_dct import DCTConfig
+
+TINT, STRENGTH = (116, 160, 214), 0.8  # of cells that are left out: RGB, and the share of it
+
+
+def skip(frames: np.ndarray, config: "DCTConfig", skip_db: float) -> tuple["torch.Tensor", np.ndarray]:
+    """Frames uint8 [T, H, W, 3] -> tokens [N, K] with what is skipped filled in, and the cells kept, bool [t, r, c]."""
+    from dct_qwen2vl.dct.skipping_dct import fill_tokens, keep_tokens, kept_cells
+    from dct_qwen2vl.dct.transform_dct import DCTTokenizer
+
+    tokens, grid = DCTTokenizer(config).encode(frames)
+    kept = kept_cells(tokens, grid, config, skip_db)
+    return fill_tokens(keep_tokens(tokens, kept), kept), kept.numpy()
+
+
+def tint_skipped(frames: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Frames uint8 [S, H, W, 3], kept bool [S, r, c] -> the frames with the cells that are left out under a tint."""
+    _, height, width, _ = frames.shape
+    mask = kept.repeat(height // kept.shape[1], axis=1).repeat(width // kept.shape[2], axis=2)
+    tinted = frames * (1 - STRENGTH) + np.array(TINT) * STRENGTH
+    return np.where(mask[..., None], frames, tinted.round().astype(np.uint8))
