@@ -257,6 +257,7 @@ def ask_all(
     for form, model, sampling in zip(FORMS, models, samplings):
         with exact_products():
             answerer = Answerer(model, max_new_tokens, sampling, torch.float32, **bounds)
+            answerer.media.image_processor.skip_db = None  # the stock form cannot skip: both read all cells
             ask_model(answerer, form, first_encoder(models[0], model, samplings[0], bounds), samples, found)
         del answerer
         gc.collect()
