@@ -154,6 +154,8 @@ def lay_out(plan: Plan, config: PreparationConfig) -> Layout:
         reasons = ", ".join(f"{reason} {count}" for reason, count in plan.skipped.reasons().items()) or "none skipped"
         example = f"; the first skipped: {plan.skipped.first_detail()}" if len(plan.skipped) else ""
         read = sum(plan.read.values())
+        if not len(plan):
+            raise PreparationError(f"none of the {read} entries read can be used ({reasons}{example})") from error
         raise PreparationError(
             f"{error} (of {read} entries read, {len(plan)} are usable: {reasons}{example})"
         ) from error

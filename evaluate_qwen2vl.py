@@ -28,7 +28,7 @@ from dct_qwen2vl.evaluation.answering import Answerer, answer_all
 from dct_qwen2vl.evaluation.questions import ASKED_AT_ONCE, Reading, in_rounds, read_questions
 from dct_qwen2vl.evaluation.scoring import accuracies, describe_answers, table
 
-ANSWERS_VERSION = 2  # raised when other answers would be given by the same model to the same questions
+ANSWERS_VERSION = 3  # raised when other answers would be given by the same model to the same questions
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.py")  # not what else may be put beside them
 # What the answers depend on, and which questions there are.
 OPTIONS = ("split", "limit", "batch_size", "max_new_tokens", *(PREFIX + each.name for each in fields(VideoSampling)))
@@ -115,9 +115,8 @@ def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> No
     from tqdm import tqdm
 
     answerer = Answerer(arguments.model_dir, arguments.max_new_tokens, VideoSampling.of(arguments))
-    special = answerer.processor.tokenizer.get_added_vocab()
     source = (arguments.data_dir, arguments.split, arguments.limit)
-    questions = read_questions(*source, answerer.media.read, special, reading)
+    questions = read_questions(*source, answerer.media.read, answerer.text_tokens.stay_text, reading)
     most, begun = arguments.limit and 2 * arguments.limit, 2 * len(file.answers)
     with tqdm(desc="Answering", total=most, initial=begun, unit="answer") as bar:
         for chosen in in_rounds(questions, max(ASKED_AT_ONCE, arguments.batch_size)):

@@ -11,13 +11,21 @@ import os
 import sys
 import traceback
 from dataclasses import replace
-from pathlib import Path
 
 from dct_qwen2vl.checkpoints.inspection import read_config, time_step
 from dct_qwen2vl.common.scripts import UserError
+from dct_qwen2vl.data.energon_files import fingerprint_of_shards
 from dct_qwen2vl.training import run_lock
 from dct_qwen2vl.training.checks import check, check_ranges, choose_engine, choose_precision
 from dct_qwen2vl.training.config import ModelInfo, RunError, TrainingConfig, parse_arguments
+from dct_qwen2vl.training.processes import (
+    INTERRUPTED,
+    INTERRUPTED_CODE,
+    PEER_ENDED,
+    TORCHRUN,
+    forget_what_torchrun_has_not_set,
+    interruptible,
+)
 from dct_qwen2vl.training.run_file import count_data_restarts, write_run_file
 
 
@@ -100,10 +108,13 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
                   "rate does not come down again from --lr, or never gets there", flush=True)  # fmt: skip
     import lightning.pytorch as pl
 
+    from dct_qwen2vl.training.final_model import write_stock_form
     from dct_qwen2vl.training.profile_step import ProfileStep
 
     pl.seed_everything(config.seed)
     data = build_data(config, info, engine)
+    if config.rank == 0 and not data.validates:
+        print(f"Note: the val split of {config.data_dir} is empty, so there is no validation", flush=True)
     callbacks = [ProfileStep(config.profile, config.run_dir / "profile")] if config.profile else []
     if engine == "megatron":
         from dct_qwen2vl.training import megatron as chosen
@@ -111,20 +122,9 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
         # Nothing is compiled; Megatron-core, which NeMo imports, would start processes that could.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from dct_qwen2vl.training import automodel as chosen
-    export_dir = config.run_dir / ("hf_dct" if info.dct else "hf")
-    chosen.run(config, data, data.task_encoder.image_processor.merge_size, callbacks, export_dir)
-    if info.dct and config.rank == 0:
-        write_stock_form(config, export_dir)
-
-
-def write_stock_form(config: TrainingConfig, model_dir: Path) -> None:
-    """RUN_DIR/hf from the trained coefficient form; its video processor samples frames as the run did."""
-    from dct_qwen2vl.checkpoints.hf_folder import write_video_sampling
-    from dct_qwen2vl.checkpoints.stock_form import to_stock
-
-    sampling = {name: getattr(config, f"video_{name}") for name in ("fps", "min_frames", "max_frames")}
-    write_video_sampling(model_dir, sampling)  # goes along on the way to the stock form and back
-    to_stock(model_dir, config.run_dir / "hf", force=True)
+    chosen.run(config, info, data, data.task_encoder.image_processor.merge_size, callbacks)
+    if config.rank == 0:
+        write_stock_form(config, info, config.run_dir)
 
 
 def explain(error: Exception) -> str | None:
@@ -133,41 +133,62 @@ def explain(error: Exception) -> str | None:
     trace = "".join(traceback.format_exception(error))
     if marker in trace:
         return trace.split(marker)[1].split("\n")[0]
+    if any(words in trace for words in PEER_ENDED):
+        return "another process of this run has ended, so this one ends as well"
+    if type(error).__name__ == "SIGTERMException":  # Lightning's, whose import is slow
+        return "ended by SIGTERM; the same command goes on from the newest checkpoint"
     return str(error) if isinstance(error, UserError) else None
 
 
 def main(argv: list[str] | None = None) -> int:
+    forget_what_torchrun_has_not_set(os.environ)
     config = replace(parse_arguments(argv), rank=int(os.environ.get("RANK", 0)))
-    try:
-        check_ranges(config)
-        engine = choose_engine(config)
-        config = config.resolved(engine, choose_precision(config, engine))
-        info = check(config)
-        config = replace(config, data_restarts=count_data_restarts(config))
-        if config.check:
-            if os.environ.get("NODE_RANK", "0") == "0":  # the first node may train when another still checks
-                run_lock.check_unlocked(config.run_dir)
-            return 0
-        if config.world_size > 1 and "WORLD_SIZE" not in os.environ:
-            raise RunError(f"{config.world_size} processes are torchrun's to start: bash qwen_launch.sh")
-        if (config.run_dir / "finished").is_file():
-            print(f"{config.run_dir} is finished: its model is in {config.run_dir / 'hf'}")
-            return 0
-        train(config, info)
-    except Exception as error:
-        if config.debug:
-            raise
-        line = explain(error)
-        if line is None:
-            raise
-        if not getattr(error, "told", False):
-            print(f"finetune_qwen2vl.py: {line}", file=sys.stderr)
-        return 1
+    with interruptible() as interrupts:
+        try:
+            return run(config)
+        except BaseException as error:
+            if config.debug:
+                raise
+            if not interrupts:
+                return tell(error)
+    if TORCHRUN not in os.environ:  # else the launcher says it
+        print(f"finetune_qwen2vl.py: {INTERRUPTED}", file=sys.stderr)
+    return INTERRUPTED_CODE
+
+
+def run(config: TrainingConfig) -> int:
+    """Checks, trains, and says where the model is. Returns the exit status."""
+    check_ranges(config)
+    engine = choose_engine(config)
+    config = config.resolved(engine, choose_precision(config, engine))
+    info = check(config)
+    shards = fingerprint_of_shards(config.data_dir)
+    config = replace(config, data_restarts=count_data_restarts(config), train_shards=shards)
+    if config.check:
+        if os.environ.get("NODE_RANK", "0") == "0":  # the first node may train when another still checks
+            run_lock.check_unlocked(config.run_dir)
+        return 0
+    if config.world_size > 1 and TORCHRUN not in os.environ:
+        raise RunError(f"{config.world_size} processes are torchrun's to start: bash qwen_launch.sh")
+    if (config.run_dir / "finished").is_file():
+        print(f"{config.run_dir} is finished: its model is in {config.run_dir / 'hf'}")
+        return 0
+    train(config, info)
     if config.rank == 0:
         (config.run_dir / "finished").touch()
         further = f", in the stock form; to train it further: {config.run_dir / 'hf_dct'}" if info.dct else ""
         print(f"Done: the fine-tuned model is in {config.run_dir / 'hf'}{further}")
     return 0
+
+
+def tell(error: BaseException) -> int:
+    """Shows the error in one line and returns the exit status. Raises what is a bug, or no error."""
+    line = explain(error) if isinstance(error, Exception) else None
+    if line is None:
+        raise error
+    if not getattr(error, "told", False):
+        print(f"finetune_qwen2vl.py: {line}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -90,5 +90,5 @@ if [ "$NNODES" = 1 ]; then
 else
   rendezvous=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
 fi
-exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NUM_PROC_PER_NODE" \
+exec "$PYTHON" -m dct_qwen2vl.training.launch "${rendezvous[@]}" --nproc-per-node "$NUM_PROC_PER_NODE" \
   finetune_qwen2vl.py "${arguments[@]}"

@@ -28,7 +28,7 @@ from megatron.energon import (
     stateless,
 )
 
-from dct_qwen2vl.data.conversations import DEFAULT_SYSTEM, put_first
+from dct_qwen2vl.data.conversations import DEFAULT_SYSTEM, Message, put_first
 from dct_qwen2vl.data.media import BadSample, MediaError, VideoSampling
 from dct_qwen2vl.data.media_encoder import MediaEncoder, stack_media
 from dct_qwen2vl.data.packing import MeasuredSample, PackedBatch, fit_sequences, pack
@@ -43,6 +43,7 @@ from dct_qwen2vl.data.samples import (
     parse_entry,
     parse_messages,
 )
+from dct_qwen2vl.data.text_tokens import TextTokens
 
 
 class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, QwenBatch, QwenBatch]):
@@ -78,6 +79,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         missing = [name for name, token_id in zip(names, ids) if token_id is None or token_id == tokenizer.unk_token_id]
         if missing:
             raise ValueError(f"the tokenizer lacks Qwen2-VL's special tokens {', '.join(missing)}")
+        self._text_tokens = TextTokens(tokenizer)
         self._media = MediaEncoder(image_processor, self.video_sampling)
         self._im_start, self._im_end, self._vision_start, self._vision_end, *pads = ids
         self._pad = {"image": pads[0], "video": pads[1]}
@@ -180,17 +182,21 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         ids, _, _ = self._segments(self._messages(sample), grids)
         return len(ids), sum(math.prod(grid) for _, grid in grids)
 
-    def _messages(self, sample: ConversationSample) -> list[tuple[str, list[str]]]:
+    def _messages(self, sample: ConversationSample) -> list[Message]:
         messages = parse_messages(parse_entry(sample.entry), bool(sample.media))
         return self._place_media(messages, [kind for kind, _ in sample.media])
 
     @staticmethod
-    def _place_media(messages: list[tuple[str, list[str]]], kinds: list[str]) -> list[tuple[str, list[str]]]:
+    def _place_media(messages: list[Message], kinds: list[str]) -> list[Message]:
         """Checks that placeholders and media agree; media that no turn mentions go before the first question."""
-        placed = [kind for _, pieces in messages for kind in pieces[1::2]]
+        placed = [kind for message in messages for kind in message.pieces[1::2]]
         if not placed and kinds:
-            first = next(i for i, (role, _) in enumerate(messages) if role == "user")
-            return [*messages[:first], ("user", put_first(kinds, messages[first][1])), *messages[first + 1 :]]
+            first = next(i for i, message in enumerate(messages) if message.role == "user")
+            return [
+                *messages[:first],
+                Message("user", put_first(kinds, messages[first].pieces)),
+                *messages[first + 1 :],
+            ]
         if placed != kinds:
             raise BadSample("placeholder_mismatch", f"placeholders {placed}, media {kinds}: they must agree")
         return messages
@@ -202,7 +208,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         return kind, *self._media.encode(kind, frames)
 
     def _segments(
-        self, messages: list[tuple[str, list[str]]], media: list[tuple[str, tuple[int, int, int]]]
+        self, messages: list[Message], media: list[tuple[str, tuple[int, int, int]]]
     ) -> tuple[list[int], list[bool], list[Run]]:
         """-> ids, whether each is learned, runs for `mrope_positions`.
 
@@ -219,13 +225,13 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
             runs.append(run or len(segment))
 
         remaining = iter(media)
-        if messages[0][0] != "system":
-            messages = [("system", [DEFAULT_SYSTEM]), *messages]
-        for role, pieces in messages:
+        if messages[0].role != "system":
+            messages = [Message("system", [DEFAULT_SYSTEM]), *messages]
+        for role, pieces, is_learned in messages:
             add([self._im_start])
             if role == "assistant":
                 add(self._ids("assistant\n"))
-                add([*self._ids(pieces[0]), self._im_end], learn=True)
+                add([*self._ids(pieces[0]), self._im_end], learn=is_learned)
             else:
                 add(self._ids(f"{role}\n{pieces[0]}"))
                 for piece in pieces[2::2]:
@@ -242,8 +248,8 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         return ids, learned, runs
 
     def _ids(self, text: str) -> list[int]:
-        """Plain text only: special tokens that stand in the data are spelled out, they open no turn and no image."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+        """Of a text in which turns and media are plain text: `TextTokens`."""
+        return self._text_tokens.encode(text)
 
     def _stack(self, kind: str, media: list, tokens_name: str, grid_name: str) -> dict[str, torch.Tensor]:
         """Tokens [N, K] and grids [M, 3] of all media of a kind, empty tensors if there are none."""

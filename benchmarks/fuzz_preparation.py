@@ -50,7 +50,8 @@ REASONS = {
 ENTRY_REASONS = {
     "malformed_entry", "unsafe_path", "too_many_media", "no_conversations", "malformed_turn", "unknown_role",
     "broken_text", "roles_out_of_order", "empty_turn", "text_too_long", "placeholder_in_answer",
-    "placeholder_in_system", "placeholder_mismatch", "media_names_disagree",
+    "placeholder_in_system", "placeholder_mismatch", "media_names_disagree", "nothing_learned", "embedded_media",
+    "missing_media",
 }  # fmt: skip
 SMALL = 56, 84  # height and width to which what is stored is resized
 
@@ -194,6 +195,15 @@ def json_files() -> list[bytes]:
     entries += [{"id": 8, "messages": [{"role": "user", "content": [*named, *parts[1:]]}, turns[1]]}]
     system = {"from": "system", "value": ""}
     entries += [{**entry(7), "conversations": [system, *entry(7)["conversations"], {"from": "human", "value": "?"}]}]
+    marked = "<|vision_start|><|image_pad|><|vision_end|>What?"
+    entries += [
+        {"image": [["file://a.jpg"]], "system": "Be brief.", "conversations": [{"from": "human", "value": marked}]}
+    ]
+    entries[-1]["conversations"] += [{"from": "gpt", "value": "1", "loss": False}, *entry(9)["conversations"]]
+    entries += [
+        {"id": 10, "conversations": [{"from": "human", "value": "<img>a.jpg</img>?"}, {"from": "gpt", "value": "1"}]}
+    ]
+    entries += [{"id": 11, "image": {"path": "a.jpg", "bytes": None}, "conversations": json.dumps(turns), "system": ""}]
     lines = b"".join(json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in entries)
     return [json.dumps(entries, indent=1).encode(), json.dumps(entries, ensure_ascii=False).encode(), lines]
 

@@ -71,7 +71,7 @@ BAD = [
     ("no_conversations", {"id": "id.40", "conversations": []}),
     ("malformed_turn", {"id": "id.41", "conversations": [{"from": "human", "value": 3}]}),
     ("malformed_entry", ["no", "object"]),
-    ("malformed_entry", {"id": "id.43", "image": {"path": "x"}, "conversations": dialogue()}),
+    ("malformed_entry", {"id": "id.43", "image": {"path": 3}, "conversations": dialogue()}),
     ("duplicate_entry", entry(105, image="coco/train/0005.jpg", source="coco")),
 ]
 

@@ -78,6 +78,7 @@ def to_stock(
     max_pixels: int | None = None,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    complete: bool = True,
 ) -> Converted:
     """Writes the stock form of a coefficient-form directory, whole or not at all. A stock Qwen2-VL that another version
     or tool has saved is written as transformers 4.51 reads it.
@@ -86,13 +87,14 @@ def to_stock(
     it would not give the coefficient form back. Loaders cast it to the type they run in.
 
     min_pixels, max_pixels: of an image or frame; those of `model_dir` if None.
+    complete: whether every weight must be there; a run that rehearses its last save has the patch embedding alone.
     Raises CheckpointError.
     """
     import torch
 
     from dct_qwen2vl.dct.folding import unfold_patch_embedding
 
-    with opened(model_dir) as source:
+    with opened(model_dir, complete) as source:
         if token_format(source.folder, read_processor(source.folder)) is None:
             return _normalised(source, output_dir, min_pixels, max_pixels, force, shard_bytes)
         dct, config = _coefficient_format(source), read_config(source.folder)

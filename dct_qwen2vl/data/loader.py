@@ -28,8 +28,13 @@ from megatron.energon import (
 from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetMergedState
 from torch.utils.data import DataLoader
 
+from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.energon_files import count_samples, read_splits
 from dct_qwen2vl.data.samples import DATASET_OPTIONS
+
+
+class LoaderStateError(UserError):
+    """A saved state of the loader cannot be restored. The message is one line: what, where, what to type next."""
 
 
 class CountedLoader:
@@ -174,10 +179,25 @@ class EnergonDataModule(pl.LightningDataModule):
         loader = get_savable_loader(dataset, checkpoint_every_sec=5, n_checkpoints=4)
         restored, self._restored = self._restored, None
         if restored is not None:
-            loader.restore_state_global(restored)
+            self._restore(loader, restored)
         make_exact(loader, restored and restored[self.worker_config.rank])
         self.train_loader = CountedLoader(loader, self.total_batches)
         return self.train_loader
+
+    def _restore(self, loader: SavableDataLoader, states: list) -> None:
+        """Raises LoaderStateError."""
+        try:
+            loader.restore_state_global(states)
+        except Exception as error:  # Energon has no error of its own for it
+            raise LoaderStateError(
+                f"the checkpoint cannot go on in the shards of {self.path} ({type(error).__name__}: {error}), as after "
+                "they were prepared again: add --restart-data to go on with these from their beginning"
+            ) from error
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a sample to validate on."""
+        return self._val_samples > 0
 
     def val_dataloader(self) -> ValidationLoader:
         """The val split once, in order: every sample is seen by exactly one process."""
@@ -221,7 +241,7 @@ class EnergonDataModule(pl.LightningDataModule):
         return group is None or 0 in torch.distributed.get_process_group_ranks(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the loader is built. Raises ValueError where the state was made by another number of processes."""
+        """Kept until the loader is built. Raises LoaderStateError where another number of processes made it."""
         if self.start_anew:
             return
         if state_dict.get("restarts", 0) != self.restarts:
@@ -229,7 +249,7 @@ class EnergonDataModule(pl.LightningDataModule):
             return
         states = state_dict["energon"]
         if len(states) != self.worker_config.world_size:
-            raise ValueError(
+            raise LoaderStateError(
                 f"the checkpoint holds loader states of {len(states)} processes, this run has "
                 f"{self.worker_config.world_size}: resume with the same number, or add --restart-data"
             )

@@ -24,20 +24,25 @@ from megatron.energon import (
     Sample,
     WorkerConfig,
     basic_sample_keys,
-    get_loader,
     get_val_dataset,
     stateless,
 )
 from megatron.energon.errors import FatalSampleError
+from megatron.energon.savable_loader import BasicDataLoader
 
 from dct_qwen2vl.data.conversations import (
     LONE_SURROGATE,
     ROLES,
+    Message,
     content_of,
+    is_share,
+    learning_of,
     names_media,
     split_turns,
     text_of,
+    turns_of,
 )
+from dct_qwen2vl.data.energon_files import PreparedSetError, prepare_again
 from dct_qwen2vl.data.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, BadSample, part_order
 
 # Shards hold file bytes and decoding is done here, in media.py; this is what a dataset.yaml that does not say gets.
@@ -138,11 +143,10 @@ def parse_entry(entry: Any) -> Any:
         raise BadSample("bad_json", str(error)) from error
 
 
-def parse_messages(entry: Any, has_media: bool) -> list[tuple[str, list[str]]]:
-    """(role, pieces) of the turns of an entry, LLaVA (`from`/`value`) or OpenAI (`role`/`content`), roles "system",
-    "user", "assistant"; pieces as in turns.py, those of a system turn one text. has_media: whether the sample has
-    any. Raises BadSample."""
-    turns = entry.get("conversations") or entry.get("messages") if isinstance(entry, dict) else entry
+def parse_messages(entry: Any, has_media: bool) -> list[Message]:
+    """The turns of an entry, LLaVA (`from`/`value`) or OpenAI (`role`/`content`), as `turns_of` gives them. has_media:
+    whether the sample has any. Raises BadSample."""
+    turns = turns_of(entry)
     if not isinstance(turns, list) or not turns:
         raise BadSample("no_conversation", "the json part holds no list of turns")
     roles = [check_turn(turn) for turn in turns]
@@ -154,9 +158,12 @@ def parse_messages(entry: Any, has_media: bool) -> list[tuple[str, list[str]]]:
     split = split_turns(list(zip(roles, contents)), has_media or names_media(entry))
     if any(role == "assistant" and len(pieces) > 1 for role, pieces in zip(roles, split)):
         raise BadSample("placeholder_in_answer")
+    learned = [bool(learning_of(turn)) for turn in turns]
+    if not any(learned[-len(spoken) :][1::2]):
+        raise BadSample("nothing_learned", "none of its answers is to be learned")
     return [
-        (role, [text_of(content)] if role == "system" else pieces)
-        for role, content, pieces in zip(roles, contents, split)
+        Message(role, [text_of(content)] if role == "system" else pieces, is_learned)
+        for role, content, pieces, is_learned in zip(roles, contents, split, learned)
     ]
 
 
@@ -166,6 +173,8 @@ def check_turn(turn: Any) -> str:
     text = text_of(content_of(turn)) if role else None
     if text is None or LONE_SURROGATE.search(text):
         raise BadSample("bad_turn", f"a turn needs a known role and text, got {str(turn)[:80]!r}")
+    if role == "assistant" and not is_share(learning_of(turn)):
+        raise BadSample("bad_turn", f"a turn is learned or not, got {learning_of(turn)!r:.80}")
     return role
 
 
@@ -180,19 +189,33 @@ class _SampleReader(DefaultTaskEncoder):
 
 
 def read_samples(data_dir: Path, split: str) -> Iterator[ConversationSample]:
-    """The samples of a split once, in the order of its shards, media as file bytes."""
-    with _quiet_energon():
-        dataset = get_val_dataset(
-            data_dir,
-            split_part=split,
-            worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
-            batch_size=1,
-            task_encoder=_SampleReader(),
-            **DATASET_OPTIONS,
-        )
-        batches = iter(get_loader(dataset))
-    for samples in batches:
-        yield from samples
+    """The samples of a split once, in the order of its shards, media as file bytes. Raises PreparedSetError where
+    Energon cannot read them."""
+    try:
+        with _quiet_energon():
+            dataset = get_val_dataset(
+                data_dir,
+                split_part=split,
+                worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
+                batch_size=1,
+                task_encoder=_SampleReader(),
+                **DATASET_OPTIONS,
+            )
+            # Nothing to collect: file bytes are freed by their reference counts.
+            batches = iter(BasicDataLoader(dataset, gc_collect_every_n_steps=0))
+        for samples in batches:
+            yield from samples
+    except Exception as error:  # Energon lets through whatever tarfile, sqlite3 and its own checks raise
+        raise unreadable(data_dir, split, error) from error
+
+
+def unreadable(data_dir: Path, split: str, error: BaseException) -> PreparedSetError:
+    """The error for a split of which a file is damaged, with what was found first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    remedy = f"copy its shards and their .idx there again, or {prepare_again(data_dir)}"
+    return PreparedSetError(f"the {split} split of {data_dir} cannot be read ({what:.300}): {remedy}")
 
 
 @contextmanager

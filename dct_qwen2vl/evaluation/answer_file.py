@@ -18,6 +18,9 @@ from typing import Any
 from dct_qwen2vl.common.locks import flock
 from dct_qwen2vl.common.scripts import UserError
 
+ANSWER_TEXTS = ("key", "question_type", "question", "answer", "prediction", "blind_prediction")
+READING_COUNTS = ("entries", "questions", "turns")
+
 
 class AnswerFile:
     """Holds the file until it is closed, or this process ends.
@@ -71,7 +74,9 @@ class AnswerFile:
 
 
 def as_lines(values: Iterable[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
+    """Half a surrogate pair, which the name of a sample may hold, is written as JSON spells it: \\udc80."""
+    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    return text.encode("utf-8", "backslashreplace")
 
 
 def parse_lines(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
@@ -80,7 +85,7 @@ def parse_lines(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
     while (stop := data.find(b"\n", start)) >= 0:
         try:
             value = json.loads(data[start:stop])
-        except ValueError:
+        except (ValueError, RecursionError):
             return
         if not isinstance(value, dict):
             return
@@ -92,15 +97,30 @@ def take_rounds(
     lines: Iterable[tuple[dict[str, Any], int]], end: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None, int]:
     """The answers of all whole rounds, what the last of them says was read, and the offset behind it (`end` if there
-    are none)."""
+    are none). They end where a line is neither an answer nor the end of a round that has all its answers."""
     answers, of_round, read = [], [], None
     for value, stop in lines:
-        if isinstance(value.get("read"), dict):
+        if is_answer(value):
+            of_round.append(value)
+        elif is_reading(value.get("read")) and value["read"]["questions"] == len(answers) + len(of_round):
             answers += of_round
             of_round, read, end = [], value["read"], stop
         else:
-            of_round.append(value)
+            break
     return answers, read, end
+
+
+def is_answer(value: dict[str, Any]) -> bool:
+    return all(isinstance(value.get(name), str) for name in ANSWER_TEXTS)
+
+
+def is_reading(value: Any) -> bool:
+    """Whether a value is what `Reading.as_dict` gives."""
+    if not isinstance(value, dict) or value.keys() != {*READING_COUNTS, "left_out"}:
+        return False
+    left_out = value["left_out"]
+    counts = [value[name] for name in READING_COUNTS] + [*left_out.values()] if isinstance(left_out, dict) else [None]
+    return all(type(count) is int and 0 <= count < 1 << 62 for count in counts)
 
 
 def describe_difference(earlier: Any, settings: dict[str, dict[str, Any]]) -> str:

@@ -39,11 +39,13 @@ class Answerer:
 
         from dct_qwen2vl.checkpoints.hf_folder import load_processor
         from dct_qwen2vl.data.media_encoder import MediaEncoder
+        from dct_qwen2vl.data.text_tokens import TextTokens
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.model = AutoModelForImageTextToText.from_pretrained(model_dir, torch_dtype=dtype).to(device).eval()
         self.processor = load_processor(model_dir, **pixel_bounds)
+        self.text_tokens = TextTokens(self.processor.tokenizer)
         self.media = MediaEncoder(self.processor.image_processor, sampling)
         self.max_new_tokens = max_new_tokens
 
@@ -59,7 +61,8 @@ class Answerer:
             top_p=None,
             top_k=None,
         )
-        return self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [self.text_tokens.decode(ids) for ids in answers]
 
     def time_inputs(self, inputs: dict[str, "torch.Tensor"]) -> dict[str, list[float]]:
         """Seconds between the time steps of each video, as training counts them; {} where the model has no such input

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+    from dct_qwen2vl.data.conversations import Message
     from dct_qwen2vl.data.media_encoder import Frames
 
 
@@ -21,6 +22,11 @@ ASKED_AT_ONCE = 256  # questions whose media are in memory together, at most
 
 
 MEDIA_AT_ONCE = 2 << 30  # bytes of them
+
+
+NO_TYPE = "all"  # of a question whose entry names no type
+ALL_TYPES = "overall"  # the table's own line
+MOST_CHARACTERS = 60  # of a type's name
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,8 @@ def read_questions(
     """Questions of a split in the order of its shards; entries that cannot be used are reported on stderr.
 
     read: kind and content of a media part -> its frames, as `MediaEncoder.read`.
-    special: the tokenizer's special tokens, which the chat template takes for what they stand for when a text spells
-        them out.
+    special: tokens that training learns as text where a text spells them out (`TextTokens.stay_text`); the chat
+        template takes them for what they stand for.
     reading: where to begin; it is kept up to date.
     """
     from dct_qwen2vl.data.media import BadSample, MediaError
@@ -106,9 +112,9 @@ def read_questions(
             reading.left_out[getattr(error, "reason", "undecodable_media")] += 1
             print(f"evaluate_qwen2vl.py: {sample.__key__} left out: {error}", file=sys.stderr)
             continue
-        system = messages[0][1][0] if messages[0][0] == "system" else None
-        spoken = [pieces for role, pieces in messages if role != "system"]
-        types = entry.get("question_type", [])
+        system = messages[0].pieces[0] if messages[0].role == "system" else None
+        spoken = [message.pieces for message in messages if message.role != "system"]
+        types = list_types(entry, len(spoken) // 2)
         reading.entries += not reading.turns
         for turn, (question, (answer,)) in enumerate(zip(spoken[::2], spoken[1::2], strict=True)):
             if turn < reading.turns:
@@ -117,19 +123,33 @@ def read_questions(
                 return
             reading.questions += 1
             reading.turns += 1
-            kind = types[turn] if turn < len(types) else "all"
-            yield Question(sample.__key__, turn, kind, place_media(question, media), answer, media, system)
+            yield Question(sample.__key__, turn, types[turn], place_media(question, media), answer, media, system)
         reading.turns = 0
 
 
-def refuse_special(messages: list[tuple[str, list[str]]], special: Iterable[str]) -> None:
+def list_types(entry: Any, count: int) -> list[str]:
+    """The type of each of an entry's questions: one for all of them, or a list with one for each."""
+    given = entry.get("question_type") if isinstance(entry, dict) else None
+    types = given[:count] if isinstance(given, list) else [given] * count
+    return [name_type(kind) for kind in types] + [NO_TYPE] * (count - len(types))
+
+
+def name_type(given: Any) -> str:
+    """A type as one line of the table is called; NO_TYPE where an entry names none."""
+    if not isinstance(given, (str, int, float)):
+        return NO_TYPE
+    name = " ".join(str(given).encode("utf-8", "replace").decode().split())[:MOST_CHARACTERS]
+    return f"{name} (type)" if name == ALL_TYPES else name or NO_TYPE
+
+
+def refuse_special(messages: "list[Message]", special: Iterable[str]) -> None:
     """Raises BadSample for a question or system turn with a special token in its text: training learns it as text,
     which the chat template cannot say."""
     from dct_qwen2vl.data.media import BadSample
 
-    for role, pieces in messages:
-        for token in special if role != "assistant" else ():
-            if any(token in text for text in pieces[::2]):
+    for message in messages:
+        for token in special if message.role != "assistant" else ():
+            if any(token in text for text in message.pieces[::2]):
                 raise BadSample("special_token", f"its text spells out {token}")
 
 

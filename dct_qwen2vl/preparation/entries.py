@@ -5,10 +5,14 @@ names of the media under `image` and `video`, or `images` and `videos`, one name
 the names are those in the parts of turns that are lists, in reading order: `{"type": "image", "image": name}`,
 `{"type": "image_url", "image_url": {"url": name}}` and `{"type": "video", "video": name}`.
 
-Such a part says where its medium goes, and so does `<image>` or `<video>` in a question. Line breaks around these are
-no text in a string and are text between parts. Where media stand as parts, `<image>` and `<video>` in the text of a
-list are text. Without media they are text as well, unless one begins a question, stands alone on a line of it, or is
-all there is of another turn: that entry has lost its media (turns.py).
+A name may lie in an object (`{"path": name, "bytes": null}`) or in lists of lists, and may begin with `file://`; "" and
+null name nothing. A question without any of these may name its images itself, as Qwen-VL's data do: `<img>NAME</img>`.
+
+Such a part says where its medium goes, and so does `<image>` or `<video>` in a question. Where a question has none,
+`<|vision_start|><|image_pad|><|vision_end|>` and `<img>NAME</img>` stand for them (conversations.py). Line breaks
+around these are no text in a string and are text between parts. Where media stand as parts, `<image>` and `<video>` in
+the text of a list are text. Without media they are text as well, unless one begins a question, stands alone on a line
+of it, or is all there is of another turn: that entry has lost its media (conversations.py).
 
 What is wrong with an entry is repaired where there is one right way to do so, and is a reason to skip it otherwise:
 
@@ -17,9 +21,17 @@ What is wrong with an entry is repaired where there is one right way to do so, a
       that is no text, is empty or is no Unicode
     a media path that begins with "/" or has ".." in it           skipped                       unsafe_path
     more than 1,024 media                                         skipped                       too_many_media
+    a medium that is a web address                                skipped                       missing_media
+    a list of turns as JSON text                                  the list put in its place     turns_as_text
     no list of turns, or an empty one                             skipped                       no_conversations
     a turn that is no object; speaker or text missing or no text  skipped                       malformed_turn
-    a speaker other than human, user, gpt, assistant, system      skipped                       unknown_role
+    a speaker that ROLES in conversations.py does not name        skipped                       unknown_role
+    an answer's `loss`, `weight` or `train` that is no share      skipped                       malformed_turn
+    no answer that is to be learned (`loss: false`, `weight: 0`)  skipped                       nothing_learned
+    another number for it (`weight: 0.5`)                         1 put in its place            partial_weight
+    a system prompt beside the turns (`system`) and another one   left out                      second_system_prompt
+      among them; a lone one is used
+    the medium itself in place of its name: a `data:` URL, bytes  skipped                       embedded_media
     half a surrogate pair in a text                               skipped                       broken_text
     an empty system turn                                          left out                      empty_system_turn
     a last question without answer and without media              left out: nothing that is     unanswered_question
@@ -37,6 +49,8 @@ What is wrong with an entry is repaired where there is one right way to do so, a
     media and no placeholder at all                               put before the first          missing_placeholder
                                                                   question, as many as media
     videos and as many <image> as videos (LLaVA-Video writes so)    <video> put in their place    image_for_video
+    media, no placeholder, and what other models' data have in    skipped                       placeholder_mismatch
+      its place (`<image_1>`, `<IMG_CONTEXT>`, `[IMG]`, ...)
     any other disagreement of placeholders and media              skipped                       placeholder_mismatch
     a part that names another file than the list of media has     skipped                       media_names_disagree
       in its place
@@ -51,24 +65,56 @@ frames of one video.
 import json
 import math
 import posixpath
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dct_qwen2vl.data.conversations import (
+    LEARNED_FIELDS,
     LONE_SURROGATE,
     ROLES,
+    SYSTEM_FIELDS,
     content_of,
     has_parts,
+    holds_medium,
+    is_blank,
+    is_data_url,
+    is_share,
     kind_of,
+    learning_of,
+    list_named_images,
+    list_names,
     list_parts,
     name_in,
+    named_images,
     names_media,
+    own_system,
     split_turns,
+    strip_scheme,
+    system_beside,
     text_of,
+    turns_of,
+    with_placeholders,
 )
+from dct_qwen2vl.data.text_tokens import MEDIUM_TOKENS
 
 # GIF is left out: it may be a video itself.
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+# What stands for a medium in the data of other models, and what is left of a marker of Qwen2-VL's.
+OTHER_MARKER = re.compile(
+    "|".join(
+        [
+            *map(re.escape, MEDIUM_TOKENS),
+            r"</?img>|\[(?:IMG|image|video)\]|<start_of_image>",
+            r"<\|?(?:image|img|video)(?:[ _-]?(?:\d+|placeholder|here|context|pad|token|soft_token))?\|?>",
+        ]
+    ),
+    re.IGNORECASE,
+)
+
+WEB_ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9]+://", re.IGNORECASE)  # of buckets, too
+EMBEDDED = "the entry holds an image itself, not its name: write it to a file and name that"
 
 MAXIMUM_CHARACTERS = 8 * 32_768  # Qwen2-VL's context is 32,768 tokens; a token of ordinary text has 1 to 6 characters
 MAXIMUM_MEDIA = 1024
@@ -134,10 +180,12 @@ def check_entry(entry: Any) -> CheckedEntry:
     if not has_finite_numbers(entry.values(), 1):
         entry = replace_numbers(entry)
         repairs.append("not_a_number")
+    entry = leave_out_second_prompt(read_turns_as_text(entry, repairs), repairs)
     media = list_media(entry)
     given = read_turns(entry)
     turns = check_roles(leave_out_turns(given, repairs))
     check_texts(turns)
+    turns = learn_whole_turns(turns, repairs)
     placed, media = place_media(turns, media, repairs)
     compare_names(turns, media)
     if placed is not given:
@@ -192,24 +240,33 @@ def list_media(entry: dict) -> list[Medium]:
     """Images first, then videos, each in the entry's order; where it lists none, those of its parts in reading order.
     Raises UnusableSample."""
     media = [Medium("image", (name,)) for name in names_of(field_of(entry, "image"))]
-    given = field_of(entry, "video")
-    videos = names_of(given)
-    if isinstance(given, list) and videos and are_frames(videos):
-        media.append(Medium("video", tuple(videos), is_frames=True))
-    else:
-        media += [Medium("video", (name,)) for name in videos]
+    media += list_videos(field_of(entry, "video"))
     if not media:
         media = [medium for medium in map(read_part, list_parts(entry)) if medium]
         if sum(medium.is_frames for medium in media) > 1:
             raise UnusableSample("malformed_entry", "the frames of more than one video are listed")
+    if not media and any(map(holds_medium, list_parts(entry))):
+        raise UnusableSample("embedded_media", EMBEDDED)
+    if not media:
+        media = [Medium("image", (clean_name(name),)) for name in list_named_images(entry)]
     number = max(len(media), *(len(medium.names) for medium in media), 0)
     if number > MAXIMUM_MEDIA:
         raise UnusableSample("too_many_media", f"{number} media in one entry, the limit is {MAXIMUM_MEDIA}")
     return media
 
 
+def list_videos(value: Any) -> list[Medium]:
+    """Of a field: the frames of one video, or a video for each name. Raises UnusableSample."""
+    names = names_of(value)
+    if not (isinstance(value, list) and names and are_frames(names)):
+        return [Medium("video", (name,)) for name in names]
+    if sum(isinstance(item, list) and bool(list_names(item)) for item in value) > 1:
+        raise UnusableSample("malformed_entry", "the frames of more than one video are listed")
+    return [Medium("video", tuple(names), is_frames=True)]
+
+
 def are_frames(names: list[str]) -> bool:
-    return all(name.lower().endswith(FRAME_ENDINGS) for name in names)
+    return all(name.strip().lower().endswith(FRAME_ENDINGS) for name in names)
 
 
 def read_part(part: dict[str, Any]) -> Medium | None:
@@ -225,15 +282,13 @@ def read_part(part: dict[str, Any]) -> Medium | None:
 
 
 def field_of(entry: dict, kind: str) -> Any:
-    """What stands under `kind`, "image" or "video", or under its plural; None where nothing does."""
-    value = entry.get(kind)
-    return entry.get(f"{kind}s") if value is None else value
+    """What stands under `kind`, "image" or "video", or under its plural where that names nothing; None where neither
+    does."""
+    return next((entry[name] for name in (kind, f"{kind}s") if name in entry and list_names(entry[name])), None)
 
 
 def names_of(value: Any) -> list[str]:
-    if value is None:
-        return []
-    return [clean_name(name) for name in value] if isinstance(value, list) else [clean_name(value)]
+    return [clean_name(name) for name in list_names(value)]
 
 
 def clean_name(name: Any) -> str:
@@ -241,10 +296,17 @@ def clean_name(name: Any) -> str:
 
     Raises UnusableSample for what is no name or leads out of the data folder.
     """
+    if (isinstance(name, dict) and name.get("bytes") is not None) or is_data_url(name):
+        raise UnusableSample("embedded_media", EMBEDDED)
+    if isinstance(name, str) and WEB_ADDRESS.match(name):
+        raise UnusableSample(
+            "missing_media", f"{name:.300} is a web address: fetch the file and name it as it lies here"
+        )
+    given, name = name, strip_scheme(name)
     if not isinstance(name, str) or (not name.isascii() and LONE_SURROGATE.search(name)):
         raise UnusableSample("malformed_entry", f"{name!r:.100} is not the name of a media file")
     if name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/")):
-        raise UnusableSample("unsafe_path", f"{name!r:.300} is not a path below the data folder")
+        raise UnusableSample("unsafe_path", f"{given!r:.300} is not a path below the data folder")
     name = posixpath.normpath(name)
     if name == ".":
         raise UnusableSample("malformed_entry", "the name of a media file is empty")
@@ -260,9 +322,10 @@ def flatten(media: list[Medium]) -> tuple[tuple[str, str], ...]:
 
 def read_turns(entry: dict) -> list[Turn]:
     """The turns, at least one, in either style. Raises UnusableSample."""
-    turns = entry.get("conversations") or entry.get("messages")
+    turns = turns_of(entry)
     if not isinstance(turns, list) or not turns:
-        raise UnusableSample("no_conversations", "conversations is missing, empty or no list")
+        keys = f"; its fields are {', '.join(map(str, entry))[:100]}" if isinstance(entry, dict) and entry else ""
+        raise UnusableSample("no_conversations", f"neither conversations nor messages is a list of turns{keys}")
     read = [check_turn(number, turn) for number, turn in enumerate(turns)]
     contents = [(role, content_of(turn)) for (role, _), turn in zip(read, turns)]
     split = split_turns(contents, names_media(entry))
@@ -279,7 +342,55 @@ def check_turn(number: int, turn: Any) -> tuple[str, str]:
         raise UnusableSample("unknown_role", f"turn {number} is by {speaker!r:.100}; known are {', '.join(ROLES)}")
     if not text.isascii() and LONE_SURROGATE.search(text):
         raise UnusableSample("broken_text", f"turn {number} has half a surrogate pair in it")
+    if ROLES[speaker] == "assistant" and not is_share(learning_of(turn)):
+        said = f"turn {number} is to be learned by {learning_of(turn)!r:.100}"
+        raise UnusableSample("malformed_turn", f"{said}, which is neither true nor false nor a weight from 0 on")
     return ROLES[speaker], text
+
+
+def read_turns_as_text(entry: dict, repairs: list[str]) -> dict:
+    """With a list of turns in place of its JSON text, as tables write it."""
+    name = "conversations" if entry.get("conversations") else "messages"
+    text = entry.get(name)
+    if not isinstance(text, str) or not text.lstrip().startswith("["):
+        return entry
+    try:
+        turns = DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return entry
+    repairs.append("turns_as_text")
+    if not has_finite_numbers(turns, 2):
+        turns = replace_numbers(turns, 1)
+        repairs.append("not_a_number")
+    return {**entry, name: turns}
+
+
+def leave_out_second_prompt(entry: dict, repairs: list[str]) -> dict:
+    """Without the system prompt beside the turns, where they begin with another one."""
+    beside, turns = system_beside(entry), entry.get("conversations") or entry.get("messages")
+    own = own_system(turns) if isinstance(turns, list) and turns else None
+    if beside is None or own is None or is_blank(own) or own == beside:
+        return entry
+    repairs.append("second_system_prompt")
+    return {name: value for name, value in entry.items() if name not in SYSTEM_FIELDS}
+
+
+def learn_whole_turns(turns: list[Turn], repairs: list[str]) -> list[Turn]:
+    """The same turns; an answer that is to be learned in part is learned. Raises UnusableSample where none is."""
+    shares = [learning_of(turn.source) for turn in turns if turn.role == "assistant"]
+    if all(share is True for share in shares):
+        return turns
+    if not any(shares):
+        raise UnusableSample("nothing_learned", "none of its answers is to be learned (loss, weight or train)")
+    if all(share in (0, 1) for share in shares):
+        return turns
+    repairs.append("partial_weight")
+    return [learn_whole(turn) if turn.role == "assistant" and learning_of(turn.source) else turn for turn in turns]
+
+
+def learn_whole(turn: Turn) -> Turn:
+    """The turn without what says that it is learned in part."""
+    return turn._replace(source={**turn.source, **dict.fromkeys(LEARNED_FIELDS & turn.source.keys(), 1)})
 
 
 def rewrite(turn: Turn, content: Any) -> Turn:
@@ -340,6 +451,7 @@ def place_media(turns: list[Turn], media: list[Medium], repairs: list[str]) -> t
     if placed == kinds:
         return turns, media
     if not placed:
+        refuse_other_markers(turns)
         repairs.append("missing_placeholder")
         return put_before_first_question(turns, kinds), media
     if placed == ["image"] * len(media) and kinds == ["video"] * len(media):
@@ -349,6 +461,15 @@ def place_media(turns: list[Turn], media: list[Medium], repairs: list[str]) -> t
         raise UnusableSample("placeholder_mismatch", f"{count_kinds(placed)} in the turns for {count_kinds(kinds)}")
     of_kind = {kind: iter([medium for medium in media if medium.kind == kind]) for kind in ("image", "video")}
     return turns, [next(of_kind[kind]) for kind in placed]
+
+
+def refuse_other_markers(turns: list[Turn]) -> None:
+    """Raises UnusableSample where a question has another marker in place of `<image>`: it would be learned as text."""
+    for number, turn in enumerate(turns):
+        found = OTHER_MARKER.search(turn.text) if turn.role == "user" else None
+        if found:
+            what = f"turn {number} has {found[0]} in it, which is not read as an image"
+            raise UnusableSample("placeholder_mismatch", f"{what}: write <image> (or <video>) where it stands")
 
 
 def compare_names(turns: list[Turn], media: list[Medium]) -> None:
@@ -367,7 +488,9 @@ def name_placeholders(turn: Turn) -> list[Medium | None]:
     content = content_of(turn.source)
     if has_parts(content):
         return [read_part(part) for part in content if kind_of(part)]
-    return [None] * (len(turn.pieces) // 2)
+    names = named_images(turn.text) if "<img>" in turn.text else []
+    own = [Medium("image", (clean_name(name),)) for name in names]
+    return own or [None] * (len(turn.pieces) // 2)
 
 
 def list_placeholders(turns: list[Turn]) -> list[str]:
@@ -393,7 +516,7 @@ def put_videos(turn: Turn) -> Turn:
     """The turn with a video for every image in it."""
     content = content_of(turn.source)
     if not has_parts(content):
-        return rewrite(turn, turn.text.replace("<image>", "<video>"))
+        return rewrite(turn, with_placeholders(turn.text).replace("<image>", "<video>"))
     return rewrite(turn, [as_video(part) if kind_of(part) else part for part in content])
 
 

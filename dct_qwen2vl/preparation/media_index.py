@@ -4,7 +4,8 @@ below D.
 Every tar is walked over once (tar_walk.py); what was found is kept in O/.work, so that a run that goes on and the other
 parts of a set need not walk again. A compressed tar is unpacked there once, as a whole, for its members cannot be
 reached otherwise. A name is looked up in the tars, of which the last counts, as it would after unpacking them all; then
-among the plain files; then in another letter case or Unicode form, if there is just one such file.
+among the plain files; then in another letter case or Unicode form, if there is just one such file; then as it may have
+been meant (other_names.py).
 
 Names are known by 16 bytes of their BLAKE2b hash, and so is the content, by size and both ends of a file: an image
 that lies in two places is known as one.
@@ -33,11 +34,19 @@ import numpy as np
 
 from dct_qwen2vl.common.files import replacing
 from dct_qwen2vl.preparation.archives import list_tars, name_unread_below
+from dct_qwen2vl.preparation.file_kinds import name_kind
 from dct_qwen2vl.preparation.metadata import PreparationError
+from dct_qwen2vl.preparation.other_names import (
+    MOST_SPELLINGS,
+    folder_of,
+    other_spellings,
+    shorter_names,
+    within_folders,
+)
 from dct_qwen2vl.preparation.tar_walk import EDGE_BYTES, DamagedTar, Member, walk_tar
 from dct_qwen2vl.preparation.workers import WorkerPool
 
-INDEX_VERSION = 1  # of the files in O/.work
+INDEX_VERSION = 2  # of the files in O/.work
 DIGEST = np.dtype("S16")
 GZIP_MAGIC = b"\x1f\x8b"
 BAD_GZIP = (EOFError, BadGzipFile, zlib.error)
@@ -45,6 +54,9 @@ COPY_BYTES = 1 << 20
 LEAST_BYTES = 64  # a smaller file is no image; nothing can be told from its content
 READERS = 16  # threads that look at plain files: they wait for the disk
 NO_PLACE = -1
+# What is counted where a file has another name: in letter case or Unicode form, in spelling, without its tar's name.
+NAME_REPAIRS = ("", "other_letter_case", "other_spelling", "tar_as_folder")
+OTHER_CASE, OTHER_SPELLING, TAR_AS_FOLDER = 1, 2, 3
 
 
 class NameList:
@@ -107,8 +119,8 @@ class Places:
     """Where the files behind U names lie.
 
     source int32 [U]: number of the tar; NO_PLACE: there is none; first_file + i: file i of `files`, names relative to
-    the data folder. offset, size int64 [U]. content S16 [U]. other_case bool [U]: the file's name differs in letter
-    case or Unicode form. sought_in_folders: some name was in no tar. unread: lines that name the archives in folders
+    the data folder. offset, size int64 [U]. content S16 [U]. repair uint8 [U]: number in NAME_REPAIRS of how the file's
+    name differs. sought_in_folders: some name was in no tar. unread: lines that name the archives in folders
     below the data folder, which are not read; only where some name is nowhere.
     """
 
@@ -116,7 +128,7 @@ class Places:
     offset: np.ndarray
     size: np.ndarray
     content: np.ndarray
-    other_case: np.ndarray
+    repair: np.ndarray
     first_file: int
     files: NameList = field(default_factory=NameList)
     sought_in_folders: bool = False
@@ -125,7 +137,7 @@ class Places:
     @classmethod
     def empty(cls, count: int, first_file: int) -> "Places":
         source, zeros = np.full(count, NO_PLACE, np.int32), np.zeros(count, np.int64)
-        return cls(source, zeros, zeros.copy(), np.zeros(count, DIGEST), np.zeros(count, bool), first_file)
+        return cls(source, zeros, zeros.copy(), np.zeros(count, DIGEST), np.zeros(count, np.uint8), first_file)
 
     def enter(self, rows: np.ndarray, source: int, index: Index, members: np.ndarray) -> None:
         self.source[rows] = source
@@ -180,7 +192,9 @@ def open_tar(path: Path, work: Path | None) -> TarSource:
         readable = work / f"{key}.unpacked" if is_gzip(path) else path
         return load_index(path, readable, work / f"{key}.npz") or make_index(path, readable, work / f"{key}.npz")
     except DamagedTar as error:
-        remedy = "fetch it again or take it out of the folder"
+        with path.open("rb") as file:
+            kind = "" if is_gzip(path) else name_kind(file.read(32))
+        remedy = kind or "fetch it again or take it out of the folder"
         raise PreparationError(f"{path} cannot be read as a tar ({error}); {remedy}") from error
     except OSError as error:
         raise PreparationError(f"{path} cannot be read ({error.strerror or error})") from error
@@ -248,26 +262,65 @@ def index_tar(path: Path, readable: Path, damage: str = "") -> TarSource:
 
 
 class WalkedTar:
-    """Collects the members of a tar in columns."""
+    """Collects the members of a tar in columns. A link has the range and the content of the file that it stands for."""
 
     def __init__(self) -> None:
         self.names = NameList()
         self.digests = bytearray()
         self.ranges = array("q")
         self.refused: list[bytes] = []
+        self.links: list[tuple[int, Member]] = []  # those not followed yet, with the number of members before them
+        self.rows: dict[bytes, int] = {}  # the last member of a name; made where there are links
 
     def add(self, member: Member) -> None:
         if member.refused:
             self.refused.append(write_refusal(member.name, member.refused))
-            return
-        self.names.append(member.name)
-        self.digests += digest_of(member.name)
-        self.digests += digest_folded(member.name.decode("utf-8", "surrogateescape"))
-        self.digests += digest_content(member.name, member.size, member.edges)
-        self.ranges.extend((member.offset, member.size))
+        elif not member.target:
+            self.append(member.name, digest_content(member.name, member.size, member.edges), member.offset, member.size)
+        elif member.is_symbolic or not self.follow(member):
+            self.links.append((len(self.names), member))
+
+    def append(self, name: bytes, content: bytes, offset: int, size: int) -> None:
+        if self.rows:
+            self.rows[name] = len(self.names)
+        self.names.append(name)
+        self.digests += digest_of(name) + digest_folded(name.decode("utf-8", "surrogateescape")) + content
+        self.ranges.extend((offset, size))
+
+    def follow(self, link: Member) -> bool:
+        """Append a link as the file that it stands for; False where that is not there (yet)."""
+        self.number_rows()
+        row = self.rows.get(link.target)
+        if row is not None:
+            start = (3 * row + 2) * DIGEST.itemsize
+            content = bytes(self.digests[start : start + DIGEST.itemsize])
+            self.append(link.name, content, *self.ranges[2 * row : 2 * row + 2])
+        return row is not None
+
+    def number_rows(self) -> None:
+        if not self.rows:
+            self.rows = {self.names[row]: row for row in range(len(self.names))}
+
+    def follow_links(self) -> None:
+        """Follow those that lead to later members or to other links; refuse those that lead nowhere."""
+        if self.links:
+            self.number_rows()
+        waiting, before = self.links, None
+        while waiting and len(waiting) != before:
+            before = len(waiting)
+            waiting = [link for link in waiting if not self.is_replaced(*link) and not self.follow(link[1])]
+        self.refused += [write_refusal(link.name, "link") for _, link in waiting]
+
+    def is_replaced(self, members: int, link: Member) -> bool:
+        """Whether a later file of the tar has the name of a link, which is then a duplicate."""
+        if self.rows.get(link.name, -1) < members:
+            return False
+        self.refused.append(write_refusal(link.name, "duplicate"))
+        return True
 
     def finish(self) -> tuple[Index, bytes]:
         """The members that count and the refused ones as JSON lines. Of one name's members the last counts."""
+        self.follow_links()
         names, folded, content = np.frombuffer(bytes(self.digests), DIGEST).reshape(-1, 3).T
         _, from_end = np.unique(names[::-1], return_index=True)
         counts = np.zeros(len(names), bool)
@@ -355,8 +408,16 @@ def look_at_file(root: bytes, name: bytes) -> tuple[int, bytes] | None:
 # Looking up
 
 
-def locate(sources: list[TarSource], data_dir: Path, leave_out: Path, names: np.ndarray, folded: np.ndarray) -> Places:
-    """The places of U different names. names, folded S16 [U]: digests; names ascending."""
+def locate(
+    sources: list[TarSource],
+    data_dir: Path,
+    leave_out: Path,
+    names: np.ndarray,
+    folded: np.ndarray,
+    spelled: Callable[[int], str] | None = None,
+) -> Places:
+    """The places of U different names. names, folded S16 [U]: digests; names ascending. spelled: the name itself, by
+    its number; without it no other spelling is looked for."""
     places = Places.empty(len(names), len(sources))
     indexes = [source.index for source in sources]
     for number, index in enumerate(indexes):
@@ -369,6 +430,8 @@ def locate(sources: list[TarSource], data_dir: Path, leave_out: Path, names: np.
         only_there = places.source[rows] == NO_PLACE
         places.enter(rows[only_there], places.first_file, folder, members[only_there])
         resolve_case(places, folded, [*indexes, folder])
+        if spelled:
+            resolve_spelling(places, spelled, sources, folder)
         look_at_files(places, files, data_dir)
         if (places.source == NO_PLACE).any():
             names = (os.fsdecode(files[number]) for number in range(len(files)))
@@ -403,7 +466,63 @@ def resolve_case(places: Places, folded: np.ndarray, indexes: list[Index]) -> No
     for number, index in enumerate(indexes):
         here = numbers[chosen] == number
         places.enter(rows[here], number, index, members[chosen[here]])
-    places.other_case[rows] = True
+    places.repair[rows] = OTHER_CASE
+
+
+def resolve_spelling(places: Places, spelled: Callable[[int], str], sources: list[TarSource], folder: Index) -> None:
+    """Find the names that are still missing as they may have been meant: in another spelling, then within the tar that
+    has the name of their first folder."""
+    missing = np.flatnonzero(places.source == NO_PLACE).tolist()
+    everywhere = dict(enumerate([*(source.index for source in sources), folder]))
+    others = [other_spellings(spelled(row)) for row in missing]
+    for number in range(MOST_SPELLINGS):
+        candidates = [(row, names[number]) for row, names in zip(missing, others) if len(names) > number]
+        enter_candidates(places, candidates, everywhere, OTHER_SPELLING)
+    of_folder: dict[str, list[tuple[int, str]]] = {}
+    for row, names in zip(missing, others):
+        for first, rest in within_folders(spelled(row), names):
+            of_folder.setdefault(first, []).append((row, rest))
+    for number, source in enumerate(sources):
+        enter_candidates(places, of_folder.get(folder_of(source.path), []), {number: source.index}, TAR_AS_FOLDER)
+
+
+def enter_candidates(places: Places, candidates: list[tuple[int, str]], indexes: dict[int, Index], repair: int) -> None:
+    """Enter the files of these names for rows that have none yet. indexes: by their number in `places.source`."""
+    candidates = [(row, name) for row, name in candidates if places.source[row] == NO_PLACE]
+    if not candidates:
+        return
+    rows = np.array([row for row, _ in candidates], np.int64)
+    digests, which = np.unique(np.array([digest_name(name) for _, name in candidates], DIGEST), return_inverse=True)
+    found = Places.empty(len(digests), places.first_file)
+    for number, index in indexes.items():
+        of_index, members = match(digests, index.names)
+        is_new = (found.source[of_index] == NO_PLACE) | (number < places.first_file)  # tars come before folders
+        found.enter(of_index[is_new], number, index, members[is_new])
+    is_found = found.source[which] != NO_PLACE
+    rows, which = rows[is_found], which[is_found]
+    for name in ("source", "offset", "size", "content"):
+        getattr(places, name)[rows] = getattr(found, name)[which]
+    places.repair[rows] = repair
+
+
+def find_nearest(name: str, sources: list[TarSource]) -> str:
+    """The member of a tar that has the longest end of a name for its own, or else any: "1.jpg in coco.tar"; "" where
+    the tars hold nothing."""
+    for shorter in shorter_names(name):
+        for source in sources:
+            if len(match(np.array([digest_name(shorter)], DIGEST), source.index.names)[0]):
+                return f"{shorter} in {source.path.name}"
+    return next(filter(None, map(first_name, sources)), "")
+
+
+def first_name(source: TarSource) -> str:
+    """The name of the first member, as its header has it."""
+    if not source.members:
+        return ""
+    packed = is_gzip(source.readable)
+    with open_gzip(source.readable) if packed else source.readable.open("rb") as stream:
+        name = next((member.name for member in walk_tar(stream, None) if not member.refused), b"")
+    return f"{name.decode('utf-8', 'backslashreplace')} in {source.path.name}"
 
 
 def look_at_files(places: Places, files: NameList, data_dir: Path) -> None:

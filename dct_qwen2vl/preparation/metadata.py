@@ -17,6 +17,7 @@ import numpy as np
 
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.preparation.entries import DECODER, UnusableSample
+from dct_qwen2vl.preparation.file_kinds import name_kind
 
 METADATA_NAME = "cambrian737k.json"
 READ_BYTES = 1 << 19  # some 500 entries: small enough that small sets keep all workers busy
@@ -109,8 +110,8 @@ def cut_file(path: Path, digest: Any) -> Iterator[tuple[bool, np.ndarray, np.nda
         offset = len(block) - len(text)
         kinds = {b"[": ListCutter, b"{": LineCutter}
         if text[:1] not in kinds:
-            hint = "UTF-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else f"{text[:20]!r}"
-            raise PreparationError(f"{path} is neither a JSON list nor JSON lines: it begins with {hint}")
+            hint = name_kind(text) or f"it begins with {text[:20]!r}"
+            raise PreparationError(f"{path} is neither a JSON list nor JSON lines: {hint}")
         cutter = kinds[text[:1]](path, offset)
         while block:
             digest.update(block)
@@ -259,7 +260,7 @@ def parse_entries(ranges: EntryRanges) -> Iterator[tuple[bytes, Any]]:
                 yield data, unusable
             except ValueError as error:
                 if ranges.is_list or number == 0:
-                    kind = "a JSON list of entries" if ranges.is_list else "JSON lines"
+                    kind = "a JSON list of entries" if ranges.is_list else "JSON lines (an entry a line)"
                     where = f"in entry {number}, which begins at byte {start}"
                     raise PreparationError(f"{ranges.path} is not {kind}: {error}, {where}") from error
                 yield data, UnusableSample("malformed_entry", f"not JSON: {error}")

@@ -11,16 +11,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 
-from dct_qwen2vl.data.conversations import list_parts, name_in
+from dct_qwen2vl.data.conversations import list_named_images, list_names, list_parts, name_in, strip_scheme
 from dct_qwen2vl.preparation.entries import CheckedEntry, UnusableSample, check_entry, field_of, read_turns
 from dct_qwen2vl.preparation.media_index import (
     DIGEST,
+    NAME_REPAIRS,
     NO_PLACE,
     NameList,
     Places,
@@ -28,6 +30,7 @@ from dct_qwen2vl.preparation.media_index import (
     digest_folded,
     digest_name,
     digest_of,
+    find_nearest,
     locate,
 )
 from dct_qwen2vl.preparation.metadata import EntryRanges, MetadataReader, PreparationError, parse_entries, read_entry
@@ -36,7 +39,6 @@ from dct_qwen2vl.preparation.workers import WorkerPool
 MOST_SOURCES = 256  # more names are no names of datasets; the others are counted together
 OTHER_SOURCES, NO_SOURCE, TEXT_SOURCE, NO_FOLDER = "other", "unknown", "text", "no folder"
 KINDS = ("image", "video", "frame")  # of conversations.CheckedEntry
-OTHER_CASE = "other_letter_case"  # the repair of a medium's name
 MAXIMUM_NAME, MAXIMUM_ID = 100, 200  # characters
 MAXIMUM_MEDIA_BYTES = 1 << 30
 
@@ -162,12 +164,12 @@ def source_of(entry: Any) -> str:
     for name in (entry.get("source"), entry.get("dataset")):
         if isinstance(name, str) and name:
             return name[:MAXIMUM_NAME]
-    names = field_of(entry, "image") or field_of(entry, "video")
-    names = names or next(filter(None, map(name_in, list_parts(entry))), None)
-    if names is None or names == []:
+    names = list_names(field_of(entry, "image")) or list_names(field_of(entry, "video"))
+    names = names or list_names(next(filter(None, map(name_in, list_parts(entry))), None)) or list_named_images(entry)
+    if not names:
         return TEXT_SOURCE
-    name = names[0] if isinstance(names, list) else names
-    folder, slash, _ = name.removeprefix("./").partition("/") if isinstance(name, str) else (None, "", "")
+    name = strip_scheme(names[0]).replace("\\", "/") if isinstance(names[0], str) else ""
+    folder, slash, _ = name.removeprefix("./").partition("/")
     return folder[:MAXIMUM_NAME] if slash and folder not in ("", "..") else NO_FOLDER
 
 
@@ -312,21 +314,53 @@ def make_plan(
     for row, first in find_duplicates(entries["digest"]):
         skip(row, "duplicate_entry", f"entry {entries['index'][first]} has the same id, turns and media")
     names, first, media = np.unique(columns.names, return_index=True, return_inverse=True)
-    places = locate(tars, data_dir, leave_out, names, columns.folded[first])
+    places = locate(
+        tars,
+        data_dir,
+        leave_out,
+        names,
+        columns.folded[first],
+        lambda row: columns.spelled[int(first[row])].decode(),
+    )
     for line in places.unread:
         print(line, file=sys.stderr)
+    missing = MissingMedia(tars, data_dir)
     for row, number in find_first_of_each(columns.media_start, (places.source == NO_PLACE)[media], usable):
-        skip(row, "missing_media", f"{columns.spelled[number].decode()} is in no tar and no folder")
+        skip(row, "missing_media", missing.describe(columns.spelled[number].decode()))
     for row, number in find_first_of_each(columns.media_start, (places.size > MAXIMUM_MEDIA_BYTES)[media], usable):
         size = f"{places.size[media[number]]} bytes, the limit is {MAXIMUM_MEDIA_BYTES}"
         skip(row, "media_too_large", f"{columns.spelled[number].decode()} has {size}")
     if strict:
-        for row, number in find_first_of_each(columns.media_start, places.other_case[media], usable):
-            be_strict(int(entries["index"][row]), f"needs repair: {OTHER_CASE}: {columns.spelled[number].decode()}")
+        for row, number in find_first_of_each(columns.media_start, places.repair[media] > 0, usable):
+            repair = NAME_REPAIRS[places.repair[media[number]]]
+            be_strict(int(entries["index"][row]), f"needs repair: {repair}: {columns.spelled[number].decode()}")
     media_start, of_usable = select_media(columns.media_start, usable)
     kept = {"entries": entries[usable], "media_start": media_start, "kind": columns.kind[of_usable]}
     counted = {"sources": list(collector.sources), "read": collector.read, "skipped": collector.skipped}
     return Plan(**kept, media=media[of_usable], places=places, **counted)
+
+
+class MissingMedia:
+    """Says of names that lead to no file why that is so; of the first, which file there is instead."""
+
+    def __init__(self, tars: list[TarSource], data_dir: Path) -> None:
+        self.tars = tars
+        self.data_dir = data_dir
+        self.is_first = True
+
+    @cached_property
+    def refused(self) -> dict[str, str]:
+        """Members of tars that are not used: name -> why."""
+        found = ((tar, json.loads(line)) for tar in self.tars for line in tar.refused.splitlines())
+        return {line["member"]: f"refused in {tar.path.name} ({line['reason']})" for tar, line in found}
+
+    def describe(self, name: str) -> str:
+        if (self.data_dir / name).is_dir():
+            return f"{name} is a folder: name the files in it"
+        why = self.refused.get(name, "in no tar and no folder")
+        nearest = find_nearest(name, self.tars) if self.is_first else ""
+        self.is_first = False
+        return f"{name} is {why}" + (f"; there is {nearest}" if nearest else "")
 
 
 def find_duplicates(digest: np.ndarray) -> Iterator[tuple[int, int]]:

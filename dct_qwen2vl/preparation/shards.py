@@ -28,9 +28,10 @@ from dct_qwen2vl.common.files import replacing
 from dct_qwen2vl.preparation.conversion import ConversionOptions, StoredMedia, convert_all
 from dct_qwen2vl.preparation.data_splits import Layout
 from dct_qwen2vl.preparation.entries import UnusableSample, check_entry
+from dct_qwen2vl.preparation.media_index import NAME_REPAIRS
 from dct_qwen2vl.preparation.metadata import PreparationError, parse_entry
 from dct_qwen2vl.preparation.output_folder import stats_path
-from dct_qwen2vl.preparation.plan import KINDS, OTHER_CASE, Plan, SkippedEntry, be_strict, describe_skip
+from dct_qwen2vl.preparation.plan import KINDS, Plan, SkippedEntry, be_strict, describe_skip
 
 WINDOW_BYTES = 128 << 20  # of media files
 FLUSH_BYTES = 8 << 20
@@ -51,7 +52,7 @@ class ShardTask:
 
     entries plan.ENTRY [S], `file` and `source` as numbers in `metadata` and `sources`. copy [S]: see
     data_splits.Layout. media_start [S + 1], kind [M]: as in plan.Columns. path [M]: number in `paths`;
-    offset, size [M]: the range there. other_case bool [M]: it was found under a name in another letter case.
+    offset, size [M]: the range there. repair uint8 [M]: number in NAME_REPAIRS of how its file's name differs.
     """
 
     shard: Path
@@ -63,7 +64,7 @@ class ShardTask:
     path: np.ndarray
     offset: np.ndarray
     size: np.ndarray
-    other_case: np.ndarray
+    repair: np.ndarray
     metadata: tuple[str, ...]
     sources: tuple[str, ...]
     paths: tuple[str, ...]
@@ -72,21 +73,26 @@ class ShardTask:
 
     def unpack(self) -> list["PlannedSample"]:
         """The samples one by one."""
-        paths, other_case = [self.paths[number] for number in self.path.tolist()], self.other_case.tolist()
+        paths, repair = [self.paths[number] for number in self.path.tolist()], self.repair.tolist()
         places, kinds = list(zip(paths, self.offset.tolist(), self.size.tolist())), self.kind.tolist()
         samples = []
         for entry, copy, (first, last) in zip(
             self.entries.tolist(), self.copy.tolist(), itertools.pairwise(self.media_start.tolist())
         ):
             index, start, stop, file, *rest, _digest = entry
-            media = tuple(KINDS[kind] for kind in kinds[first:last]), places[first:last], any(other_case[first:last])
+            media = (
+                tuple(KINDS[kind] for kind in kinds[first:last]),
+                places[first:last],
+                frozenset(repair[first:last]) - {0},
+            )
             samples.append(PlannedSample(index, copy, self.metadata[file], start, stop, *rest, *media))
         return samples
 
 
 class PlannedSample(NamedTuple):
     """index: number of the entry; copy: of its repetition; start, stop, crc: bytes of its text in the file `metadata`;
-    source: number in ShardTask.sources; kinds, places: of its media, in order, as (path, offset, size)."""
+    source: number in ShardTask.sources; kinds, places: of its media, in order, as (path, offset, size). name_repairs:
+    numbers in NAME_REPAIRS, of its media's names."""
 
     index: int
     copy: int
@@ -99,7 +105,7 @@ class PlannedSample(NamedTuple):
     repaired: bool
     kinds: tuple[str, ...]
     places: list[tuple[str, int, int]]
-    other_case: bool
+    name_repairs: frozenset[int]
 
     @property
     def key(self) -> str:
@@ -137,7 +143,7 @@ def make_task(
         path=path,
         offset=plan.places.offset[places],
         size=plan.places.size[places],
-        other_case=plan.places.other_case[places],
+        repair=plan.places.repair[places],
         metadata=tuple(map(str, metadata)),
         sources=tuple(plan.sources[name] for name in sources.tolist()),
         paths=tuple(plan.places.path_of(number, data_dir, tars) for number in used.tolist()),
@@ -165,7 +171,7 @@ class ShardStats:
         self.written += 1
         self.parts.update([media.treatment for media in stored] or [TEXT_ONLY])
         self.repairs.update(repairs)
-        self.repairs[OTHER_CASE] += sample.other_case
+        self.repairs.update(NAME_REPAIRS[number] for number in sample.name_repairs)
         for column, value in zip(self.samples.values(), (sample.source, len(stored), sample.characters)):
             column.append(value)
         for medium in stored:

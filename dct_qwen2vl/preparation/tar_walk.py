@@ -1,8 +1,10 @@
 """Walks over the headers of a tar and says where its files lie. Nothing is extracted, and nothing is trusted.
 
-POSIX ustar and pax, GNU long names and the old V7 format are read. A member that is no plain file, or whose name leads
-out of the folder, is refused by name; where a header itself is damaged, what comes after cannot be found any more
-without guessing, so the walk ends and says so.
+POSIX ustar and pax, GNU long names and the old V7 format are read. Links to files of the same tar stand for these
+files. A member that is nothing of that, or whose name leads out of the folder, is refused by name. Tars that were
+joined are read to the last: behind an end mark comes another tar, or damage, or the zeros that fill the last record.
+Where a header itself is damaged, what comes after cannot be found any more without guessing, so the walk ends and says
+so.
 """
 
 import posixpath
@@ -18,9 +20,11 @@ MAXIMUM_BYTES = 1 << 62  # of a stream of unknown length; beyond that nothing ca
 EDGE_BYTES = 4096  # read at both ends of a member to know it again
 ZEROS = bytes(BLOCK)
 PLAIN, DIRECTORY = b"0\x007", b"5"  # "7": contiguous, like a plain file
-REFUSED_TYPES = {
-    b"1": "link", b"2": "link", b"3": "device", b"4": "device", b"6": "device", b"S": "sparse",
-}  # fmt: skip
+REFUSED_TYPES = {b"3": "device", b"4": "device", b"6": "device", b"S": "sparse"}
+HARD_LINK, SYMBOLIC_LINK = b"1", b"2"
+MOST_ZEROS = 10_240 + 2 * BLOCK  # at the end of a tar: its end mark and the rest of a record of usual size
+IMAGE_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG")
+RECORDS = tuple(1 << power for power in range(15, 25))  # bytes of a record that `tar -b` may have made
 NO_DATA = b"123456"  # types whose size says nothing about what follows
 LONG_NAME, LONG_LINK, PAX, PAX_SOLARIS, PAX_GLOBAL = b"L", b"K", b"x", b"X", b"g"
 PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
@@ -38,6 +42,7 @@ class Member(NamedTuple):
     """A member that is no folder. name: as "a/b.jpg", undecoded. Its data are bytes [offset, offset + size) of the tar.
 
     refused: why it is not used, "" if it is. edges: its first and last 4,096 bytes, if it is used.
+    target: of a link, the name that it stands for. is_symbolic: the file of that name may also come later.
     """
 
     name: bytes
@@ -45,6 +50,8 @@ class Member(NamedTuple):
     size: int
     refused: str = ""
     edges: bytes = b""
+    target: bytes = b""
+    is_symbolic: bool = False
 
 
 @dataclass
@@ -52,6 +59,7 @@ class Extension:
     """What headers before a member's own say about it."""
 
     name: bytes | None = None
+    target: bytes | None = None
     size: int | None = None
     refused: str = ""
 
@@ -71,8 +79,17 @@ def walk_tar(stream: BinaryIO, length: int | None) -> Iterator[Member]:
     length: bytes of the stream, if known. Raises DamagedTar where a header is wrong or the end is missing.
     """
     length = MAXIMUM_BYTES if length is None else length
-    offset, extension = 0, Extension()
-    while (header := read_header(stream, offset)) is not None:
+    offset, extension, begin, edges = 0, Extension(), 0, b""
+    while True:
+        block = stream.read(BLOCK)
+        if block == ZEROS:
+            block, after = skip_zeros(stream, offset)
+            if not block:
+                check_end(begin, offset, after, edges)
+                return
+            begin = offset = after
+            check_joined(block, offset)
+        header = read_header(block, offset)
         offset += BLOCK
         stored = 0 if header.kind in NO_DATA else header.size
         if header.kind in (LONG_NAME, LONG_LINK, PAX, PAX_SOLARIS, PAX_GLOBAL):
@@ -82,17 +99,43 @@ def walk_tar(stream: BinaryIO, length: int | None) -> Iterator[Member]:
                 offset = skip_sparse_map(stream, header.block, offset)
             elif extension.size is not None and header.kind not in NO_DATA:
                 stored = extension.size
-            yield from describe(stream, header, extension, offset, stored, length)
+            for member in describe(stream, header, extension, offset, stored, length):
+                edges = member.edges or edges
+                yield member
             extension = Extension()
         offset += -(-stored // BLOCK) * BLOCK
         seek(stream, offset, length)
 
 
-def read_header(stream: BinaryIO, offset: int) -> Header | None:
-    """The header at the stream's position; None at the end mark. Raises DamagedTar."""
-    block = stream.read(BLOCK)
-    if block == ZEROS:
-        return None
+def skip_zeros(stream: BinaryIO, offset: int) -> tuple[bytes, int]:
+    """Past the end mark whose first block lies at an offset: the next block that has more than zeros in it and its
+    offset, or b"" and the end of the stream."""
+    block = ZEROS
+    while block == ZEROS:
+        offset += BLOCK
+        block = stream.read(BLOCK)
+    return (block, offset) if block.strip(b"\0") else (b"", offset + len(block))
+
+
+def check_joined(block: bytes, offset: int) -> None:
+    """Raises DamagedTar where no tar begins behind an end mark."""
+    if len(block) < BLOCK or not is_checksum_right(block):
+        raise DamagedTar(offset, "what follows the end mark is no tar,")
+
+
+def check_end(begin: int, zeros: int, end: int, edges: bytes) -> None:
+    """Raises DamagedTar where a file, which was made in its whole size before it was filled, is not filled to its end.
+
+    begin: offset of the last of the tars that were joined. zeros, end: of the zeros behind it. edges: of its last file.
+    """
+    is_cut = edges.startswith(IMAGE_BEGINNINGS) and edges.endswith(bytes(64))  # none of these images ends so
+    fills_record = any((end - begin) % size == 0 and end - zeros < size + 2 * BLOCK for size in RECORDS)
+    if is_cut or (end - zeros > MOST_ZEROS and not fills_record):
+        raise DamagedTar(zeros, "only zeros up to its end, so perhaps not fetched whole,")
+
+
+def read_header(block: bytes, offset: int) -> Header:
+    """The header in the block at an offset. Raises DamagedTar."""
     if len(block) < BLOCK:
         raise DamagedTar(offset, "cut short" if block else "no end mark, so perhaps cut short,")
     if not is_checksum_right(block):
@@ -148,9 +191,11 @@ def extend(extension: Extension, header: Header, data: bytes | None, offset: int
         extension.refused = "giant_header"
     elif header.kind == LONG_NAME:
         extension.name = data.split(b"\0", 1)[0]
-    elif header.kind != LONG_LINK:
+    elif header.kind == LONG_LINK:
+        extension.target = data.split(b"\0", 1)[0]
+    else:
         records = read_pax(data)
-        known = {key for key in records if key in (b"path", b"size") or key.startswith(b"GNU.sparse.")}
+        known = {key for key in records if key in (b"path", b"linkpath", b"size") or key.startswith(b"GNU.sparse.")}
         if header.kind == PAX_GLOBAL and known:
             raise DamagedTar(offset, f"a global header that sets {min(known).decode()}")
         if header.kind != PAX_GLOBAL:
@@ -160,6 +205,7 @@ def extend(extension: Extension, header: Header, data: bytes | None, offset: int
 def note_pax(extension: Extension, records: dict[bytes, bytes]) -> None:
     if b"path" in records:
         extension.name = records[b"path"]
+    extension.target = records.get(b"linkpath", extension.target)
     if b"size" in records:
         size = records[b"size"]
         if size.isdigit() and len(size) < 20:
@@ -204,6 +250,9 @@ def describe(
         return
     name = header.name if extension.name is None else extension.name
     refused = extension.refused or REFUSED_TYPES.get(header.kind) or check_name(name)
+    if not refused and header.kind in (HARD_LINK, SYMBOLIC_LINK):
+        yield describe_link(header, extension, clean(name), offset)
+        return
     if not refused and header.kind not in PLAIN:
         refused = "unknown_type"
     if not refused:
@@ -214,6 +263,17 @@ def describe(
         yield Member(name, offset, stored, refused or "cut_short")
         raise DamagedTar(offset - BLOCK, "cut short")
     yield Member(name, offset, stored, refused, edges)
+
+
+def describe_link(header: Header, extension: Extension, name: bytes, offset: int) -> Member:
+    """A link, refused where it leads out of the tar. A symbolic one is relative to its own folder."""
+    target = header.block[157:257].split(b"\0", 1)[0] if extension.target is None else extension.target
+    is_symbolic = header.kind == SYMBOLIC_LINK
+    if is_symbolic and not target.startswith(b"/"):
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+    if check_name(target):
+        return Member(name, offset, 0, "link")
+    return Member(name, offset, 0, target=clean(target), is_symbolic=is_symbolic)
 
 
 def check_name(name: bytes) -> str:

@@ -1,7 +1,8 @@
 """The `automodel` engine: NeMo AutoModel on the Hugging Face model, one or more processes, CPU or GPU.
 
 What NeMo's class leaves open is done here: validation, a checkpoint that can be loaded again, text-only micro-batches.
-A checkpoint is a folder `checkpoints/step000100/`: `hf/` is a complete Hugging Face directory, `trainer.pt` holds
+A checkpoint is a folder `checkpoints/step000100/`: `hf/` is a complete Hugging Face directory in float32, as the
+weights are trained. The model at the end has the data types that it began with. `trainer.pt` holds
 optimizer, schedule, loops and loader. With --lora-rank the adapters are merged into `hf/` and stand in `trainer.pt`;
 the frozen weights behind them are read from where the run began. It is written under another name and renamed when
 whole, so a killed run leaves no half ones.
@@ -10,8 +11,10 @@ whole, so a killed run leaves no half ones.
 import math
 import os
 import shutil
+from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -27,20 +30,26 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText
 
 from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read, write_pixel_bounds
+from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING, open_tensors, read_json, safetensors_files
+from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.data.loader import EnergonDataModule, energon_state_classes
 from dct_qwen2vl.data.samples import IGNORE_INDEX, QwenBatch
-from dct_qwen2vl.training.config import TrainingConfig
+from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
+from dct_qwen2vl.training.final_model import RehearseSave, trained_folder
 from dct_qwen2vl.training.log import NON_FINITE, StepGuard, TrainingLog, ValidationSum
 from dct_qwen2vl.training.lora import LoRA, adapt_hf, adapted_weights, adapters_of, merged_hf
+from dct_qwen2vl.training.parts import is_frozen
 from dct_qwen2vl.training.run_folder import (
     build_loggers,
     count_batches_of_whole_steps,
-    is_frozen,
     resume,
     step_checkpoints,
     sync_files,
     trainer_options,
 )
+
+# As safetensors names them.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class QwenAutoModel(HFAutoModelForImageTextToText):
@@ -83,6 +92,8 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
             parameter.requires_grad = not is_frozen(name, self.freeze)
         if self.lora:
             adapt_hf(self.model, self.lora)
+        patches = self.model.visual.patch_embed
+        patches.forward = MethodType(embed_patches, patches)
 
     def forward(self, batch: QwenBatch) -> torch.Tensor:
         """-> logits [B, L, vocabulary]."""
@@ -151,19 +162,60 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         count_batches_of_whole_steps(checkpoint, self.trainer.accumulate_grad_batches)
 
-    def save_hf(self, output_dir: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    def save_hf(
+        self,
+        output_dir: Path,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        dtypes: dict[str, torch.dtype] | None = None,
+    ) -> None:
         """A complete HF directory: weights, config, tokenizer, and processor with this run's pixel bounds. Atomic.
 
         state_dict: the model's own if None; adapters in it are merged.
+        dtypes: of the weights in the file; None: as they are trained, in float32.
         """
         temporary = output_dir.with_name(f".{output_dir.name}.tmp")
         copy_all_but_weights(self.model_dir, temporary)
         write_pixel_bounds(temporary, self.pixel_bounds)
         weights = self.model.state_dict() if state_dict is None else state_dict
-        self.model.save_pretrained(temporary, state_dict=merged_hf(weights, self.lora))
+        weights = merged_hf(weights, self.lora)
+        if self.model.config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)  # the embedding, which has another name
+        if dtypes:
+            weights = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in weights.items()}
+        self.model.save_pretrained(temporary, state_dict=weights)
+        if dtypes:
+            write_dtype(temporary, dtypes)
         let_others_read(temporary)
         shutil.rmtree(output_dir, ignore_errors=True)
         temporary.replace(output_dir)
+
+    def export_hf(self, output_dir: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """`save_hf` in the data types of model_dir: what a run leaves to take along."""
+        self.save_hf(output_dir, state_dict, dtypes_of(self.model_dir))
+
+    def rehearse_save(self, output_dir: Path) -> None:
+        """`export_hf` with one weight."""
+        self.export_hf(output_dir, {PATCH_EMBEDDING: self.model.get_parameter(PATCH_EMBEDDING).detach()})
+
+
+def embed_patches(patches: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """The tower's patch embedding, a convolution whose kernel is the whole patch, as one matrix product: tokens [N, K]
+    -> [N, E]. `patches` keeps its weight and the name of it."""
+    weight = patches.proj.weight.flatten(1)
+    return functional.linear(tokens.view(-1, weight.shape[1]).to(weight.dtype), weight)
+
+
+def dtypes_of(model_dir: Path) -> dict[str, torch.dtype]:
+    """The data type of every tensor of a Hugging Face directory, by name."""
+    tensors = open_tensors(safetensors_files(model_dir), "pt")
+    return {name: DTYPES[file.get_slice(name).get_dtype()] for name, file in tensors}
+
+
+def write_dtype(folder: Path, dtypes: dict[str, torch.dtype]) -> None:
+    """config.json names the data type that most tensors have."""
+    path = folder / "config.json"
+    ((dtype, _),) = Counter(dtypes.values()).most_common(1)
+    write_json(path, {**read_json(path), "torch_dtype": str(dtype).removeprefix("torch.")})
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -218,7 +270,9 @@ def build_optimizer(config: TrainingConfig) -> PytorchOptimizerModule:
     )
 
 
-def build_trainer(config: TrainingConfig, module: QwenAutoModel, callbacks: list[Callback]) -> nl.Trainer:
+def build_trainer(
+    config: TrainingConfig, module: QwenAutoModel, callbacks: list[Callback], validates: bool
+) -> nl.Trainer:
     """Lightning's Trainer as NeMo wraps it. Steps are optimizer steps; Lightning counts validation in micro-batches."""
     return nl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
@@ -228,18 +282,18 @@ def build_trainer(config: TrainingConfig, module: QwenAutoModel, callbacks: list
         val_check_interval=config.val_interval * config.accumulate,
         callbacks=callbacks,
         plugins=[FolderCheckpointIO(module)],
-        **trainer_options(config),
+        **trainer_options(config, validates),
     )
 
 
 def run(
     config: TrainingConfig,
+    info: ModelInfo,
     data: EnergonDataModule,
     merge_size: int,
     extra_callbacks: list[Callback],
-    export_dir: Path,
 ) -> None:
-    """Fine-tunes, resuming from the newest checkpoint, and writes the model to `export_dir`."""
+    """Fine-tunes, resuming from the newest checkpoint, and writes the form that was trained into the run folder."""
     module = QwenAutoModel(
         config.model_dir,
         config.freeze,
@@ -249,7 +303,13 @@ def run(
         StepGuard(config.run_dir / NON_FINITE),
     )
     log = TrainingLog(config.run_dir, config.max_steps, config.log_interval, merge_size)
-    trainer = build_trainer(config, module, [log, *step_checkpoints(config, log.restart_clock), *extra_callbacks])
+    callbacks = [
+        RehearseSave(config, info, module.rehearse_save),
+        log,
+        *step_checkpoints(config, log.restart_clock),
+        *extra_callbacks,
+    ]
+    trainer = build_trainer(config, module, callbacks, data.validates)
     llm.finetune(
         model=module,
         data=data,
@@ -260,4 +320,4 @@ def run(
         tokenizer=None,  # the loader has it; NeMo would store it in a field that this class does not have
     )
     if trainer.is_global_zero:
-        module.save_hf(export_dir)
+        module.export_hf(trained_folder(config.run_dir, info))

@@ -18,6 +18,7 @@ from dct_qwen2vl.common.files import read_json as read_file
 from dct_qwen2vl.common.settings import flag_of
 from dct_qwen2vl.data.energon_files import count_samples, read_splits
 from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig
+from dct_qwen2vl.training.disk_space import check_space
 from dct_qwen2vl.training.run_file import check_run_folder
 
 
@@ -60,22 +61,19 @@ def check_pixel_bounds(config: TrainingConfig) -> None:
 
 
 def check_data(config: TrainingConfig) -> None:
-    """Raises RunError or PreparedSetError unless `energon prepare` has been run, both splits that training reads hold
-    shards, and each loader process has a sample to train on."""
+    """Raises RunError or PreparedSetError unless `energon prepare` has been run and each loader process has a sample to
+    train on. The val split may be empty: there is no validation then."""
     data_dir, loaders = config.data_dir, config.data_parallel * max(1, config.num_workers)
     if not data_dir.is_dir() or not any(data_dir.glob("*.tar")):
         raise RunError(f"no shards in {data_dir}: python data_preparation.py --data-dir RAW --output-dir {data_dir}")
     splits = read_splits(data_dir, ("train", "val"))
-    empty = [part for part, shards in splits.items() if not shards]
+    if not splits["train"]:
+        raise RunError(f"the train split of {data_dir} holds no shard: prepare with more shards (a smaller --maxcount)")
     samples = count_samples(data_dir, splits["train"])
-    if not empty and samples < loaders:
+    if samples < loaders:
         raise RunError(
             f"the train split of {data_dir} holds {samples} samples, fewer than {config.data_parallel} processes "
             f"have loader processes ({loaders}): lower --num-workers or --devices"
-        )
-    if empty:
-        raise RunError(
-            f"the {empty[0]} split of {data_dir} holds no shard: prepare with more shards (a smaller --maxcount)"
         )
 
 
@@ -158,6 +156,8 @@ def check(config: TrainingConfig) -> ModelInfo:
     check_pixel_bounds(config)
     check_data(config)
     check_run_folder(config)
+    if not (config.run_dir / "finished").is_file():
+        check_space(config, forms=2 if info.dct else 1)
     return info
 
 

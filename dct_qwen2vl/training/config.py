@@ -201,6 +201,7 @@ class TrainingConfig:
     debug: bool = setting("where", False, "show the traceback of an error", resume=FREE, recorded=False)
     rank: int = setting(None, 0, resume=FREE)  # of this process, from torchrun
     data_restarts: int = setting(None, 0, resume=FREE)
+    train_shards: str | None = setting(None, None, resume=FREE, recorded=False)  # fingerprint
 
     @property
     def run_dir(self) -> Path:

@@ -195,6 +195,8 @@ class TrainingLog(pl.Callback):
 
     def _misses_validation(self, trainer: pl.Trainer) -> bool:
         """Whether the run was ended between the checkpoint it goes on from and the validation of the same step."""
+        if not trainer.enable_validation:
+            return False
         step, interval = trainer.global_step, trainer.val_check_interval // trainer.accumulate_grad_batches
         done = any(line["step"] == step and "val_loss" in line for line in read_metrics(self.metrics.path))
         return step > 0 and step % interval == 0 and not done

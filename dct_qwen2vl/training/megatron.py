@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,17 @@ from transformers import Qwen2VLConfig
 from dct_qwen2vl.checkpoints.hf_folder import write_pixel_bounds
 from dct_qwen2vl.data.loader import EnergonDataModule
 from dct_qwen2vl.data.packing import PackedBatch
-from dct_qwen2vl.training.config import TrainingConfig
+from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
+from dct_qwen2vl.training.final_model import RehearseSave, trained_folder
 from dct_qwen2vl.training.flops import training_flops
 from dct_qwen2vl.training.log import NON_FINITE, OutOfMemory, StepGuard, TrainingLog, ValidationSum
 from dct_qwen2vl.training.lora import LoRA, adapt_megatron
 from dct_qwen2vl.training.megatron_model import PackedQwen2VL, fuse_gradient_accumulation, model_config
-from dct_qwen2vl.training.megatron_weights import load_hf, save_hf, sources_of
+from dct_qwen2vl.training.megatron_weights import load_hf, rehearse_hf, save_hf, sources_of
+from dct_qwen2vl.training.parts import is_frozen
 from dct_qwen2vl.training.run_folder import (
     build_loggers,
     count_batches_of_whole_steps,
-    is_frozen,
     resume,
     step_checkpoints,
     sync_files,
@@ -293,9 +295,9 @@ class WholeCheckpointIO(MegatronCheckpointIO):
 class SaveHF(Callback):
     """Writes the model at the end of training, and also where a run resumes from its last step and trains no more."""
 
-    def __init__(self, output_dir: Path, pixel_bounds: dict[str, int]) -> None:
+    def __init__(self, output_dir: Path, edit: Callable[[Path], None]) -> None:
         self.output_dir = output_dir
-        self.pixel_bounds = pixel_bounds
+        self.edit = edit
         self._saved = False
 
     def on_train_end(self, trainer, pl_module: QwenMegatronModel) -> None:
@@ -312,13 +314,7 @@ class SaveHF(Callback):
         model = pl_module.module
         while not isinstance(model, PackedQwen2VL):
             model = model.module
-        save_hf(
-            model,
-            pl_module.hf_config,
-            pl_module.model_dir,
-            self.output_dir,
-            edit=lambda folder: write_pixel_bounds(folder, self.pixel_bounds),
-        )
+        save_hf(model, pl_module.hf_config, pl_module.model_dir, self.output_dir, self.edit)
         self._saved = True
 
 
@@ -361,7 +357,7 @@ def build_strategy(config: TrainingConfig) -> nl.MegatronStrategy:
     )
 
 
-def build_trainer(config: TrainingConfig, callbacks: list[Callback]) -> nl.Trainer:
+def build_trainer(config: TrainingConfig, callbacks: list[Callback], validates: bool) -> nl.Trainer:
     """Lightning's Trainer as NeMo wraps it; its batch is an optimizer step."""
     return nl.Trainer(
         accelerator="gpu",
@@ -369,18 +365,19 @@ def build_trainer(config: TrainingConfig, callbacks: list[Callback]) -> nl.Train
         plugins=[nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16, grad_reduce_in_fp32=True)],
         val_check_interval=config.val_interval,
         callbacks=callbacks,
-        **trainer_options(config),
+        **trainer_options(config, validates),
     )
 
 
 def run(
     config: TrainingConfig,
+    info: ModelInfo,
     data: EnergonDataModule,
     merge_size: int,
     extra_callbacks: list[Callback],
-    export_dir: Path,
 ) -> None:
-    """Fine-tunes, resuming from the newest checkpoint, and writes the model to `export_dir`. Raises OutOfMemory."""
+    """Fine-tunes, resuming from the newest checkpoint, and writes the form that was trained into the run folder. Raises
+    OutOfMemory."""
     sequence_tokens = max(config.seq_length * config.micro_batch_size, config.pack_tokens)
     module = QwenMegatronModel(
         config.model_dir,
@@ -405,13 +402,15 @@ def run(
         hf_config=module.hf_config,
         budget=(config.pack_tokens, config.pack_vision_tokens),
     )
+    edit = partial(write_pixel_bounds, bounds=config.pixel_bounds)
     callbacks = [
+        RehearseSave(config, info, partial(rehearse_hf, config.model_dir, edit=edit)),
         log,
         *step_checkpoints(config, log.restart_clock),
-        SaveHF(export_dir, config.pixel_bounds),
+        SaveHF(trained_folder(config.run_dir, info), edit),
         *extra_callbacks,
     ]
-    trainer = build_trainer(config, callbacks)
+    trainer = build_trainer(config, callbacks, data.validates)
     try:
         llm.finetune(
             model=module,

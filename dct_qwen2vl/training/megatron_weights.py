@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read
+from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING
 from dct_qwen2vl.training.lora import merged_megatron
 
 ROWS, COLUMNS, WHOLE = 0, 1, None  # the axis that tensor parallelism splits
@@ -41,7 +42,7 @@ BLOCK, LAYER = "visual.blocks.{}.", "model.layers.{}."
 
 
 def _vision_rules() -> Iterator[Rule]:
-    yield Rule("vision_model.conv1.weight", ("visual.patch_embed.proj.weight",), kind="patch")
+    yield Rule("vision_model.conv1.weight", (PATCH_EMBEDDING,), kind="patch")
     for part in ("weight", "bias"):
         columns = COLUMNS if part == "weight" else WHOLE
         yield Rule(f"{VISION}self_attention.linear_qkv.layer_norm_{part}", (f"{BLOCK}norm1.{part}",))
@@ -238,23 +239,39 @@ def save_hf(model, hf_config, model_dir: Path, output_dir: Path, edit: Callable[
         copy_all_but_weights(model_dir, temporary)
     torch.distributed.barrier()
     tensors = gather_hf(model, hf_config)
-    file = f"model-{stage + 1:05d}-of-{stages:05d}.safetensors"
     if tensors and parallel_state.get_data_parallel_rank() == 0:
         if stage and hf_config.tie_word_embeddings:
             tensors.pop("model.embed_tokens.weight", None)  # the first stage's, which is the same
-        save_file(tensors, temporary / file, metadata={"format": "pt"})
-        (temporary / f".{file}.json").write_text(
-            json.dumps({name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()})
-        )
+        _write_tensors(tensors, temporary, stage, stages)
     torch.distributed.barrier()
     if first:
-        _write_index(temporary)
-        let_others_read(temporary)
-        if edit:
-            edit(temporary)
-        shutil.rmtree(output_dir, ignore_errors=True)
-        temporary.replace(output_dir)
+        _complete(temporary, output_dir, edit)
     torch.distributed.barrier()
+
+
+def rehearse_hf(model_dir: Path, output_dir: Path, edit: Callable[[Path], None] | None = None) -> None:
+    """`save_hf` with one weight, as `model_dir` has it. Not collective."""
+    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
+    copy_all_but_weights(model_dir, temporary)
+    _write_tensors({PATCH_EMBEDDING: open_tensors(model_dir)(PATCH_EMBEDDING)}, temporary, 0, 1)
+    _complete(temporary, output_dir, edit)
+
+
+def _write_tensors(tensors: dict[str, torch.Tensor], folder: Path, stage: int, stages: int) -> None:
+    file = f"model-{stage + 1:05d}-of-{stages:05d}.safetensors"
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    (folder / f".{file}.json").write_text(json.dumps(sizes))
+
+
+def _complete(temporary: Path, output_dir: Path, edit: Callable[[Path], None] | None) -> None:
+    """The folder gets its index and its name."""
+    _write_index(temporary)
+    let_others_read(temporary)
+    if edit:
+        edit(temporary)
+    shutil.rmtree(output_dir, ignore_errors=True)
+    temporary.replace(output_dir)
 
 
 def _write_index(folder: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from dct_qwen2vl.checkpoints.inspection import CheckpointError, read_json
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.common.settings import flag_of, plain
+from dct_qwen2vl.data.energon_files import fingerprint_of_shards
 from dct_qwen2vl.training.config import DATA, DERIVED, SAME, ModelInfo, RunError, TrainingConfig, metadata_of
 
 
@@ -42,6 +43,12 @@ def check_run_folder(config: TrainingConfig) -> None:
                     f"{config.run_dir} was started with {flag} {earlier.get(name)}, now it is {now}: use the same "
                     f"value to resume{again}, or another --experiment-name"
                 )
+    begun_with = earlier.get("train_shards")  # a run may be older than this key
+    if begun_with and not config.restart_data and begun_with != fingerprint_of_shards(config.data_dir):
+        raise RunError(
+            f"the train shards in {config.data_dir} are not those that {config.run_dir} was started with: add "
+            "--restart-data to go on with these from their beginning, or take another --experiment-name"
+        )
 
 
 def count_data_restarts(config: TrainingConfig) -> int:
@@ -58,4 +65,7 @@ def write_run_file(config: TrainingConfig, info: ModelInfo) -> None:
     values |= {name: getattr(config, name) for name in DERIVED}
     values = {name: plain(value) for name, value in values.items()}
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(config.run_dir / "run.json", {**values, "token_format": info.dct_name})
+    values["token_format"] = info.dct_name
+    if config.train_shards:
+        values["train_shards"] = config.train_shards
+    write_json(config.run_dir / "run.json", values)

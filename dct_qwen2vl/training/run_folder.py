@@ -17,15 +17,6 @@ from dct_qwen2vl.training.config import TrainingConfig
 from dct_qwen2vl.training.run_lock import RunFolderError
 
 CHECKPOINT_NAME = re.compile(r"step(\d{6,})")
-PARTS = {"vision": "visual.", "projector": "visual.merger.", "language": ("model.", "lm_head.")}
-
-
-def is_frozen(name: str, freeze: tuple[str, ...]) -> bool:
-    """Whether a parameter, by its name in the checkpoint, is in one of the parts that are not trained; "vision" is the
-    tower without its projector."""
-    if name.startswith(PARTS["projector"]):
-        return "projector" in freeze
-    return any(name.startswith(PARTS[part]) for part in freeze)
 
 
 class StepCheckpoint(ModelCheckpoint):
@@ -123,8 +114,11 @@ def agree_on_checkpoint(folder: Path, store: torch.distributed.Store, rank: int,
     return folder / name if name else None
 
 
-def trainer_options(config: TrainingConfig) -> dict[str, Any]:
-    """Of NeMo's Trainer: how long, and that this repository's own callbacks show and save."""
+def trainer_options(config: TrainingConfig, validates: bool = True) -> dict[str, Any]:
+    """Of NeMo's Trainer: how long, and that this repository's own callbacks show and save.
+
+    validates: there is a val split.
+    """
     return {
         "devices": config.devices,
         "num_nodes": config.num_nodes,
@@ -132,6 +126,7 @@ def trainer_options(config: TrainingConfig) -> dict[str, Any]:
         "max_epochs": -1,
         "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,
+        **({} if validates else {"limit_val_batches": 0}),
         "enable_checkpointing": bool(config.save_interval),
         "use_distributed_sampler": False,
         "enable_progress_bar": False,

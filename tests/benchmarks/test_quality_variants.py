@@ -3,6 +3,7 @@ equal."""
 
 import numpy as np
 import pytest
+import scipy.fft
 import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessor
@@ -10,6 +11,7 @@ from transformers import Qwen2VLImageProcessor
 from benchmarks.quality.tasks.reading import Reading
 from benchmarks.quality.tasks.registry import Source
 from benchmarks.quality.variants import VARIANTS, Encoder, downscale, make_variant, preset, unfold_patch_embedding
+from dct_qwen2vl.dct import folding
 from dct_qwen2vl.dct.configuration_dct import PRESETS
 from dct_qwen2vl.dct.folding import fold_patch_embedding
 from dct_qwen2vl.dct.transform_dct import DCTTokenizer
@@ -169,3 +171,19 @@ def test_an_unknown_variant_is_refused():
         make_variant("x4-weighted")
     with pytest.raises(ValueError, match="choose from pixels"):
         make_variant("x5")
+
+
+@pytest.mark.parametrize("name", ["x4", "x16"])
+def test_folding_is_flexivits_resize_with_the_resampling_of_the_dct(name):
+    """FlexiViT (arXiv 2212.08013): a larger patch gets the pseudo-inverse of the transposed upscaling,
+    times the weight."""
+    config, weight = DCTConfig.preset(name), torch.randn(4, 3, 2, 14, 14, dtype=torch.float64)
+    side = config.block[1]
+    frequencies = np.zeros((side, 14))
+    frequencies[:14] = scipy.fft.dct(np.eye(14), axis=0, norm="ortho")
+    upscaling = scipy.fft.idct(frequencies, axis=0, norm="ortho") * np.sqrt(side / 14)
+    resize = torch.from_numpy(np.linalg.pinv(upscaling.T))
+    np.testing.assert_allclose(upscaling @ np.ones(14), 1)
+    resized = torch.einsum("yr,xc,epfrc->epfyx", resize, resize, weight)
+    unfolded = folding.unfold_patch_embedding(fold_patch_embedding(weight, config), config)
+    torch.testing.assert_close(unfolded, resized, rtol=0, atol=1e-9 * float(resized.abs().max()))

@@ -1,5 +1,6 @@
 """Packed sequences: which samples share one, and what stands in it."""
 
+from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -11,13 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.energon import SkipSample
 from PIL import Image
+from prepared_set import StoredSample, write_set
 from samples_by_hand import answer, conversation_sample
 from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
+from dct_qwen2vl.data.loader import LoaderStateError
 from dct_qwen2vl.data.packing import fit_sequences
 from dct_qwen2vl.data.positions import vision_positions
 from dct_qwen2vl.data.samples import IGNORE_INDEX, TooManyBadSamples
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
+from dct_qwen2vl.preparation.energon_metadata import energon_prepare
 from task_encoder import PackingTaskEncoder
 
 
@@ -257,6 +261,20 @@ def test_a_state_of_other_processes_is_refused_unless_data_begin_anew(prepared):
     data.start_anew = True
     data.load_state_dict(state)
     assert next(iter(data.train_dataloader())).keys
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_state_of_other_shards_names_the_flag_that_helps(num_workers, prepared, tmp_path):
+    """The data were prepared again, in shards of other names and sizes."""
+    first = packed_data(prepared, num_workers)
+    next(iter(first.train_dataloader()))
+    state = first.state_dict()
+    folder = write_set(tmp_path / "shards", {"train": [[StoredSample([("human", "Who?"), ("gpt", "I.")])] * 4]})
+    energon_prepare(folder, "1,0,0", ("train",), 1)
+    again = packed_data(replace(prepared, shards=folder), num_workers)
+    again.load_state_dict(state)
+    with pytest.raises(LoaderStateError, match=r"cannot go on in the shards of .*: add --restart-data"):
+        again.train_dataloader()
 
 
 def test_a_state_of_before_data_were_begun_anew_is_not_restored(prepared, capsys):

@@ -330,6 +330,82 @@ def test_special_tokens_in_the_data_stay_text(encoder, tokenizer, png):
     assert torch.equal(encoded.position_ids, stock[:, 0])
 
 
+BOX = "<|object_ref_start|>the circle<|object_ref_end|><|box_start|>(110,220),(330,440)<|box_end|>"
+QUAD = "<|quad_start|>(1,2),(30,2),(30,40),(1,40)<|quad_end|>"
+
+
+@pytest.mark.parametrize("system", [None, f"Answer as {BOX}."])
+@pytest.mark.parametrize(
+    "turns",
+    [
+        ["Where is it?", BOX],
+        [f"<image>\nWhat is at {BOX}?", "Grüße", f"{QUAD} and {BOX}{BOX}", f"  {QUAD}\n"],
+        [f"{BOX}<image>{QUAD}", f"a{BOX}b <|box_start|> c"],
+    ],
+)
+def test_grounding_tokens_are_those_of_the_chat_template(encoder, tokenizer, turns, system, png):
+    """Ids of a text with grounding, against the stock processor's; all of an answer are learned."""
+    from transformers import Qwen2VLProcessor
+
+    processor = Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, chat_template=tokenizer.chat_template)
+    entry = llava(*turns)
+    if system is not None:
+        entry["conversations"].insert(0, {"from": "system", "value": system})
+    media = [("image", png)] * "".join(turns).count("<image>")
+    encoded = encoder.encode(sample(entry, *media))
+    text = processor.apply_chat_template(template_messages(turns, system), tokenize=False)
+    expected = processor(text=text.replace(IMAGE_PAD, IMAGE_PAD * 2))["input_ids"][0]
+    assert encoded.input_ids.tolist() == expected
+    assert tokenizer.convert_tokens_to_ids("<|box_end|>") in expected
+    assert learned_text(encoder, encoded) == "".join(f"{answer}<|im_end|>" for answer in turns[1::2])
+    learned = encoded.labels[encoded.labels != -100].tolist()
+    assert learned == tokenizer("".join(f"{answer}<|im_end|>" for answer in turns[1::2]))["input_ids"]
+
+
+def test_grounding_tokens_beside_a_spelled_turn_are_ids_and_the_turn_is_text(encoder, tokenizer):
+    encoded = encoder.encode(sample(llava(f"{SPELLED}{BOX}", "x")))
+    found = [number for number in encoded.input_ids.tolist() if number in tokenizer.all_special_ids]
+    tokens = tokenizer.convert_ids_to_tokens(found)
+    grounding = ["<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"]
+    turn = ["<|im_start|>", "<|im_end|>"]
+    assert tokens == [*turn, "<|im_start|>", *grounding, "<|im_end|>", *turn]
+    assert f"{SPELLED}{BOX}" in tokenizer.decode(encoded.input_ids)
+
+
+def test_a_token_that_somebody_added_is_an_id(qwen2vl_directory, new_encoder):
+    tokenizer = AutoTokenizer.from_pretrained(qwen2vl_directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<act>", "<act>now"]})
+    tokenizer.add_tokens(["<plain>"])
+    encoder = QwenTaskEncoder(tokenizer, new_encoder().image_processor)
+    text = "Do <act>, <act>now or <plain>?"
+    expected = tokenizer(f"<|im_start|>user\n{text}<|im_end|>")["input_ids"]
+    ids = encoder.encode(sample(llava(text, "x"))).input_ids.tolist()
+    assert str(expected)[1:-1] in str(ids)
+    assert {tokenizer.convert_tokens_to_ids(token) for token in ("<act>", "<act>now", "<plain>")} <= {*ids}
+
+
+def test_an_answer_of_no_weight_is_read_and_not_learned(encoder, png):
+    turns = ("<image>What?", "A circle.", "And the colour?", "Red.")
+    whole = encoder.encode(sample(llava(*turns), ("image", png)))
+    entry = llava(*turns)
+    entry["conversations"][1]["loss"] = False
+    encoded = encoder.encode(sample(entry, ("image", png)))
+    assert torch.equal(encoded.input_ids, whole.input_ids)
+    assert learned_text(encoder, whole) == "A circle.<|im_end|>Red.<|im_end|>"
+    assert learned_text(encoder, encoded) == "Red.<|im_end|>"
+    entry["conversations"][3]["weight"] = 0
+    with pytest.raises(BadSample, match="none of its answers is to be learned"):
+        encoder.encode(sample(entry, ("image", png)))
+
+
+def test_a_system_prompt_and_markers_in_shards_of_other_tools(encoder, png):
+    plain = llava("<image>\nWhat?", ANSWER)
+    plain["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    marked = llava(f"{VISION_START}{IMAGE_PAD}{VISION_END}\nWhat?", ANSWER, system="Be brief.", image="a.jpg")
+    ids = [encoder.encode(sample(entry, ("image", png))).input_ids.tolist() for entry in (plain, marked)]
+    assert ids[0] == ids[1]
+
+
 # Bad samples
 
 BAD = [

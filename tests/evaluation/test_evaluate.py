@@ -23,9 +23,10 @@ from dct_qwen2vl.checkpoints.hf_folder import load_image_processor, load_process
 from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError
 from dct_qwen2vl.data.media import VideoSampling, YUVFrames, as_array
 from dct_qwen2vl.data.samples import IGNORE_INDEX
+from dct_qwen2vl.data.text_tokens import TextTokens
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.evaluation import questions as reading
-from dct_qwen2vl.evaluation.answer_file import AnswerFile
+from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines
 from dct_qwen2vl.evaluation.answering import Answerer, answer_all
 from dct_qwen2vl.evaluation.questions import Question, Reading, blinded, read_questions
 from dct_qwen2vl.evaluation.scoring import accuracies, describe_answers, same_answer
@@ -304,6 +305,42 @@ def test_a_question_is_asked_as_training_asks_it(prepared, system):
     assert learned.labels[len(ids) - 1] == IGNORE_INDEX and learned.labels[len(ids)] == learned.input_ids[len(ids)]
 
 
+BOX = "<|object_ref_start|>it<|object_ref_end|><|box_start|>(110,220),(330,440)<|box_end|>"
+
+
+def test_grounding_is_asked_as_training_asks_it_and_answered(prepared, tmp_path, monkeypatch, image_file):
+    """Its tokens are ids, in the question as in training, and they stay in an answer."""
+    data = image_file(Image.new("RGB", (112, 112), "red"), "PNG")
+    sample = conversation_sample(answer(f"<image>\nWhat is at {BOX}?", BOX), ("image", data))
+    monkeypatch.setattr("dct_qwen2vl.data.samples.read_samples", lambda *_: [sample])
+    tokenizer = load_processor(prepared.model).tokenizer
+    given = []
+
+    def generate(model, **inputs):
+        given.append(inputs["input_ids"])
+        ids = tokenizer(f"{BOX}<|im_end|><|endoftext|>", return_tensors="pt")["input_ids"]
+        return torch.cat([inputs["input_ids"], ids], dim=1)
+
+    monkeypatch.setattr(Qwen2VLForConditionalGeneration, "generate", generate)
+    assert evaluate_qwen2vl.main(folders(prepared, tmp_path)) == 0
+    learned = trained_on(prepared.model, sample)
+    assert given[0][0].tolist() == learned.input_ids[: given[0].shape[1]].tolist()
+    assert tokenizer.convert_tokens_to_ids("<|box_start|>") in given[0][0].tolist()
+    prediction = json.loads((tmp_path / "predictions.jsonl").read_text())
+    assert (prediction["prediction"], prediction["correct"]) == (BOX, True)
+
+
+def test_ids_without_a_token_are_marked_in_an_answer(prepared):
+    """The model's vocabulary is padded: an untrained model gives ids that the tokenizer does not know."""
+    from transformers import Qwen2Tokenizer
+
+    fast = load_processor(prepared.model).tokenizer
+    for tokenizer in (fast, Qwen2Tokenizer.from_pretrained(prepared.model)):
+        red, unknown = tokenizer("red")["input_ids"], len(tokenizer)
+        assert TextTokens(tokenizer).decode([unknown, *red, unknown + 1, *red, tokenizer.eos_token_id]) == "�red�red"
+    assert TextTokens(fast).decode([]) == ""
+
+
 def test_texts_that_spell_special_tokens_are_left_out_and_counted(prepared, monkeypatch, capsys):
     texts = {"a": "What is <|image_pad|>?", "b": "What is it?", "c": "What?"}
     samples = [
@@ -319,6 +356,40 @@ def test_texts_that_spell_special_tokens_are_left_out_and_counted(prepared, monk
     assert [question.key for question in asked] == ["b", "c"]
     assert str(reading) == "read 4 entries = asked 2 + left out 2 (no_conversation 1, special_token 1)"
     assert "a left out: its text spells out <|image_pad|>" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "types"),
+    [
+        ("colour", ["colour", "colour"]),
+        (["colour"], ["colour", "all"]),
+        (["colour", "count", "more"], ["colour", "count"]),
+        ([1, None], ["1", "all"]),
+        (True, ["True", "True"]),
+        ({"colour": 1}, ["all", "all"]),
+        ([["colour"], {}], ["all", "all"]),
+        (["overall", " "], ["overall (type)", "all"]),
+        (["two\nlines", "\ud800x"], ["two lines", "?x"]),
+        (None, ["all", "all"]),
+    ],
+)
+def test_types_of_questions_of_any_form(prepared, tmp_path, monkeypatch, given, types):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "x"}]
+    sample = conversation_sample({"conversations": turns * 2, "question_type": given})
+    monkeypatch.setattr("dct_qwen2vl.data.samples.read_samples", lambda *_: [sample])
+    asked = list(read_questions(prepared.shards, "test", None, at_own_size))
+    assert [question.question_type for question in asked] == types
+    answers = describe_answers(asked, ["x", "y"], ["x", "x"])
+    shares = accuracies(answers, "prediction")
+    assert (shares["overall"], set(shares)) == (0.5, {"overall", *types})
+
+
+def test_a_bare_list_of_turns_is_asked(prepared, monkeypatch):
+    turns = [{"from": "system", "value": "Be brief."}, *answer("What?", "red")["conversations"]]
+    samples = [conversation_sample(turns), conversation_sample(json.dumps(turns).encode())]
+    monkeypatch.setattr("dct_qwen2vl.data.samples.read_samples", lambda *_: samples)
+    asked = list(read_questions(prepared.shards, "test", None, at_own_size))
+    assert [(q.text, q.answer, q.system, q.question_type) for q in asked] == [("What?", "red", "Be brief.", "all")] * 2
 
 
 def spell(*texts: str) -> list:
@@ -484,7 +555,7 @@ def test_answers_of_media_that_were_read_otherwise_are_not_used(go_on, interrupt
     now = f'"version": {evaluate_qwen2vl.ANSWERS_VERSION}'.encode()
     assert interrupted.count(now) == 1
     assert go_on(interrupted.replace(now, b'"version": 1')) == (whole, 18)
-    assert "is not used (version was 1, now is 2): starting again" in capsys.readouterr().err
+    assert "is not used (version was 1, now is 3): starting again" in capsys.readouterr().err
 
 
 def test_a_run_killed_before_its_last_step_asks_nothing_again(prepared, go_on, whole, tmp_path, monkeypatch):
@@ -508,9 +579,42 @@ def test_a_damaged_file_of_answers_is_not_used(header, tmp_path):
     (tmp_path / PART).write_bytes(header + b"\n" + b'{"key": "a"}\n{"read": 5}\n')
     with AnswerFile(tmp_path / PART, {"options": {"--limit": 1}}) as file:
         assert file.refused and (file.answers, file.read) == ([], None)
-        file.add_round([{"key": "b"}], {"questions": 1})
+        file.add_round(ANSWERED, READ)
     with AnswerFile(tmp_path / PART, {"options": {"--limit": 1}}) as file:
-        assert (file.refused, file.answers, file.read) == ("", [{"key": "b"}], {"questions": 1})
+        assert (file.refused, file.answers, file.read) == ("", ANSWERED, READ)
+
+
+ANSWERED = describe_answers([question("colour", "red")], ["red"], ["blue"])
+READ = Reading(entries=1, questions=1).as_dict()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda answer, read: answer.pop("blind_prediction"),
+        lambda answer, read: answer.update(question_type=["colour"]),
+        lambda answer, read: answer.update(prediction=None),
+        lambda answer, read: read.pop("turns"),
+        lambda answer, read: read.update(more=1),
+        lambda answer, read: read.update(questions=1),
+        lambda answer, read: read.update(entries=-1),
+        lambda answer, read: read.update(entries=True),
+        lambda answer, read: read.update(left_out={"too_long": "many"}),
+        lambda answer, read: read.update(left_out=[]),
+    ],
+)
+def test_answers_from_a_damaged_round_on_are_asked_again(tmp_path, change):
+    answer, read = {**ANSWERED[0]}, {**READ, "questions": 2, "entries": 2}
+    change(answer, read)
+    with AnswerFile(tmp_path / PART, {}) as file:
+        file.add_round(ANSWERED, READ)
+        file.add_round([answer], read)
+    with AnswerFile(tmp_path / PART, {}) as file:
+        assert (file.answers, file.read) == (ANSWERED, READ)
+
+
+def test_names_with_half_a_surrogate_pair_are_written_as_json():
+    assert json.loads(as_lines([{"key": "a\udc80ä"}])) == {"key": "a\udc80ä"}
 
 
 def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(prepared, interrupted, tmp_path, one_line_error):

@@ -1,6 +1,8 @@
 """Which tars of a data folder are read, and that all other archives in it are named."""
 
+import json
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,30 @@ def test_archives_in_folders_are_named_a_few_at_a_time_and_parts_are_joined_into
     assert f"below {folder}: {', '.join(shards[1:6])} and 2 more; tars are read in {folder} itself alone" in others
     command = f"cat {folder}/new/split.tar.gz.0? > {folder}/split.tar.gz"
     assert parts == f"Not read, parts of new/split.tar.gz; join them: {command}"
+
+
+def test_a_tar_that_is_half_zeros_is_said_in_one_line(data, tmp_path, capfd):
+    whole = (data / "media.tar").read_bytes()
+    (data / "media.tar").write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    assert run(data, tmp_path / "out", "--split", "1,0,0") == 0
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("media.tar: ")]
+    assert len(said) == 1
+    assert "only zeros up to its end, so perhaps not fetched whole, at byte" in said[0]
+    assert 0 < len(by_id(tmp_path / "out")) < 20
+
+
+def test_joined_tars_and_links_in_them_are_used(data, tmp_path):
+    whole = (data / "media.tar").read_bytes()
+    write_tar(data / "media.tar", {"other.jpg": plain_jpeg(99)})
+    with tarfile.open(data / "media.tar", "a") as tar:
+        for name in NAMES[10:]:
+            link = tarfile.TarInfo(f"links/{name}")
+            link.type, link.linkname = tarfile.LNKTYPE, "other.jpg"
+            tar.addfile(link)
+    (data / "media.tar").write_bytes((data / "media.tar").read_bytes() + whole)
+    entries = [entry(number, image=name if number < 10 else f"links/{name}") for number, name in enumerate(NAMES)]
+    (data / "cambrian737k.json").write_text(json.dumps(entries))
+    assert run(data, tmp_path / "out", "--split", "1,0,0") == 0
+    samples = by_id(tmp_path / "out")
+    assert len(samples) == 20
+    assert read_stats(tmp_path / "out")["skipped"] == {}

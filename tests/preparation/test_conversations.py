@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import tarfile
 
 import pytest
@@ -252,12 +253,191 @@ def test_tags_in_the_text_of_an_entry_without_media_are_text(place_media, questi
         ["Explain <image>."],
         *([content if isinstance(content, str) else content[0]["text"]] for content in (question, answer)),
     ]
-    assert [pieces for _, pieces in place_media(json.dumps(good).encode(), [])] == texts_only
+    assert [message.pieces for message in place_media(json.dumps(good).encode(), [])] == texts_only
 
 
 def test_a_last_question_about_a_tag_is_left_out():
     checked = check_entry(entry(("human", "What?"), ("gpt", "1"), ("human", "And what is <image>?")))
     assert (texts(checked), checked.repairs) == (["What?", "1"], ("unanswered_question",))
+
+
+# Other ways to say the same
+
+PAD = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.mark.parametrize(
+    ("marked", "plain"),
+    [
+        (ask(f"{PAD}\nWhat?", image="a.jpg"), ask("<image>\nWhat?", image="a.jpg")),
+        (ask("<|image_pad|>What?", image="a.jpg"), ask("<image>What?", image="a.jpg")),
+        (ask("<|vision_start|><image><|vision_end|>What?", image="a.jpg"), ask("<image>What?", image="a.jpg")),
+        (
+            ask(f"<|vision_start|>{'<|image_pad|>' * 9}<|vision_end|>What?", image="a.jpg"),
+            ask("<image>What?", image="a.jpg"),
+        ),
+        (
+            ask(f"{PAD}and{PAD}<|vision_start|><|video_pad|><|vision_end|>?", image=["a.jpg", "b.jpg"], video="c.mp4"),
+            ask("<image>and<image><video>?", image=["a.jpg", "b.jpg"], video="c.mp4"),
+        ),
+        (ask("Picture 1: <img>a/b.jpg</img>\nWhat?"), ask("Picture 1: <image>\nWhat?", image="a/b.jpg")),
+        (ask("<img>file://a.jpg</img>What?", image="a.jpg"), ask("<image>What?", image="a.jpg")),
+        (ask("<image>What is <|image_pad|>?", image="a.jpg"), None),
+        (ask(f"What does {PAD} say?"), None),
+        (ask("What?", PAD, image=[]), None),
+    ],
+)
+def test_markers_of_qwen_stand_for_placeholders_where_there_are_none(place_media, marked, plain):
+    """plain: the same entry with placeholders; None: the markers are text."""
+    checked = check_entry(marked)
+    assert (checked.entry, checked.repairs) == (marked, ())
+    placed = place_media(json.dumps(marked).encode(), checked.part_kinds)
+    if plain:
+        assert checked.media == check_entry(plain).media
+        assert placed == place_media(json.dumps(plain).encode(), checked.part_kinds)
+    else:
+        assert "<|image_pad|>" in "".join(piece for message in placed for piece in message.pieces[::2])
+
+
+@pytest.mark.parametrize(
+    ("bad", "found"),
+    [
+        (ask("<|vision_start|><|vision_end|>What?", image="a.jpg"), "<|vision_start|>"),
+        (ask("<image_1>What?", image="a.jpg"), "<image_1>"),
+        (ask("<img><IMG_CONTEXT></img>What?", image="a.jpg"), "<img>"),
+        (ask("[IMG]What?", image="a.jpg"), "[IMG]"),
+        (ask("<Image>What?", image="a.jpg"), "<Image>"),
+    ],
+)
+def test_markers_of_other_models_are_not_learned_as_text(bad, found):
+    with pytest.raises(UnusableSample, match=f"^placeholder_mismatch: turn 0 has {re.escape(found)} in it"):
+        check_entry(bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (ask(f"{PAD}{PAD}?", image="a.jpg"), "placeholder_mismatch"),
+        (ask(f"{PAD}What?"), "placeholder_mismatch"),
+        (ask("<img>b.jpg</img>?", image="a.jpg"), "media_names_disagree"),
+        (ask("<img>../b.jpg</img>?"), "unsafe_path"),
+    ],
+)
+def test_markers_that_do_not_fit_the_media(bad, reason):
+    assert reason_of(bad) == reason
+
+
+def test_a_marker_of_a_video_given_as_an_image_is_repaired():
+    checked = check_entry(ask(f"{PAD}What?", video="a.mp4"))
+    assert (texts(checked)[0], checked.repairs) == ("<video>What?", ("image_for_video",))
+
+
+@pytest.mark.parametrize("nothing", ["", " ", [None], [""], [[]], {}, [{}], [None, ""]])
+def test_a_field_that_names_nothing_makes_an_entry_of_text(place_media, nothing):
+    good = entry(image=nothing, video=nothing)
+    assert check_entry(good) == CheckedEntry(good, (), ())
+    place_media(json.dumps(good).encode(), [])
+    named = ask("<image>?", image=nothing, images=["a.jpg"])
+    assert check_entry(named).media == (("image", "a.jpg"),)
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("file://a/b.jpg", ["a/b.jpg"]),
+        (["file://a.jpg", "b.jpg"], ["a.jpg", "b.jpg"]),
+        ({"path": "a.jpg", "bytes": None}, ["a.jpg"]),
+        ([{"bytes": None, "path": "file://a.jpg"}, {"url": "b.jpg"}], ["a.jpg", "b.jpg"]),
+        ([["a.jpg"], [["b.jpg", "c.jpg"]]], ["a.jpg", "b.jpg", "c.jpg"]),
+    ],
+)
+def test_names_in_other_forms(place_media, given, names):
+    good = ask("<image>" * len(names), image=given)
+    checked = check_entry(good)
+    assert checked == CheckedEntry(good, tuple(("image", name) for name in names), ())
+    place_media(json.dumps(good).encode(), checked.part_kinds)
+
+
+def test_frames_in_a_list_of_a_list_are_one_video():
+    assert check_entry(ask("<video>", video=[["1.jpg", "2.jpg"]])).media == (("frame", "1.jpg"), ("frame", "2.jpg"))
+    assert reason_of(ask("<video><video>", video=[["1.jpg"], ["2.jpg"]])) == "malformed_entry"
+
+
+def test_a_name_in_a_message_is_as_it_was_given():
+    with pytest.raises(UnusableSample, match=r"^unsafe_path: 'file:///data/1.jpg' is not a path below"):
+        check_entry(ask("<image>", image="file:///data/1.jpg"))
+
+
+@pytest.mark.parametrize("embedded", ["data:image/png;base64,iVBORw0KGgo=", {"path": None, "bytes": "iVBORw0KGgo="}])
+def test_an_image_in_place_of_its_name(embedded):
+    assert reason_of(ask("<image>", image=embedded)) == "embedded_media"
+    if isinstance(embedded, str):
+        assert reason_of(asked([{"type": "image_url", "image_url": {"url": embedded}}])) == "embedded_media"
+
+
+@pytest.mark.parametrize("field", ["system", "system_prompt"])
+def test_a_system_prompt_beside_the_turns_is_used(place_media, field):
+    for good, names in ((entry(), ("from", "value")), (asked("What?"), ("role", "content"))):
+        beside = {**good, field: "Be brief."}
+        assert check_entry(beside) == CheckedEntry(beside, (), ())
+        name = "conversations" if "conversations" in good else "messages"
+        among = {**good, name: [dict(zip(names, ("system", "Be brief."))), *good[name]]}
+        assert place_media(json.dumps(beside).encode(), []) == place_media(json.dumps(among).encode(), [])
+        assert check_entry({**among, field: "Be brief."}).repairs == ()
+        assert check_entry({**good, field: " "}).repairs == ()
+        assert check_entry({**among, field: "Be long."}) == CheckedEntry(among, (), ("second_system_prompt",))
+        assert reason_of({**good, field: 3}) == "malformed_turn"
+    blank = entry(("system", ""), ("human", "What?"), ("gpt", "1"), **{field: "Be brief."})
+    assert check_entry(blank).repairs == ()
+    assert place_media(json.dumps(blank).encode(), [])[0].pieces == ["Be brief."]
+
+
+def test_a_developer_is_the_system(place_media):
+    good = {"messages": [{"role": "developer", "content": "Be brief."}, *asked("What?")["messages"]]}
+    assert check_entry(good) == CheckedEntry(good, (), ())
+    assert [message.role for message in place_media(json.dumps(good).encode(), [])] == ["system", "user", "assistant"]
+
+
+def test_turns_as_json_text_are_read():
+    """As CSV and Parquet hold them."""
+    turns = entry(("human", "<image>What?"), ("gpt", "1"))["conversations"]
+    turns[1]["score"] = float("nan")
+    for name in ("conversations", "messages"):
+        checked = check_entry({"image": "a.jpg", name: json.dumps(turns)})
+        expected = {"image": "a.jpg", name: [turns[0], {**turns[1], "score": None}]}
+        assert checked == CheckedEntry(expected, (("image", "a.jpg"),), ("turns_as_text", "not_a_number"))
+        assert check_entry(checked.entry).repairs == ()
+    for text in ("What?", "[broken", "[" * 100_000, "[]", " "):
+        assert reason_of({"conversations": text}) == "no_conversations"
+
+
+def test_what_an_entry_of_another_form_has_is_said():
+    with pytest.raises(UnusableSample, match=r"messages is a list of turns; its fields are question, answer$"):
+        check_entry({"question": "What?", "answer": "1"})
+
+
+@pytest.mark.parametrize("name", ["https://example.org/a.jpg", "s3://bucket/a.jpg", "HTTP://a/b"])
+def test_a_web_address_is_named_as_it_was_given(name):
+    with pytest.raises(UnusableSample, match=f"^missing_media: {name} is a web address"):
+        check_entry(ask("<image>", image=name))
+
+
+def answers_with(*said: dict) -> dict:
+    return {"messages": [turn | more for more in said for turn, more in zip(asked("What?")["messages"], ({}, more))]}
+
+
+def test_an_answer_that_is_not_to_be_learned(place_media):
+    good = answers_with(
+        {"loss": False}, {"weight": 0}, {"train": False, "loss": True}, {"weight": 1}, {"loss": None}, {}
+    )
+    assert check_entry(good) == CheckedEntry(good, (), ())
+    learned = [message.is_learned for message in place_media(json.dumps(good).encode(), [])]
+    assert learned[1::2] == [False, False, False, True, True, True]
+    assert reason_of(answers_with({"loss": False}, {"weight": 0.0})) == "nothing_learned"
+    for odd in ("no", -1, [0]):
+        assert reason_of(answers_with({}, {"weight": odd})) == "malformed_turn"
+    checked = check_entry(answers_with({"weight": 0}, {"weight": 0.5}))
+    assert checked == CheckedEntry(answers_with({"weight": 0}, {"weight": 1}), (), ("partial_weight",))
 
 
 # What cannot be used
@@ -268,8 +448,9 @@ def test_a_last_question_about_a_tag_is_left_out():
     [
         (["no", "object"], "malformed_entry"),
         (None, "malformed_entry"),
-        (entry(image={"path": "a.jpg"}), "malformed_entry"),
-        (entry(image=""), "malformed_entry"),
+        (entry(image={"path": 3}), "malformed_entry"),
+        (entry(image=[{}, "a.jpg"]), "malformed_entry"),
+        (entry(image=[["a.jpg", ""]]), "malformed_entry"),
         (entry(image=["a.jpg", None]), "malformed_entry"),
         (entry(image="a\ud800.jpg"), "malformed_entry"),
         (entry(video=3), "malformed_entry"),
@@ -470,7 +651,7 @@ def test_training_takes_what_passes(place_media, generated):
     finally:
         assert generated == before
     messages = place_media(json.dumps(checked.entry).encode(), checked.part_kinds)
-    assert messages[-1][0] == "assistant" and all("".join(pieces).strip() for _, pieces in messages)
+    assert messages[-1][0] == "assistant" and all("".join(message.pieces).strip() for message in messages)
     again = check_entry(checked.entry)
     assert again == CheckedEntry(checked.entry, checked.media, ())
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -562,7 +563,7 @@ def test_help_and_wrong_arguments(tmp_path, capsys):
         ({"image": [], "video": "videos/a.mp4"}, "videos"),
         ({"image": "a.jpg"}, "no folder"),
         ({"image": "../coco/a.jpg"}, "no folder"),
-        ({"image": {"path": "coco/a.jpg"}}, "no folder"),
+        ({"image": {"path": "coco/a.jpg"}}, "coco"),
         ({"image": []}, "text"),
         ({"video": []}, "text"),
         ({"videos": []}, "text"),
@@ -589,6 +590,74 @@ def test_help_is_quick_and_workers_are_light():
     assert done.stdout.strip() == "False"
 
 
+def test_a_missing_name_is_shown_beside_one_that_is_there(tmp_path, capsys):
+    data, output = tmp_path / "data", tmp_path / "shards"
+    entries = [entry(number, image=f"coco/train2017/{number}.jpg") for number in range(30)]
+    make_set(data, entries, {f"train2017/{number}.jpg": plain_jpeg(number) for number in range(30)})
+    wanted = "coco/train2017/0.jpg is in no tar and no folder; there is train2017/0.jpg in media.tar"
+    fails_with(capsys, data, output, f"(missing_media 30; the first skipped: {wanted})")
+    (data / "media.tar").rename(data / "other.tar")
+    write_tar(data / "other.tar", {"././a/b/one.jpg": plain_jpeg()})
+    fails_with(capsys, data, output, "no folder; there is a/b/one.jpg in other.tar)")
+
+
+def test_a_tar_stands_for_the_folder_of_its_name(tmp_path):
+    data, output = tmp_path / "data", tmp_path / "shards"
+    spellings = [f"coco/train2017/{number}.jpg" for number in range(20)] + [
+        "coco\\train2017\\20.jpg",
+        "coco/a%20b.jpg ",
+    ]
+    entries = [entry(number, image=name) for number, name in enumerate(spellings)]
+    files = {f"train2017/{number}.jpg": plain_jpeg(number) for number in range(21)} | {"a b.jpg": plain_jpeg(99)}
+    make_set(data, entries, files)
+    (data / "media.tar").rename(data / "coco.tar")
+    assert run(data, output) == 0
+    stats = read_stats(output)
+    assert (stats["written"], stats["skipped"], stats["repairs"]) == (22, {}, {"tar_as_folder": 22})
+    assert list(stats["sources"]) == ["coco"]
+
+
+def test_a_member_that_is_refused_is_not_said_to_be_nowhere(tmp_path):
+    data, output = tmp_path / "data", tmp_path / "shards"
+    names = [f"{number}.jpg" for number in range(20)]
+    make_set(data, [entry(number, image=name) for number, name in enumerate([*names, "link.jpg"])], {})
+    write_tar(data / "media.tar", {name: plain_jpeg(number) for number, name in enumerate(names)})
+    with tarfile.open(data / "media.tar", "a") as tar:
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        tar.addfile(link)
+    assert run(data, output) == 0
+    (skipped,) = map(json.loads, (output / "skipped.jsonl").read_text().splitlines())
+    assert skipped["detail"].startswith("link.jpg is refused in media.tar (link)")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "it is a pointer of git-lfs: type git lfs pull in its folder",
+        ),
+        (b"PAR1", "it is Parquet: write its rows as JSON lines"),
+        (b"\x1f\x8b\x08", "it is compressed: gunzip it"),
+        ("[]".encode("utf-16"), "it is UTF-16: write it as UTF-8"),
+        (b"id,question", "it begins with b'id,question'"),
+        (b'{\n "data": []}', "is not JSON lines (an entry a line): Expecting"),
+        (b'{"data": [1]}', "neither conversations nor messages is a list of turns; its fields are data"),
+    ],
+)
+def test_what_lies_in_place_of_metadata_is_named(tmp_path, capsys, data, said):
+    (tmp_path / "cambrian737k.json").write_bytes(data)
+    fails_with(capsys, tmp_path, tmp_path / "shards", said)
+
+
+def test_a_folder_in_place_of_frames_is_named(tmp_path, capsys):
+    data = tmp_path / "data"
+    make_set(data, [entry(0, video="clip/")], {})
+    (data / "clip").mkdir()
+    fails_with(capsys, data, tmp_path / "shards", "clip is a folder: name the files in it")
+
+
 def test_missing_or_unreadable_data(tmp_path, capsys):
     data, output = tmp_path / "data", tmp_path / "shards"
     fails_with(capsys, data, output, "is not a folder")
@@ -601,7 +670,10 @@ def test_missing_or_unreadable_data(tmp_path, capsys):
     assert not output.exists()
     write_entries(data / "cambrian737k.json", [entry(number, image="a.jpg") for number in range(30)])
     fails_with(
-        capsys, data, output, "30 entries read, 0 are usable: missing_media 30; the first skipped: a.jpg is in no"
+        capsys,
+        data,
+        output,
+        "py: none of the 30 entries read can be used (missing_media 30; the first skipped: a.jpg is in no tar",
     )
     write_tar(data / "a.tar", {"a.jpg": plain_jpeg()})
     (data / "a.tar").write_bytes((data / "a.tar").read_bytes()[:1000])
@@ -732,7 +804,11 @@ def test_bad_data_are_seen_before_an_earlier_run_is_removed(raw_set, tmp_path, c
     assert run(raw_set, output) == 0
     before = all_files(output)
     data.mkdir()
-    for text, message in (("[1, 2", "not closed"), ("[]", "holds no entries"), ("[{}]", "cannot be cut into shards")):
+    for text, message in (
+        ("[1, 2", "not closed"),
+        ("[]", "holds no entries"),
+        ("[{}]", "none of the 1 entries read"),
+    ):
         (data / "cambrian737k.json").write_text(text)
         fails_with(capsys, data, output, message, "--force")
         assert all_files(output) == before

@@ -17,6 +17,9 @@ from dct_qwen2vl.preparation import media_index
 from dct_qwen2vl.preparation.media_index import (
     DIGEST,
     NO_PLACE,
+    OTHER_CASE,
+    OTHER_SPELLING,
+    TAR_AS_FOLDER,
     Places,
     TarSource,
     count_refused,
@@ -88,7 +91,8 @@ def find(folder: Path, *names: str, work: Path | None = None) -> tuple[Places, d
     digests = np.array([digest_name(name) for name in names], DIGEST)
     folded = np.array([digest_folded(name) for name in names], DIGEST)
     order = np.argsort(digests)
-    places = locate(tars, folder, folder / "out", digests[order], folded[order])
+    spelled = [names[number] for number in order.tolist()]
+    places = locate(tars, folder, folder / "out", digests[order], folded[order], spelled.__getitem__)
     found = {}
     for row, number in enumerate(order.tolist()):
         data = None
@@ -343,6 +347,23 @@ def test_what_is_no_tar_at_all(tmp_path, data, message):
         index(tmp_path, data)
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "it is a pointer of git-lfs: type git lfs",
+        ),
+        (b"PK\3\4" + bytes(600), "it is a zip archive: unzip it"),
+        (b"\xfd7zXZ\0" + bytes(600), "it is compressed: unxz it"),
+        (b"<!DOCTYPE html><title>404</title>", "it is a web page, perhaps of an error: fetch it again"),
+    ],
+)
+def test_what_lies_in_place_of_a_tar_is_named(tmp_path, data, said):
+    with pytest.raises(PreparationError, match=rf"media\.tar cannot be read as a tar \(.*\); {said}"):
+        index(tmp_path, data)
+
+
 def test_a_tar_that_may_not_be_read(tmp_path, monkeypatch):
     write_tar(tmp_path / "media.tar", FILES)
     monkeypatch.setattr(media_index, "index_tar", refuse)
@@ -352,6 +373,121 @@ def test_a_tar_that_may_not_be_read(tmp_path, monkeypatch):
 
 def refuse(*arguments) -> None:
     raise OSError(5, "Input/output error")
+
+
+# Links and joined tars
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_links_within_a_tar_stand_for_their_files(tmp_path, tar_format, compressed):
+    long = "x" * 150 if tar_format != tarfile.USTAR_FORMAT else "x" * 90
+    members = [
+        member("a/early.jpg", kind=tarfile.SYMTYPE, linkname="../b/two.jpg"),
+        member("a/one.jpg", b"one"),
+        member(f"a/{long}", b"long"),
+        member("hard.jpg", kind=tarfile.LNKTYPE, linkname="./a//one.jpg"),
+        member("far.jpg", kind=tarfile.LNKTYPE, linkname=f"a/{long}"),
+        member("a/soft.jpg", kind=tarfile.SYMTYPE, linkname="one.jpg"),
+        member("chain.jpg", kind=tarfile.SYMTYPE, linkname="a/early.jpg"),
+        member("b/two.jpg", b"two"),
+        member("a/one.jpg", b"a later one"),
+    ]
+    data = pack(members, tar_format)
+    (tmp_path / "media.tar").write_bytes(gzip.compress(data) if compressed else data)
+    source = open_tar(tmp_path / "media.tar", None)
+    assert (count_refused(source), source.damage) == ({"duplicate": 1}, "")
+    expected = {"hard.jpg": b"one", "far.jpg": b"long", "a/soft.jpg": b"a later one"}
+    expected |= {"chain.jpg": b"two", "a/early.jpg": b"two"}
+    if compressed:
+        work = tmp_path / "out" / ".work"
+        work.mkdir(parents=True)
+        assert find(tmp_path, *expected, work=work)[1] == expected
+    else:
+        assert find(tmp_path, *expected)[1] == expected
+
+
+def test_a_link_has_the_content_of_its_file(tmp_path):
+    members = [member("a.jpg", plain_jpeg()), member("b.jpg", kind=tarfile.LNKTYPE, linkname="a.jpg")]
+    source = index(tmp_path, pack(members))
+    assert len(set(source.index.content.tolist())) == 1 < len(source.index.names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [
+        (tarfile.LNKTYPE, "nowhere.jpg"),
+        (tarfile.LNKTYPE, "../media.jpg"),
+        (tarfile.LNKTYPE, "/etc/hostname"),
+        (tarfile.LNKTYPE, "a/link.jpg"),
+        (tarfile.LNKTYPE, ""),
+        (tarfile.SYMTYPE, "/etc/hostname"),
+        (tarfile.SYMTYPE, "../../etc/hostname"),
+        (tarfile.SYMTYPE, "link.jpg"),
+        (tarfile.SYMTYPE, ".."),
+    ],
+)
+def test_a_link_that_leads_out_or_nowhere_is_refused(tmp_path, kind, target):
+    (tmp_path / "media.jpg").write_bytes(b"beside the tar")
+    folder = tmp_path / "data"
+    source = index(folder, pack([member("a/link.jpg", kind=kind, linkname=target), member("b.jpg", b"b")]))
+    assert count_refused(source) == {"link": 1}
+    assert find(folder, "a/link.jpg")[1] == {"a/link.jpg": None}
+
+
+def test_a_link_is_replaced_by_a_later_file_of_its_name(tmp_path):
+    link = member("a.jpg", kind=tarfile.SYMTYPE, linkname="b.jpg")
+    source = index(tmp_path, pack([link, member("b.jpg", b"b"), member("a.jpg", b"a")]))
+    assert count_refused(source) == {"duplicate": 1}
+    assert find(tmp_path, "a.jpg")[1] == {"a.jpg": b"a"}
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("between", [b"", bytes(512), bytes(1 << 20)])
+def test_joined_tars_are_read_to_the_last(tmp_path, between, compressed):
+    parts = [pack([]), pack([member("a.jpg", b"1"), member("b.jpg", b"b")]), pack([member("a.jpg", b"2")])]
+    data = between.join(parts)
+    source = index(tmp_path, gzip.compress(data, 1) if compressed else data)
+    assert (source.damage, count_refused(source)) == ("", {"duplicate": 1})
+    if not compressed:
+        assert find(tmp_path, "a.jpg", "b.jpg")[1] == {"a.jpg": b"2", "b.jpg": b"b"}
+
+
+@pytest.mark.parametrize("behind", [b"not a header" * 100, b"\1"])
+def test_what_lies_behind_the_end_mark_and_is_no_tar_is_said(tmp_path, behind):
+    whole = pack([member("a.jpg", b"1")])
+    source = index(tmp_path, whole + behind)
+    assert len(source.index.names) == 1
+    assert source.damage == f"what follows the end mark is no tar, at byte {len(whole)}"
+
+
+def write_half(images: int, cut: float) -> bytes:
+    """A tar whose file was made in its whole size and filled in part."""
+    whole = pack(member(f"{number}.jpg", plain_jpeg(number)) for number in range(images))
+    size = int(len(whole) * cut)
+    return whole[:size] + bytes(len(whole) - size)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(("images", "cut"), [(3, 0.5), (40, 0.5), (40, 0.2), (200, 0.97)])
+def test_a_tar_that_ends_in_zeros_is_not_whole(tmp_path, images, cut, compressed):
+    data = write_half(images, cut)
+    source = index(tmp_path, gzip.compress(data, 1) if compressed else data)
+    assert 0 < len(source.index.names) < images
+    assert source.damage.startswith("only zeros up to its end, so perhaps not fetched whole, at byte ")
+
+
+@pytest.mark.parametrize("record", [512, 10_240, 1 << 17, 1 << 20])
+def test_the_zeros_of_a_last_record_are_no_damage(tmp_path, record):
+    for size in (1, 5000, 60_000):
+        data = (raw_header(b"a.jpg", size) + padded(b"1" * size) + END).rstrip(b"\0")
+        data += bytes(-(-(len(data) + 1024) // record) * record - len(data))
+        assert index(tmp_path, data).damage == ""
+
+
+def test_a_file_of_zeros_is_no_tar(tmp_path):
+    with pytest.raises(PreparationError, match=r"cannot be read as a tar \(only zeros up to its end"):
+        index(tmp_path, bytes(50_000))
 
 
 def test_an_empty_tar(tmp_path):
@@ -425,7 +561,36 @@ def test_another_letter_case_or_unicode_form_is_found_if_it_is_the_only_one(tmp_
         "a/K\u00fcche.png": b"k",
         "straße.png": b"s",
     }
-    assert places.other_case.sum() == 5
+    assert (places.repair == OTHER_CASE).sum() == 5
+
+
+def test_names_as_they_may_have_been_meant(tmp_path):
+    write_tar(tmp_path / "media.tar", {"a/b c.jpg": b"1", "a/1%41.jpg": b"2", "a/1A.jpg": b"3", "d.jpg": b"4"})
+    write_tar(tmp_path / "Coco.tar", {"train/1.jpg": b"5", "train/d e.jpg": b"6", "coco/2.jpg": b"7", "..x": b"8"})
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "e f.jpg").write_bytes(b"9")
+    expected = {
+        "a/b c.jpg \n": b"1",
+        "a\\b c.jpg": b"1",
+        "a/b%20c.jpg": b"1",
+        " .\\a\\b%20c.jpg": b"1",
+        "a/1%41.jpg": b"2",
+        "plain\\e%20f.jpg": b"9",
+        "coco/train/1.jpg": b"5",
+        "COCO\\train\\d%20e.jpg": b"6",
+        "coco/2.jpg": b"7",
+        "coco/coco/2.jpg": b"7",
+        "media/train/1.jpg": None,
+        "train/1.jpg": b"5",
+        "..\\data\\d.jpg": None,
+        "%2e%2e/d.jpg": None,
+        "coco/../d.jpg": None,
+        "other/d.jpg": None,
+    }
+    places, found = find(tmp_path, *expected)
+    assert found == expected
+    assert (places.repair == OTHER_SPELLING).sum() == 5
+    assert (places.repair == TAR_AS_FOLDER).sum() == 3
 
 
 def test_one_image_in_several_places_is_known_as_one(tmp_path):

@@ -19,7 +19,9 @@ from PIL import Image
 from prepared_set import StoredSample, write_json, write_set
 
 import data_preparation
+from dct_qwen2vl.data.text_tokens import TextTokens
 from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS
+from dct_qwen2vl.preparation.entries import read_turns
 from dct_qwen2vl.preparation.report import writing
 from dct_qwen2vl.preparation.report.figures import DPI, FIGURES, HEIGHT, WIDTH
 from dct_qwen2vl.preparation.report.samples import (
@@ -432,6 +434,17 @@ def test_token_counts_are_those_of_training(prepared_set, qwen2vl_directory, sam
             else:
                 assert len(encoder.encode(cooked).input_ids) == lengths.total(name)[number], (number, name)
     assert lengths.refused.tolist() == [number == 6 for number in range(11)]
+
+
+def test_grounding_tokens_are_counted_as_training_makes_them(qwen2vl_directory):
+    from transformers import AutoTokenizer
+
+    text = "<|box_start|>(110,220),(330,440)<|box_end|> and <|im_end|>?"
+    turns = read_turns({"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text}]})
+    counted = count_text_tokens(iter([[turns]]), load_tokenizer(qwen2vl_directory))
+    encoded = TextTokens(AutoTokenizer.from_pretrained(qwen2vl_directory)).encode
+    texts = ["system\nYou are a helpful assistant.", "\n", f"user\n{text}", "\n", "assistant\n", text, "\n"]
+    assert counted.tolist() == [sum(len(encoded(text)) for text in texts) + 6]
 
 
 def test_text_is_estimated_from_characters(prepared_set):

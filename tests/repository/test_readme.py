@@ -12,7 +12,7 @@ from raw_sets import SMALL_SHARDS, command, make_small_set
 REPOSITORY = next(parent for parent in Path(__file__).resolve().parents if (parent / "pyproject.toml").is_file())
 README = REPOSITORY / "README.md"
 TRAINING = REPOSITORY / "docs" / "training.md"
-LOG = REPOSITORY / "docs" / "experiment_log.md"  # keeps the commands and words of its time
+LOG = REPOSITORY / "docs" / "experiment_log.md"  # keeps the commands of its time
 PAGES = [README, *sorted(path for path in (REPOSITORY / "docs").glob("*.md") if path != LOG)]
 TEXTS = {path: path.read_text(encoding="utf-8") for path in [*PAGES, LOG]}
 
@@ -280,5 +280,5 @@ def test_messages_are_the_programs(path):
 def test_words():
     """The field's words: image, video, variant, from the start."""
     unwanted = re.compile(r"\b(pictures?|clips?|arms?|anew)\b", re.IGNORECASE)
-    found = {path.name: unwanted.findall(prose(TEXTS[path])) for path in PAGES}
+    found = {path.name: unwanted.findall(prose(text)) for path, text in TEXTS.items()}
     assert {name: words for name, words in found.items() if words} == {}

@@ -1,5 +1,7 @@
 """The automodel engine's step: whose mean the gradient is."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -52,3 +54,47 @@ def test_the_gradient_is_the_mean_over_the_tokens_of_all_processes(in_one, conve
     for micro_batches in (2, 4):
         found = torch.load(tmp_path / f"{micro_batches}.pt", weights_only=True)
         assert relative_difference(found, in_one) < 1e-5
+
+
+@pytest.mark.parametrize("preset", ["x4", None], ids=["coefficients", "pixels"])
+def test_the_patch_embedding_is_one_matrix_product_that_equals_the_convolution(preset, converted, qwen2vl_directory):
+    """Up to the order of a sum, in values and gradients."""
+    from transformers import Qwen2VLForConditionalGeneration
+
+    from dct_qwen2vl.training.automodel import QwenAutoModel
+
+    folder = converted(preset) if preset else qwen2vl_directory
+    module = QwenAutoModel(folder)
+    module.configure_model()
+    stock = Qwen2VLForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float32).visual.patch_embed
+    ours = module.model.visual.patch_embed
+    tokens = torch.randn(64, stock.proj.weight[0].numel(), generator=torch.Generator().manual_seed(1))
+    results = []
+    for patches in (ours, stock):
+        embedded = patches(tokens)
+        embedded.square().sum().backward()
+        results.append((embedded.detach(), patches.proj.weight.grad))
+    for found, expected in zip(*results):
+        assert found.shape == expected.shape and relative_difference(found, expected) < 1e-6
+
+
+def test_the_model_at_the_end_has_the_data_types_that_it_began_with(converted, tmp_path):
+    """A checkpoint on the way has float32, which training goes on from."""
+    from safetensors.torch import load_file, save_file
+
+    from dct_qwen2vl.training.automodel import QwenAutoModel, dtypes_of
+
+    folder = Path(shutil.copytree(converted("x4"), tmp_path / "model"))
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors["visual.patch_embed.proj.weight"] = tensors["visual.patch_embed.proj.weight"].float()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    module = QwenAutoModel(folder)
+    module.configure_model()
+    module.export_hf(tmp_path / "hf")
+    module.save_hf(tmp_path / "checkpoint")
+    exported, kept = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "checkpoint"))
+    assert exported.keys() == kept.keys() == tensors.keys()
+    assert all(torch.equal(exported[name], tensors[name]) for name in tensors)
+    assert dtypes_of(tmp_path / "hf") == {name: tensor.dtype for name, tensor in tensors.items()}
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"

@@ -30,6 +30,7 @@ def trainer_at(step: int, **changes) -> SimpleNamespace:
         **{
             "global_step": step, "is_global_zero": True, "world_size": 1, "accumulate_grad_batches": 1,
             "datamodule": SimpleNamespace(train_loader=loader), "strategy": strategy, "val_check_interval": 10,
+            "enable_validation": True,
             **changes,
         }
     )  # fmt: skip
@@ -74,6 +75,16 @@ def test_a_validation_that_was_cut_off_is_made_up_for(lines, step, validated, tm
     trainer = trainer_at(step, val_check_interval=20, accumulate_grad_batches=2)
     TrainingLog(tmp_path, 100, 1, 2).on_train_start(trainer, MODULE)
     assert done == [trainer] * validated
+
+
+def test_where_there_is_no_val_split_none_is_made_up_for(tmp_path, monkeypatch):
+    from dct_qwen2vl.training import log
+
+    done = []
+    monkeypatch.setattr(log, "validate", done.append)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
+    TrainingLog(tmp_path, 100, 1, 2).on_train_start(trainer_at(10, enable_validation=False), MODULE)
+    assert done == []
 
 
 def test_skipped_samples_go_on_counting_after_a_restart(tmp_path):

@@ -73,7 +73,7 @@ PAIRS = (
     ("exact", "pixels"),
     ("x16", "sixteenth"),
 )
-LIMITED = "reading"  # the task that legibility.py reads
+LIMITED = "reading"  # the task that digit_classifier.py reads
 LEVEL_PAIRS = (("x4", "quarter"), ("x4", "x4-corner"), ("x16", "sixteenth"))  # level by level, too
 MARKS = (50, 80, 90, 95, 98)  # percent right, of which the steps to them are told
 
@@ -226,7 +226,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--results", type=place, nargs="+", required=True, metavar="PATH", help="result files, or folders with them")
     add("--times", type=place, nargs="+", default=[], metavar="PATH", help="more, for times alone")
-    add("--limits", type=place, metavar="PATH", help="results of legibility.py, for the figures")
+    add("--limits", type=place, metavar="PATH", help="results of digit_classifier.py, for the figures")
     add("--figures", type=Path, metavar="DIR", help="draw three figures for each experiment there")
     return parser.parse_args(argv)
 
@@ -238,7 +238,7 @@ def read(arguments: argparse.Namespace) -> tuple[list[Result], Times, Limits]:
     results = [] if empty else load(*arguments.results)
     if not results:
         where = " ".join(empty or map(str, arguments.results))
-        raise UserError(f"no results in {where}: expected .jsonl files of run_experiments.py or legibility.py")
+        raise UserError(f"no results in {where}: expected .jsonl files of run_experiments.py or digit_classifier.py")
     return results, step_times(results + load(*arguments.times)), load_limits(arguments.limits)
 
 

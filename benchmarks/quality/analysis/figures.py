@@ -86,7 +86,7 @@ def draw_budgets(variants: Variants, heading: str, path: Path) -> None:
     axes[0].set_xticks(sorted(numbers), [str(tokens) for tokens in sorted(numbers)])
     axes[0].set(xlabel="visual tokens of the language model", ylabel="right, % (mean and spread over seeds)")
     axes[0].legend(fontsize="small")
-    axes[1].set(xlabel=f"floats of a token that vary; variants of {commonest} visual tokens")
+    axes[1].set(xlabel=f"numbers of a token that vary; variants of {commonest} visual tokens")
     finish_figure(figure, heading, path)
 
 
@@ -110,7 +110,7 @@ def draw_learning(variants: Variants, times: Times, heading: str, path: Path) ->
 
 
 def draw_by_level(variants: Variants, limits: Limits, task: str, heading: str, path: Path) -> None:
-    """Accuracy by level, with the spread over seeds and, dotted, what legibility.py reads."""
+    """Accuracy by level, with the spread over seeds and, dotted, what digit_classifier.py reads."""
     figure, axis = pyplot().subplots(figsize=(7, 4.2), layout="constrained")
     for (variant, runs), style in zip(variants.items(), styles(variants).values()):
         draw_levels(axis, runs, style)

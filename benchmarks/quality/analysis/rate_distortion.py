@@ -300,21 +300,21 @@ def plot(points: list[Point], path: Path, weight_source: str) -> None:
     import matplotlib.pyplot as plt
 
     materials = list(dict.fromkeys(point.material for point in points))
-    figure, axes = plt.subplots(len(materials), 4, figsize=(21, 5 * len(materials) + 1), layout="constrained")
+    figure, axes = plt.subplots(len(materials), 4, figsize=(15, 3.8 * len(materials) + 1.2), layout="constrained")
     axes = axes.reshape(len(materials), 4)
     for row, material in zip(axes, materials):
         chosen = [point for point in points if point.material == material]
         for column, (measure, unit) in enumerate((("psnr", "PSNR in dB"), ("ssim", "SSIM"))):
             plot_over_floats(row[column], chosen, measure)
             plot_over_tokens(row[2 + column], chosen, measure)
-            row[column].set(title=f"{material}: {unit} over floats, blocks of 28 px", ylabel=unit)
-            row[2 + column].set(title=f"{material}: {unit} over tokens", ylabel=unit)
+            row[column].set(title=f"{material}: {unit}, blocks of 28 px", ylabel=unit)
+            row[2 + column].set(title=f"{material}: {unit}, all block sizes", ylabel=unit)
     handles = {}
     for axis in axes.ravel():
         handles.update(zip(*axis.get_legend_handles_labels()[::-1]))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
     figure.suptitle(f'The preset exact is lossless and not shown. Weight of the order "weighted": {weight_source}')
-    figure.savefig(path, dpi=70, metadata={"Software": None})
+    figure.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(figure)
 
 
@@ -328,7 +328,7 @@ def plot_over_floats(axis, points: list[Point], measure: str) -> None:
         some = [(p.floats_per_pixel, getattr(p, measure)) for p in points if p.method == method]
         draw(axis, some, f"{method} downscaling", color=grey, marker=marker, ls="--")
     mark_presets(axis, points, measure, "floats_per_pixel")
-    finish(axis, "floats per pixel of a frame", FLOAT_TICKS)
+    finish(axis, "numbers per pixel of a frame", FLOAT_TICKS)
 
 
 def plot_over_tokens(axis, points: list[Point], measure: str) -> None:
@@ -338,7 +338,7 @@ def plot_over_tokens(axis, points: list[Point], measure: str) -> None:
             for p in points
             if (p.method, p.chroma) == (order, "420") and abs(p.floats_per_pixel * p.side**2 / 588 - factor) < 1e-2
         ]
-        label = f"{order}, 4:2:0, {'as' if factor == 1 else 'twice as'} many floats in a token as pixels have"
+        label = f"{order}, 4:2:0, {'as' if factor == 1 else 'twice as'} many numbers a token as pixels"
         draw(axis, some, label, color=STYLES[order], ls=line, marker="o", ms=4, lw=2)
     for method, (grey, marker) in GREYS.items():
         some = [(p.tokens, getattr(p, measure)) for p in points if p.method == method]

@@ -18,7 +18,7 @@ SHAPES = ("size", "cells")  # the knobs on which the length of a sample depends;
 OLD_PATCH = 14  # px, of results that do not say
 
 Variants = dict[str, list[Result]]  # {variant: its runs by seed}
-Limits = dict[str, dict[int, float]]  # {variant: {level: percent that legibility.py reads}}
+Limits = dict[str, dict[int, float]]  # {variant: {level: percent that digit_classifier.py reads}}
 Times = dict[str, dict[str, float]]  # {cost_key: milliseconds of each part of a step}
 
 
@@ -34,7 +34,7 @@ def load(*places: Path) -> list[Result]:
 
 
 def load_limits(place: Path | None) -> Limits:
-    """Means over seeds of what legibility.py wrote to a result file or folder. Raises UserError for a damaged file."""
+    """Means over seeds of what digit_classifier.py wrote to a file or folder. Raises UserError for a damaged file."""
     read: Variants = {}
     for result in read_results(place).values() if place else ():
         if "classifier" in result:

@@ -3,6 +3,7 @@
 Letter used for shapes: N, samples.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +14,7 @@ import numpy as np
 
 from dct_qwen2vl.data.conversations import DEFAULT_SYSTEM
 from dct_qwen2vl.data.media import VideoSampling
+from dct_qwen2vl.data.text_tokens import match_meant
 from dct_qwen2vl.preparation.entries import Turn
 from dct_qwen2vl.preparation.metadata import PreparationError
 from dct_qwen2vl.preparation.report.statistics import Statistics
@@ -154,10 +156,17 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
 
 def count_text_tokens(shards: Iterator[list[list[Turn]]], tokenizer: "Tokenizer") -> np.ndarray:
     """int64 [N]: tokens of each conversation but for the visual ones. shards: the conversations, a list for each."""
+    meant = match_meant(token.content for token in tokenizer.get_added_tokens_decoder().values())
     counts: list[int] = []
     for conversations in shards:
-        sequences = [text_segments(turns) for turns in conversations]
+        sequences = [split_meant(*text_segments(turns), meant) for turns in conversations]
         texts = [text for segments, _ in sequences for text in segments]
         lengths = map(len, tokenizer.encode_batch_fast(texts, add_special_tokens=False))
         counts += [special + sum(islice(lengths, len(segments))) for segments, special in sequences]
     return np.array(counts, np.int64)
+
+
+def split_meant(segments: list[str], special: int, meant: re.Pattern[str]) -> tuple[list[str], int]:
+    """As `text_segments` gives them, split once more at the tokens in a text that become their ids."""
+    pieces = [piece for segment in segments for piece in meant.split(segment)[::2]]
+    return pieces, special + len(pieces) - len(segments)

@@ -1,6 +1,6 @@
 """What can be read at all? A convolutional classifier reads digits from images put together from a variant's tokens.
 
-    python -m benchmarks.quality.analysis.legibility --variants exact x4 x4-corner quarter --output legibility
+    python -m benchmarks.quality.analysis.digit_classifier --variants exact x4 x4-corner quarter --output legibility
 
 It is trained on single cells of the reading task, one digit in each, and has nothing else to learn: no tokens, no
 language, no looking for a place, no blanks. What it reads can be read, and what a language model misses beyond that is
@@ -199,7 +199,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    return run_main("legibility.py", lambda: measure_and_say(arguments))
+    return run_main("digit_classifier.py", lambda: measure_and_say(arguments))
 
 
 def measure_and_say(arguments: argparse.Namespace) -> int:

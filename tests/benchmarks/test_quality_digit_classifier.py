@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.quality.analysis import legibility
-from benchmarks.quality.analysis.legibility import KNOBS, Rebuild, join, table
+from benchmarks.quality.analysis import digit_classifier
+from benchmarks.quality.analysis.digit_classifier import KNOBS, Rebuild, join, table
 from benchmarks.quality.result_files import Output, read_file
 from benchmarks.quality.tasks.registry import Source, make_task
 from benchmarks.quality.variants import cut, downscale
@@ -59,28 +59,28 @@ def test_the_corner_of_x4_shows_less_than_x4(frames):
 
 def test_large_digits_are_learned_and_a_finished_run_is_kept(tmp_path, capsys):
     command = ["--variants", "x4", "--seeds", "0", "--steps", "60", *EASY, "--output", str(tmp_path)]
-    assert legibility.main(command) == 0
+    assert digit_classifier.main(command) == 0
     output = Output.at(tmp_path, "legibility")
     result = line_of(output.file)
     assert result["accuracy"] > 0.5 and list(result["by_level"]) == ["22"] and result["by_level"]["22"][1] == 64 * 16
     assert f"| x4 | {100 * result['accuracy']:.1f} |" in capsys.readouterr().out
     output.record({**result, "note": "kept"})
-    assert legibility.main(command) == 0 and "note" in line_of(output.file)
-    assert legibility.main([*command, "--steps", "1"]) == 0 and "note" not in line_of(output.file)
+    assert digit_classifier.main(command) == 0 and "note" in line_of(output.file)
+    assert digit_classifier.main([*command, "--steps", "1"]) == 0 and "note" not in line_of(output.file)
     assert [path.name for path in tmp_path.iterdir()] == ["legibility.jsonl"]
 
 
 def test_as_many_images_are_tested_as_asked_for(tmp_path):
     file = tmp_path / "mine.jsonl"
     command = ["--variants", "x4", "--seeds", "0", "--steps", "1", *EASY, "--test", "70", "--output", str(file)]
-    assert legibility.main(command) == 0
+    assert digit_classifier.main(command) == 0
     assert line_of(file)["by_level"]["22"][1] == 70 * 16
 
 
 def test_a_variant_that_cannot_be_rebuilt_is_one_line(tmp_path, capsys):
-    assert legibility.main(["--variants", "x4-pca", *EASY, "--output", str(tmp_path)]) == 1
+    assert digit_classifier.main(["--variants", "x4-pca", *EASY, "--output", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
-        "legibility.py: variant x4-pca is measured on data: choose pixels, quarter, sixteenth or a DCT variant\n"
+        "digit_classifier.py: variant x4-pca is measured on data: choose pixels, quarter, sixteenth or a DCT variant\n"
     )
 
 

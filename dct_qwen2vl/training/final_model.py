@@ -1,0 +1,82 @@
+"""What a run leaves behind, and its rehearsal: what cannot be saved is found before the first step, not after the last.
+
+RUN_DIR/hf_dct   the form that was trained, over DCT coefficients
+RUN_DIR/hf       its stock form; of a pixel model, what was trained
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.pytorch.callbacks import Callback
+
+from dct_qwen2vl.training.config import ModelInfo, RunError, TrainingConfig
+from dct_qwen2vl.training.processes import raise_in_all
+
+MOST_TOLD = 400  # characters of a library's error
+REHEARSAL = ".rehearsal"  # in the run folder while it lasts
+
+
+def trained_folder(parent: Path, info: ModelInfo) -> Path:
+    """Where the form that was trained goes."""
+    return parent / ("hf_dct" if info.dct else "hf")
+
+
+def write_stock_form(config: TrainingConfig, info: ModelInfo, parent: Path, complete: bool = True) -> None:
+    """parent/hf from the coefficient form in parent/hf_dct. Its video processor samples frames as the run did.
+
+    A pixel model has no other form. complete: whether all weights are there.
+    """
+    from dct_qwen2vl.checkpoints.hf_folder import write_video_sampling
+    from dct_qwen2vl.checkpoints.stock_form import to_stock
+
+    if not info.dct:
+        return
+    model_dir = trained_folder(parent, info)
+    sampling = {name: getattr(config, f"video_{name}") for name in ("fps", "min_frames", "max_frames")}
+    write_video_sampling(model_dir, sampling)  # goes along on the way to the stock form and back
+    to_stock(model_dir, parent / "hf", force=True, complete=complete)
+
+
+class RehearseSave(Callback):
+    """Saves the model before the first step as the end of the run will, without most weights, and removes it again.
+
+    save: writes a Hugging Face directory with the patch embedding as its only weight.
+    """
+
+    def __init__(self, config: TrainingConfig, info: ModelInfo, save: Callable[[Path], None]) -> None:
+        self.config = config
+        self.info = info
+        self.save = save
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        """Collective. Raises RunError, in every process."""
+        raise_in_all(self._rehearse() if trainer.is_global_zero else None)
+
+    def _rehearse(self) -> RunError | None:
+        try:
+            with rehearsal_folder(self.config) as folder:
+                self.save(trained_folder(folder, self.info))
+                write_stock_form(self.config, self.info, folder, complete=False)
+        except RunError as error:
+            return error
+        return None
+
+
+@contextmanager
+def rehearsal_folder(config: TrainingConfig) -> Iterator[Path]:
+    """A folder in the run folder, which is there inside the block only. Any error becomes a RunError of one line."""
+    folder = config.run_dir / REHEARSAL
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+    except Exception as error:
+        told = " ".join(str(error).replace(f"{folder}/", "").split())
+        raise RunError(
+            f"{config.model_dir} loads, but what is trained from it cannot be saved ({told[:MOST_TOLD]}): change that "
+            "there; no step was made"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,80 @@
+"""torchrun for qwen_launch.sh. It takes torchrun's arguments; where processes end early, it ends in a line, not in a
+traceback of its own: what went wrong, they have said themselves.
+
+    python -m dct_qwen2vl.training.launch --standalone --nproc-per-node 8 finetune_qwen2vl.py ...
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterable
+
+from dct_qwen2vl.training.processes import INTERRUPTED, INTERRUPTED_CODE
+
+PROGRAM = "qwen_launch.sh"
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return launch(argv)
+    except KeyboardInterrupt:  # before there are processes
+        tell(INTERRUPTED)
+        return INTERRUPTED_CODE
+
+
+def launch(argv: list[str] | None) -> int:
+    """Runs all processes of this node. Returns 0, or the exit status of the first that failed, as a shell has it."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    keep_quiet()
+    try:
+        run.run(run.parse_args(argv))
+    except SignalException as error:
+        return tell_signal(error.sigval)
+    except ChildFailedError as error:
+        return tell_failure(error.failures.values())
+    return 0
+
+
+def keep_quiet() -> None:
+    """torchrun's own messages about what it ends are left out, unless LOGLEVEL asks for them."""
+    if "LOGLEVEL" in os.environ:
+        return
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def tell_signal(number: int) -> int:
+    """The end by Ctrl-C, or by a signal of a job scheduler."""
+    if number == signal.SIGINT:
+        tell(INTERRUPTED)
+    else:
+        tell(f"ended by {signal.Signals(number).name}; the same command goes on from the newest checkpoint")
+    return 128 + number
+
+
+def tell_failure(failures: Iterable) -> int:
+    """A process that ended by itself has said why; one that was ended could not.
+
+    failures: torchrun's ProcessFailure of each process.
+    """
+    first = min(failures, key=lambda failure: failure.timestamp)
+    if first.exitcode >= 0:
+        return first.exitcode
+    name = signal.Signals(-first.exitcode).name
+    why = " (is the machine's memory full?)" if name == "SIGKILL" else ""
+    tell(f"process {first.local_rank} (pid {first.pid}) was ended by {name}{why}; the same command goes on from the "
+         "newest checkpoint")  # fmt: skip
+    return 128 - first.exitcode
+
+
+def tell(line: str) -> None:
+    print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

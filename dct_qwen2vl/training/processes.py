@@ -1,0 +1,77 @@
+"""The processes of a run: who started them, how they end together, what Ctrl-C does to them."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+
+from dct_qwen2vl.common.scripts import UserError
+
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for the processes that it starts
+FROM_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+PEER_ENDED = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of another process
+INTERRUPTED = "interrupted; the same command goes on from the newest checkpoint"
+INTERRUPTED_CODE = 130  # a shell's exit status after Ctrl-C
+
+
+class Interrupted(BaseException):
+    """Ctrl-C. It is no KeyboardInterrupt: Lightning answers that with messages and an exit of its own."""
+
+
+def forget_what_torchrun_has_not_set(environment: MutableMapping[str, str]) -> None:
+    """Job schedulers and earlier shells leave torchrun's variables behind. They count only where torchrun has started
+    this process."""
+    if TORCHRUN not in environment:
+        for name in FROM_TORCHRUN:
+            environment.pop(name, None)
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Inside the block the first Ctrl-C raises Interrupted in this process, and no later one does: torchrun passes on
+    what the terminal has sent already. Processes that it forks leave their end to it. Gives a list that holds the
+    signal once it has come, since what a library raises meanwhile may hide the exception."""
+    seen: list[int] = []
+    owner = os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        if os.getpid() == owner and not seen:
+            seen.append(number)
+            sys.excepthook = lambda *error: None  # threads that lose their other end
+            raise Interrupted
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield seen
+    finally:
+        if not seen:
+            signal.signal(signal.SIGINT, before)
+
+
+def raise_in_all(error: UserError | None) -> None:
+    """Collective. The first process's error, if any, is raised in every process, and told by the first alone. So none
+    waits for the others, and none shows a traceback about one that has ended."""
+    import torch.distributed
+
+    together = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    if not together:
+        if error:
+            raise error
+        return
+    first = torch.distributed.get_rank() == 0
+    messages = [None if error is None else str(error)]
+    torch.distributed.broadcast_object_list(messages, src=0)
+    if messages[0] is None:
+        return
+    if first:
+        print(f"finetune_qwen2vl.py: {messages[0]}", file=sys.stderr, flush=True)
+        error.told = True
+    torch.distributed.barrier()  # torchrun ends all processes as soon as one has ended
+    raise error if error else ToldElsewhere(messages[0])
+
+
+class ToldElsewhere(UserError):
+    """The first process has shown the message."""
+
+    told = True

@@ -1,0 +1,220 @@
+"""First tries, small sets, data that were prepared again, what a shell has left over, Ctrl-C: through qwen_launch.sh,
+with two real processes on both engines."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from pipeline import REPOSITORY, edit_json, metrics, run
+from stand_in_python import write_interpreter
+
+import finetune_qwen2vl
+from dct_qwen2vl.data.energon_files import fingerprint_of_shards
+from dct_qwen2vl.training import processes, run_file
+
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the megatron engine's CPU form")
+ENGINES = ["automodel", pytest.param("megatron", marks=cpu_only)]
+LEFT_OVER = {"WORLD_SIZE": "8", "RANK": "3", "LOCAL_RANK": "3", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}
+GOES_ON = "the same command goes on from the newest checkpoint"
+
+
+@pytest.fixture(scope="module")
+def variables(prepared, tmp_path_factory):
+    """variables(engine, folder, **settings): of qwen_launch.sh for a short run of two processes into folder/run."""
+    stand_in = write_interpreter(tmp_path_factory.mktemp("python"), "megatron_on_cpu")
+
+    def make(engine: str, folder: Path, **settings) -> dict[str, str]:
+        own = {"PYTHON": sys.executable, "MBS": 2, "GBS": 8}
+        if engine == "megatron":
+            own = {"PYTHON": stand_in, "PYTHON_EXEC": stand_in, "PACK_TOKENS": 256, "GBS": 4}
+        values = {
+            "EXPERIMENT_NAME": "run", "OUTPUT_DIR": folder, "MODEL_DIR": prepared.model, "ENGINE": engine,
+            "DATASET_DIR": prepared.shards, "MAXPIXELS": 112 * 112, "NUM_PROC_PER_NODE": 2, "SEQ_LENGTH": 256,
+            "MAX_STEPS": 4, "LR": "1e-3", "WARMUP_STEPS": 1, "VAL_INTERVAL": 2, "SAVE_INTERVAL": 2, "NUM_WORKERS": 1,
+            "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1, "PYTHONWARNINGS": "ignore", **own, **settings,
+        }  # fmt: skip
+        return {**os.environ, **{name: str(value) for name, value in values.items()}}
+
+    return make
+
+
+def command_of(environment: dict[str, str], *arguments: str) -> list[str]:
+    packing = ["--packing-buffer", "8"] if environment["ENGINE"] == "megatron" else []
+    return ["bash", "qwen_launch.sh", "--log-interval", "1", *packing, *arguments]
+
+
+def launch(environment: dict[str, str], *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+    done = run(command_of(environment, *arguments), check=False, **environment)
+    assert done.returncode == code, (done.stdout + done.stderr)[-4000:]
+    return done
+
+
+def told(text: str) -> list[str]:
+    """The lines in which this repository's programs end."""
+    return [line for line in text.splitlines() if line.startswith(("finetune_qwen2vl.py: ", "qwen_launch.sh: "))]
+
+
+def prepare(prepared, folder: Path, *arguments: str) -> Path:
+    """A set of the raw data, in place of one that may be in the folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    data = ["--data-dir", str(prepared.raw), "--output-dir", str(folder), "--energon-prepare", "--no-report"]
+    run([sys.executable, "data_preparation.py", *data, *arguments])
+    return folder
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_first_try_without_a_val_split_trains_and_says_so_once(engine, prepared, variables, tmp_path):
+    """In a shell in which a job scheduler has left torchrun's variables."""
+    shards = prepare(prepared, tmp_path / "shards", "--limit", "40", "--split", "1,0,0")
+    done = launch(variables(engine, tmp_path, DATASET_DIR=shards, **LEFT_OVER))
+    assert done.stdout.count(f"Note: the val split of {shards} is empty, so there is no validation") == 1
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and not any("val_loss" in line for line in lines)
+    assert (tmp_path / "run" / "hf").is_dir() and not (tmp_path / "run" / ".rehearsal").exists()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_val_split_smaller_than_the_processes_works(engine, prepared, variables, tmp_path):
+    """One sample for two processes."""
+    shards = prepare(prepared, tmp_path / "shards", "--limit", "24", "--split", "20,1,1", "--maxcount", "2")
+    launch(variables(engine, tmp_path, DATASET_DIR=shards))
+    assert [line["val_samples"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [1, 1]
+
+
+@pytest.mark.launch
+def test_a_model_that_cannot_be_saved_ends_both_processes_in_one_line(prepared, variables, tmp_path):
+    model_dir = Path(shutil.copytree(prepared.model, tmp_path / "model"))
+    edit_json(model_dir / "generation_config.json", do_sample=False, temperature=0.5)
+    done = launch(variables("automodel", tmp_path, MODEL_DIR=model_dir, PYTHONWARNINGS="default"), code=1)
+    (line,) = told(done.stderr)
+    assert "cannot be saved" in line and line.endswith("no step was made")
+    assert "Traceback" not in done.stderr and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def start(environment: dict[str, str], log: Path) -> subprocess.Popen:
+    """A launch as from a terminal: a process group of its own, which Ctrl-C reaches as a whole."""
+    with log.open("w") as file:
+        return subprocess.Popen(
+            command_of(environment), cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int = 3) -> None:
+    path, deadline = run_dir / "metrics.jsonl", time.monotonic() + 300
+    while not path.is_file() or path.read_text().count("\n") < step:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def end(process: subprocess.Popen, log: Path, act) -> tuple[int, list[str]]:
+    """Exit status, and what was printed after `act`, but for what steps were under way."""
+    size = log.stat().st_size
+    act()
+    try:
+        code = process.wait(timeout=90)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return code, [line for line in log.read_text()[size:].splitlines() if line and not line.startswith("step ")]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ctrl_c_ends_in_one_line(engine, variables, tmp_path):
+    environment = variables(engine, tmp_path, MAX_STEPS=5000, VAL_INTERVAL=5000, SAVE_INTERVAL=5000)
+    process = start(environment, tmp_path / "log")
+    wait_for_step(process, tmp_path / "run")
+    family = psutil.Process(process.pid).children(recursive=True)
+    code, lines = end(process, tmp_path / "log", lambda: os.killpg(process.pid, signal.SIGINT))
+    assert (code, lines) == (130, [f"qwen_launch.sh: interrupted; {GOES_ON}"])
+    assert psutil.wait_procs(family, timeout=20)[1] == []
+
+
+@pytest.mark.launch
+def test_a_process_that_was_killed_is_told(variables, tmp_path):
+    environment = variables("automodel", tmp_path, MAX_STEPS=5000, VAL_INTERVAL=5000, SAVE_INTERVAL=5000)
+    process = start(environment, tmp_path / "log")
+    wait_for_step(process, tmp_path / "run")
+    children = psutil.Process(process.pid).children()  # of torchrun
+    training = next(child for child in children if "finetune_qwen2vl.py" in child.cmdline())
+    code, lines = end(process, tmp_path / "log", training.kill)
+    assert code == 128 + signal.SIGKILL
+    assert f"was ended by SIGKILL (is the machine's memory full?); {GOES_ON}" in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_an_end_that_others_have_made_is_told_in_one_line():
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    ended = SIGTERMException()
+    assert finetune_qwen2vl.explain(ended).startswith("ended by SIGTERM")
+    ended.__context__ = RuntimeError("gloo/transport/tcp/pair.cc:525] Read error: Connection reset by peer")
+    assert finetune_qwen2vl.explain(ended).startswith("another process of this run has ended")
+
+
+def test_what_a_shell_has_left_over_does_not_count(prepared, tmp_path, monkeypatch):
+    monkeypatch.delenv(processes.TORCHRUN, raising=False)
+    for name, value in LEFT_OVER.items():
+        monkeypatch.setenv(name, value)
+    known = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    assert finetune_qwen2vl.main([*known, "--engine", "automodel", "--devices", "2", "--check"]) == 0
+    monkeypatch.setenv(processes.TORCHRUN, "1")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert finetune_qwen2vl.main([*known, "--engine", "automodel", "--devices", "2", "--check"]) == 1
+
+
+def test_only_the_first_ctrl_c_counts_and_only_in_the_process_that_asked():
+    before, hook = signal.getsignal(signal.SIGINT), sys.excepthook
+    with pytest.raises(processes.Interrupted), processes.interruptible() as seen:
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7 and not seen
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+    assert seen == [signal.SIGINT]
+    signal.signal(signal.SIGINT, before)
+    sys.excepthook = hook
+
+
+def test_data_that_were_prepared_again_are_told_before_the_start(prepared, tmp_path, one_line_error, monkeypatch):
+    """A run is begun, has a checkpoint, and finds another set in its folder."""
+    monkeypatch.setattr(finetune_qwen2vl, "train", run_file.write_run_file)
+    shards, run_dir = Path(shutil.copytree(prepared.shards, tmp_path / "shards")), tmp_path / "run"
+    known = ["--model-dir", str(prepared.model), "--data-dir", str(shards), "--output-dir", str(tmp_path)]
+    command = [*known, "--experiment-name", "run", "--engine", "automodel"]
+    assert finetune_qwen2vl.main(command) == 0
+    (run_dir / "finished").unlink()
+    (run_dir / "checkpoints" / "step000005").mkdir(parents=True)
+    assert finetune_qwen2vl.main([*command, "--check"]) == 0
+    prepare(prepared, shards, "--limit", "100", "--maxcount", "10")
+    assert finetune_qwen2vl.main([*command, "--check"]) == 1
+    said = f"the train shards in {shards} are not those that {run_dir} was started with: add --restart-data"
+    assert said in one_line_error()
+    assert finetune_qwen2vl.main([*command, "--check", "--restart-data"]) == 0
+    settings = json.loads((run_dir / "run.json").read_text())
+    del settings["train_shards"]  # a run of before there was this key
+    (run_dir / "run.json").write_text(json.dumps(settings))
+    assert finetune_qwen2vl.main([*command, "--check"]) == 0
+
+
+def test_a_fingerprint_is_that_of_the_shards(prepared, tmp_path):
+    copy = Path(shutil.copytree(prepared.shards, tmp_path / "shards"))
+    assert fingerprint_of_shards(copy) == fingerprint_of_shards(prepared.shards)
+    with min(copy.glob("*.tar")).open("ab") as shard:
+        shard.write(bytes(512))
+    assert fingerprint_of_shards(copy) != fingerprint_of_shards(prepared.shards)
