@@ -263,7 +263,11 @@ def check_processor(folder: Path) -> None:
     """Image processor and chat template, as evaluation loads them. Raises CheckpointError."""
     with one_line(f"the processor of {folder}", "get its files again"):
         processor = load_processor(folder)
-        processor.image_processor(images=[np.zeros((60, 70, 3), np.uint8)], min_pixels=3136, max_pixels=200_704)
+        images = processor.image_processor
+        side = images.patch_size * images.merge_size
+        # A little more than one token of the language model, so that it is resized.
+        image = np.zeros((side + 10, side + 20, 3), np.uint8)
+        images(images=[image], min_pixels=side**2, max_pixels=16 * side**2)
     if not shows_media(processor.tokenizer, processor.chat_template):
         raise CheckpointError(f"the chat template of {folder} has no places for images and videos: remove it, or copy "
                               "chat_template.json from Qwen2-VL")  # fmt: skip

@@ -360,7 +360,7 @@ DAMAGES = {
     "has min_pixels 'many', which is no number": lambda folder: edit_json(
         folder / "preprocessor_config.json", min_pixels="many"
     ),
-    "has image_mean [0.5, 0.5], not three numbers": lambda folder: edit_json(
+    "(ValueError: mean must have 3 elements": lambda folder: edit_json(
         folder / "preprocessor_config.json", image_mean=[0.5, 0.5]
     ),
 }

@@ -333,7 +333,7 @@ DAMAGES = {
         dct={**json.loads((folder / "dct_format.json").read_text())["dct"], "chroma": 420},
     ),
     "makes tokens of 3 x 2 x 14 x 14": lambda folder: edit_json(folder / "preprocessor_config.json", patch_size=14),
-    "has image_mean 'CLIP', not three numbers": lambda folder: edit_json(
+    "(ValueError: mean must have 3 elements": lambda folder: edit_json(
         folder / "preprocessor_config.json", image_mean="CLIP"
     ),
     "lacks preprocessor_config.json": lambda folder: (folder / "preprocessor_config.json").unlink(),
