@@ -176,9 +176,9 @@ def read_all(
     bounds: dict[str, int],
 ) -> list[Sample]:
     """Chosen questions with their media as either form reads them; what cannot be read is passed over."""
+    from dct_qwen2vl.checkpoints.hf_folder import load_processor
     from dct_qwen2vl.data.media_encoder import MediaEncoder
     from dct_qwen2vl.data.text_tokens import TextTokens
-    from dct_qwen2vl.evaluation.answering import load_processor
 
     processors = [load_processor(model, **bounds) for model in models]
     encoders = [MediaEncoder(each.image_processor, sampling) for each, sampling in zip(processors, samplings)]
@@ -269,8 +269,8 @@ def ask_all(
 def first_encoder(first: Path, model: Path, sampling: VideoSampling, bounds: dict[str, int]) -> "MediaEncoder":
     """A model's own, with the bounds and the sampling of the first form, so that nothing of what that one reads is
     resized."""
+    from dct_qwen2vl.checkpoints.hf_folder import load_processor
     from dct_qwen2vl.data.media_encoder import MediaEncoder
-    from dct_qwen2vl.evaluation.answering import load_processor
 
     own = dict(zip(("min_pixels", "max_pixels"), own_pixel_bounds(first)))
     return MediaEncoder(load_processor(model, **{**own, **bounds}).image_processor, sampling)

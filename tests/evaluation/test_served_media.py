@@ -17,13 +17,13 @@ from pipeline import REPOSITORY
 from samples_by_hand import answer, conversation_sample
 
 from dct_qwen2vl.checkpoints.conversion import convert
+from dct_qwen2vl.checkpoints.hf_folder import load_processor
 from dct_qwen2vl.checkpoints.stock_form import to_stock
 from dct_qwen2vl.checkpoints.video_sampling import write_sampling
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.media import PixelFit, as_array
 from dct_qwen2vl.data.reading import MediaError
 from dct_qwen2vl.data.videos import VideoSampling
-from dct_qwen2vl.evaluation.answering import load_processor
 from dct_qwen2vl.evaluation.served_media import MediaReader
 from dct_tokenizer import DCTConfig
 from task_encoder import QwenTaskEncoder
