@@ -72,6 +72,8 @@ def check_skipping(config: TrainingConfig, info: ModelInfo) -> None:
         raise RunError(
             f"--skip-db {config.skip_db:g} needs a Qwen2-VL, {config.model_dir} is {model_type}: leave it out"
         )
+    if config.sharding != "none":  # its media are embedded in another way: media_embedding.py
+        raise RunError(f"--skip-db {config.skip_db:g} does not go with --sharding {config.sharding}: leave one out")
 
 
 def check_data(config: TrainingConfig) -> None:
