@@ -176,11 +176,10 @@ def read_all(
     bounds: dict[str, int],
 ) -> list[Sample]:
     """Chosen questions with their media as either form reads them; what cannot be read is passed over."""
-    from dct_qwen2vl.checkpoints.hf_folder import load_processor
     from dct_qwen2vl.data.media_encoder import MediaEncoder
     from dct_qwen2vl.data.text_tokens import TextTokens
 
-    processors = [load_processor(model, **bounds) for model in models]
+    processors = [load_whole(model, bounds) for model in models]
     encoders = [MediaEncoder(each.image_processor, sampling) for each, sampling in zip(processors, samplings)]
     samples: list[Sample] = []
     for question in choose(data_dir, split, limit, TextTokens(processors[0].tokenizer).stay_text):
@@ -257,7 +256,7 @@ def ask_all(
     for form, model, sampling in zip(FORMS, models, samplings):
         with exact_products():
             answerer = Answerer(model, max_new_tokens, sampling, torch.float32, **bounds)
-            answerer.media.image_processor.skip_db = None  # the stock form cannot skip: both read all cells
+            answerer.media.image_processor.skip_db = None  # as in load_whole
             ask_model(answerer, form, first_encoder(models[0], model, samplings[0], bounds), samples, found)
         del answerer
         gc.collect()
@@ -266,14 +265,22 @@ def ask_all(
     return [tuple(passes) for passes in found]
 
 
+def load_whole(model: Path, bounds: dict[str, int]):
+    """The processor of a model, made to read all cells: the stock form of a model that skips some cannot skip."""
+    from dct_qwen2vl.checkpoints.hf_folder import load_processor
+
+    processor = load_processor(model, **bounds)
+    processor.image_processor.skip_db = None
+    return processor
+
+
 def first_encoder(first: Path, model: Path, sampling: VideoSampling, bounds: dict[str, int]) -> "MediaEncoder":
     """A model's own, with the bounds and the sampling of the first form, so that nothing of what that one reads is
     resized."""
-    from dct_qwen2vl.checkpoints.hf_folder import load_processor
     from dct_qwen2vl.data.media_encoder import MediaEncoder
 
     own = dict(zip(("min_pixels", "max_pixels"), own_pixel_bounds(first)))
-    return MediaEncoder(load_processor(model, **{**own, **bounds}).image_processor, sampling)
+    return MediaEncoder(load_whole(model, {**own, **bounds}).image_processor, sampling)
 
 
 def ask_model(

@@ -138,7 +138,10 @@ def test_config_and_other_files(source, output):
     weights = {name for name in before if "safetensors" in name}
     assert set(before) - same - weights == rewritten | {
         f"{module}_dct.py"
-        for module in ("configuration", "transform", "image_colours", "image_inputs", "image_sizes", "image_processing")
+        for module in (
+            *("configuration", "transform", "skipping"),
+            *("image_colours", "image_inputs", "image_sizes", "image_processing"),
+        )
     }
     assert not {".gitattributes", ".cache", "old.bin"} & set(before)
 

@@ -246,7 +246,7 @@ def test_pixel_bounds_and_sampling_are_kept(trained, tmp_path):
     assert run(tmp_path / "stock", tmp_path / "back", "--to", "dct") == 0
     assert saved_sampling(tmp_path / "back") == saved_sampling(tmp_path / "stock")
     videos = json.loads((tmp_path / "back" / "video_preprocessor_config.json").read_text())
-    assert "video_processor_type" not in videos, "transformers would make pixel patches of videos"
+    assert videos["video_processor_type"] == "DCTVideoProcessor", "the stock one makes pixel patches"
     assert videos["auto_map"]["AutoVideoProcessor"] == "image_processing_dct.DCTVideoProcessor"
     assert run(tmp_path / "back", tmp_path / "again", "--to", "stock") == 0
     for name in ("preprocessor_config.json", "video_preprocessor_config.json", "config.json", "dct_format.json"):

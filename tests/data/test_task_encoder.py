@@ -658,10 +658,14 @@ def test_a_target_size_is_its_own_target(size, factor, low, more):
 
 def test_both_commands_read_videos_as_the_sampling_does_by_default():
     required = ["--model-dir", "m", "--data-dir", "d", "--output-dir", "o"]
-    for command in (finetune_qwen2vl, evaluate_qwen2vl):
-        found = command.parse_arguments(required)
-        names = [f"video_{name}" for name in ("fps", "min_frames", "max_frames", "total_pixels")]
-        assert VideoSampling(*(getattr(found, name) for name in names)) == VideoSampling()
+    found = finetune_qwen2vl.parse_arguments(required)
+    names = [f"video_{name}" for name in ("fps", "min_frames", "max_frames", "total_pixels")]
+    assert VideoSampling(*(getattr(found, name) for name in names)) == VideoSampling()
+    model_without_sampling = Path("m")
+    assert (
+        evaluate_qwen2vl.sampling_of(model_without_sampling, evaluate_qwen2vl.parse_arguments(required))
+        == VideoSampling()
+    )
     changed = config.parse_arguments([*required, "--video-min-frames", "8", "--video-total-pixels", "9"])
     assert (changed.video_min_frames, changed.video_total_pixels) == (8, 9)
     metadata = config.metadata_of(config.TrainingConfig)

@@ -487,7 +487,7 @@ def test_bad_configuration_files_are_refused(tmp_path):
     for values in ([], {}, {"block": [1, 2, 2]}, {**preset("exact").to_dict(), "colour": 1}):
         path.write_text(json.dumps(values))
         with pytest.raises(
-            ValueError, match="a DCT configuration has the fields block, chroma, kept, merge, name, scale"
+            ValueError, match="a DCT configuration has the fields block, chroma, kept, mean, merge, name, scale, std"
         ):
             DCTConfig.from_file(path)
 

@@ -21,7 +21,8 @@ def patch_weight(model_dir: Path | None, seed: int) -> tuple["torch.Tensor", str
         weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) * (3 * 2 * 14 * 14) ** -0.5
         return weight, f"RANDOM, seed {seed} (--model-dir takes a checkpoint's)"
     from dct_qwen2vl.checkpoints.conversion import patch_embedding, read_config
-    from dct_qwen2vl.checkpoints.inspection import safetensors_files
+    from dct_qwen2vl.checkpoints.source import opened
 
     read_config(model_dir)
-    return patch_embedding(safetensors_files(model_dir)), f"of {model_dir.name}"
+    with opened(model_dir) as source:
+        return patch_embedding(source), f"of {model_dir.name}"
