@@ -140,7 +140,7 @@ class DCTImageProcessor(BaseImageProcessor):
         values = super(DCTImageProcessor, copy.copy(self)).to_dict()
         del values["_tokenizers"]
         if self.skip_db is None:
-            del values["skip_db"]
+            values.pop("skip_db", None)  # transformers 5 leaves out what is None
         if "AutoImageProcessor" in values.get("auto_map", {}):  # transformers 4.52 and later ask for both
             name = values["auto_map"]["AutoImageProcessor"].replace("ImageProcessor", "VideoProcessor")
             values["auto_map"] = {**values["auto_map"], "AutoVideoProcessor": name}

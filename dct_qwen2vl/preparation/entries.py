@@ -138,8 +138,10 @@ class UnusableSample(Exception):
 class CheckedEntry:
     """An entry to learn from.
 
-    entry: with its repairs; the one that was given, if there are none. media: (kind, name) in the order of the
-    placeholders, kind "image", "video" or "frame"; adjacent frames are one video. repairs: their names, each once.
+    entry: With its repairs; the one that was given, if there are none.
+    media: (kind, name) in the order of the placeholders. A kind is "image", "video" or "frame"; adjacent frames are
+        one video.
+    repairs: Their names, each once.
     """
 
     entry: dict[str, Any]

@@ -86,8 +86,11 @@ class NameList:
 class Index:
     """The members of a tar that can be used, each name once; or the files of the plain folders.
 
-    names, folded, content S16 [M]: digests of the name, of the name in any letter case, of size and both ends. offset,
-    size int64 [M]. For plain files content and size are not known yet, and offset is the number in a NameList.
+    names: S16 [M]. Digests of the names.
+    folded: S16 [M]. Digests of the names in lower case.
+    content: S16 [M]. Digests of size and both ends. Not known yet for plain files.
+    offset: int64 [M]. Where the data begin, bytes. For plain files the number in a NameList.
+    size: int64 [M]. Bytes. Not known yet for plain files.
     """
 
     names: np.ndarray
@@ -99,11 +102,14 @@ class Index:
 
 @dataclass(frozen=True)
 class TarSource:
-    """A tar as it is found (path) and as it is read (readable: the same file, or the unpacked one).
+    """A tar of the raw set.
 
-    members: how many can be used; `index`, which says where they lie, is None once they have been located. refused:
-    JSON lines with the other members' names, and why each is not used. damage: why what comes after some byte is not
-    used, "" if all is.
+    path: As it is found.
+    readable: The same file, or the unpacked one.
+    members: How many can be used.
+    index: Where they lie. None once they have been located.
+    refused: JSON lines with the other members' names, and why each is not used.
+    damage: Why what comes after some byte is not used; "" if all is.
     """
 
     path: Path
@@ -118,10 +124,16 @@ class TarSource:
 class Places:
     """Where the files behind U names lie.
 
-    source int32 [U]: number of the tar; NO_PLACE: there is none; first_file + i: file i of `files`, names relative to
-    the data folder. offset, size int64 [U]. content S16 [U]. repair uint8 [U]: number in NAME_REPAIRS of how the file's
-    name differs. sought_in_folders: some name was in no tar. unread: lines that name the archives in folders
-    below the data folder, which are not read; only where some name is nowhere.
+    source: int32 [U]. Number of the tar; NO_PLACE where there is none; first_file + i is file i of `files`.
+    offset: int64 [U]. As in Index.
+    size: int64 [U]. As in Index.
+    content: S16 [U]. As in Index.
+    repair: uint8 [U]. Number in NAME_REPAIRS of how the file's name differs.
+    first_file: How many tars there are.
+    files: Names relative to the data folder.
+    sought_in_folders: Whether some name was in no tar.
+    unread: Lines that name the archives in folders below the data folder, which are not read. Only where some name is
+        nowhere.
     """
 
     source: np.ndarray
@@ -416,8 +428,19 @@ def locate(
     folded: np.ndarray,
     spelled: Callable[[int], str] | None = None,
 ) -> Places:
-    """The places of U different names. names, folded S16 [U]: digests; names ascending. spelled: the name itself, by
-    its number; without it no other spelling is looked for."""
+    """Looks for U different names in the tars, then in the plain folders.
+
+    Args:
+        sources: The tars, with their indexes.
+        data_dir: The raw set.
+        leave_out: A folder that is not looked into: the output.
+        names: S16 [U]. Digests, ascending.
+        folded: S16 [U]. Digests of the names in lower case.
+        spelled: Gives the name itself by its number. Without it no other spelling is looked for.
+
+    Returns:
+        The places of the names.
+    """
     places = Places.empty(len(names), len(sources))
     indexes = [source.index for source in sources]
     for number, index in enumerate(indexes):
@@ -440,8 +463,15 @@ def locate(
 
 
 def match(wanted: np.ndarray, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two arrays of places: where something that is in both stands in `wanted`, and where in `digests`. The one with
-    different values, in ascending order, is `wanted`."""
+    """Finds what two arrays of digests share.
+
+    Args:
+        wanted: S16. Different values, ascending.
+        digests: S16. In any order.
+
+    Returns:
+        int64 [2, shared]: the places in `wanted`, and those in `digests`.
+    """
     if not len(wanted):
         return np.zeros((2, 0), np.int64)
     rows = np.minimum(np.searchsorted(wanted, digests), len(wanted) - 1)

@@ -104,8 +104,15 @@ ENTRY = np.dtype(
 
 @dataclass
 class Columns:
-    """entries ENTRY [N]. media_start int64 [N + 1]: entry i has the media media_start[i] to media_start[i + 1]. kind
-    uint8 [M]: number in KINDS. names, folded S16 [M]: digests of their names, which `spelled` holds."""
+    """N entries and their M media, a column for each property.
+
+    entries: ENTRY [N].
+    media_start: int64 [N + 1]. Entry i has the media media_start[i] to media_start[i + 1].
+    kind: uint8 [M]. Number in KINDS.
+    names: S16 [M]. Digests of the media's names.
+    folded: S16 [M]. Digests of the names in lower case.
+    spelled: The names themselves.
+    """
 
     entries: np.ndarray
     media_start: np.ndarray

@@ -48,11 +48,16 @@ GO_ON = "then the same command goes on"
 
 @dataclass(frozen=True)
 class ShardTask:
-    """All that a worker needs to write one shard of S samples with M media in a row.
+    """All that a worker needs to write one shard of S samples with M media.
 
-    entries plan.ENTRY [S], `file` and `source` as numbers in `metadata` and `sources`. copy [S]: see
-    data_splits.Layout. media_start [S + 1], kind [M]: as in plan.Columns. path [M]: number in `paths`;
-    offset, size [M]: the range there. repair uint8 [M]: number in NAME_REPAIRS of how its file's name differs.
+    entries: plan.ENTRY [S]. `file` and `source` are numbers in `metadata` and `sources`.
+    copy: [S]. See data_splits.Layout.
+    media_start: [S + 1]. As in plan.Columns.
+    kind: [M]. As in plan.Columns.
+    path: [M]. Number in `paths`.
+    offset: [M]. Where the medium begins there, bytes.
+    size: [M]. Its bytes.
+    repair: uint8 [M]. Number in NAME_REPAIRS of how its file's name differs.
     """
 
     shard: Path
@@ -90,9 +95,16 @@ class ShardTask:
 
 
 class PlannedSample(NamedTuple):
-    """index: number of the entry; copy: of its repetition; start, stop, crc: bytes of its text in the file `metadata`;
-    source: number in ShardTask.sources; kinds, places: of its media, in order, as (path, offset, size). name_repairs:
-    numbers in NAME_REPAIRS, of its media's names."""
+    """One sample of a ShardTask.
+
+    index: Number of the entry.
+    copy: Number of its repetition.
+    start, stop, crc: Bytes of its text in the file `metadata`, and their checksum.
+    source: Number in ShardTask.sources.
+    kinds: Of its media, in order.
+    places: Of its media, in order, as (path, offset, size).
+    name_repairs: Numbers in NAME_REPAIRS, of its media's names.
+    """
 
     index: int
     copy: int

@@ -39,10 +39,15 @@ class DamagedTar(Exception):
 
 
 class Member(NamedTuple):
-    """A member that is no folder. name: as "a/b.jpg", undecoded. Its data are bytes [offset, offset + size) of the tar.
+    """A member that is no folder. Its data are bytes [offset, offset + size) of the tar.
 
-    refused: why it is not used, "" if it is. edges: its first and last 4,096 bytes, if it is used.
-    target: of a link, the name that it stands for. is_symbolic: the file of that name may also come later.
+    name: As "a/b.jpg", undecoded.
+    offset: Bytes.
+    size: Bytes.
+    refused: Why it is not used; "" if it is.
+    edges: Its first and last 4,096 bytes, if it is used.
+    target: Of a link, the name that it stands for.
+    is_symbolic: Whether the file of that name may also come later.
     """
 
     name: bytes
@@ -74,9 +79,12 @@ class Header(NamedTuple):
 
 
 def walk_tar(stream: BinaryIO, length: int | None) -> Iterator[Member]:
-    """The members of the tar that a stream holds, which is only ever moved forwards.
+    """The members of a tar, and of tars that were joined to it. Raises DamagedTar where a header is wrong or the end is
+    missing.
 
-    length: bytes of the stream, if known. Raises DamagedTar where a header is wrong or the end is missing.
+    Args:
+        stream: The tar. It is only ever moved forwards.
+        length: Bytes of the stream, if known.
     """
     length = MAXIMUM_BYTES if length is None else length
     offset, extension, begin, edges = 0, Extension(), 0, b""
@@ -126,7 +134,11 @@ def check_joined(block: bytes, offset: int) -> None:
 def check_end(begin: int, zeros: int, end: int, edges: bytes) -> None:
     """Raises DamagedTar where a file, which was made in its whole size before it was filled, is not filled to its end.
 
-    begin: offset of the last of the tars that were joined. zeros, end: of the zeros behind it. edges: of its last file.
+    Args:
+        begin: Offset of the last of the tars that were joined, bytes.
+        zeros: Where the zeros behind it begin.
+        end: Where they end.
+        edges: First and last bytes of its last file.
     """
     is_cut = edges.startswith(IMAGE_BEGINNINGS) and edges.endswith(bytes(64))  # none of these images ends so
     fills_record = any((end - begin) % size == 0 and end - zeros < size + 2 * BLOCK for size in RECORDS)

@@ -39,9 +39,10 @@ MEDIUM_BOUNDS = 2  # <|vision_start|>, <|vision_end|>
 class Lengths:
     """Tokens of each sample.
 
-    visual: preset -> int64 [N], of all its media. text: int64 [N], everything else.
-    is_counted: by a tokenizer, not estimated. refused: bool [N], training leaves the sample out for its aspect ratio;
-    its `visual` are 0.
+    visual: Preset -> int64 [N]. Of all its media.
+    text: int64 [N]. Everything else.
+    is_counted: Whether a tokenizer counted the text; otherwise it is estimated.
+    refused: bool [N]. Training leaves the sample out for its aspect ratio; its `visual` are 0.
     """
 
     visual: dict[str, np.ndarray]
@@ -90,10 +91,17 @@ def sampled_frames(
 def target_sizes(
     height: np.ndarray, width: np.ndarray, factor: int, min_pixels: int, max_pixels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`dct_tokenizer.target_size` of columns: heights and widths in px, 0 where it refuses.
+    """`image_sizes_dct.target_size` over arrays, for millions of media. A test holds the two equal.
 
-    Written a second time, for that module imports torch: seconds, and more memory than all of data preparation. A test
-    holds the two equal.
+    Args:
+        height: int [M]. Pixels.
+        width: int [M]. Pixels.
+        factor: Both sides become multiples of it, pixels.
+        min_pixels: Of an image or frame.
+        max_pixels: int [M]. Of an image or frame.
+
+    Returns:
+        Heights and widths, int64 [M] each; 0 where `target_size` refuses.
     """
     sizes = np.stack([height, width]).astype(np.int64)
     changing = np.arange(sizes.shape[1])
