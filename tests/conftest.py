@@ -30,7 +30,10 @@ TEXTS = [
 
 
 # Files that take minutes; begun first, they do not leave one of two processes idle at the end.
-LONGEST = ("test_finetune.py", "test_megatron_training.py", "test_megatron_model.py", "test_data_preparation.py")
+LONGEST = (
+    *("test_finetune.py", "test_megatron_training.py", "test_starts_and_ends.py", "test_sharding.py"),
+    *("test_megatron_model.py", "test_data_preparation.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list) -> None:

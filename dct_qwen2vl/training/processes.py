@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator, MutableMapping
+import threading
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 
 from dct_qwen2vl.common.scripts import UserError
@@ -27,6 +28,20 @@ def forget_what_torchrun_has_not_set(environment: MutableMapping[str, str]) -> N
             environment.pop(name, None)
 
 
+def without_lost_ends(show: Callable) -> Callable:
+    """An excepthook that is silent on a thread that has lost its other end; else it is `show`.
+
+    Ctrl-C reaches the loader processes as well. They may have ended before this process comes to its signal handler.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, trace: object) -> None:
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main or not issubclass(kind, EOFError | ConnectionError):
+            show(kind, error, trace)
+
+    return hook
+
+
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
     """Inside the block the first Ctrl-C raises Interrupted in this process, and no later one does: torchrun passes on
@@ -41,6 +56,7 @@ def interruptible() -> Iterator[list[int]]:
             sys.excepthook = lambda *error: None  # threads that lose their other end
             raise Interrupted
 
+    sys.excepthook = without_lost_ends(sys.excepthook)
     before = signal.signal(signal.SIGINT, stop)
     try:
         yield seen

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -152,6 +153,17 @@ def test_a_process_that_was_killed_is_told(variables, tmp_path):
     assert code == 128 + signal.SIGKILL
     assert f"was ended by SIGKILL (is the machine's memory full?); {GOES_ON}" in lines[-1]
     assert not any("Traceback" in line for line in lines)
+
+
+def test_a_thread_that_has_lost_its_other_end_is_silent():
+    shown: list[type] = []
+    hook = processes.without_lost_ends(lambda kind, error, trace: shown.append(kind))
+    for kind in (EOFError, ConnectionResetError, ValueError):
+        thread = threading.Thread(target=hook, args=(kind, kind(), None))
+        thread.start()
+        thread.join()
+    hook(EOFError, EOFError(), None)
+    assert shown == [ValueError, EOFError]
 
 
 def test_an_end_that_others_have_made_is_told_in_one_line():
