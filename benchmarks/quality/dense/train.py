@@ -148,7 +148,7 @@ class Run:
             self.model.parameters(), rate, betas=BETAS, weight_decay=DECAY, fused=on_gpu, capturable=on_gpu
         )
         self.done, self.graph, self.stream = 0, None, torch.cuda.Stream() if on_gpu else None
-        self.images = self.labels = self.loss = torch.empty(0)
+        self.numbers = self.labels = self.loss = torch.empty(0)
 
     def make_inputs(self, weights: dict[str, torch.Tensor], generator: torch.Generator) -> Inputs:
         """Measures the level and, if wanted, the scales on crops of training pages."""
@@ -168,9 +168,8 @@ class Run:
             return self.settings.rate * (step + 1) / warm
         return self.settings.rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.settings.steps - warm)))
 
-    def scores(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, S, S] -> [B, r, c, classes]"""
-        numbers = self.inputs(images)
+    def scores(self, numbers: torch.Tensor) -> torch.Tensor:
+        """[B, N, K] -> [B, r, c, classes]"""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             return self.model(numbers).float()
 
@@ -209,15 +208,16 @@ class Run:
         count = settings.batch // len(pages.dpi)
         crops = [pages.draw(dpi, count, settings.side, self.generator) for dpi in pages.dpi]
         images, labels = (torch.cat(parts) for parts in zip(*((some.images, some.labels) for some in crops)))
+        numbers = self.inputs(images)
         if not self.done:
-            self.images, self.labels = images, labels
-        self.images.copy_(images)
+            self.numbers, self.labels = numbers, labels
+        self.numbers.copy_(numbers)
         self.labels.copy_(labels)
 
     def update(self) -> None:
         """From the crops to the weights."""
         self.optimizer.zero_grad(set_to_none=True)
-        scores = self.scores(self.images).flatten(0, 2)
+        scores = self.scores(self.numbers).flatten(0, 2)
         self.loss = nn.functional.cross_entropy(scores, self.labels.flatten(), ignore_index=SHARED)
         self.loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
@@ -241,7 +241,7 @@ class Run:
                 count = min(TEST_BATCH, self.settings.test - start)
                 crops = self.test_pages.draw(dpi, count, self.settings.side, generator)
                 counted = crops.labels > 0
-                correct = counted & (self.scores(crops.images).argmax(dim=-1) == crops.labels)
+                correct = counted & (self.scores(self.inputs(crops.images)).argmax(dim=-1) == crops.labels)
                 right.index_add_(0, crops.page.cpu(), correct.sum(dim=(1, 2)).cpu())
                 asked.index_add_(0, crops.page.cpu(), counted.sum(dim=(1, 2)).cpu())
             counts[str(dpi)] = {"right": right.tolist(), "characters": asked.tolist()}
