@@ -11,8 +11,13 @@ INTERVAL = (2.5, 97.5)  # percentiles
 
 
 def compared(text: str) -> str:
-    """The characters of a text that count: compatible forms made one, quotes and dashes made plain, no white space."""
-    return "".join(unicodedata.normalize("NFKC", text).translate(ALIKE).split())
+    """The characters of a text that count: `plain` ones but white space."""
+    return "".join(plain(text).split())
+
+
+def plain(text: str) -> str:
+    """Compatible forms of a character made one, quotes and dashes made plain."""
+    return unicodedata.normalize("NFKC", text).translate(ALIKE)
 
 
 def edit_distance(read: str, true: str) -> int:

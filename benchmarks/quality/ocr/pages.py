@@ -145,6 +145,12 @@ def lines_of(document: Any, number: int) -> list[PageLine]:
 
 def all_lines(text: Any, page_height: float) -> Iterator[PageLine]:
     """Every line of a text layer, boxes from the top of the page on."""
+    for characters, boxes in lines_of_characters(text):
+        yield page_line(characters, boxes, page_height)
+
+
+def lines_of_characters(text: Any) -> Iterator[tuple[list[str], list[Box]]]:
+    """Characters of each line of a text layer, and their boxes as pdfium gives them."""
     import pypdfium2.raw as raw
 
     characters: list[str] = []
@@ -155,10 +161,10 @@ def all_lines(text: Any, page_height: float) -> Iterator[PageLine]:
             characters.append(character)
             boxes.append(text.get_charbox(index, loose=character != " "))
         elif characters:
-            yield page_line(characters, boxes, page_height)
+            yield characters, boxes
             characters, boxes = [], []
     if characters:
-        yield page_line(characters, boxes, page_height)
+        yield characters, boxes
 
 
 def page_line(characters: list[str], boxes: list[Box], page_height: float) -> PageLine:
