@@ -34,21 +34,35 @@ INITIALIZER_RANGE = 0.1  # about 1 / sqrt(width); with the 0.02 of large models 
 
 def train_tokenizer(texts: Iterable[str]):
     """A byte-level BPE of VOCABULARY_SIZE tokens and Qwen2-VL's special tokens, as a `Qwen2TokenizerFast`."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import Qwen2TokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(PRE_TOKENIZER_PATTERN), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
+    split_as_qwen2(tokenizer)
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE - len(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return qwen2_tokenizer(tokenizer)
+
+
+def split_as_qwen2(tokenizer) -> None:
+    """Normalises and splits text as Qwen2's tokenizer does before its byte-level BPE."""
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PRE_TOKENIZER_PATTERN), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+
+
+def qwen2_tokenizer(tokenizer, model_max_length: int = 32768):
+    """A `Qwen2TokenizerFast` of this BPE, with Qwen2-VL's special tokens and chat template."""
+    from tokenizers import AddedToken
+    from transformers import Qwen2TokenizerFast
+
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return Qwen2TokenizerFast(
         tokenizer_object=tokenizer,
@@ -58,19 +72,31 @@ def train_tokenizer(texts: Iterable[str]):
         pad_token="<|endoftext|>",
         additional_special_tokens=list(SPECIAL_TOKENS[1:]),
         chat_template=CHAT_TEMPLATE,
-        model_max_length=32768,
+        model_max_length=model_max_length,
         padding_side="left",
         add_bos_token=False,
         clean_up_tokenization_spaces=False,
     )
 
 
+def token_ids(tokenizer) -> dict[str, int]:
+    """The fields of `Qwen2VLConfig` that name a token."""
+    named = {
+        "bos_token_id": "<|endoftext|>",
+        "eos_token_id": "<|im_end|>",
+        "pad_token_id": "<|endoftext|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+        "vision_token_id": "<|vision_pad|>",
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+    }
+    return {field: tokenizer.convert_tokens_to_ids(token) for field, token in named.items()}
+
+
 def build_config(tokenizer):
     """The tiny `Qwen2VLConfig`: every size small, every id that of `tokenizer`."""
     from transformers import Qwen2VLConfig
-
-    def token_id(token: str) -> int:
-        return tokenizer.convert_tokens_to_ids(token)
 
     return Qwen2VLConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
@@ -85,14 +111,7 @@ def build_config(tokenizer):
         rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6]},  # sums to half of head_dim 32; t : h : w as in 2B
         tie_word_embeddings=True,
         use_sliding_window=False,
-        bos_token_id=token_id("<|endoftext|>"),
-        eos_token_id=token_id("<|im_end|>"),
-        pad_token_id=token_id("<|endoftext|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-        vision_token_id=token_id("<|vision_pad|>"),
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
+        **token_ids(tokenizer),
         vision_config={
             "depth": 2,
             "embed_dim": 128,
@@ -117,21 +136,28 @@ def write_checkpoint(texts: Iterable[str], folder: Path, seed: int) -> int:
     seed: of the weights.
     """
     import torch
-    from transformers import GenerationConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor, Qwen2VLProcessor
+    from transformers import Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
 
     tokenizer = train_tokenizer(texts)
     config = build_config(tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2VLForConditionalGeneration(config)
+    save(model, tokenizer, Qwen2VLImageProcessor(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS), folder)
+    return model.num_parameters()
+
+
+def save(model, tokenizer, image_processor, folder: Path) -> None:
+    """Writes a Hugging Face directory that answers greedily."""
+    from transformers import GenerationConfig, Qwen2VLProcessor
+
+    config = model.config
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
         pad_token_id=config.pad_token_id,
         eos_token_id=[config.eos_token_id, config.pad_token_id],
         do_sample=False,
     )
-    image_processor = Qwen2VLImageProcessor(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
     model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes 0600
     Qwen2VLProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
-    return model.num_parameters()

@@ -4,6 +4,7 @@ import os
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dct_qwen2vl.checkpoints.inspection import (
     FORMAT_DEFAULTS,
@@ -21,6 +22,8 @@ from dct_qwen2vl.data.energon_files import count_samples, read_splits
 from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig
 from dct_qwen2vl.training.disk_space import check_space
 from dct_qwen2vl.training.run_file import check_run_folder
+
+TOWER_ACTIVATIONS = ("quick_gelu", "gelu")  # of the vision tower, in the megatron engine
 
 
 def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
@@ -186,7 +189,20 @@ def unknown_to_megatron(model_dir: Path) -> str | None:
     config = read_file(model_dir / "config.json")
     if isinstance(config, dict) and config.get("model_type") == "qwen2_5_vl":
         return "--engine megatron has no Qwen2.5-VL, since NeMo 2.4 has none: use --engine automodel"
+    for named, default, known in activations_of(config) if isinstance(config, dict) else ():
+        if (named or default) not in known:
+            return (
+                f"--engine megatron has {' and '.join(known)}, not the hidden_act {str(named):.40} of "
+                f"{model_dir}: use --engine automodel"
+            )
     return None
+
+
+def activations_of(config: dict[str, Any]) -> list[tuple[Any, str, tuple[str, ...]]]:
+    """(hidden_act, what it is where it is not given, those that the megatron engine has) of tower and language model."""
+    tower = config.get("vision_config")
+    vision = tower.get("hidden_act") if isinstance(tower, dict) else None
+    return [(vision, "quick_gelu", TOWER_ACTIVATIONS), (config.get("hidden_act"), "silu", ("silu",))]
 
 
 def megatron_refusal() -> str | None:

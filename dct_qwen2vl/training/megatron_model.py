@@ -42,12 +42,21 @@ def biased_quick_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return y * torch.sigmoid(1.702 * y)
 
 
+@jit_fuser
+def biased_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The exact GELU of x + bias, of towers whose `hidden_act` is "gelu", as one kernel."""
+    return torch.nn.functional.gelu(x + bias)
+
+
+BIASED_ACTIVATIONS = {"quick_gelu": biased_quick_gelu, "gelu": biased_gelu}  # those of `checks.TOWER_ACTIVATIONS`
+
+
 class VisionMLP(MLP):
     """Megatron-core's MLP with bias and activation of the vision tower in one kernel."""
 
     def forward(self, hidden_states: torch.Tensor, per_token_scale: None = None):
         hidden, bias = self.linear_fc1(hidden_states)
-        return self.linear_fc2(biased_quick_gelu(hidden, bias))
+        return self.linear_fc2(BIASED_ACTIVATIONS[self.config.hidden_act](hidden, bias))
 
 
 class PackedCoreAttention(torch.nn.Module):
@@ -171,9 +180,10 @@ class PackedVisionModel(Qwen2VisionModel):
 
 @dataclass
 class PackedVisionConfig(Qwen2VLVisionConfig):
-    """token_width: floats of a vision token, K."""
+    """token_width: floats of a vision token, K. hidden_act: as transformers names it."""
 
     token_width: int = 1176
+    hidden_act: str = "quick_gelu"
 
     def configure_model(self) -> PackedVisionModel:
         return PackedVisionModel(self, self.transformer_layer_spec)
@@ -338,6 +348,7 @@ def _vision_config(vision, spec: ModuleSpec, numbers: dict[str, Any]) -> PackedV
         kv_channels=vision.embed_dim // vision.num_heads,
         ffn_hidden_size=int(vision.embed_dim * vision.mlp_ratio),
         spatial_merge_size=vision.spatial_merge_size,
+        hidden_act=vision.hidden_act,
         transformer_layer_spec=spec,
         **numbers,
     )

@@ -5,6 +5,7 @@ the layers are Megatron-core's plain ones and attention is torch's.
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -198,6 +199,28 @@ def test_logits_and_losses_are_those_of_transformers(name, sequence, directory, 
         found = model(batch)
     assert found.shape == losses.shape
     assert_as_near_as_transformers(found, losses, rounded[1], "losses")
+
+
+def test_a_tower_keeps_its_own_activation(directory, entries, tmp_path):
+    """The exact GELU, as in towers that started from DINOv2. It moves these logits far more than rounding does."""
+    from dct_qwen2vl.training.checks import TOWER_ACTIVATIONS
+    from dct_qwen2vl.training.megatron_model import BIASED_ACTIVATIONS
+
+    assert set(BIASED_ACTIVATIONS) == set(TOWER_ACTIVATIONS)
+    folder = tmp_path / "gelu"
+    shutil.copytree(directory("x4"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["hidden_act"] = "gelu"
+    (folder / "config.json").write_text(json.dumps(config))
+    encoder = packing_encoder(folder, "x4")
+    samples = encode(encoder, entries, ("image",))
+    with torch.no_grad():
+        logits, _, _ = reference(folder, "x4", samples, torch.float32)
+        rounded, _, _ = reference(folder, "x4", samples, DTYPE)
+        quick, _, _ = reference(directory("x4"), "x4", samples, torch.float32)
+        found = build(folder).eval()(encoder.make_sequence(samples).to(DEVICE), return_logits=True)
+    assert distance(quick, logits) > (1e-4 if not GPU else 1e-3)
+    assert_as_near_as_transformers(found, logits, rounded, "logits")
 
 
 def test_skipped_cells_give_the_logits_of_transformers_over_kept_cells(directory, natural_frames, video_file, entries):
