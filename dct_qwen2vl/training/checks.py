@@ -192,14 +192,14 @@ def unknown_to_megatron(model_dir: Path) -> str | None:
     for named, default, known in activations_of(config) if isinstance(config, dict) else ():
         if (named or default) not in known:
             return (
-                f"--engine megatron has {' and '.join(known)}, not the hidden_act {str(named):.40} of "
+                f"--engine megatron has {' and '.join(known)}, not the hidden_act {named!s:.40} of "
                 f"{model_dir}: use --engine automodel"
             )
     return None
 
 
 def activations_of(config: dict[str, Any]) -> list[tuple[Any, str, tuple[str, ...]]]:
-    """(hidden_act, what it is where it is not given, those that the megatron engine has) of tower and language model."""
+    """(hidden_act, its default, those that the megatron engine has) of tower and language model."""
     tower = config.get("vision_config")
     vision = tower.get("hidden_act") if isinstance(tower, dict) else None
     return [(vision, "quick_gelu", TOWER_ACTIVATIONS), (config.get("hidden_act"), "silu", ("silu",))]

@@ -9,6 +9,7 @@ A crop shows whole words only. What its edges would cut through becomes paper, s
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -97,9 +98,7 @@ def following(page: PrintedPage, start: int, count: int, shape: Shape) -> list[P
     return lines
 
 
-def shown_words(
-    lines: list[PrintedLine], room: float, whole: bool, rng: np.random.Generator
-) -> list[tuple[Word, ...]]:
+def shown_words(lines: list[PrintedLine], room: float, whole: bool, rng: np.random.Generator) -> list[tuple[Word, ...]]:
     """The words of each line between two edges `room` points apart. whole: begin where the lines begin; else at
     random."""
     if not lines:
@@ -162,7 +161,7 @@ def ask(crop: Crop, kind: str, rng: np.random.Generator) -> Question | None:
 def neighbours(crop: Crop) -> list[tuple[str, str]]:
     """(word, next word) of a line, letters only. The first of the two stands in the crop once."""
     everything = [word for words in crop.lines for word in words]
-    pairs = [pair for words in crop.lines for pair in zip(words, words[1:])]
+    pairs = [pair for words in crop.lines for pair in pairwise(words)]
     return [pair for pair in pairs if all(map(is_word, pair)) and everything.count(pair[0]) == 1]
 
 

@@ -118,7 +118,7 @@ def make_jobs(arguments: argparse.Namespace, split: str, wanted: int) -> list[Jo
     files = [path for path in paths if (path.stem in TEST) == (split == "test")]
     if not files:
         raise UserError(
-            f"no manuals to {split} in {arguments.manuals}: apt-get install r-doc-pdf, or name its folder with --manuals"
+            f"no manuals to {split} in {arguments.manuals}: apt-get install r-doc-pdf, or name a folder by --manuals"
         )
     parts = [(path, part) for path in files for part in in_parts(list(chosen(path, arguments.limit)))]
     pages = sum(len(part) for _, part in parts)

@@ -1,0 +1,196 @@
+"""What variants read of real pages: characters wrong by resolution, and questions answered.
+
+    python -m benchmarks.quality.manuals.score pixels=work/pixels/evaluation half=work/half/evaluation \
+        x4=work/x4/evaluation --output work/scores.json
+
+Each folder is what evaluate_qwen2vl.py wrote on the test set of make_samples.py. Characters are compared without white
+space, and quotes and dashes alike (ocr/errors.py). Intervals are of 95 %, over pages. The last line compares the last
+variant with the one before it, on the same pages.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality.ocr.errors import INTERVAL, RESAMPLES, bootstrap, compared, edit_distance, error_rate
+from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.common.scripts import UserError, run_main
+
+TRANSCRIBE = "transcribe"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Transcriptions of one resolution by page. pages: names, sorted. wrong, characters: int [pages]."""
+
+    pages: tuple[str, ...]
+    wrong: np.ndarray
+    characters: np.ndarray
+
+
+def read_answers(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "predictions.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"no {path}: python evaluate_qwen2vl.py ... --output-dir {folder}") from error
+    return [json.loads(line) for line in lines]
+
+
+def kind_and_dpi(answer: dict[str, Any]) -> tuple[str, int]:
+    """ "next word, 75 dpi" -> ("next word", 75)."""
+    kind, _, dpi = answer["question_type"].rpartition(", ")
+    return kind, int(dpi.removesuffix(" dpi"))
+
+
+def page_of(key: str) -> str:
+    """The manual and the page of a crop, from its key: R-FAQ_0002-100dpi-000 -> R-FAQ_0002."""
+    return key.rsplit("-", 2)[0]
+
+
+def readings(answers: list[dict[str, Any]], name: str = "prediction") -> dict[int, Reading]:
+    """By resolution. name: under which the answers stand."""
+    found: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+    for answer in answers:
+        kind, dpi = kind_and_dpi(answer)
+        if kind == TRANSCRIBE:
+            true = compared(answer["answer"])
+            counts = found[dpi][page_of(answer["key"])]
+            counts[0] += edit_distance(compared(answer[name]), true)
+            counts[1] += len(true)
+    return {dpi: reading_of(pages) for dpi, pages in sorted(found.items())}
+
+
+def reading_of(pages: dict[str, list[int]]) -> Reading:
+    names = tuple(sorted(pages))
+    wrong, characters = (np.array([pages[name][place] for name in names]) for place in (0, 1))
+    return Reading(names, wrong, characters)
+
+
+def questions(answers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Kind -> exact answers, blind ones, questions."""
+    found: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
+    for answer in answers:
+        kind, _ = kind_and_dpi(answer)
+        if kind != TRANSCRIBE:
+            found[kind].append((answer["correct"], is_same(answer["blind_prediction"], answer["answer"])))
+    return {
+        kind: {"exact": mean(seen for seen, _ in pairs), "blind": mean(b for _, b in pairs), "questions": len(pairs)}
+        for kind, pairs in sorted(found.items())
+    }
+
+
+def is_same(prediction: str, answer: str) -> bool:
+    from dct_qwen2vl.evaluation.scoring import same_answer
+
+    return same_answer(prediction, answer)
+
+
+def mean(values: Any) -> float:
+    return float(np.mean(list(values)))
+
+
+def score(folder: Path) -> dict[str, Any]:
+    """Of one variant."""
+    answers = read_answers(folder)
+    seen, blind = readings(answers), readings(answers, "blind_prediction")
+    return {
+        "characters_wrong": {
+            dpi: {
+                "rate": error_rate(reading.wrong, reading.characters),
+                "interval": bootstrap(reading.wrong, reading.characters),
+                "blind": error_rate(blind[dpi].wrong, blind[dpi].characters),
+                "pages": len(reading.pages),
+                "characters": int(reading.characters.sum()),
+            }
+            for dpi, reading in seen.items()
+        },
+        "questions": questions(answers),
+    }
+
+
+def difference(one: Reading, other: Reading, seed: int = 0) -> tuple[float, float, float]:
+    """How many fewer characters `other` has wrong than `one`, and the interval, over the same pages drawn again."""
+    if one.pages != other.pages:
+        raise UserError("the variants have answered questions on other pages: give both the same test set")
+    fewer = one.wrong - other.wrong
+    pages = np.random.default_rng(seed).integers(len(fewer), size=(RESAMPLES, len(fewer)))
+    low, high = np.percentile(fewer[pages].sum(axis=1) / one.characters[pages].sum(axis=1), INTERVAL)
+    return float(fewer.sum() / one.characters.sum()), float(low), float(high)
+
+
+def compare(one: Path, other: Path) -> dict[int, tuple[float, float, float]]:
+    """By resolution."""
+    a, b = readings(read_answers(one)), readings(read_answers(other))
+    return {dpi: difference(a[dpi], b[dpi]) for dpi in a}
+
+
+def table(scores: dict[str, dict[str, Any]]) -> list[str]:
+    """Markdown: a row for each resolution, then one for each kind of question."""
+    names = list(scores)
+    lines = [f"| {' | '.join(['', *names])} |", f"| {' | '.join(['---'] * (len(names) + 1))} |"]
+    for dpi in scores[names[0]]["characters_wrong"]:
+        cells = [characters_cell(scores[name]["characters_wrong"][dpi]) for name in names]
+        lines.append(f"| characters wrong, {dpi} dpi | {' | '.join(cells)} |")
+    for kind in scores[names[0]]["questions"]:
+        cells = [question_cell(scores[name]["questions"][kind]) for name in names]
+        lines.append(f"| {kind}, exact | {' | '.join(cells)} |")
+    return lines
+
+
+def characters_cell(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['rate']:.1%} ({low:.1%} to {high:.1%}; blind {found['blind']:.0%})"
+
+
+def question_cell(found: dict[str, Any]) -> str:
+    return f"{found['exact']:.1%} (blind {found['blind']:.1%}; {found['questions']} questions)"
+
+
+def named_folder(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not equals or not name or not folder:
+        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER, got {text}")
+    return name, Path(folder)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    summary, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("variants", type=named_folder, nargs="+", metavar="NAME=FOLDER", help="what evaluate_qwen2vl.py wrote")
+    add("--output", type=Path, metavar="FILE", help="JSON file to write")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def score_and_say(arguments: argparse.Namespace) -> int:
+    variants = dict(arguments.variants)
+    scores = {name: score(folder) for name, folder in variants.items()}
+    print("\n".join(table(scores)))
+    found: dict[str, Any] = {"variants": scores}
+    if len(variants) > 1:
+        (one, first), (other, last) = list(variants.items())[-2:]
+        found[f"{other} against {one}"] = fewer = compare(first, last)
+        for dpi, (value, low, high) in fewer.items():
+            print(f"{dpi} dpi: {other} has {value:+.1%} fewer characters wrong than {one} ({low:+.1%} to {high:+.1%})")
+    if arguments.output:
+        write_json(arguments.output, found)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    return run_main("score.py", lambda: score_and_say(arguments), arguments.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
