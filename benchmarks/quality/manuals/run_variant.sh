@@ -65,7 +65,8 @@ if [ ! -f "$run/evaluation/accuracy.json" ]; then
   "$PYTHON" evaluate_qwen2vl.py --model-dir "$run/hf" "${asked[@]}" --batch-size "$EVALUATION_BATCH" \
     --output-dir "$run/evaluation"
 fi
-"$PYTHON" -m benchmarks.quality.manuals.score "$variant=$run/evaluation" --output "$run/scores.json"
+"$PYTHON" -m benchmarks.quality.manuals.score "$variant=$run/evaluation" \
+  --data-dir "$WORK_DIR/shards/test" --output "$run/scores.json"
 
 say "stock form"
 "$PYTHON" evaluate_qwen2vl.py --compare "$run/hf_dct" "$run/hf" "${asked[@]}" --limit "$COMPARED" \

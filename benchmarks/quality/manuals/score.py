@@ -1,9 +1,9 @@
 """What variants read of real pages: characters wrong by resolution, and questions answered.
 
-    python -m benchmarks.quality.manuals.score pixels=work/pixels/evaluation half=work/half/evaluation \
-        x4=work/x4/evaluation --output work/scores.json
+    python -m benchmarks.quality.manuals.score pixels=work/runs/pixels/evaluation half=work/runs/half/evaluation \
+        x4=work/runs/x4/evaluation --data-dir work/shards/test --output work/scores.json
 
-Each folder is what evaluate_qwen2vl.py wrote on the test set of make_samples.py. Characters are compared without white
+Each folder is what evaluate_qwen2vl.py wrote on the test set of make_samples.py, all of it one split. Characters are compared without white
 space, and quotes and dashes alike (ocr/errors.py). Intervals are of 95 %, over pages. The last line compares the last
 variant with the one before it, on the same pages.
 """
@@ -49,19 +49,26 @@ def kind_and_dpi(answer: dict[str, Any]) -> tuple[str, int]:
     return kind, int(dpi.removesuffix(" dpi"))
 
 
-def page_of(key: str) -> str:
-    """The manual and the page of a crop, from its key: R-FAQ_0002-100dpi-000 -> R-FAQ_0002."""
-    return key.rsplit("-", 2)[0]
+def read_pages(data_dir: Path) -> dict[str, str]:
+    """Key of each sample of the test set -> manual and page that its crop is from."""
+    from dct_qwen2vl.data.samples import parse_entry, read_samples
+
+    return {sample.__key__: page_of(parse_entry(sample.entry)["image"]) for sample in read_samples(data_dir, "train")}
 
 
-def readings(answers: list[dict[str, Any]], name: str = "prediction") -> dict[int, Reading]:
-    """By resolution. name: under which the answers stand."""
+def page_of(image: str) -> str:
+    """R-FAQ/0002-100dpi-000.png -> R-FAQ/0002"""
+    return image.rsplit("-", 2)[0]
+
+
+def readings(answers: list[dict[str, Any]], pages: dict[str, str], name: str = "prediction") -> dict[int, Reading]:
+    """By resolution. pages: of each sample. name: under which the answers stand."""
     found: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
     for answer in answers:
         kind, dpi = kind_and_dpi(answer)
         if kind == TRANSCRIBE:
             true = compared(answer["answer"])
-            counts = found[dpi][page_of(answer["key"])]
+            counts = found[dpi][pages[answer["key"]]]
             counts[0] += edit_distance(compared(answer[name]), true)
             counts[1] += len(true)
     return {dpi: reading_of(pages) for dpi, pages in sorted(found.items())}
@@ -96,10 +103,9 @@ def mean(values: Any) -> float:
     return float(np.mean(list(values)))
 
 
-def score(folder: Path) -> dict[str, Any]:
-    """Of one variant."""
-    answers = read_answers(folder)
-    seen, blind = readings(answers), readings(answers, "blind_prediction")
+def score(answers: list[dict[str, Any]], pages: dict[str, str]) -> dict[str, Any]:
+    """Of one variant. pages: of each sample."""
+    seen, blind = readings(answers, pages), readings(answers, pages, "blind_prediction")
     return {
         "characters_wrong": {
             dpi: {
@@ -125,10 +131,9 @@ def difference(one: Reading, other: Reading, seed: int = 0) -> tuple[float, floa
     return float(fewer.sum() / one.characters.sum()), float(low), float(high)
 
 
-def compare(one: Path, other: Path) -> dict[int, tuple[float, float, float]]:
+def compare(one: dict[int, Reading], other: dict[int, Reading]) -> dict[int, tuple[float, float, float]]:
     """By resolution."""
-    a, b = readings(read_answers(one)), readings(read_answers(other))
-    return {dpi: difference(a[dpi], b[dpi]) for dpi in a}
+    return {dpi: difference(one[dpi], other[dpi]) for dpi in one}
 
 
 def table(scores: dict[str, dict[str, Any]]) -> list[str]:
@@ -167,19 +172,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("variants", type=named_folder, nargs="+", metavar="NAME=FOLDER", help="what evaluate_qwen2vl.py wrote")
+    add("--data-dir", type=Path, required=True, metavar="DIR", help="the prepared test set")
     add("--output", type=Path, metavar="FILE", help="JSON file to write")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
 def score_and_say(arguments: argparse.Namespace) -> int:
-    variants = dict(arguments.variants)
-    scores = {name: score(folder) for name, folder in variants.items()}
+    answers = {name: read_answers(folder) for name, folder in arguments.variants}
+    pages = read_pages(arguments.data_dir)
+    scores = {name: score(given, pages) for name, given in answers.items()}
     print("\n".join(table(scores)))
     found: dict[str, Any] = {"variants": scores}
-    if len(variants) > 1:
-        (one, first), (other, last) = list(variants.items())[-2:]
-        found[f"{other} against {one}"] = fewer = compare(first, last)
+    if len(answers) > 1:
+        one, other = list(answers)[-2:]
+        found[f"{other} against {one}"] = fewer = compare(*(readings(answers[name], pages) for name in (one, other)))
         for dpi, (value, low, high) in fewer.items():
             print(f"{dpi} dpi: {other} has {value:+.1%} fewer characters wrong than {one} ({low:+.1%} to {high:+.1%})")
     if arguments.output:

@@ -40,7 +40,8 @@ def read_images(data_dir: Path, keys: set[str]) -> dict[str, Any]:
     for shard in sorted(data_dir.glob("*.tar")):
         with tarfile.open(shard) as archive:
             for member in archive:
-                key, _, kind = member.name.partition(".")
+                name, _, kind = member.name.partition(".")
+                key = f"{shard.name}/{name}"  # as Energon names a sample
                 if key in keys and kind != "json":
                     found[key] = Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGB")
     return found
