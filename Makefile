@@ -10,7 +10,7 @@ TEST_PROCESSES ?= 2
 COMPAT_VERSIONS ?=
 
 VENV := .venv
-SHELL_FILES := $(wildcard *.sh */*.sh) .ci/run
+SHELL_FILES := $(wildcard *.sh */*.sh benchmarks/quality/manuals/*.sh) .ci/run
 # The tools of the environment first; setup_env.sh keeps the caller's PATH.
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 # Nothing is downloaded after the set-up, and no result is sent anywhere.

@@ -383,6 +383,7 @@ def write_raw(folder: Path, split: str, count: int) -> None:
 
 
 @pytest.mark.launch
+@pytest.mark.timeout(800)  # eight processes, two of which import NeMo
 def test_a_variant_goes_the_whole_way(tmp_path, qwen2vl_directory):
     """Two steps on a drawn page. All answers of stock transformers are those of the trained form."""
     write_raw(tmp_path / "raw", "train", 24)

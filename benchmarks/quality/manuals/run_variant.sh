@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# The whole way for one variant: shards, conversion, training, evaluation on manuals never seen, the stock form's answers.
+# The whole way for one variant: shards, conversion, training, evaluation on other manuals, answers of the stock form.
 #
 #   MODEL_DIR=models/manuals RAW_DIR=raw bash benchmarks/quality/manuals/run_variant.sh pixels|half|x4
 #
 # pixels: all tokens. half: max_pixels is a quarter of a crop's pixels. x4: DCT tokens, as many as half has.
 # MODEL_DIR is a pixel Qwen2-VL, RAW_DIR has train/ and test/ as make_samples.py writes them. Everything is written to
 # WORK_DIR; what is there already is not made again, so that variants share shards and a stopped run goes on.
-# Steps, samples of a step and their order are the same for all variants. Other settings of qwen_launch.sh are taken from
-# the environment, further arguments go to finetune_qwen2vl.py: --engine automodel where there is no GPU.
+# Steps, samples of a step and their order are the same for all variants. Other settings of qwen_launch.sh come from the
+# environment, further arguments go to finetune_qwen2vl.py: --engine automodel where there is no GPU.
+# STAGES chooses some of prepare, train, answer: prepared one after the other, variants can train side by side on a GPU.
 set -euo pipefail
 
 variant=${1:?usage: run_variant.sh pixels|half|x4 [arguments of finetune_qwen2vl.py]}
@@ -18,18 +19,19 @@ RAW_DIR=$(realpath "${RAW_DIR:?the folder that make_samples.py wrote}")
 WORK_DIR=$(realpath -m "${WORK_DIR:-work}")
 CROP_PIXELS=${CROP_PIXELS:-$((56 * 336))}  # height times width of a crop, of make_samples.py
 NEW_TOKENS=${NEW_TOKENS:-128}              # of the longest answer
-EVALUATION_BATCH=${EVALUATION_BATCH:-128}  # questions answered at a time
-COMPARED=${COMPARED:-32}                   # questions that the stock form is asked
+EVALUATION_BATCH=${EVALUATION_BATCH:-256}  # questions answered at a time
+COMPARED=${COMPARED:-16}                   # questions that the stock form is asked
+STAGES=${STAGES:-prepare train answer}
 export NUM_PROC_PER_NODE=${NUM_PROC_PER_NODE:-1} NUM_WORKERS=${NUM_WORKERS:-8}
-export MBS=${MBS:-128} SEQ_LENGTH=${SEQ_LENGTH:-1024} MAX_STEPS=${MAX_STEPS:-1200} LR=${LR:-5e-4} MIN_LR=${MIN_LR:-1e-5}
+export MBS=${MBS:-128} SEQ_LENGTH=${SEQ_LENGTH:-1024} MAX_STEPS=${MAX_STEPS:-2000} LR=${LR:-5e-4} MIN_LR=${MIN_LR:-1e-5}
 export GBS=${GBS:-$MBS} WARMUP_STEPS=${WARMUP_STEPS:-100}
-export VAL_INTERVAL=${VAL_INTERVAL:-400} SAVE_INTERVAL=${SAVE_INTERVAL:-100000}
+export VAL_INTERVAL=${VAL_INTERVAL:-500} SAVE_INTERVAL=${SAVE_INTERVAL:-500}
 
 cd "$here"
 if [ -z "${PYTHON:-}" ]; then
   if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python; fi
 fi
-export PYTHON PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"  # energon stands beside python
+export PYTHON
 
 case $variant in
   pixels) format=exact pixels=$CROP_PIXELS ;;
@@ -38,40 +40,53 @@ case $variant in
   *) echo "run_variant.sh: the variant is pixels, half or x4, not $variant" >&2; exit 2 ;;
 esac
 
+run=$WORK_DIR/runs/$variant
 say() { echo "=== $variant: $1, $(date +%T)"; }
 
-say "shards"
-for split in train test; do
-  shares=1,0,0  # the test set is a set of its own, and all of it is asked
-  if [ "$split" = train ]; then shares=${TRAIN_SPLIT:-99,1,0}; fi
-  "$PYTHON" data_preparation.py --data-dir "$RAW_DIR/$split" --output-dir "$WORK_DIR/shards/$split" \
-    --split "$shares" --maxcount "${MAXCOUNT:-1000}" --no-report --energon-prepare
+prepare() {
+  say "shards"
+  for split in train test; do
+    shares=1,0,0  # the test set is a set of its own, and all of it is asked
+    if [ "$split" = train ]; then shares=${TRAIN_SPLIT:-99,1,0}; fi
+    "$PYTHON" data_preparation.py --data-dir "$RAW_DIR/$split" --output-dir "$WORK_DIR/shards/$split" \
+      --split "$shares" --maxcount "${MAXCOUNT:-1000}" --no-report --energon-prepare
+  done
+  say "conversion"
+  if [ ! -d "$WORK_DIR/models/$format" ]; then
+    "$PYTHON" convert_checkpoint.py --model-dir "$MODEL_DIR" --output-dir "$WORK_DIR/models/$format" --dct "$format"
+  fi
+}
+
+train() {
+  say "training"
+  MODEL_DIR="$WORK_DIR/models/$format" DATASET_DIR="$WORK_DIR/shards/train" OUTPUT_DIR="$WORK_DIR/runs" \
+    EXPERIMENT_NAME=$variant MAXPIXELS=$pixels MINPIXELS=${MINPIXELS:-3136} \
+    bash qwen_launch.sh --val-batches 4 --compare-samples 0 --log-interval 20 "$@"
+}
+
+answer() {
+  local asked=(--data-dir "$WORK_DIR/shards/test" --split train --max-new-tokens "$NEW_TOKENS")
+  say "evaluation"
+  if [ ! -f "$run/evaluation/accuracy.json" ]; then
+    "$PYTHON" evaluate_qwen2vl.py --model-dir "$run/hf" "${asked[@]}" --batch-size "$EVALUATION_BATCH" \
+      --output-dir "$run/evaluation"
+  fi
+  "$PYTHON" -m benchmarks.quality.manuals.score "$variant=$run/evaluation" --data-dir "$WORK_DIR/shards/test" \
+    --output "$run/scores.json"
+  say "stock form"
+  "$PYTHON" evaluate_qwen2vl.py --compare "$run/hf_dct" "$run/hf" "${asked[@]}" --limit "$COMPARED" \
+    --output-dir "$run/compared" > "$run/compared.txt" || { cat "$run/compared.txt"; exit 1; }
+  tail -n 4 "$run/compared.txt"
+  "$PYTHON" benchmarks/quality/manuals/stock_answers.py --model-dir "$run/hf" --data-dir "$WORK_DIR/shards/test" \
+    --answers "$run/compared/comparison.jsonl" --max-new-tokens "$NEW_TOKENS"
+}
+
+for stage in $STAGES; do
+  case $stage in
+    prepare) prepare ;;
+    train) train "$@" ;;
+    answer) answer ;;
+    *) echo "run_variant.sh: STAGES are prepare, train and answer, not $stage" >&2; exit 2 ;;
+  esac
 done
-
-say "conversion"
-if [ ! -d "$WORK_DIR/models/$format" ]; then
-  "$PYTHON" convert_checkpoint.py --model-dir "$MODEL_DIR" --output-dir "$WORK_DIR/models/$format" --dct "$format"
-fi
-
-say "training"
-MODEL_DIR="$WORK_DIR/models/$format" DATASET_DIR="$WORK_DIR/shards/train" OUTPUT_DIR="$WORK_DIR/runs" \
-  EXPERIMENT_NAME=$variant MAXPIXELS=$pixels MINPIXELS=${MINPIXELS:-3136} \
-  bash qwen_launch.sh --val-batches 4 --compare-samples 0 --log-interval 20 "$@"
-
-run=$WORK_DIR/runs/$variant
-asked=(--data-dir "$WORK_DIR/shards/test" --split train --max-new-tokens "$NEW_TOKENS")
-say "evaluation"
-if [ ! -f "$run/evaluation/accuracy.json" ]; then
-  "$PYTHON" evaluate_qwen2vl.py --model-dir "$run/hf" "${asked[@]}" --batch-size "$EVALUATION_BATCH" \
-    --output-dir "$run/evaluation"
-fi
-"$PYTHON" -m benchmarks.quality.manuals.score "$variant=$run/evaluation" \
-  --data-dir "$WORK_DIR/shards/test" --output "$run/scores.json"
-
-say "stock form"
-"$PYTHON" evaluate_qwen2vl.py --compare "$run/hf_dct" "$run/hf" "${asked[@]}" --limit "$COMPARED" \
-  --output-dir "$run/compared" > "$run/compared.txt" || { cat "$run/compared.txt"; exit 1; }
-tail -n 4 "$run/compared.txt"
-"$PYTHON" benchmarks/quality/manuals/stock_answers.py --model-dir "$run/hf" --data-dir "$WORK_DIR/shards/test" \
-  --answers "$run/compared/comparison.jsonl" --max-new-tokens "$NEW_TOKENS"
 say "done"

@@ -3,9 +3,9 @@
     python -m benchmarks.quality.manuals.score pixels=work/runs/pixels/evaluation half=work/runs/half/evaluation \
         x4=work/runs/x4/evaluation --data-dir work/shards/test --output work/scores.json
 
-Each folder is what evaluate_qwen2vl.py wrote on the test set of make_samples.py, all of it one split. Characters are compared without white
-space, and quotes and dashes alike (ocr/errors.py). Intervals are of 95 %, over pages. The last line compares the last
-variant with the one before it, on the same pages.
+Each folder is what evaluate_qwen2vl.py wrote on the test set of make_samples.py, all of it one split. Characters are
+compared without white space, and quotes and dashes alike (ocr/errors.py). Intervals are of 95 %, over pages. The last
+lines compare the last variant with the one before it, on the same pages.
 """
 
 import argparse
