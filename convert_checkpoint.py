@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dct_qwen2vl.checkpoints.conversion import convert_source, patch_embedding, read_config
+from dct_qwen2vl.checkpoints.conversion import convert, patch_embedding
 from dct_qwen2vl.checkpoints.inspection import CheckpointError
-from dct_qwen2vl.checkpoints.source import opened
+from dct_qwen2vl.checkpoints.source import Source
 from dct_qwen2vl.checkpoints.stock_form import to_dct, to_stock
 from dct_qwen2vl.common.scripts import UserError, run_main
 
@@ -184,20 +184,22 @@ def say(notes: tuple[str, ...]) -> None:
 
 
 def convert_and_say(arguments: argparse.Namespace) -> int:
-    dct = read_format(arguments.dct) if isinstance(arguments.dct, str) else arguments.dct
-    read_config(arguments.model_dir)
-    with opened(arguments.model_dir) as source:
-        if arguments.block and arguments.order == "weighted":
-            dct = own_format(arguments, patch_embedding(source))
+    given = read_format(arguments.dct) if isinstance(arguments.dct, str) else arguments.dct
+
+    def choose(source: Source):
+        weighted = arguments.block and arguments.order == "weighted"
+        dct = own_format(arguments, patch_embedding(source)) if weighted else given
         with usable():
-            dct = dct.with_detail_gain(arguments.detail_gain)
-        bounds = arguments.min_pixels, arguments.max_pixels
-        total = convert_source(source, arguments.output_dir, dct, *bounds, arguments.force)
-        say(source.notes)
+            return dct.with_detail_gain(arguments.detail_gain)
+
+    bounds = arguments.min_pixels, arguments.max_pixels
+    done = convert(arguments.model_dir, arguments.output_dir, choose, *bounds, arguments.force)
+    say(done.notes)
+    dct = done.dct
     side = dct.block[1] * dct.merge
     print(f"Folded the patch embedding: {dct.name}, blocks of {dct.block} -> {dct.num_coefficients} coefficients.")
     print(f"One token of the language model now covers {side}x{side} px of {dct.block[0]} frames (was 28x28 px of 2).")
-    print(f"Wrote {total / 1e6:.1f} MB of weights and the processor to {arguments.output_dir}.")
+    print(f"Wrote {done.weight_bytes / 1e6:.1f} MB of weights and the processor to {arguments.output_dir}.")
     return 0
 
 

@@ -10,9 +10,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dct_qwen2vl.checkpoints import inspection
 from dct_qwen2vl.checkpoints.inspection import (
@@ -42,6 +42,22 @@ THREE_NUMBERS = [list(types) for types in itertools.product((int, float), repeat
 
 
 REWRITTEN = ("config.json", PROCESSOR, INDEX, STOCK_FORM)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written.
+
+    dct: DCTConfig. The token format; None for a stock Qwen2-VL that was only normalised.
+    weight_bytes: Of all tensors.
+    left_out: Share of the patch embedding's norm that the format cannot represent; 0 unless a stock form was folded.
+    notes: Lines, one for each thing of the source that was normalised.
+    """
+
+    dct: Any
+    weight_bytes: int
+    left_out: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 def read_config(model_dir: Path) -> dict:
@@ -194,41 +210,44 @@ def convert(
     max_pixels: int | None = None,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
-) -> int:
-    """Writes the converted directory under a temporary name and renames it when whole. Returns the bytes of weights.
+) -> Converted:
+    """Folds a pixel model: writes its coefficient form, whole or not at all.
 
-    dct: a DCTConfig. Raises CheckpointError for an unusable source or an existing output without `force`.
+    Args:
+        model_dir: Hugging Face directory of a pixel Qwen2-VL or Qwen2.5-VL.
+        output_dir: Gets the result under this name when it is complete.
+        dct: DCTConfig, or a function that makes it from the checked `Source`.
+        min_pixels: Least pixels of an image. None: the source's.
+        max_pixels: Most pixels of an image. None: the source's.
+        force: Whether a checkpoint in `output_dir` may be replaced.
+        shard_bytes: Most bytes of one safetensors file.
+
+    Raises:
+        CheckpointError: The source cannot be used, or `output_dir` may not be replaced.
     """
-    read_config(model_dir)
-    with opened(model_dir) as source:
-        return convert_source(source, output_dir, dct, min_pixels, max_pixels, force, shard_bytes)
-
-
-def convert_source(
-    source: Source,
-    output_dir: Path,
-    dct,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-    force: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-) -> int:
-    """The same for a checked pixel model."""
     from dct_qwen2vl.dct.folding import fold_patch_embedding
 
-    config, dct = read_config(source.folder), own_colours(source.folder, dct)
+    read_config(model_dir)
+    with opened(model_dir) as source:
+        config, dct = read_config(source.folder), dct(source) if callable(dct) else dct
+        dct = own_colours(source.folder, dct)
+        check_merge(model_dir, config, dct)
+        processor = make_processor(source.folder, dct, min_pixels, max_pixels)
+        with new_directory(model_dir, output_dir, force) as temporary:
+            copy_other_files(source.folder, temporary)
+            write_json(temporary / "config.json", converted_config(config, dct.num_coefficients))
+            processor.save_pretrained(temporary)
+            write_sampling(temporary)
+            tensors = changed_tensors(source, lambda weight: fold_patch_embedding(weight, dct))
+            total = write_shards(tensors, temporary, shard_bytes)
+        return Converted(dct, total, notes=source.notes)
+
+
+def check_merge(model_dir: Path, config: dict, dct) -> None:
+    """Raises CheckpointError unless the model merges as many tokens as the format says."""
     merge = config["vision_config"].get("spatial_merge_size", 2)
     if merge != dct.merge:
-        raise CheckpointError(f"{source.model_dir} merges {merge}x{merge} tokens, --dct says {dct.merge}: make them "
-                              "equal")  # fmt: skip
-    processor = make_processor(source.folder, dct, min_pixels, max_pixels)
-    with new_directory(source.model_dir, output_dir, force) as temporary:
-        copy_other_files(source.folder, temporary)
-        write_json(temporary / "config.json", converted_config(config, dct.num_coefficients))
-        processor.save_pretrained(temporary)
-        write_sampling(temporary)
-        tensors = changed_tensors(source, lambda weight: fold_patch_embedding(weight, dct))
-        return write_shards(tensors, temporary, shard_bytes)
+        raise CheckpointError(f"{model_dir} merges {merge}x{merge} tokens, --dct says {dct.merge}: make them equal")
 
 
 @contextlib.contextmanager

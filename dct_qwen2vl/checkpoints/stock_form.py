@@ -7,12 +7,12 @@ Both compute the same: tokens are linear in the pixels (dct/folding.py). The sto
 repository. Its token format lies in dct_format.json, which loaders ignore, so that the way back needs no flag.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dct_qwen2vl.checkpoints.conversion import (
     SHARD_BYTES,
+    Converted,
     changed_tensors,
     chosen_bounds,
     converted_config,
@@ -50,22 +50,6 @@ if TYPE_CHECKING:
 SHARED_SETTINGS = ("do_resize", "do_rescale", "rescale_factor", "resample", "do_convert_rgb", "merge_size")
 # The norm of what the format cannot show, over the norm of the weight. Rounding to bfloat16 leaves 0.0016.
 MOST_LEFT_OUT = 0.005
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What was written.
-
-    dct: DCTConfig. The token format; None for a stock Qwen2-VL that was only normalised.
-    weight_bytes: of all tensors.
-    left_out: share of the patch embedding's norm that the format cannot show; 0 on the way to the stock form.
-    notes: lines, one for each thing of the source that was normalised.
-    """
-
-    dct: Any
-    weight_bytes: int
-    left_out: float = 0.0
-    notes: tuple[str, ...] = ()
 
 
 def to_stock(

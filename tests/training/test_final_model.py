@@ -38,9 +38,9 @@ def rehearsal_of(engine: str, settings: config.TrainingConfig):
 
     info = checks.check_model(settings.model_dir, None)
     if engine == "megatron":
-        edit = partial(write_reading, bounds=settings.pixel_bounds, sampling=SAMPLING)
+        edit = partial(write_reading, settings=settings.processor_settings, sampling=SAMPLING)
         return RehearseSave(settings, info, partial(rehearse_hf, settings.model_dir, edit=edit))
-    module = QwenAutoModel(settings.model_dir, pixel_bounds=settings.pixel_bounds, sampling=SAMPLING)
+    module = QwenAutoModel(settings.model_dir, processor_settings=settings.processor_settings, sampling=SAMPLING)
     module.configure_model()
     return RehearseSave(settings, info, module.rehearse_save)
 

@@ -668,13 +668,13 @@ def test_skipping_needs_tokens_that_can_be_skipped(prepared, tmp_path):
 @pytest.mark.parametrize(("skip_db", "saved"), [(None, 36.0), (38.0, 38.0), (0.0, None)])
 def test_the_processor_that_is_saved_says_what_was_skipped(prepared, tmp_path, skip_db, saved):
     """Trained further without the setting, a checkpoint keeps its own; 0 turns it off."""
-    from dct_qwen2vl.checkpoints.hf_folder import write_pixel_bounds
+    from dct_qwen2vl.checkpoints.hf_folder import write_processor_settings
 
     model = shutil.copytree(prepared.model, tmp_path / "model")
     edit_json(model / "preprocessor_config.json", skip_db=36.0)
     settings = config.TrainingConfig(model_dir=model, data_dir=prepared.shards, skip_db=skip_db)
     _, processor = finetune_qwen2vl.load_processor(settings, checks.check_model(model, None))
-    write_pixel_bounds(model, settings.processor_settings)
+    write_processor_settings(model, settings.processor_settings)
     assert processor.skip_db == saved == json.loads((model / "preprocessor_config.json").read_text()).get("skip_db")
 
 
