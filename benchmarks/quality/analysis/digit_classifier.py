@@ -28,6 +28,7 @@ from benchmarks.quality.tasks.reading import Reading
 from benchmarks.quality.tasks.registry import Source, make_task
 from benchmarks.quality.trainer import DRAWN_AT_ONCE
 from benchmarks.quality.variants import MERGE, Encoder, downscale, make_variant
+from benchmarks.quality.settings import parser_of
 from dct_qwen2vl.common.scripts import UserError, run_main
 
 KNOBS = {"cells": 4, "blank": 0.0}
@@ -178,10 +179,7 @@ def table(results: list[Result]) -> list[str]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--variants", nargs="+", default=["exact", "x4", "x4-corner", "quarter"], help="(default: %(default)s)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and samples (default: %(default)s)")
