@@ -23,12 +23,12 @@ from benchmarks.quality.analysis.run_results import level_accuracy, levels_of
 from benchmarks.quality.analysis.scoring import by_level
 from benchmarks.quality.result_files import Output, Result
 from benchmarks.quality.runs import chosen_device, environment
+from benchmarks.quality.settings import parser_of
 from benchmarks.quality.tasks.cells import DIGITS, TOKEN
 from benchmarks.quality.tasks.reading import Reading
 from benchmarks.quality.tasks.registry import Source, make_task
 from benchmarks.quality.trainer import DRAWN_AT_ONCE
 from benchmarks.quality.variants import MERGE, Encoder, downscale, make_variant
-from benchmarks.quality.settings import parser_of
 from dct_qwen2vl.common.scripts import UserError, run_main
 
 KNOBS = {"cells": 4, "blank": 0.0}
