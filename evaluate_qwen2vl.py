@@ -43,6 +43,7 @@ OPTIONS = ("split", "limit", "batch_size", "max_new_tokens", *(PREFIX + each.nam
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line as a Namespace."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -99,7 +100,7 @@ def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe_settings(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What answers depend on, by kind: a run goes on only from answers that it would have given itself."""
+    """What the answers depend on, by kind. A run continues only with answers that it would have given itself."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

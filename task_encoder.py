@@ -172,7 +172,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
             )
 
     def encode(self, sample: ConversationSample) -> EncodedSample:
-        """As `encode_sample`, but raises BadSample or MediaError and counts nothing."""
+        """As `encode_sample`, but without counting failures. Raises BadSample or MediaError."""
         messages = self._messages(sample)
         media = [self._encode_media(kind, content) for kind, content in sample.media]
         masks = [None] * len(media)

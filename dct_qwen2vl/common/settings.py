@@ -57,11 +57,12 @@ def setting(
 
 
 def setting_of(kind: type, name: str, prefix: str = "", **changes: Any) -> Any:
-    """The field of another dataclass of settings once more: its default and its metadata.
+    """A copy of a field of another dataclass of settings, with its default and its metadata.
 
-    kind: the other dataclass.
-    prefix: what its name has in front here.
-    changes: metadata that differs.
+    kind: The other dataclass.
+    name: Of the field there.
+    prefix: What its name begins with here.
+    changes: Metadata that differ here.
     """
     known = {each.name: each for each in fields(kind)}[name]
     not_over = known.metadata["not_over"]
@@ -75,10 +76,12 @@ def flag_of(name: str) -> str:
 
 
 def add_flags(parser: Any, kind: type, prefix: str = "", **options: Any) -> None:
-    """Gives a parser, or a group of one, the flags of a dataclass of settings.
+    """Adds the flags of a dataclass of settings to a parser or a group.
 
-    prefix: what the names have in front, as in --video-fps.
-    options: what argparse is told of all of them in place of what their fields say.
+    parser: argparse parser or argument group. Gets the flags.
+    kind: Dataclass of settings.
+    prefix: What the names begin with, as in --video-fps.
+    options: Arguments of `add_argument` for all flags. They replace what the fields say.
     """
     groups: dict[str, Any] = {"": parser}
     for each in fields(kind):
@@ -126,16 +129,24 @@ def _explained(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def from_flags(kind: type[Config], arguments: argparse.Namespace) -> Config:
-    """The settings that were typed. arguments: of a parser that has the flags of `kind` and no others."""
+    """The settings that the user typed.
+
+    kind: Dataclass of settings.
+    arguments: Of a parser that has the flags of `kind` and no others.
+    """
     values = vars(arguments).items()
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
 
 
 def from_words(kind: type[Config], words: dict[str, Any], prefix: str = "", **defaults: Any) -> Config:
-    """The settings in words that another program has parsed. Raises UserError for one that is of another type.
+    """The settings that another program has parsed.
 
-    words: name with the prefix -> text, number or None, which leaves the default. Those of other settings are ignored.
-    defaults: where they differ from those of `kind`.
+    kind: Dataclass of settings.
+    words: Name with the prefix -> text, number or None. None leaves the default. Other names are ignored.
+    prefix: What the names in `words` begin with.
+    defaults: Values that replace the defaults of `kind`.
+
+    Raises UserError for a word that has another type than its field.
     """
     values = dict(defaults)
     for each in fields(kind):
@@ -150,9 +161,13 @@ def from_words(kind: type[Config], words: dict[str, Any], prefix: str = "", **de
 
 
 def check_ranges(config: Any, prefix: str = "", error: type[UserError] = UserError) -> None:
-    """Raises `error` for a number that is outside its bounds.
+    """Checks that all numbers are within their bounds.
 
-    prefix: what the names of the flags have in front.
+    config: Instance of a dataclass of settings.
+    prefix: What the names of the flags begin with.
+    error: Class of the error that is raised.
+
+    Raises `error` for the first number outside its bounds.
     """
     given = {each.name: each for each in fields(config) if getattr(config, each.name) is not None}
     for name, each in given.items():

@@ -107,6 +107,7 @@ class DCTImageProcessor(BaseImageProcessor):
 
     @size.setter
     def size(self, size: dict[str, int]) -> None:
+        """The two bounds in pixels, as the stock processor calls them. Not saved: `min_pixels` and `max_pixels` are."""
         self.min_pixels, self.max_pixels = bounds_in(size)
 
     @property
