@@ -84,7 +84,7 @@ def build_data(config: TrainingConfig, info: ModelInfo, engine: str):
         val_batches=config.val_batches,
         shuffle_buffer_size=config.shuffle_buffer,
         packing_buffer_size=config.packing_buffer if config.pack_tokens else None,
-        start_anew=config.restart_data,
+        restart_data=config.restart_data,
         restarts=config.data_restarts,
         data_parallel_group=_megatron_data_group if several else None,
     )

@@ -74,7 +74,11 @@ def read_config(model_dir: Path) -> dict:
 
 
 def converted_config(config: dict, num_coefficients: int) -> dict:
-    """The config of the same model with a 1x1x1 patch embedding over `num_coefficients` channels."""
+    """The config of the same model with a 1x1x1 patch embedding over coefficients.
+
+    config: config.json of the model.
+    num_coefficients: Channels of the new patch embedding.
+    """
     config = with_patch(config, num_coefficients, 1, 1)
     vision = config["vision_config"]
     # Qwen's released files carry these two under names that transformers ignores; they would contradict the rest.
@@ -108,13 +112,24 @@ def read_tensors(tensors: Mapping[str, Stored]) -> Iterator[tuple[str, "torch.Te
 def changed_tensors(
     source: Source, change: Callable[["torch.Tensor"], "torch.Tensor"]
 ) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """(name, tensor) one by one, memory-mapped; the patch embedding is changed. Raises CheckpointError."""
+    """(name, tensor) one by one, memory-mapped, with the patch embedding changed.
+
+    source: The checked checkpoint.
+    change: Weight of the patch embedding -> the new weight.
+
+    Raises CheckpointError for a damaged file.
+    """
     for name, tensor in read_tensors(source.tensors):
         yield name, change(tensor) if name == PATCH_EMBEDDING else tensor
 
 
 def write_shards(tensors: Iterator[tuple[str, "torch.Tensor"]], output_dir: Path, shard_bytes: int) -> int:
-    """Writes model.safetensors, or numbered shards and their index. Returns the bytes of all tensors."""
+    """Writes model.safetensors, or numbered files and their index. Returns the bytes of all tensors.
+
+    tensors: (name, tensor) one by one.
+    output_dir: Gets the files.
+    shard_bytes: Most bytes of tensors in one file. A larger tensor has a file of its own.
+    """
     from safetensors.torch import save_file
 
     temporary, shards, pending, size, total = [], [], {}, 0, 0
@@ -150,7 +165,13 @@ def write_shards(tensors: Iterator[tuple[str, "torch.Tensor"]], output_dir: Path
 
 
 def own_colours(folder: Path, dct):
-    """The token format with the mean and std that the source's own processor normalises by. Raises CheckpointError."""
+    """The token format with the mean and std of the source's own processor.
+
+    folder: Hugging Face directory of the source.
+    dct: DCTConfig.
+
+    Raises CheckpointError for a processor that normalises in another way.
+    """
     path = folder / PROCESSOR
     source = read_json(path) if path.is_file() else {}
     usual = {"do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255}
@@ -171,8 +192,14 @@ def own_colours(folder: Path, dct):
 
 
 def chosen_bounds(folder: Path, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
-    """min_pixels and max_pixels: those given, else the source's, of which the lower one gives way to a lower upper one.
-    Raises CheckpointError."""
+    """min_pixels and max_pixels: those given, otherwise the source's.
+
+    folder: Hugging Face directory of the source.
+    min_pixels: Least pixels of an image, or None. The source's is lowered to `max_pixels` if it is above it.
+    max_pixels: Most pixels of an image, or None.
+
+    Raises CheckpointError for bounds that contradict each other.
+    """
     try:
         return pixel_bounds(min_pixels, max_pixels, *own_pixel_bounds(folder))
     except ValueError as error:
@@ -180,7 +207,15 @@ def chosen_bounds(folder: Path, min_pixels: int | None, max_pixels: int | None) 
 
 
 def make_processor(folder: Path, dct, min_pixels: int | None, max_pixels: int | None):
-    """The DCT processor with the source's pixel bounds, unless given. Raises CheckpointError."""
+    """A DCTImageProcessor for the converted model.
+
+    folder: Hugging Face directory of the source.
+    dct: DCTConfig.
+    min_pixels: As in `chosen_bounds`.
+    max_pixels: As in `chosen_bounds`.
+
+    Raises CheckpointError for bounds that contradict each other.
+    """
     from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 
     low, high = chosen_bounds(folder, min_pixels, max_pixels)
@@ -191,9 +226,11 @@ def make_processor(folder: Path, dct, min_pixels: int | None, max_pixels: int | 
 
 
 def copy_other_files(model_dir: Path, output_dir: Path, without: tuple[str, ...] = ()) -> None:
-    """Tokenizer, chat template, licence, generation config: everything that is not rewritten, byte for byte.
+    """Copies everything that is not rewritten, byte for byte: tokenizer, chat template, licence, generation config.
 
-    without: ends of names. Files with these names are left out.
+    model_dir: Hugging Face directory.
+    output_dir: Gets the copies.
+    without: Ends of names. Files with these names are left out.
     """
     for path in sorted(model_dir.iterdir()):
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -211,19 +248,17 @@ def convert(
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Converted:
-    """Folds a pixel model: writes its coefficient form, whole or not at all.
+    """Writes the coefficient form of a pixel model, completely or not at all.
 
-    Args:
-        model_dir: Hugging Face directory of a pixel Qwen2-VL or Qwen2.5-VL.
-        output_dir: Gets the result under this name when it is complete.
-        dct: DCTConfig, or a function that makes it from the checked `Source`.
-        min_pixels: Least pixels of an image. None: the source's.
-        max_pixels: Most pixels of an image. None: the source's.
-        force: Whether a checkpoint in `output_dir` may be replaced.
-        shard_bytes: Most bytes of one safetensors file.
+    model_dir: Hugging Face directory of a pixel Qwen2-VL or Qwen2.5-VL.
+    output_dir: The directory to write.
+    dct: DCTConfig, or a function that makes it from the checked `Source`.
+    min_pixels: Least pixels of an image. None: the source's.
+    max_pixels: Most pixels of an image. None: the source's.
+    force: Whether a checkpoint in `output_dir` may be replaced.
+    shard_bytes: Most bytes of tensors in one safetensors file.
 
-    Raises:
-        CheckpointError: The source cannot be used, or `output_dir` may not be replaced.
+    Raises CheckpointError if the source cannot be used, or if `output_dir` may not be replaced.
     """
     from dct_qwen2vl.dct.folding import fold_patch_embedding
 
@@ -244,7 +279,12 @@ def convert(
 
 
 def check_merge(model_dir: Path, config: dict, dct) -> None:
-    """Raises CheckpointError unless the model merges as many tokens as the format says."""
+    """Raises CheckpointError unless the model merges as many tokens as the format says.
+
+    model_dir: Named in the message.
+    config: config.json of the model.
+    dct: DCTConfig.
+    """
     merge = config["vision_config"].get("spatial_merge_size", 2)
     if merge != dct.merge:
         raise CheckpointError(f"{model_dir} merges {merge}x{merge} tokens, --dct says {dct.merge}: make them equal")
@@ -252,8 +292,14 @@ def check_merge(model_dir: Path, config: dict, dct) -> None:
 
 @contextlib.contextmanager
 def new_directory(model_dir: Path, output_dir: Path, force: bool = False) -> Iterator[Path]:
-    """A temporary folder, which gets the name `output_dir` at the end of the block; after an error nothing is left of
-    it. Raises CheckpointError for an `output_dir` that may not be replaced."""
+    """A temporary folder that gets the name `output_dir` at the end of the block. After an error, it is removed.
+
+    model_dir: The source, which must not be replaced.
+    output_dir: The directory to write.
+    force: Whether a checkpoint in `output_dir` may be replaced.
+
+    Raises CheckpointError if `output_dir` may not be replaced.
+    """
     if output_dir.resolve() == model_dir.resolve():
         raise CheckpointError(f"--output-dir must differ from --model-dir, both are {model_dir}")
     if output_dir.exists() and any(output_dir.iterdir()) and not (force and (output_dir / "config.json").is_file()):

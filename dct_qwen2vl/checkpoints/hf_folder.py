@@ -23,13 +23,11 @@ from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **settings: Any) -> BaseImageProcessor:
     """The image processor of a checkpoint, from this repository's code. The copy in the checkpoint's folder is not run.
 
-    Args:
-        model_dir: Hugging Face directory.
-        dct: The checkpoint's token format as `inspection.token_format` gives it. None for pixels.
-        settings: min_pixels, max_pixels (pixels of an image) and skip_db (dB) in place of the checkpoint's.
+    model_dir: Hugging Face directory.
+    dct: The checkpoint's token format as `inspection.token_format` gives it. None for pixels.
+    settings: min_pixels, max_pixels (pixels of an image) and skip_db (dB) in place of the checkpoint's.
 
-    Raises:
-        CheckpointError: The token format contradicts itself.
+    Raises CheckpointError for a token format that contradicts itself.
     """
     processor_class = Qwen2VLImageProcessor if dct is None else DCTImageProcessor
     try:
@@ -39,17 +37,12 @@ def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **settings
 
 
 def load_processor(model_dir: Path, **settings: Any) -> Qwen2VLProcessor:
-    """A checkpoint's tokenizer, chat template and image processor. All but the template are as training loads them.
+    """A checkpoint's tokenizer, chat template and image processor. All but the template are loaded as in training.
 
-    Args:
-        model_dir: Hugging Face directory.
-        settings: Of the image processor, as `load_image_processor` has them.
+    model_dir: Hugging Face directory.
+    settings: Of the image processor, as in `load_image_processor`.
 
-    Returns:
-        The processor. Its tokenizer pads on the left.
-
-    Raises:
-        CheckpointError: The token format contradicts itself.
+    The tokenizer pads on the left. Raises CheckpointError for a token format that contradicts itself.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     dct = token_format(model_dir, read_processor(model_dir))
@@ -63,7 +56,11 @@ def load_processor(model_dir: Path, **settings: Any) -> Qwen2VLProcessor:
 
 
 def copy_all_but_weights(model_dir: Path, folder: Path) -> None:
-    """A fresh `folder` with the configuration, tokenizer and processor of a Hugging Face directory."""
+    """Copies configuration, tokenizer and processor of a Hugging Face directory.
+
+    model_dir: The directory to copy from.
+    folder: Made from the start. What it held is removed.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for path in sorted(model_dir.iterdir()):
@@ -72,7 +69,7 @@ def copy_all_but_weights(model_dir: Path, folder: Path) -> None:
 
 
 def let_others_read(folder: Path) -> None:
-    """The weights of a Hugging Face directory get the permissions of its other files."""
+    """Gives the weights of a Hugging Face directory the permissions of its other files."""
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes 0600
 
@@ -80,10 +77,9 @@ def let_others_read(folder: Path) -> None:
 def write_reading(folder: Path, settings: dict[str, Any], sampling: dict[str, Any] | None) -> None:
     """Saves with a model how the run read images and videos.
 
-    Args:
-        folder: Hugging Face directory.
-        settings: As in `write_processor_settings`.
-        sampling: Fields of `VideoSampling`, as in `write_sampling`.
+    folder: Hugging Face directory.
+    settings: As in `write_processor_settings`.
+    sampling: As in `write_sampling`.
     """
     write_processor_settings(folder, settings)
     write_sampling(folder, sampling)
@@ -92,9 +88,8 @@ def write_reading(folder: Path, settings: dict[str, Any], sampling: dict[str, An
 def write_processor_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Changes settings in the preprocessor_config.json of a Hugging Face directory.
 
-    Args:
-        folder: Hugging Face directory. Nothing happens if it has no such file.
-        settings: min_pixels, max_pixels and skip_db of the run, as far as given. None takes a setting out.
+    folder: Hugging Face directory. Nothing happens if it has no such file.
+    settings: min_pixels, max_pixels and skip_db of the run, as far as they were given. None takes a setting out.
     """
     path = folder / PROCESSOR
     if settings and path.is_file():

@@ -116,10 +116,15 @@ class HeldSamples:
 
 
 def fit_sequences(sizes: list[tuple[int, ...]], budget: tuple[int, ...]) -> list[list[int]]:
-    """Indices of `sizes`, grouped so that no group of several is over `budget` in any of its dimensions: largest first,
-    each into the fullest sequence that has room for it (best-fit decreasing; in one dimension at most 11/9 of the best
-    number of sequences, D. S. Johnson, 1973). Large and full: the sum of the shares of the budget. Sequences come
-    in the order of their first sample, and samples within a sequence in theirs."""
+    """Groups samples into packed sequences. Returns lists of indices of `sizes`.
+
+    sizes: For each sample its size in each dimension, such as tokens and vision tokens.
+    budget: Most that a sequence holds in each dimension. Only a sequence of one sample may exceed it.
+
+    The method is best-fit decreasing: the largest sample first, each into the fullest sequence that has room for it. In
+    one dimension it needs at most 11/9 of the best number of sequences (D. S. Johnson, 1973). Size and fullness are
+    sums of shares of the budget. Sequences are ordered by their first sample, and so are the samples of a sequence.
+    """
     shares = np.array(sizes, np.float64).reshape(len(sizes), -1) / budget
     sequences: list[list[int]] = []
     room = np.zeros((0, len(budget)), np.int64)
@@ -144,10 +149,14 @@ def pack(
     visual_ids: tuple[int, ...],
     skipped: dict[str, int] | None = None,
 ) -> PackedBatch:
-    """One sequence of all samples.
+    """One packed sequence of all samples.
 
-    token_width: floats of a vision token, for a sequence without media.
-    visual_ids: the ids that stand for tokens of images and of videos.
+    samples: Encoded samples, in the order of the sequence.
+    merge_size: Side of the square of vision tokens that become one token of the language model.
+    token_width: Numbers of a vision token, for a sequence without media.
+    token_dtype: Of the vision tokens.
+    visual_ids: Token ids that stand for images and for videos.
+    skipped: Samples that could not be used since the last batch, by reason.
     """
     input_ids = torch.cat([sample.input_ids for sample in samples])
     following = torch.cat([torch.cat([s.labels[1:], s.labels.new_full((1,), IGNORE_INDEX)]) for s in samples])

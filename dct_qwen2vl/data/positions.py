@@ -17,11 +17,14 @@ Grid = tuple[int, int, int]
 
 
 def vision_positions(grid: Grid, merge_size: int, kept: np.ndarray | None = None) -> np.ndarray:
-    """Row and column of each vision token of a medium with grid (t, h, w), int64 [tokens, 2], in Qwen2-VL's order:
-    time steps, then merge groups row by row, then the tokens of a group (transformers 4.51.3, modeling_qwen2_vl.py,
-    `rot_pos_emb`).
+    """Row and column of each vision token of a medium, int64 [tokens, 2].
 
-    kept: bool [t, r, c], the merge cells that have tokens; None for all.
+    grid: (t, h, w), vision tokens.
+    merge_size: Side of a merge cell, vision tokens.
+    kept: bool [t, r, c]. Merge cells that have tokens. None: all.
+
+    The order is Qwen2-VL's: time steps, then merge cells row by row, then the tokens of a cell (transformers 4.51.3,
+    modeling_qwen2_vl.py, `rot_pos_emb`).
     """
     steps, rows, columns = grid
     plane = np.indices((rows, columns), dtype=np.int64)
@@ -34,9 +37,11 @@ def vision_positions(grid: Grid, merge_size: int, kept: np.ndarray | None = None
 
 
 def step_lengths(grid: Grid, merge_size: int, kept: np.ndarray | None = None) -> list[int]:
-    """Vision tokens of each time step of a medium, over which its attention runs. With skipping a step may have none.
+    """Vision tokens of each time step of a medium. Attention runs over one step. With skipping, a step may have none.
 
-    kept: as of `vision_positions`.
+    grid: As in `vision_positions`.
+    merge_size: As in `vision_positions`.
+    kept: As in `vision_positions`.
     """
     steps, rows, columns = grid
     if kept is None:

@@ -170,8 +170,13 @@ def parse_entry(entry: Any) -> Any:
 
 
 def parse_messages(entry: Any, has_media: bool) -> list[Message]:
-    """The turns of an entry, LLaVA (`from`/`value`) or OpenAI (`role`/`content`), as `turns_of` gives them. has_media:
-    whether the sample has any. Raises BadSample."""
+    """The turns of an entry in the format of LLaVA (`from`/`value`) or OpenAI (`role`/`content`).
+
+    entry: The json part of a sample, or a bare list of turns.
+    has_media: Whether the sample has media.
+
+    Raises BadSample.
+    """
     turns = turns_of(entry)
     if not isinstance(turns, list) or not turns:
         raise BadSample("no_conversation", "the json part holds no list of turns")
@@ -215,8 +220,13 @@ class _SampleReader(DefaultTaskEncoder):
 
 
 def read_samples(data_dir: Path, split: str) -> Iterator[ConversationSample]:
-    """The samples of a split once, in the order of its shards, media as file bytes. Raises PreparedSetError where
-    Energon cannot read them."""
+    """The samples of a split once, in the order of its shards, with media as file bytes.
+
+    data_dir: Prepared folder of shards.
+    split: Name of the split.
+
+    Raises PreparedSetError if Energon cannot read them.
+    """
     try:
         with _quiet_energon():
             dataset = get_val_dataset(

@@ -55,7 +55,13 @@ class AnswerFile:
         self.file.close()
 
     def add_round(self, answers: list[dict[str, Any]], read: dict[str, Any]) -> None:
-        """The first one replaces what is not used: until then the run may fail, and that may have taken hours."""
+        """Adds answers to the file. The first call replaces what cannot be used.
+
+        answers: Lines for the file, in order.
+        read: How far the split was read, as `Reading.as_dict` gives it.
+
+        Until the first call, the old file stays: it may be hours of work, and the new run may fail.
+        """
         if self.end is not None:
             self.file.truncate(self.end)
             self.end = None
@@ -65,6 +71,7 @@ class AnswerFile:
         self.read = read
 
     def write(self, lines: list[dict[str, Any]]) -> None:
+        """Writes lines to the disk at once."""
         self.file.write(as_lines(lines))
         self.file.flush()
 

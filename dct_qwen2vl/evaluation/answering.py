@@ -155,9 +155,13 @@ def answer_all(
     blind: bool,
     update: Callable[[int], object] = lambda count: None,
 ) -> list[str]:
-    """Predictions in the order of `questions`; batches hold questions of like length, so little is padded.
+    """Answers to all questions, in the order of `questions`.
 
-    update: is called after each batch with the number of its questions.
+    answerer: The model.
+    questions: To be asked. Batches hold questions of similar length, so there is little padding.
+    batch_size: Questions that are answered at once.
+    blind: Whether all images and frames are made grey.
+    update: Called after each batch with the number of its questions.
     """
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].media), len(questions[i].text)))
     predictions = [""] * len(questions)

@@ -93,13 +93,15 @@ def compare(
 ) -> Comparison:
     """Asks both models the same questions, one model at a time, in float32.
 
-    models: the two directories, in any form.
-    split: None for the first of test, val and train that has a sample.
-    limit: questions, of as many kinds of media as there are.
-    sampling: fields of `VideoSampling` in place of those that the models' files say.
-    bounds: min_pixels and max_pixels, likewise.
+    models: The two directories, in any form.
+    data_dir: Prepared folder of shards.
+    split: Name of the split. None: the first of test, val and train that has a sample.
+    limit: Questions, of as many kinds of media as possible.
+    max_new_tokens: Longest answer, tokens.
+    sampling: Fields of `VideoSampling` in place of those in the models' files.
+    bounds: min_pixels and max_pixels in place of those in the models' files.
 
-    Raises UserError where there is nothing to ask.
+    Raises UserError if there is nothing to ask.
     """
     split = split or first_split(data_dir)
     samplings = [VideoSampling(**{**saved_sampling(model), **(sampling or {})}) for model in models]
@@ -114,11 +116,14 @@ def compare(
 def compare_for_run(
     folder: Path, model_dir: Path, stock_dir: Path | None, data_dir: Path, limit: int, **reading: dict[str, Any]
 ) -> None:
-    """Compares the coefficient form with its stock form, for a training run, which goes on whatever comes of it.
+    """Compares the coefficient form with its stock form for a training run. The run continues whatever the result is.
 
-    folder: gets comparison.json and comparison.jsonl.
-    stock_dir: None to have the stock form made for this comparison alone.
-    reading: sampling and bounds, as `compare` has them.
+    folder: Gets comparison.json and comparison.jsonl.
+    model_dir: The coefficient form.
+    stock_dir: The stock form. None: it is made for this comparison alone.
+    data_dir: Prepared folder of shards.
+    limit: Questions.
+    reading: sampling and bounds, as in `compare`.
     """
     size = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
     if size > MOST_BYTES:

@@ -79,6 +79,11 @@ def finite(value: torch.Tensor) -> float:
 
 
 def difference(one: Pass, other: Pass) -> Difference:
+    """How far two passes on the same question differ, relative to the first one's largest logit.
+
+    one: The pass that is compared with.
+    other: The pass that is compared.
+    """
     stages = [name for name, trace in one.traces.items() if name not in other.traces
               or trace.difference(other.traces[name]) > SAME]  # fmt: skip
     longest = max(len(one.tokens), len(other.tokens))
@@ -92,7 +97,12 @@ def difference(one: Pass, other: Pass) -> Difference:
 
 @torch.inference_mode()
 def ask(answerer: Answerer, question: Question, follow: list[int] | None = None) -> Pass:
-    """follow: tokens of the answer whose logits are taken; None for the model's own."""
+    """A model's greedy answer to a question, and the logits and traces of one forward pass.
+
+    answerer: The model.
+    question: To be asked.
+    follow: Tokens of the answer whose logits are taken. None: the model's own answer.
+    """
     inputs = answerer.model_inputs([question])
     length = inputs["input_ids"].shape[1]
     tokens = answerer.generate(inputs)[0].tolist()

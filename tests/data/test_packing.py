@@ -258,7 +258,7 @@ def test_a_state_of_other_processes_is_refused_unless_data_begin_anew(prepared):
     with pytest.raises(ValueError, match=r"loader states of 2 processes, this run has 1: .* --restart-data"):
         packed_data(prepared, num_workers=0).load_state_dict(state)
     data = packed_data(prepared, num_workers=0)
-    data.start_anew = True
+    data.restart_data = True
     data.load_state_dict(state)
     assert next(iter(data.train_dataloader())).keys
 
