@@ -20,7 +20,16 @@ from benchmarks.quality.dense.inputs import (
     resized_patch,
     shrunk,
 )
-from benchmarks.quality.dense.pages import CLASSES, OTHER, SHARED, PageStore, cell_labels, label_of, write_pages
+from benchmarks.quality.dense.pages import (
+    CLASSES,
+    OTHER,
+    SHARED,
+    PageStore,
+    cell_labels,
+    label_of,
+    text_bounds,
+    write_pages,
+)
 from benchmarks.quality.dense.prepare import WEIGHTS
 from benchmarks.quality.result_files import read_file
 
@@ -172,6 +181,29 @@ def test_pages_are_split_by_manual_and_cut_with_their_labels(data):
     assert dark[(crops.labels > 0).unflatten(2, (8, 2)).any(dim=3)].all()
 
 
+def test_crops_lie_where_text_is(data):
+    bounds = text_bounds(np.array([[[0, 9, 9], [5, 30, 40], [6, 90, 50]], [[0, 0, 0]] * 3], np.float32))
+    assert bounds.tolist() == [[[23, 33], [97, 57]], [[0, 0], [0, 0]]]
+    store = PageStore(data, "test", CPU)
+    store.text[60][:] = torch.tensor([[40.0, 50.0], [120.0, 130.0]])
+    ends = store.crops(60, torch.zeros(2, dtype=torch.long), torch.tensor([[0.0, 0.0], [1.0, 1.0]]), 56)
+    grey = store.grey[60][0]
+    assert torch.equal(ends.images[0], grey[40:96, 50:106]) and torch.equal(ends.images[1], grey[64:120, 74:130])
+
+
+@pytest.mark.parametrize("beside", ["norm", "mlp"])
+def test_a_path_beside_the_first_layer_starts_at_zero_and_learns(beside, data):
+    weights = train.read_weights(data)
+    first = "embeddings.patch_embeddings.projection"
+    inputs = Inputs(VARIANTS["x4"], weights[f"{first}.weight"], weights[f"{first}.bias"].float(), LEVEL)
+    images = torch.randint(0, 256, (1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plain, more = (train.DenseReader(inputs, weights, 28, kind) for kind in ("nothing", beside))
+    more.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(plain(inputs(images)), more(inputs(images)))
+    more(inputs(images)).square().mean().backward()
+    assert more.beside[-1].weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_all_variants_say_as_many_cells(variant, data):
     weights = train.read_weights(data)
@@ -209,6 +241,19 @@ def test_a_tiny_run_is_recorded_and_read_again(data, tmp_path, capsys):
     before = (tmp_path / "dense.jsonl").stat().st_mtime_ns
     assert train.main(command) == 0 and (tmp_path / "dense.jsonl").stat().st_mtime_ns == before
     assert "right" in capsys.readouterr().out
+
+
+def test_each_variant_gets_the_rate_of_its_best_short_run(data, tmp_path, capsys):
+    command = ["--data", str(data), "--output", str(tmp_path), "--variants", "half", "--steps", "3", "--batch", "4"]
+    command += ["--side", "28", "--test", "4", "--every", "3", "--device", "cpu", "--search-steps", "2"]
+    assert train.main([*command, "--rates", "1e-3", "1e-9", "--seeds", "0", "1"]) == 0
+    results = read_file(tmp_path / "dense.jsonl").values()
+    short, long = ([r for r in results if r["dense"]["steps"] == steps] for steps in (2, 3))
+    assert len(short) == 2 and sorted(r["dense"]["seed"] for r in long) == [0, 1]
+    best = min(short, key=lambda r: r["last_loss"])
+    assert {r["dense"]["rate"] for r in long} == {best["dense"]["rate"]} == {1e-3}
+    assert train.main([*command, "--seeds", "5", "--rates", "1e-3", "--seconds", "0"]) == 1
+    assert "--seconds" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_one_line(tmp_path, capsys):

@@ -122,16 +122,18 @@ class PageStore:
         self.device, self.dpi = device, tuple(described["dpi"])
         mine = [number for number, name in enumerate(described["manuals"]) if (name in TEST) == (split == "test")]
         self.names = [described["manuals"][number] for number in mine]
+        characters = {dpi: np.load(folder / f"{dpi}_characters.npy")[mine] for dpi in self.dpi}
+        self.text = {dpi: torch.from_numpy(text_bounds(found)).to(device) for dpi, found in characters.items()}
+        self.characters = {dpi: torch.from_numpy(found).to(device) for dpi, found in characters.items()}
         self.grey = {dpi: torch.from_numpy(np.load(folder / f"{dpi}_grey.npy")[mine]).to(device) for dpi in self.dpi}
-        self.characters = {
-            dpi: torch.from_numpy(np.load(folder / f"{dpi}_characters.npy")[mine]).to(device) for dpi in self.dpi
-        }
 
     def crops(self, dpi: int, page: torch.Tensor, place: torch.Tensor, side: int) -> Crops:
-        """page: int64 [B]. place: float [B, 2] in 0..1, where the crop lies between the page's ends."""
+        """page: int64 [B]. place: float [B, 2] in 0..1, where the crop lies between the ends of the page's text."""
         grey = self.grey[dpi]
         room = torch.tensor(grey.shape[1:], device=self.device) - side
-        start = (place * room).long()
+        first, last = self.text[dpi][page].unbind(dim=1)
+        first = first.minimum((first + last - side) / 2)  # text that is smaller than a crop lies within it
+        start = (first + place * (last - side - first).clamp(min=0)).long().clamp(min=0).minimum(room)
         rows, columns = (start[:, axis, None] + torch.arange(side, device=self.device) for axis in (0, 1))
         images = grey[page[:, None, None], rows[:, :, None], columns[:, None, :]]
         return Crops(images, cell_labels(self.characters[dpi][page], start, side), page, dpi)
@@ -140,6 +142,15 @@ class PageStore:
         """Random crops. generator: on the CPU, so that all devices get the same."""
         page = torch.randint(len(self.names), (count,), generator=generator).to(self.device)
         return self.crops(dpi, page, torch.rand(count, 2, generator=generator).to(self.device), side)
+
+
+def text_bounds(characters: np.ndarray) -> np.ndarray:
+    """float [P, M, 3] -> float32 [P, 2, 2]: row and column of the first and of the last character; 0 without any."""
+    there = characters[..., :1] > 0
+    first = np.where(there, characters[..., 1:], np.inf).min(axis=1)
+    last = np.where(there, characters[..., 1:], -np.inf).max(axis=1)
+    bounds = np.stack([first, last], axis=1) + np.array([[-ROWS], [ROWS]])
+    return np.where(there.any(axis=1)[..., None], bounds, 0.0).astype(np.float32)
 
 
 def cell_labels(characters: torch.Tensor, start: torch.Tensor, side: int) -> torch.Tensor:
