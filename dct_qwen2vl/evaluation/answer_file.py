@@ -144,7 +144,11 @@ def describe_difference(earlier: Any, settings: dict[str, dict[str, Any]]) -> st
 
 
 def digest_files(folder: Path, *patterns: str) -> str:
-    """SHA-256 of the names, sizes and times of files: weights are not read for it."""
+    """SHA-256 of the names, sizes and times of files. Their content is not read, because weights are large.
+
+    folder: Holds the files.
+    patterns: As in `Path.glob`.
+    """
     paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     states = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return sha256(repr(states).encode("utf-8", "surrogateescape")).hexdigest()

@@ -179,7 +179,11 @@ FIRST_IN_FINGERPRINT = (
 
 
 def parse_arguments(argv: list[str] | None, kind: type[PreparationConfig] = PreparationConfig) -> PreparationConfig:
-    """kind: `PreparationConfig`, or one with more fields."""
+    """The settings on the command line. A wrong one is a usage error.
+
+    argv: Arguments. None: those of the process.
+    kind: `PreparationConfig`, or a subclass with more fields.
+    """
     parser = argparse.ArgumentParser(description=DESCRIPTION)
     add_flags(parser, kind)
     config = from_flags(kind, parser.parse_args(argv))

@@ -284,8 +284,11 @@ def read_part(part: dict[str, Any]) -> Medium | None:
 
 
 def field_of(entry: dict, kind: str) -> Any:
-    """What stands under `kind`, "image" or "video", or under its plural where that names nothing; None where neither
-    does."""
+    """The value of an entry's field for one kind of media. None where there is none.
+
+    entry: Of the metadata.
+    kind: "image" or "video". The plural is read where the singular names nothing.
+    """
     return next((entry[name] for name in (kind, f"{kind}s") if name in entry and list_names(entry[name])), None)
 
 

@@ -134,7 +134,16 @@ def make_task(
     options: ConversionOptions,
     strict: bool,
 ) -> ShardTask:
-    """The task of shard `number`. files: the data folder, the files of metadata, the tars as they are read."""
+    """The task of writing one shard.
+
+    plan: Which entries are written.
+    layout: In which order.
+    number: Of the shard.
+    shard: File to write.
+    files: The data folder, the files of metadata, the tars as they are read.
+    options: How media are stored.
+    strict: Whether the first finding is an error.
+    """
     data_dir, metadata, tars = files
     samples = slice(int(layout.bounds[number]), int(layout.bounds[number + 1]))
     rows = layout.row[samples]
@@ -352,10 +361,13 @@ def make_header(name: str, size: int) -> bytes:
 
 
 def write_shard(task: ShardTask, advance: Callable[[int], Any]) -> None:
-    """Write one shard, then its stats beside it; `advance` is told of every sample.
+    """Writes one shard, then its stats beside it.
 
-    Samples that cannot be used are left out and said in the stats. Raises PreparationError where none is left, and at
-    the first finding where task.strict.
+    task: All that is needed.
+    advance: Called with 1 after every sample.
+
+    Samples that cannot be used are left out, and the stats name them. Raises PreparationError if no sample is left, or
+    at the first finding if the task is strict.
     """
     stats = ShardStats(task.shard.name, task.split, list(task.sources))
     with contextlib.closing(SourceReader()) as reader, replacing(task.shard) as file:

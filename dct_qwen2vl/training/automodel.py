@@ -327,7 +327,14 @@ def run(
     merge_size: int,
     extra_callbacks: list[Callback],
 ) -> None:
-    """Fine-tunes, resuming from the newest checkpoint, and writes the form that was trained into the run folder."""
+    """Fine-tunes, from the newest checkpoint if there is one, and writes the form that was trained into the run folder.
+
+    config: Resolved for this engine.
+    info: The checkpoint's token format.
+    data: Loaders.
+    merge_size: Side of the square of vision tokens that become one token of the language model.
+    extra_callbacks: Called besides this engine's own.
+    """
     module = QwenAutoModel(
         config.model_dir,
         config.freeze,

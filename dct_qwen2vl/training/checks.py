@@ -224,7 +224,11 @@ def refuse_flags_of(engine: str, config: TrainingConfig, why: str) -> None:
 
 
 def choose_precision(config: TrainingConfig, engine: str) -> str:
-    """What is asked for, or else what suits the engine and the device."""
+    """The precision that was asked for. Otherwise what suits the engine and the device.
+
+    config: The settings.
+    engine: "automodel" or "megatron".
+    """
     if config.precision:
         return config.precision
     import torch

@@ -229,6 +229,7 @@ class TrainingConfig:
 
     @property
     def run_dir(self) -> Path:
+        """The run's folder."""
         return self.output_dir / self.experiment_name
 
     @property
@@ -245,6 +246,7 @@ class TrainingConfig:
 
     @property
     def world_size(self) -> int:
+        """Processes of all nodes."""
         return self.devices * self.num_nodes
 
     @property
@@ -258,7 +260,11 @@ class TrainingConfig:
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
 
     def resolved(self, engine: str, precision: str) -> "TrainingConfig":
-        """For this engine, with what was left open of micro-batch, packed sequence and step."""
+        """The settings for one engine. Micro-batch, packed sequence and step get numbers where none were given.
+
+        engine: "automodel" or "megatron".
+        precision: "32" or "bf16-mixed".
+        """
         packs = engine == "megatron" and self.micro_batch_size is None
         pack_tokens = _given(self.pack_tokens, SEQUENCE_TOKENS if packs else 0)
         sequences = -(-SEQUENCES_PER_STEP // self.data_parallel) * self.data_parallel
@@ -293,7 +299,11 @@ def metadata_of(kind: type[TrainingConfig]) -> dict[str, dict[str, Any]]:
 
 
 def parse_arguments(argv: list[str] | None, kind: type[TrainingConfig] = TrainingConfig) -> TrainingConfig:
-    """kind: `TrainingConfig`, or one with more fields."""
+    """The settings on the command line.
+
+    argv: Arguments. None: those of the process.
+    kind: `TrainingConfig`, or a subclass with more fields.
+    """
     parser = argparse.ArgumentParser(
         description="Fine-tunes a (converted) Qwen2-VL on prepared shards with NeMo. Started by qwen_launch.sh through "
         "torchrun.",

@@ -19,14 +19,20 @@ REHEARSAL = ".rehearsal"  # in the run folder while it lasts
 
 
 def trained_folder(parent: Path, info: ModelInfo) -> Path:
-    """Where the form that was trained goes."""
+    """The folder of the form that was trained.
+
+    parent: The run's folder.
+    info: The checkpoint's token format.
+    """
     return parent / ("hf_dct" if info.dct else "hf")
 
 
 def write_stock_form(info: ModelInfo, parent: Path, complete: bool = True) -> None:
-    """parent/hf from the coefficient form in parent/hf_dct. A pixel model has no other form.
+    """Writes parent/hf from the coefficient form in parent/hf_dct. A pixel model has no other form.
 
-    complete: whether all weights are there.
+    info: The checkpoint's token format.
+    parent: The run's folder.
+    complete: Whether all weights are there.
     """
     from dct_qwen2vl.checkpoints.stock_form import to_stock
 

@@ -183,6 +183,7 @@ class TrainingLog(pl.Callback):
         self._skipped: Counter[str] = Counter()  # by this process; the first one's begin with those of earlier starts
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins the log at the step from which the run starts, and makes up for a missed validation."""
         if trainer.is_global_zero:
             self.metrics.start_from(trainer.global_step)
         self._start_step = trainer.global_step
@@ -209,6 +210,7 @@ class TrainingLog(pl.Callback):
         return {"skipped": dict(self._skipped_by_all())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the count of skipped samples in the first process."""
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         self._skipped = Counter(state_dict["skipped"] if first else {})
 
@@ -326,10 +328,16 @@ class ValidationSum:
         self.samples = 0
 
     def begin(self, device: torch.device | str) -> None:
+        """Starts a validation with sums of zero."""
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def add(self, loss_sum: torch.Tensor, tokens: torch.Tensor | int, samples: int) -> None:
-        """A micro-batch; one without samples is a blank and counts nothing."""
+        """Adds a micro-batch. A micro-batch without samples is a blank and counts nothing.
+
+        loss_sum: float scalar. Sum of the losses of its learned tokens.
+        tokens: How many tokens were learned.
+        samples: How many samples it has.
+        """
         if samples:
             self.sums[0] += loss_sum.double()
             self.sums[1] += tokens

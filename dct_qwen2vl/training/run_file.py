@@ -60,6 +60,11 @@ def count_data_restarts(config: TrainingConfig) -> int:
 
 
 def write_run_file(config: TrainingConfig, info: ModelInfo) -> None:
+    """Writes run.json: the settings, the numbers derived from them, and the token format.
+
+    config: Resolved for an engine.
+    info: The checkpoint's token format.
+    """
     recorded = {each.name for each in fields(config) if each.metadata["recorded"]}
     values = {name: value for name, value in asdict(config).items() if name in recorded}
     values |= {name: getattr(config, name) for name in DERIVED}
