@@ -73,37 +73,45 @@ def gain(text: str) -> float:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """With `dct` resolved to a DCTConfig, unless it is a file; an unknown one is a usage error."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model-dir", type=Path, required=True, help="Hugging Face Qwen2-VL directory (pixel model)")
+    parser.add_argument(
+        "--model-dir", type=Path, required=True, help="Hugging Face directory of a Qwen2-VL or Qwen2.5-VL"
+    )
     parser.add_argument(
         "--to",
         choices=("stock", "dct"),
-        help="stock: a DCT model as a plain Qwen2-VL with larger patches, which needs no code of this repository; dct: "
-        "such a model as it is trained (default: fold a pixel model)",
+        help="stock: write a DCT model as a plain Qwen2-VL with larger patches, which needs no code of this "
+        "repository; dct: write such a model in the form that is trained (default: convert a pixel model)",
     )
     parser.add_argument("--output-dir", type=Path, required=True, help="directory to write")
     parser.add_argument("--dct", help="exact, x4, x16 or a DCT configuration as .json (default: x4)")
     own = parser.add_argument_group("another token format, instead of --dct")
     own.add_argument(
-        "--block", type=int, nargs=3, metavar=("FRAMES", "ROWS", "COLUMNS"), help="frames and pixels of a token"
+        "--block", type=int, nargs=3, metavar=("FRAMES", "ROWS", "COLUMNS"), help="block of a token, frames and pixels"
     )
-    own.add_argument("--chroma", choices=("444", "420"), help="420 has colour at half the resolution (default: 420)")
-    own.add_argument("--num-coefficients", type=int, metavar="K", help="floats of a token (default: all)")
+    own.add_argument(
+        "--chroma", choices=("444", "420"), help="444: colour at full resolution, 420: at half (default: 420)"
+    )
+    own.add_argument("--num-coefficients", type=int, metavar="K", help="numbers in a token (default: all)")
     own.add_argument(
         "--order",
         choices=("variance", "weighted", "zigzag", "box"),
-        help="which K: by variance (default), by variance times the squared norm of this checkpoint's folded columns, "
-        "by frequency, or the low corner",
+        help="which coefficients are kept. variance: those of the largest expected variance (default); weighted: "
+        "variance times the squared norm of this checkpoint's folded columns; zigzag: the lowest frequencies; "
+        "box: the low corner",
     )
     own.add_argument(
-        "--coefficient-table", type=Path, metavar="FILE", help="made by coefficient_statistics.py (default: built in)"
+        "--coefficient-table",
+        type=Path,
+        metavar="FILE",
+        help="written by dct_qwen2vl.analysis.coefficient_statistics (default: the built-in table)",
     )
     parser.add_argument(
         "--detail-gain",
         type=gain,
         default=1,
         metavar="G",
-        help="make the coefficients that the pixel model's patch does not show G times as large, so that training at a "
-        "low rate learns them sooner (default: 1)",
+        help="make the coefficients beyond the pixel model's patch G times as large, so that training at a low rate "
+        "learns them sooner (default: 1)",
     )
     parser.add_argument("--min-pixels", type=int, help="least pixels of an image (default: the source's)")
     parser.add_argument("--max-pixels", type=int, help="most pixels of an image (default: the source's)")
@@ -122,7 +130,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if arguments.to == "stock" and named:
         parser.error("argument --dct, --block: not allowed with --to stock, which reads the format in --model-dir")
     if arguments.to == "dct" and arguments.order == "weighted":
-        parser.error("argument --order: weighted is of a pixel model's patch, not allowed with --to dct")
+        parser.error("argument --order: weighted needs a pixel model, not allowed with --to dct")
     arguments.chroma, arguments.order = arguments.chroma or "420", arguments.order or "variance"
     if named or not arguments.to:
         resolve_format(parser, arguments)

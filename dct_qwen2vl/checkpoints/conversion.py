@@ -65,8 +65,8 @@ def read_config(model_dir: Path) -> dict:
     config = inspection.read_config(model_dir)
     unfolded = unfolded_format(model_dir)
     if not reads_pixel_patches(config) and unfolded:
-        raise CheckpointError(f"{model_dir} is the stock form of a DCT model ({unfolded['name']}): its coefficient "
-                              "form is made with --to dct")  # fmt: skip
+        raise CheckpointError(f"{model_dir} is the stock form of a DCT model ({unfolded['name']}): add --to dct to "
+                              "make its coefficient form")  # fmt: skip
     if not reads_pixel_patches(config):
         raise CheckpointError(f"{model_dir / 'config.json'} does not read 2x14x14 pixel patches: is it converted "
                               "already? Use it as it is")  # fmt: skip
@@ -178,7 +178,7 @@ def own_colours(folder: Path, dct):
     for name, value in usual.items():
         said = source.get(name, value)
         if not isinstance(said, int | float) or not math.isclose(said, value, rel_tol=1e-6):
-            raise CheckpointError(f"{path} has {name} {said!r}, tokens are made of pixels with {value!r}: get the file "
+            raise CheckpointError(f"{path} has {name} {said!r}, but DCT tokens need {value!r}: get the file "
                                   "again")  # fmt: skip
     colours = {}
     for name, key, low, high in (("mean", "image_mean", 0, 1), ("std", "image_std", 0.01, 10)):

@@ -90,7 +90,7 @@ def read_headers(files: list[Path]) -> dict[str, Stored]:
     for file in files:
         for name, tensors in open_tensors([file], "np"):
             if name in found:
-                raise CheckpointError(f"{name} stands in {found[name].file.name} and in {file.name} of {file.parent}: "
+                raise CheckpointError(f"{name} is in {found[name].file.name} and in {file.name} of {file.parent}: "
                                       "remove the files of another save")  # fmt: skip
             view = tensors.get_slice(name)
             found[name] = Stored(file, name, tuple(view.get_shape()), str(view.get_dtype()))

@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if error.filename not in (None, str(temporary)):
             raise
         why = f"{path} could not be written ({error.strerror}); what is finished stays"
-        raise UserError(f"{why}; make room, then the same command goes on") from error
+        raise UserError(f"{why}; make room, then run the same command again") from error
     except BaseException:
         remove(temporary)
         raise

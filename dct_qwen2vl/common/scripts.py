@@ -33,5 +33,5 @@ def run_main(
     except KeyboardInterrupt:
         if not goes_on:
             raise
-        print(f"{program}: interrupted; the same command goes on", file=sys.stderr)
+        print(f"{program}: interrupted; run the same command again to continue", file=sys.stderr)
         return 130

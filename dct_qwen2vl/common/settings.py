@@ -70,6 +70,14 @@ def setting_of(kind: type, name: str, prefix: str = "", **changes: Any) -> Any:
     return field(default=known.default, metadata={**known.metadata, **renamed, **changes})
 
 
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of a flag, unless there is none or the help names it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_none = action.default is None or action.default is False or action.default in ((), [])
+        return action.help if has_none or "(default:" in (action.help or "") else super()._get_help_string(action)
+
+
 def flag_of(name: str) -> str:
     """min_lr -> --min-lr."""
     return f"--{name.replace('_', '-')}"

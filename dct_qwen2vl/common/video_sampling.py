@@ -20,10 +20,14 @@ class VideoSampling:
     total_pixels: most pixels of a video. Frames are counted in pairs, as a token holds two of them.
     """
 
-    fps: float = setting("", 2.0, "frames read from a second of a video", over=0)
-    min_frames: int = setting("", 4, "least frames read from a video that has them", at_least=1, not_over="max_frames")
+    fps: float = setting("", 2.0, "frames read from each second of a video", over=0)
+    min_frames: int = setting(
+        "", 4, "least frames read from a video, if it has as many", at_least=1, not_over="max_frames"
+    )
     max_frames: int = setting("", 768, "most frames read from a video", at_least=1)
-    total_pixels: int = setting("", 24_576 * 28 * 28, "most pixels of a video, two frames counted as one", at_least=1)
+    total_pixels: int = setting(
+        "", 24_576 * 28 * 28, "most pixels of all frames of a video, two frames counted as one", at_least=1
+    )
 
     @classmethod
     def of(cls, settings: Any) -> "VideoSampling":

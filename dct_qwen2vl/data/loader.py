@@ -197,8 +197,8 @@ class EnergonDataModule(pl.LightningDataModule):
             loader.restore_state_global(states)
         except Exception as error:  # Energon has no error of its own for it
             raise LoaderStateError(
-                f"the checkpoint cannot go on in the shards of {self.path} ({type(error).__name__}: {error}), as after "
-                "they were prepared again: add --restart-data to go on with these from their beginning"
+                f"the checkpoint does not fit the shards of {self.path} ({type(error).__name__}: {error}), perhaps "
+                "because they were prepared again: add --restart-data to begin them from the start"
             ) from error
 
     @property
@@ -255,7 +255,9 @@ class EnergonDataModule(pl.LightningDataModule):
         if self.restart_data:
             return
         if state_dict.get("restarts", 0) != self.restarts:
-            rank_zero_only(print)("The checkpoint is of before --restart-data: the data begin again", flush=True)
+            rank_zero_only(print)(
+                "The checkpoint was saved before --restart-data: the data begin from the start", flush=True
+            )
             return
         states = state_dict["energon"]
         if len(states) != self.worker_config.world_size:

@@ -124,7 +124,7 @@ class DCTImageProcessor(BaseImageProcessor):
     def tokenizer(self, tokenizer: Any) -> None:
         """vLLM hands the text tokenizer to every processor, and counts visual tokens by the pixel model's patch."""
         raise ValueError(
-            "DCT tokens are not for this server: serve the model that python convert_checkpoint.py --to stock writes"
+            "this server cannot make DCT tokens: serve the stock form, which convert_checkpoint.py --to stock writes"
         )
 
     def _tokenizer_on(self, device: torch.device) -> DCTTokenizer:

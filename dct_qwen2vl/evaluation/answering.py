@@ -131,7 +131,9 @@ class Answerer:
         """A prompt with as many pads for each medium as the language model has tokens of it. Raises UserError."""
         places, kinds = PAD.findall(prompt), [kind for kind, _, _ in media]
         if places != kinds:
-            raise UserError(f"a prompt has places for {places}, its question has {kinds}: does its text spell a pad?")
+            raise UserError(
+                f"a prompt has places for {places}, its question has {kinds}: does its text contain a pad token?"
+            )
         merge = self.media.image_processor.merge_size
         counts = iter([len(tokens) // merge**2 for _, tokens, _ in media])
         return PAD.sub(lambda pad: pad[0] * next(counts), prompt)

@@ -127,8 +127,8 @@ def compare_for_run(
     """
     size = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
     if size > MOST_BYTES:
-        print(f"Note: coefficient form and stock form were not compared, as the model has {size >> 30} GiB: "
-              "python evaluate_qwen2vl.py --compare does it", flush=True)  # fmt: skip
+        print(f"Note: coefficient form and stock form were not compared, because the model has {size >> 30} "
+              "GiB; to compare them: python evaluate_qwen2vl.py --compare", flush=True)  # fmt: skip
         return
     try:
         with stock_form(model_dir, stock_dir, folder) as stock:

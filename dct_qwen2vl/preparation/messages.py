@@ -97,7 +97,7 @@ def say_part(config: PreparationConfig, layout: Layout, seconds: float, samples:
     number, parts = config.part
     shards = len(own_shards(layout, config.part))
     print(f"Part {number} of {parts} done: {shards} of {len(layout.split_of)} shards{say_rate(seconds, samples)}")
-    print("When all parts are done, the same command without --part puts the counts together")
+    print("When all parts are done, run the same command without --part: it completes the set")
 
 
 def say_rate(seconds: float, samples: int) -> str:

@@ -250,7 +250,7 @@ def read_range(descriptor: int, path: Path | str, start: int, stop: int) -> byte
     """
     data = os.pread(descriptor, stop - start, start)
     if len(data) != stop - start:
-        raise PreparationError(f"{path} changed while it was read; once it is complete, the same command goes on")
+        raise PreparationError(f"{path} changed while it was read; once it is complete, run the same command again")
     return data
 
 

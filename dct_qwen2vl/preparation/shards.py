@@ -43,7 +43,7 @@ TEMPLATE = BLANK_HEADER.tobuf(tarfile.USTAR_FORMAT)
 TEMPLATE_SUM = sum(TEMPLATE[:124]) + sum(TEMPLATE[136:148]) + 8 * ord(" ") + sum(TEMPLATE[156:])
 PADDING = bytes(tarfile.BLOCKSIZE)
 MOST_PIECES = 1023  # in one system call; Linux takes 1,024
-GO_ON = "then the same command goes on"
+GO_ON = "then run the same command again"
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class WorkerPool:
         try:
             yield from self.map_in_processes(function, iter(tasks), advance)
         except BrokenProcessPool as error:
-            why = "a worker process died, perhaps for want of memory; try fewer --num-workers"
+            why = "a worker process died, perhaps because the memory was full; try fewer --num-workers"
             raise PreparationError(f"{why}; what is finished stays") from error
 
     def map_in_processes(

@@ -76,8 +76,8 @@ def rehearsal_folder(config: TrainingConfig) -> Iterator[Path]:
     except Exception as error:
         told = " ".join(str(error).replace(f"{folder}/", "").split())
         raise RunError(
-            f"{config.model_dir} loads, but what is trained from it cannot be saved ({told[:MOST_TOLD]}): change that "
-            "there; no step was made"
+            f"{config.model_dir} loads, but what is trained from it cannot be saved ({told[:MOST_TOLD]}): "
+            "correct that there; no step was made"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

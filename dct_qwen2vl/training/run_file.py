@@ -47,7 +47,7 @@ def check_run_folder(config: TrainingConfig) -> None:
     if begun_with and not config.restart_data and begun_with != fingerprint_of_shards(config.data_dir):
         raise RunError(
             f"the train shards in {config.data_dir} are not those that {config.run_dir} was started with: add "
-            "--restart-data to go on with these from their beginning, or take another --experiment-name"
+            "--restart-data to begin them from the start, or take another --experiment-name"
         )
 
 

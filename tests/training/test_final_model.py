@@ -76,7 +76,7 @@ def test_what_transformers_refuses_to_write_is_refused_before_the_first_step(mod
         rehearse("automodel", settings_of(model_dir, tmp_path))
     line = str(raised.value)
     assert line.startswith(f"{model_dir} loads, but what is trained from it cannot be saved (") and "\n" not in line
-    assert "`temperature`" in line and line.endswith("change that there; no step was made")
+    assert "`temperature`" in line and line.endswith("correct that there; no step was made")
     assert list((tmp_path / "e").iterdir()) == []
 
 

@@ -91,14 +91,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=low,
         metavar="N",
-        help="training's lower bound of an image (default: %(default)s)",
+        help="least pixels of an image in training (default: %(default)s)",
     )
     add(
         "--max-pixels",
         type=int,
         default=high,
         metavar="N",
-        help="training's upper bound of an image (default: %(default)s)",
+        help="most pixels of an image in training (default: %(default)s)",
     )
     add("--num-samples", type=int, default=NUM_SAMPLES, metavar="N", help="samples shown (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of their choice (default: %(default)s)")
