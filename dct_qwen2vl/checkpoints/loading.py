@@ -291,7 +291,13 @@ def shows_media(tokenizer: Any, template: Any) -> bool:
 
 
 def check_generation(folder: Path, vocabulary: int) -> None:
-    """generation_config.json must load, and be saved with a trained model. vocabulary: size. Raises CheckpointError."""
+    """Checks that generation_config.json can be loaded, and saved with a trained model.
+
+    folder: Hugging Face directory.
+    vocabulary: Rows of the embedding.
+
+    Raises CheckpointError.
+    """
     path = folder / "generation_config.json"
     if not path.is_file():
         return

@@ -188,7 +188,15 @@ def check_ranges(config: Any, prefix: str = "", error: type[UserError] = UserErr
 
 
 def check_bounds(flag: str, value: Any, bounds: Mapping[str, Any], error: type[UserError] = UserError) -> None:
-    """Raises `error` for a number outside its bounds. bounds: metadata of a field."""
+    """Checks that a number is within its bounds.
+
+    flag: Named in the message.
+    value: The number.
+    bounds: Metadata of its field.
+    error: Class of the error that is raised.
+
+    Raises `error` if it is not.
+    """
     at_least, at_most, over, below = (bounds[name] for name in ("at_least", "at_most", "over", "below"))
     if at_least is not None and at_most is not None and not at_least <= value <= at_most:
         raise error(f"{flag} must be from {at_least} to {at_most}, got {value}")

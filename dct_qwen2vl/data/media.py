@@ -113,12 +113,16 @@ class BadSample(ValueError):
 
 @dataclass(frozen=True)
 class PixelFit:
-    """The size to which `as_array` resizes what a processor reads, so that nothing is left for it to resize (a `Fit`).
+    """The size to which `as_array` resizes, so that the image processor has nothing left to resize (a `Fit`).
 
-    factor: height and width become multiples of it, pixels. min_pixels, max_pixels: bounds of H*W of an image or
-    frame. The frames of a video share `sampling.total_pixels`, an image has no share in it. Where no multiple lies
-    between min_pixels and a frame's share, the frame gets less than min_pixels. whole: JPEGs are decoded at their own
-    size, as for the image processor of pixels, which a pixel baseline is to equal.
+    factor: Height and width become multiples of it, pixels.
+    min_pixels: Least height * width of an image or frame.
+    max_pixels: Most height * width of an image or frame.
+    sampling: Of videos. The frames of a video share `sampling.total_pixels`, which does not count images.
+    whole: Whether JPEGs are decoded at their own size, as by the pixel model's image processor, which a pixel baseline
+        must equal.
+
+    If no multiple lies between min_pixels and a frame's share, the frame gets less than min_pixels.
     """
 
     factor: int
@@ -139,7 +143,14 @@ class PixelFit:
         return cls(factor, image_processor.min_pixels, image_processor.max_pixels, sampling, whole)
 
     def __call__(self, height: int, width: int, frames: int) -> tuple[int, int]:
-        """Height and width, pixels. frames: 1 of an image, `reading.counted_frames` of a video. Raises BadSample."""
+        """Height and width of the result, pixels.
+
+        height: Of the image or frame, pixels.
+        width: Of the image or frame, pixels.
+        frames: 1 for an image, `reading.counted_frames` for a video.
+
+        Raises BadSample.
+        """
         max_pixels = self.max_pixels
         if frames > 1:
             max_pixels = self.sampling.max_frame_pixels(frames, self.min_pixels, self.max_pixels)

@@ -28,10 +28,10 @@ Encoded = tuple[str, torch.Tensor, Grid]  # kind, tokens float32 [N, K], grid
 
 
 class MediaEncoder:
-    """The one way from a media part of a sample to what the model reads of it.
+    """The one way from a media part of a sample to what the model reads.
 
-    image_processor: `DCTImageProcessor`, or any processor with Qwen2VLImageProcessor's interface. sampling: frames that
-    are read of a video, and their budget of pixels.
+    image_processor: `DCTImageProcessor`, or any processor with Qwen2VLImageProcessor's interface.
+    sampling: Frames that are read of a video, and their budget of pixels.
     """
 
     def __init__(self, image_processor, sampling: VideoSampling | None = None) -> None:

@@ -26,15 +26,22 @@ from dct_qwen2vl.data.samples import IGNORE_INDEX, ConversationSample, EncodedSa
 
 @dataclass
 class PackedBatch(Batch):
-    """A micro-batch of the Megatron engine: one packed sequence.
+    """A micro-batch of the Megatron engine: one packed sequence of L tokens of S samples, with N vision tokens.
 
-    input_ids int64 [L]; position_ids int64 [3, L], M-RoPE, from 0 in every sample; sample_starts int32 [S + 1], where
-    the samples begin and the last one ends. learned int64 [T]: positions that have to predict; targets int64 [T]: what.
-    visual int64 [V]: positions that hold visual tokens. tokens [N, K]: vision tokens in the order of the sequence, in
-    the data type of the model; token_positions int64 [N, 2]: row and column of each in its time step; step_starts int32
-    [F + 1]: where time steps begin, attention stays within one. grid_thw int64 [M, 3], of whole
-    media. longest_sample, longest_step: tokens. keys, skipped: as in `task_encoder.QwenBatch`; a sequence without keys
-    stands for none.
+    input_ids: int64 [L].
+    position_ids: int64 [3, L]. M-RoPE, from 0 in every sample.
+    sample_starts: int32 [S + 1]. Where the samples begin, and where the last one ends.
+    learned: int64 [T]. Positions that have to predict a token.
+    targets: int64 [T]. The tokens that they have to predict.
+    visual: int64 [V]. Positions that hold visual tokens.
+    tokens: [N, K]. Vision tokens in the order of the sequence, in the model's data type.
+    token_positions: int64 [N, 2]. Row and column of each in its time step.
+    step_starts: int32 [F + 1]. Where time steps begin. Attention stays within one.
+    grid_thw: int64 [M, 3]. (t, h, w) of whole media.
+    longest_sample: Tokens.
+    longest_step: Vision tokens.
+    keys: As in `QwenBatch`. A sequence without keys stands for none.
+    skipped: As in `QwenBatch`.
 
     With skipping, cells that are left out have no token, and steps that keep nothing are no steps.
 
@@ -79,9 +86,12 @@ class PackedBatch(Batch):
 
 @dataclass
 class MeasuredSample(Sample):
-    """A conversation that waits for its sequence. Its media are as in the shard: a hundredth of the memory that
-    their vision tokens take. size: its tokens, its vision tokens. held: the sample as it goes into its sequence, with
-    skipping, where memory allows (`HeldSamples`)."""
+    """A conversation that waits for its packed sequence.
+
+    conversation: With media as in the shard. They take a hundredth of the memory of their vision tokens.
+    size: Its tokens and its vision tokens.
+    held: The sample as it goes into its sequence, with skipping, where memory allows (`HeldSamples`).
+    """
 
     conversation: ConversationSample
     size: tuple[int, int]

@@ -67,13 +67,15 @@ Run = int | Grid | tuple[int, int, int, float] | KeptRun  # see `mrope_positions
 
 
 def mrope_positions(runs: list[Run]) -> np.ndarray:
-    """M-RoPE position ids, int64 [3, L], of a sequence of runs: an int n is n text tokens, a tuple (t, r, c) is a
-    visual run of t*r*c language-model tokens (grid after the spatial merge). A fourth number is by how much time
-    advances from step to step, 1 if it is left out; what it gives is rounded down.
+    """M-RoPE position ids, int64 [3, L], of a sequence of runs.
 
-    Text advances all three axes together; a visual run counts time, row and column from where the text stopped, and
-    the next text starts after its largest index (Qwen2-VL, arXiv 2409.12191, section 2.1; `get_rope_index`). Cells that
-    a `KeptRun` leaves out count for that index, too: text starts where it would have, and a video keeps its duration.
+    runs: An int n is n text tokens. A tuple (t, r, c) is a visual run of t*r*c tokens of the language model (grid after
+        the spatial merge). A fourth number is how far time advances from step to step, 1 if it is left out; results are
+        rounded down.
+
+    Text advances all three axes together. A visual run counts time, row and column from where the text stopped. The
+    next text starts after its largest index (Qwen2-VL, arXiv 2409.12191, section 2.1; `get_rope_index`). Cells that a
+    `KeptRun` leaves out count for that index, too: text starts where it would have, and a video keeps its duration.
     """
     columns, start = [], 0
     for run in runs:

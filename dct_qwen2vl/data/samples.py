@@ -60,7 +60,11 @@ class TooManyBadSamples(FatalSampleError):
 
 @dataclass
 class ConversationSample(Sample):
-    """entry: the json part. media: (kind, content) in order, kind "image" or "video", content as found in the shard."""
+    """A sample as the shard holds it.
+
+    entry: The json part.
+    media: (kind, content) in order. A kind is "image" or "video"; content is as found in the shard.
+    """
 
     entry: dict[str, Any]
     media: list[tuple[str, Any]] = field(repr=False)  # Energon writes a sample that failed into its messages
@@ -89,12 +93,20 @@ class EncodedSample(Sample):
 
 @dataclass
 class QwenBatch(Batch):
-    """A micro-batch. `keys` are the samples' keys.
+    """A micro-batch of B samples with up to L tokens.
 
-    labels int64 [B, L] are already shifted: labels[b, i] is the token that position i has to predict. position_ids
-    int64 [3, B, L]. attention_mask int64 [B, L]. pixel_values float32 [N, K] of all images in order, image_grid_thw
-    int64 [M, 3]; likewise for videos. skipped: samples left out since the previous batch of the same worker, by reason.
-    image_kept, video_kept: as in `EncodedSample`, None without skipping.
+    input_ids: int64 [B, L].
+    labels: int64 [B, L]. Already shifted: labels[b, i] is the token that position i has to predict.
+    attention_mask: int64 [B, L].
+    position_ids: int64 [3, B, L].
+    pixel_values: float32 [N, K]. Of all images in order.
+    image_grid_thw: int64 [M, 3]. Of all images in order.
+    pixel_values_videos: float32 [N, K]. Of all videos in order.
+    video_grid_thw: int64 [M, 3]. Of all videos in order.
+    keys: Keys of the samples.
+    skipped: Samples left out since the previous batch of the same worker, by reason.
+    image_kept: As in `EncodedSample`. None without skipping.
+    video_kept: As in `EncodedSample`. None without skipping.
 
     A batch without keys stands for none: its one learned token is not to be counted (`QwenTaskEncoder.blank_batch`).
     """

@@ -35,9 +35,12 @@ STILL_CODECS = ("mjpeg", "png", "bmp", "gif", "webp", "tiff")  # of covers; a fi
 class YUVFrames:
     """A video as C-contiguous 4:2:0 planes.
 
-    luma uint8 [T, H, W], H and W even; cb, cr uint8 [T, H/2, W/2], each sample at the centre of its 2x2 luma samples.
-    matrix: "bt601" or "bt709". full_range: values use 0..255; otherwise luma is clipped to 16..235, cb and cr to
-    16..240, as conversion to RGB does.
+    luma: uint8 [T, H, W]. H and W are even.
+    cb: uint8 [T, H/2, W/2]. Each sample lies at the centre of its 2 x 2 luma samples.
+    cr: uint8 [T, H/2, W/2]. As cb.
+    matrix: "bt601" or "bt709".
+    full_range: Whether values use 0..255. Otherwise luma is clipped to 16..235, cb and cr to 16..240, as in a
+        conversion to RGB.
     """
 
     luma: np.ndarray

@@ -88,16 +88,17 @@ def line_weights(lines: tuple[int, ...], count: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class CoefficientTable:
-    """How the energy of images spreads over frequencies, as `coefficient_statistics.py` measures it.
+    """How the energy of images is distributed over frequencies, as dct_qwen2vl.analysis.coefficient_statistics measures
+    it.
 
-    Images are described as sums of sinusoids of random phase: lines, `lines[axis]` times the frequency step
-    pi / `block[axis]` radians a frame or pixel, from 0 to pi. From the lines' power follows the variance of any
-    coefficient of any block: the DCT is linear, and sinusoids of random phase are uncorrelated.
+    block: (bt, bh, bw) for which the table was fitted, frames and pixels.
+    lines: For each axis the numbers of the stored lines, rising, from 0 to the side of `block`. Line 0 is what does not
+        change along the axis. Between two others, log power is interpolated over log frequency.
+    log2_power: float64 [3, *(len(axis) for axis in lines)], planes Y, Cb, Cr. Power of a line for values of 0..1.
 
-    block: (bt, bh, bw) for which the table was fitted.
-    lines: for each axis the numbers of the stored lines, rising, from 0 to the side of `block`; line 0 is what does not
-        change along the axis. Between two others the power is interpolated in log power and log frequency.
-    log2_power: float64 [3, *(len(axis) for axis in lines)], planes Y, Cb, Cr: power of a line for values of 0..1.
+    Images are described as sums of sinusoids of random phase. They have frequencies of `lines[axis]` times pi /
+    `block[axis]` radians a frame or pixel, from 0 to pi. The variance of any coefficient of any block follows from
+    their power: the DCT is linear, and sinusoids of random phase are uncorrelated.
     """
 
     block: tuple[int, int, int]
@@ -236,15 +237,15 @@ def _order_keys(
 class DCTConfig:
     """What a token holds. It is saved with the checkpoint; a model only understands tokens of its own config.
 
-    block: (bt, bh, bw), frames and pixels of a block; 4:2:0 needs even bh and bw.
+    block: (bt, bh, bw), frames and pixels of a block. 4:2:0 needs even bh and bw.
     chroma: "444", or "420" for colour at half the resolution in both directions.
     kept: K flat indices into the [3, bt, bh, bw] coefficients (Y, Cb, Cr; frame, row, column frequency), in the order
-        in which they stand in a token.
-    scale: K positive numbers by which the coefficients are divided, so that inputs have about unit variance.
+        of the token.
+    scale: K positive numbers that the coefficients are divided by, so that inputs have about unit variance.
     merge: m, tokens of the vision tower along one side that become one token of the language model.
-    name: for messages and logs.
-    mean, std: three numbers each, R, G, B in 0..1, by which the model's own processor normalises. Tokens are centred by
-        the mean; folding takes the std into the weight.
+    name: For messages and logs.
+    mean: R, G, B in 0..1 that the model's own processor subtracts. Tokens are centred by it.
+    std: R, G, B in 0..1 that the model's own processor divides by. Folding puts it into the weight.
 
     Raises ValueError for a configuration that contradicts itself.
     """

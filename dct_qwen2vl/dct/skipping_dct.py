@@ -164,7 +164,10 @@ def fill_tokens(tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 def shown_cells(kept: torch.Tensor) -> torch.Tensor:
-    """Number of the kept cell that each cell shows, int64 [t, r, c]: its own where it is kept. kept: bool [t, r, c]."""
+    """Number of the kept cell that each cell shows, int64 [t, r, c]. A kept cell shows itself.
+
+    kept: bool [t, r, c].
+    """
     own = torch.arange(kept.numel(), device=kept.device).view(kept.shape)
     shown = torch.where(kept, own, -1)
     first = shown[0]  # a view

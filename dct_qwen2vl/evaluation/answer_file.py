@@ -30,8 +30,13 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, settings: dict[str, dict[str, Any]]) -> None:
-        """Raises UserError where another process holds the file. settings: named values, by kind; those of the kind
-        "files" say nothing to a reader."""
+        """Opens the file and reads the answers that can be used.
+
+        path: File.
+        settings: Named values that the answers depend on, by kind. Those of the kind "files" say nothing to a reader.
+
+        Raises UserError if another process has the file.
+        """
         self.path = path
         self.file = path.open("a+b")
         try:

@@ -26,10 +26,15 @@ PAD = re.compile(r"<\|(image|video)_pad\|>")  # what the chat template writes fo
 
 
 class Answerer:
-    """A model, loaded by stock transformers, its tokenizer and its chat template; media are encoded as in training.
+    """A model that stock transformers loads, with its tokenizer and chat template. Media are encoded as in training.
 
-    sampling: frames that are read of a video. dtype: None for bfloat16 on a GPU, float32 on a CPU. pixel_bounds:
-    min_pixels, max_pixels in place of the checkpoint's. Raises CheckpointError.
+    model_dir: Hugging Face directory.
+    max_new_tokens: Longest answer, tokens.
+    sampling: Frames that are read of a video.
+    dtype: Of the weights. None: bfloat16 on a GPU, float32 on a CPU.
+    pixel_bounds: min_pixels and max_pixels in place of the checkpoint's.
+
+    Raises CheckpointError.
     """
 
     def __init__(

@@ -44,8 +44,14 @@ Media = tuple[tuple[str, "Frames"], ...]
 
 @dataclass(frozen=True)
 class Sample:
-    """question: with file bytes as its media. a, b: what either form reads of them; same: RGB for both. media: how they
-    were read, one object each."""
+    """A question, and what the two models read of its media.
+
+    question: With file bytes as its media.
+    a: What the first form reads.
+    b: What the second form reads.
+    same: RGB that both forms get.
+    media: How they were read, one object for each.
+    """
 
     question: Question
     a: Media
@@ -56,7 +62,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Comparison:
-    """summary: what comparison.json holds. lines: of comparison.jsonl, one for each question."""
+    """What a comparison has found.
+
+    summary: What comparison.json holds.
+    lines: What comparison.jsonl holds, one for each question.
+    """
 
     summary: dict[str, Any]
     lines: list[dict[str, Any]]
@@ -291,7 +301,14 @@ def first_encoder(first: Path, model: Path, sampling: VideoSampling, bounds: dic
 def ask_model(
     answerer: "Answerer", form: str, same: "MediaEncoder", samples: list[Sample], found: list[list[dict[str, "Pass"]]]
 ) -> None:
-    """Adds a model's passes to those of each sample. same: encodes what the first form reads."""
+    """Adds a model's passes to those of each sample.
+
+    answerer: The model.
+    form: "a" or "b".
+    same: Encodes what the first form reads.
+    samples: The questions.
+    found: For each sample the passes of the forms so far.
+    """
     from dct_qwen2vl.evaluation.forward_passes import ask
 
     media = {"own": answerer.media, "same": same}

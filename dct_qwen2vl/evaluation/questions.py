@@ -54,8 +54,13 @@ class Question:
 
 @dataclass
 class Reading:
-    """How far a split has been read. entries: those asked, the last one perhaps in part; questions: of these; turns:
-    questions of the last entry, 0 once there are no more of it; left_out: entries that cannot be used, by reason."""
+    """How far a split has been read.
+
+    entries: Entries asked, the last one perhaps in part.
+    questions: Questions of these.
+    turns: Questions of the last entry. 0 once there are no more of it.
+    left_out: Entries that cannot be used, by reason.
+    """
 
     entries: int = 0
     questions: int = 0

@@ -64,8 +64,12 @@ def is_archive(name: str) -> bool:
 
 
 def name_parts(names: Collection[str], data_dir: Path, below: bool = False) -> list[str]:
-    """A line for each tar of which there are parts and not the whole. names: relative to the data folder, where the
-    whole belongs; below: name the parts in its folders, not those in itself."""
+    """A line for each tar of which the parts are there, but not the whole.
+
+    names: Of files, relative to the data folder.
+    data_dir: The data folder, where the whole tar belongs.
+    below: Whether to name the parts in its folders instead of those in itself.
+    """
     groups: dict[str, list[str]] = {}
     for name in sorted(names):
         part = None if is_tar(name) or NOT_READ.fullmatch(name) else PART.fullmatch(name)

@@ -552,7 +552,13 @@ def resolve_spelling(places: Places, spelled: Callable[[int], str], sources: lis
 
 
 def enter_candidates(places: Places, candidates: list[tuple[int, str]], indexes: dict[int, Index], repair: int) -> None:
-    """Enter the files of these names for rows that have none yet. indexes: by their number in `places.source`."""
+    """Enters the files of some names for rows that have none yet.
+
+    places: Changed in place.
+    candidates: (row, name of a file).
+    indexes: By their number in `places.source`.
+    repair: Number in NAME_REPAIRS.
+    """
     candidates = [(row, name) for row, name in candidates if places.source[row] == NO_PLACE]
     if not candidates:
         return

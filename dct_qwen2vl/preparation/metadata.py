@@ -35,9 +35,14 @@ class PreparationError(UserError):
 
 @dataclass(frozen=True)
 class EntryRanges:
-    """Consecutive entries of one metadata file: entry i is its bytes [start[i], stop[i]), int64 [N].
+    """Consecutive entries of one metadata file.
 
-    file: number of the file; first: number of entry 0 among the entries of all files. is_list: the file is a JSON list.
+    file: Number of the file.
+    path: The file.
+    is_list: Whether it is a JSON list.
+    first: Number of entry 0 among the entries of all files.
+    start: int64 [N]. First byte of each entry.
+    stop: int64 [N]. Byte after its last one.
     """
 
     file: int

@@ -45,7 +45,14 @@ MAXIMUM_MEDIA_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class SkippedEntry:
-    """An entry left out. index: its number in the metadata; id: its own, if it has one; source: its dataset."""
+    """An entry that is left out.
+
+    index: Its number in the metadata.
+    id: Its own id, if it has one.
+    source: Its source data set.
+    reason: One of the reasons in entries.py or conversion.py.
+    detail: What was found.
+    """
 
     index: int
     id: Any
@@ -133,7 +140,13 @@ class CheckTask:
 
 @dataclass(frozen=True)
 class CheckedPiece:
-    """What became of a CheckTask. sources: names of those of its columns. read: entries of each source."""
+    """The result of a CheckTask.
+
+    columns: Entries that can be used, as far as is known.
+    sources: Names of the sources in these columns.
+    skipped: The other entries.
+    read: Entries of each source.
+    """
 
     columns: Columns
     sources: list[str]
@@ -143,10 +156,16 @@ class CheckedPiece:
 
 @dataclass
 class Plan:
-    """All entries that can be written, as far as their files have not been read yet.
+    """All entries that can be written, as far as is known before their files are read.
 
-    entries, media_start, kind: as in Columns. media int64 [M]: number in `places`. sources: names; read: entries by
-    source.
+    entries: As in Columns.
+    media_start: As in Columns.
+    kind: As in Columns.
+    media: int64 [M]. Number in `places`.
+    places: Where the files lie.
+    sources: Names of the sources.
+    read: Entries by source.
+    skipped: Entries that are left out.
     """
 
     entries: np.ndarray

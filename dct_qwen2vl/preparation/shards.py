@@ -99,8 +99,13 @@ class PlannedSample(NamedTuple):
 
     index: Number of the entry.
     copy: Number of its repetition.
-    start, stop, crc: Bytes of its text in the file `metadata`, and their checksum.
+    metadata: File that holds its text.
+    start: First byte of its text.
+    stop: Byte after its last one.
     source: Number in ShardTask.sources.
+    crc: CRC-32 of its text.
+    characters: Of all turns.
+    repaired: Whether the entry needed a repair.
     kinds: Of its media, in order.
     places: Of its media, in order, as (path, offset, size).
     name_repairs: Numbers in NAME_REPAIRS, of its media's names.
@@ -175,8 +180,18 @@ def make_task(
 
 @dataclass
 class ShardStats:
-    """What the file beside a shard says. samples, media: columns with one value for each sample written, and for each
-    of its media, in their order."""
+    """What the stats file of a shard says.
+
+    name: Of the shard.
+    split: Of the shard.
+    sources: Names of the source data sets.
+    written: Samples written.
+    parts: Media parts written, by treatment, and samples without media.
+    repairs: Samples repaired, by repair.
+    skipped: Entries left out.
+    samples: Columns with one value for each sample written.
+    media: Columns with one value for each medium of these samples, in their order.
+    """
 
     name: str
     split: str

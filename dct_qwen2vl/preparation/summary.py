@@ -98,7 +98,15 @@ def make_stats(
     run: dict[str, Any],
     counts: SetCounts,
 ) -> dict[str, Any]:
-    """What stats.json holds. Without times, folders and worker counts: equal data and settings give an equal file."""
+    """What stats.json holds. Equal data and settings give an equal file, so it has no times, folders or worker counts.
+
+    plan: Which entries are written.
+    layout: In which order.
+    metadata: Files of the metadata.
+    tars: The tars of the data folder.
+    run: What run.json holds.
+    counts: Of all shards.
+    """
     sources = count_sources(plan, layout, counts)
     totals = {
         name: sum(source[name] for source in sources.values()) for name in ("read", "copies", "thinned", "written")

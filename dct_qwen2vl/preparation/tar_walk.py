@@ -116,8 +116,12 @@ def walk_tar(stream: BinaryIO, length: int | None) -> Iterator[Member]:
 
 
 def skip_zeros(stream: BinaryIO, offset: int) -> tuple[bytes, int]:
-    """Past the end mark whose first block lies at an offset: the next block that has more than zeros in it and its
-    offset, or b"" and the end of the stream."""
+    """Reads past an end mark. Returns the next block that is not zeros and its offset, or b"" and the end of the
+    stream.
+
+    stream: The tar.
+    offset: Of the first block of the end mark, bytes.
+    """
     block = ZEROS
     while block == ZEROS:
         offset += BLOCK

@@ -217,7 +217,14 @@ def choose_engine(config: TrainingConfig) -> str:
 
 
 def refuse_flags_of(engine: str, config: TrainingConfig, why: str) -> None:
-    """Raises RunError where a setting that only this engine knows is not at its default. why: ends the message."""
+    """Checks that settings that only one engine knows have their defaults.
+
+    engine: The engine that is not used.
+    config: The settings.
+    why: End of the message.
+
+    Raises RunError.
+    """
     for each in fields(config):
         if each.metadata["engine"] == engine and getattr(config, each.name) not in (each.default, 0):
             raise RunError(f"{flag_of(each.name)} belongs to the {engine} engine{why}")

@@ -168,9 +168,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class TrainingLog(pl.Callback):
-    """Sums every micro-batch over an optimizer step and over the processes; process 0 writes.
+    """Sums every micro-batch over an optimizer step and over the processes. Process 0 writes.
 
-    max_steps: of the whole run. log_interval: steps between progress lines. merge_size: of the vision tower.
+    run_dir: The run's folder.
+    max_steps: Optimizer steps of the whole run.
+    log_interval: Steps between progress lines.
+    merge_size: Of the vision tower.
     """
 
     def __init__(self, run_dir: Path, max_steps: int, log_interval: int, merge_size: int) -> None:
@@ -344,7 +347,10 @@ class ValidationSum:
             self.sums[2] += samples
 
     def end(self, counts: bool = True) -> None:
-        """Collective. counts: this process's micro-batches are not those of another, too."""
+        """Sums over the processes. Collective.
+
+        counts: Whether this process's micro-batches are its own, and not those of another process, too.
+        """
         if not counts:
             self.sums.zero_()
         if torch.distributed.is_initialized():

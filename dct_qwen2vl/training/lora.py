@@ -21,7 +21,12 @@ MEGATRON_LAYERS = {"self_attention": ("linear_qkv", "linear_proj"), "mlp": ("lin
 
 
 class LoRA(NamedTuple):
-    """rank: R. alpha: the adapters' weight, divided by R. seed: of every A."""
+    """The adapters of a run (arXiv 2106.09685).
+
+    rank: R.
+    alpha: What the adapters add is multiplied by alpha / rank.
+    seed: Of every A.
+    """
 
     rank: int
     alpha: int

@@ -28,8 +28,13 @@ ROWS, COLUMNS, WHOLE = 0, 1, None  # the axis that tensor parallelism splits
 
 @dataclass(frozen=True)
 class Rule:
-    """target: pattern of a Megatron name, {} the layer; sources: of the checkpoint's names. axis: ROWS, COLUMNS or
-    WHOLE. kind: "plain", "qkv", "fused_qkv" (one source holding Q, K, V), "gated", "patch" (a Conv3d as a matrix)."""
+    """How a parameter of Megatron is made of a checkpoint's tensors.
+
+    target: Pattern of the Megatron name. {} is the layer.
+    sources: Patterns of the checkpoint's names.
+    axis: Along which it is split under tensor parallelism: ROWS, COLUMNS or WHOLE.
+    kind: "plain", "qkv", "fused_qkv" (one source holding Q, K, V), "gated" or "patch" (a Conv3d as a matrix).
+    """
 
     target: str
     sources: tuple[str, ...]

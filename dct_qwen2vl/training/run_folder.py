@@ -20,7 +20,13 @@ CHECKPOINT_NAME = re.compile(r"step(\d{6,})")
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Every `interval` optimizer steps and at the end; keeps the last `keep`. saved: called after each."""
+    """Saves every `interval` optimizer steps and at the end.
+
+    folder: Gets the checkpoints.
+    interval: Optimizer steps between them.
+    keep: How many of the newest are kept.
+    saved: Called after each.
+    """
 
     FILE_EXTENSION = ""
 
