@@ -56,8 +56,9 @@ class DCTImageProcessor(BaseImageProcessor):
 
     Images are PIL, numpy or torch; grey ([H, W], or one channel), RGB or RGBA; channels first or last; uint8, uint16
     (0..65535), bool, other whole numbers in 0..255, or floats. Transparent images are composed with white, as files
-    are in `images.to_rgb`. The stock processor drops alpha instead. 16-bit grey is scaled to 8 bits. If the frames of
-    a video differ in size, all are resized to the target size of the first one.
+    are in `images.to_rgb`, and 16-bit grey is scaled to 8 bits. The stock processor drops alpha, which shows what lies
+    under it, and clips 16-bit grey. If the frames of a video differ in size, all are resized to the target size of the
+    first one.
 
     Output: `pixel_values` float32 [N, K] and `image_grid_thw` int64 [images, 3], or `pixel_values_videos` and
     `video_grid_thw`, on the device of the images. The token format fixes mean, std and do_normalize of the stock
