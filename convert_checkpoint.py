@@ -1,13 +1,13 @@
-"""Qwen2-VL checkpoint (HF directory) -> the same model reading DCT tokens (HF directory).
+"""Converts a Qwen2-VL checkpoint to the same model reading DCT tokens. Both are Hugging Face directories.
 
     python convert_checkpoint.py --model-dir Qwen2-VL-2B-Instruct --output-dir Qwen2-VL-2B-Instruct-x4 --dct x4
 
-Instead of a preset, a format of one's own: --block 2 28 28 --chroma 420 --num-coefficients 1176 --order weighted, whose
-order is computed from this checkpoint's patch embedding.
+Flags describe a format of your own in place of a preset: --block 2 28 28 --chroma 420 --num-coefficients 1176
+--order weighted. This order is computed from the checkpoint's patch embedding.
 
 Only the patch embedding changes: its weight is folded into the coefficient domain (fold_patch_embedding). The other
-tensors are memory-mapped and passed through in shards of at most 2 GB, so the model is never in memory twice.
-Stock transformers loads the result; its image processor (and the code that defines it) is saved beside the weights.
+tensors are memory-mapped and copied in shards of at most 2 GB, so the model is never in memory twice.
+Stock transformers loads the result. Its image processor, with the code that defines it, is saved in the same folder.
 
     python convert_checkpoint.py --to stock --model-dir MY-x4 --output-dir MY-x4-stock
     python convert_checkpoint.py --to dct --model-dir MY-x4-stock --output-dir MY-x4

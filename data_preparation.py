@@ -1,4 +1,4 @@
-"""Turn a LLaVA-style data set (JSON metadata of conversations, tars or folders of media) into shards for Energon.
+"""Turns a LLaVA-style data set (JSON metadata of conversations, tars or folders of media) into shards for Energon.
 
     python data_preparation.py --data-dir D --output-dir O --energon-prepare
 
@@ -9,10 +9,10 @@ Out: O/pretrain-000000.tar, ...    WebDataset samples: KEY.jpg, KEY.mp4 or KEY.0
      O/cambrian737k_filtered.json  the entries that were written, in their old order
      O/stats.json                  read + copies = written + skipped + thinned, by source and reason
      O/skipped.jsonl               a line for each entry left out
-     O/report.html                 all that to look at
+     O/report.html                 the same as a page with figures and samples
 
-The same data and settings give the same bytes, whatever the number of workers, in one run, in several after crashes, or
-in parts on several machines (--part 1/4 ... --part 4/4, then the same command without --part; prepare_slurm.sh).
+The same data and settings give the same bytes, for any number of workers, in one run, in several after crashes, or in
+parts on several machines (--part 1/4 ... --part 4/4, then the same command without --part; prepare_slurm.sh).
 
 The work is done in dct_qwen2vl/preparation/. First everything is planned (metadata.py, entries.py, media_index.py,
 plan.py, data_splits.py). Then workers write the shards (shards.py, conversion.py). Then the counts are put together

@@ -1,12 +1,12 @@
-"""Answers the questions of a split with a fine-tuned model and counts what is right, beside the blind baseline.
+"""Asks a fine-tuned model the questions of a split. Prints its accuracy and that of the blind baseline.
 
     python evaluate_qwen2vl.py --model-dir experiments/E/hf --data-dir SHARDS --output-dir experiments/E/evaluation
 
-The model is loaded by stock transformers. Media become tokens as in training (media_encoder.py), so that sizes, grids
-and numbers are the same. Every question of a conversation is asked on its own, with the entry's media. Blind: the same
-model and questions, every image and frame grey; what it still gets right needs no eyes. An answer is right if it
-equals the reference but for case, white space and a final full stop. If it is killed, the same command goes on
-(answer_file.py).
+Stock transformers loads the model. Images and videos become the same tokens as in training (media_encoder.py). Every
+question of a conversation is asked separately, with the entry's media. The blind baseline is the same model on the same
+questions with all images and frames grey: it shows what can be answered without looking. An answer is right if it
+equals the reference; case, white space and a final full stop do not count. If the program is killed, the same command
+continues (answer_file.py).
 
     python evaluate_qwen2vl.py --compare experiments/E/hf_dct experiments/E/hf --data-dir SHARDS --output-dir COMPARED
 

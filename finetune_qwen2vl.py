@@ -1,10 +1,10 @@
-"""Fine-tunes a (converted) Qwen2-VL on prepared shards with NeMo. Started by qwen_launch.sh through torchrun.
+"""Fine-tunes a Qwen2-VL on prepared shards with NeMo. qwen_launch.sh starts it through torchrun.
 
     python finetune_qwen2vl.py --model-dir M --data-dir D --output-dir O --experiment-name E ...
 
-Writes into O/E: checkpoints/, hf/ (the fine-tuned model to take along, a plain Qwen2-VL), hf_dct/ (the same model over
+Writes into O/E: checkpoints/, hf/ (the fine-tuned model, a plain Qwen2-VL), hf_dct/ (the same model over
 DCT coefficients, to train further), metrics.jsonl, tensorboard/, logs/, run.json.
-Started again with the same arguments it resumes from the newest checkpoint.
+If it is started again with the same arguments, it resumes from the newest checkpoint.
 """
 
 import os

@@ -19,7 +19,7 @@ from dct_qwen2vl.common.settings import add_flags, check_ranges, from_flags, pla
 from dct_qwen2vl.preparation.data_splits import parse_split, parse_weight, say_shares
 from dct_qwen2vl.preparation.metadata import METADATA_NAME
 
-DESCRIPTION = """Turn a LLaVA-style data set (JSON metadata of conversations, tars or folders of media) into shards for
+DESCRIPTION = """Turns a LLaVA-style data set (JSON metadata of conversations, tars or folders of media) into shards for
 Energon."""
 MOST_SEED = 2**63 - 1
 MOST_WORKERS_A_CORE = 8  # more only wait for each other and take memory

@@ -316,8 +316,7 @@ def parse_arguments(argv: list[str] | None, kind: type[TrainingConfig] = Trainin
     kind: `TrainingConfig`, or a subclass with more fields.
     """
     parser = argparse.ArgumentParser(
-        description="Fine-tunes a (converted) Qwen2-VL on prepared shards with NeMo. Started by qwen_launch.sh through "
-        "torchrun.",
+        description="Fine-tunes a Qwen2-VL on prepared shards with NeMo. qwen_launch.sh starts it through torchrun.",
         formatter_class=DefaultsFormatter,
     )
     add_flags(parser, kind)
