@@ -503,7 +503,10 @@ def test_numbers_of_the_megatron_engine_that_do_not_fit(typed, said):
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (["--freeze", "vision", "language"], "--lora-rank 4 trains adapters of the language model, --freeze language "),
+        (
+            ["--freeze", "vision", "language"],
+            "--lora-rank 4 trains adapters of the language model, but --freeze language ",
+        ),
         (["--tensor-parallel", "8"], "--lora-rank 4 is not divisible by --tensor-parallel 8: change one of them"),
         (
             ["--pipeline-parallel", "2"],
