@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.fft import dctn, idctn
 
-from benchmarks.quality.dense import train
+from benchmarks.quality.dense import report, train
 from benchmarks.quality.dense.dinov2 import CONFIG, make_backbone, positions_for
 from benchmarks.quality.dense.inputs import (
     BLOCK,
@@ -31,7 +31,7 @@ from benchmarks.quality.dense.pages import (
     write_pages,
 )
 from benchmarks.quality.dense.prepare import WEIGHTS
-from benchmarks.quality.result_files import read_file
+from benchmarks.quality.result_files import read_file, write_file
 
 LEVEL = 0.9
 CPU = torch.device("cpu")
@@ -243,20 +243,56 @@ def test_a_tiny_run_is_recorded_and_read_again(data, tmp_path, capsys):
     assert "right" in capsys.readouterr().out
 
 
-def test_each_variant_gets_the_rate_of_its_best_short_run(data, tmp_path, capsys):
-    command = ["--data", str(data), "--output", str(tmp_path), "--variants", "half", "--steps", "3", "--batch", "4"]
-    command += ["--side", "28", "--test", "4", "--every", "3", "--device", "cpu", "--search-steps", "2"]
-    assert train.main([*command, "--rates", "1e-3", "1e-9", "--seeds", "0", "1"]) == 0
-    results = read_file(tmp_path / "dense.jsonl").values()
-    short, long = ([r for r in results if r["dense"]["steps"] == steps] for steps in (2, 3))
-    assert len(short) == 2 and sorted(r["dense"]["seed"] for r in long) == [0, 1]
-    best = min(short, key=lambda r: r["last_loss"])
-    assert {r["dense"]["rate"] for r in long} == {best["dense"]["rate"]} == {1e-3}
-    assert train.main([*command, "--seeds", "5", "--rates", "1e-3", "--seconds", "0"]) == 1
-    assert "--seconds" in capsys.readouterr().err
+def test_no_run_begins_after_the_time_is_up(data, tmp_path, capsys):
+    command = ["--data", str(data), "--output", str(tmp_path / "late"), "--steps", "2", "--device", "cpu"]
+    assert train.main([*command, "--seconds", "0"]) == 0
+    assert "the time is up" in capsys.readouterr().out and not (tmp_path / "late").exists()
 
 
 def test_what_is_missing_is_one_line(tmp_path, capsys):
     assert train.main(["--data", str(tmp_path), "--output", str(tmp_path)]) == 1
     assert "python -m benchmarks.quality.dense.prepare" in capsys.readouterr().err
     assert train.main(["--data", str(tmp_path), "--output", str(tmp_path), "--side", "50"]) == 1
+
+
+# The report
+
+
+def result(variant: str, seed: int, right: list[int], rate: float = 1e-3, steps: int = 20) -> dict:
+    """Of three pages of 10, 20 and 0 characters at one resolution."""
+    accuracy = {"60": sum(right) / 30, "all": sum(right) / 30}
+    settings = {"variant": variant, "rate": rate, "seed": seed, "steps": steps, "scales": "pages", "gain": 1.0}
+    return {
+        "name": f"dense_{variant}_{rate}_{steps}_{seed}",
+        "finished": True,
+        "dense": {**settings, "beside": "nothing"},
+        "last_loss": rate,
+        "tokens": 16,
+        "numbers_a_token": 49,
+        "curve": [{"step": steps, **accuracy}],
+        "accuracy": accuracy,
+        "by_page": {"pages": ["a", "a", "b"], "60": {"right": right, "characters": [10, 20, 0]}},
+    }
+
+
+def test_the_report_pairs_seeds_and_pages(tmp_path, capsys):
+    results = [result("half", seed, [4, 8 + seed, 0]) for seed in (0, 1, 2)]
+    results += [result("x4", seed, [6, 13 + seed, 0]) for seed in (0, 1, 2)]
+    results += [result("x4", 0, [0, 0, 0], steps=5), result("x4", 0, [9, 19, 0], rate=2e-3)]  # a search's; another rate
+    write_file(tmp_path / "dense.jsonl", results)
+    figure = tmp_path / "dense.png"
+    assert report.main(["--results", str(tmp_path), "--figure", str(figure)]) == 0
+    out = capsys.readouterr().out
+    assert "| x4, pages scales | 16 | 49 | 0.001 | 20 | 3 | 66.7 | 66.7 ± 3.3 |" in out
+    assert "x4 against the half-size image (pages scales): over 3 seeds and 2 pages: +23.3 points" in out
+    assert figure.stat().st_size > 1000
+
+
+def test_runs_tested_on_other_pages_are_not_compared(tmp_path, capsys):
+    results = [result(variant, seed, [4, 8, 0]) for seed in (0, 1) for variant in ("half", "x4")]
+    for one in results[::2]:
+        one["by_page"]["60"]["characters"] = [11, 20, 0]
+    write_file(tmp_path / "dense.jsonl", results)
+    assert report.main(["--results", str(tmp_path)]) == 1
+    assert "--test" in capsys.readouterr().err
+    assert report.main(["--results", str(tmp_path / "none")]) == 1

@@ -132,8 +132,8 @@ class Data:
 class Run:
     """One training."""
 
-    def __init__(self, settings: Settings, data: Data, device: torch.device) -> None:
-        self.settings, self.device = settings, device
+    def __init__(self, settings: Settings, data: Data, device: torch.device, eager_steps: int) -> None:
+        self.settings, self.device, self.eager_steps = settings, device, eager_steps
         self.train_pages, self.test_pages, weights = data.train, data.test, data.weights
         self.generator = torch.Generator().manual_seed(settings.seed + 1)  # 0 draws what is measured and tested
         self.inputs = self.make_inputs(weights, torch.Generator().manual_seed(0))
@@ -142,10 +142,13 @@ class Run:
         if device.type == "cuda":
             for layer in self.model.encoder.layer:  # one by one: compiled once for all layers and runs
                 layer.compile()
+        on_gpu = device.type == "cuda"
+        rate = torch.tensor(settings.rate, device=device) if on_gpu else settings.rate  # a graph reads it anew
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), settings.rate, betas=BETAS, weight_decay=DECAY, fused=device.type == "cuda"
+            self.model.parameters(), rate, betas=BETAS, weight_decay=DECAY, fused=on_gpu, capturable=on_gpu
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.factor)
+        self.done, self.graph, self.stream = 0, None, torch.cuda.Stream() if on_gpu else None
+        self.numbers = self.labels = self.loss = torch.empty(0)
 
     def make_inputs(self, weights: dict[str, torch.Tensor], generator: torch.Generator) -> Inputs:
         """Measures the level and, if wanted, the scales on crops of training pages."""
@@ -158,33 +161,74 @@ class Run:
         embedding = (weights[f"{first}.weight"], weights[f"{first}.bias"].float())
         return Inputs(VARIANTS[self.settings.variant], *embedding, level, measured, self.settings.gain)
 
-    def factor(self, step: int) -> float:
-        """Of the rate: warm-up, then a cosine."""
+    def rate(self, step: int) -> float:
+        """Warm-up, then a cosine."""
         warm = max(1, round(WARM_UP * self.settings.steps))
         if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.settings.steps - warm)))
+            return self.settings.rate * (step + 1) / warm
+        return self.settings.rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.settings.steps - warm)))
 
-    def scores(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, S, S] -> [B, r, c, classes]"""
-        numbers = self.inputs(images)
+    def scores(self, numbers: torch.Tensor) -> torch.Tensor:
+        """[B, N, K] -> [B, r, c, classes]"""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             return self.model(numbers).float()
 
     def step(self) -> torch.Tensor:
-        """One step of crops of all resolutions in equal shares. Returns the loss."""
+        """One step of crops of all resolutions in equal shares. Returns the loss.
+
+        A ViT-S keeps no GPU busy kernel by kernel: after the first steps a step is one CUDA graph.
+        """
         self.model.train()
+        self.set_rate(self.rate(self.done))
+        self.draw()
+        if self.stream is None:
+            self.update()
+        elif self.done < self.eager_steps:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.update()
+            torch.cuda.current_stream().wait_stream(self.stream)
+        else:
+            if self.graph is None:
+                self.capture()
+            self.graph.replay()
+        self.done += 1
+        return self.loss.detach().clone()
+
+    def set_rate(self, rate: float) -> None:
+        (group,) = self.optimizer.param_groups
+        if self.stream is None:
+            group["lr"] = rate
+        else:
+            group["lr"].fill_(rate)
+
+    def draw(self) -> None:
+        """The crops of a step, always in the same memory."""
+        pages, settings = self.train_pages, self.settings
+        count = settings.batch // len(pages.dpi)
+        crops = [pages.draw(dpi, count, settings.side, self.generator) for dpi in pages.dpi]
+        images, labels = (torch.cat(parts) for parts in zip(*((some.images, some.labels) for some in crops)))
+        numbers = self.inputs(images)
+        if not self.done:
+            self.numbers, self.labels = numbers, labels
+        self.numbers.copy_(numbers)
+        self.labels.copy_(labels)
+
+    def update(self) -> None:
+        """From the crops to the weights."""
         self.optimizer.zero_grad(set_to_none=True)
-        count = self.settings.batch // len(self.train_pages.dpi)
-        crops = [self.train_pages.draw(dpi, count, self.settings.side, self.generator) for dpi in self.train_pages.dpi]
-        scores = self.scores(torch.cat([some.images for some in crops])).flatten(0, 2)
-        labels = torch.cat([some.labels for some in crops]).flatten()
-        loss = nn.functional.cross_entropy(scores, labels, ignore_index=SHARED)
-        loss.backward()
+        scores = self.scores(self.numbers).flatten(0, 2)
+        self.loss = nn.functional.cross_entropy(scores, self.labels.flatten(), ignore_index=SHARED)
+        self.loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
-        self.schedule.step()
-        return loss.detach()
+
+    def capture(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self.update()
 
     @torch.no_grad()
     def test(self) -> dict[str, dict[str, list[int]]]:
@@ -197,7 +241,7 @@ class Run:
                 count = min(TEST_BATCH, self.settings.test - start)
                 crops = self.test_pages.draw(dpi, count, self.settings.side, generator)
                 counted = crops.labels > 0
-                correct = counted & (self.scores(crops.images).argmax(dim=-1) == crops.labels)
+                correct = counted & (self.scores(self.inputs(crops.images)).argmax(dim=-1) == crops.labels)
                 right.index_add_(0, crops.page.cpu(), correct.sum(dim=(1, 2)).cpu())
                 asked.index_add_(0, crops.page.cpu(), counted.sum(dim=(1, 2)).cpu())
             counts[str(dpi)] = {"right": right.tolist(), "characters": asked.tolist()}
@@ -218,12 +262,12 @@ def accuracy(counts: dict[str, dict[str, list[int]]]) -> dict[str, float]:
     return {name: right / max(1, asked) for name, (right, asked) in {**sums, "all": total}.items()}
 
 
-def run(settings: Settings, data: Data, output: Output, device: torch.device, commit: str) -> Result:
+def run(settings: Settings, data: Data, output: Output, device: torch.device, commit: str, eager_steps: int) -> Result:
     """Trains and tests. A finished run of the same settings is read."""
     result = output.finished(settings.name)
     if result is not None and result["dense"] == asdict(settings):
         return result
-    training, started, curve, losses = Run(settings, data, device), time.perf_counter(), [], []
+    training, started, curve, losses = Run(settings, data, device, eager_steps), time.perf_counter(), [], []
     for step in range(1, settings.steps + 1):
         losses.append(training.step())
         if step % settings.every == 0 or step == settings.steps:
@@ -231,7 +275,8 @@ def run(settings: Settings, data: Data, output: Output, device: torch.device, co
             loss = float(torch.stack(losses).mean())
             curve.append({"step": step, "loss": loss, **accuracy(counts), "seconds": time.perf_counter() - started})
             losses = []
-            print(f"{settings.name} | step {step} | loss {loss:.4f} | right {curve[-1]['all']:.1%}", flush=True)
+            seen = f"loss {loss:.4f} | right {curve[-1]['all']:.1%} | {curve[-1]['seconds']:.0f} s"
+            print(f"{settings.name} | step {step} | {seen}", flush=True)
     result = {
         "name": settings.name,
         "finished": True,
@@ -276,9 +321,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=64, help="crops of a step, of all resolutions (default: %(default)s)")
     add("--side", type=int, default=224, help="of a crop, px (default: %(default)s)")
     add("--test", type=int, default=512, help="crops tested at each resolution (default: %(default)s)")
-    add("--search-steps", type=int, default=0, metavar="N", help="of the runs that find each variant's rate, by loss")
     add("--seconds", type=float, default=math.inf, help="after which no run begins (default: no end)")
     add("--every", type=int, default=250, help="steps between tests (default: %(default)s)")
+    add("--eager-steps", type=int, default=5, metavar="N", help="after which a GPU's step is one CUDA graph")
     add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
     add("--commit", default="", help="noted in the results")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -286,35 +331,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def study(arguments: argparse.Namespace) -> int:
-    """All runs that are asked for. With --search-steps each variant gets its rate first."""
+    """All runs that are asked for."""
     if arguments.side % (2 * BLOCK):
         raise UserError(f"--side {arguments.side} must be a multiple of {2 * BLOCK} px")
     output, device = Output.at(arguments.output, "dense"), chosen_device(arguments.device)
     data, started = Data.read(arguments.data, device), time.perf_counter()
-    shared = {name: getattr(arguments, name) for name in ("batch", "side", "scales", "test", "every", "beside")}
+    shared = {
+        name: getattr(arguments, name) for name in ("steps", "batch", "side", "scales", "test", "every", "beside")
+    }
 
-    def train(seed: int, variant: str, gain: float, rate: float, steps: int) -> Result | None:
-        """None if the time is up."""
-        if time.perf_counter() - started > arguments.seconds:
-            return None
-        settings = Settings(variant=variant, rate=rate, seed=seed, gain=gain, steps=steps, **shared)
-        result = run(settings, data, output, device, arguments.commit)
-        print(f"{settings.name}: right {result['accuracy']['all']:.1%}", flush=True)
-        return result
-
-    kinds = [(name, gain) for name in arguments.variants for gain in gains_of(name, arguments.gains)]
-    rates = dict.fromkeys(kinds, arguments.rates)
-    if arguments.search_steps:
-        for kind in kinds:
-            found = [train(arguments.seeds[0], *kind, rate, arguments.search_steps) for rate in arguments.rates]
-            if None in found:
-                raise UserError("--seconds ended while the rates were searched: give more, or a lower --search-steps")
-            rates[kind] = [min(found, key=lambda result: result["last_loss"])["dense"]["rate"]]
-            print(f"{kind[0]}, gain {kind[1]:g}: rate {rates[kind][0]:g}", flush=True)
     for seed in arguments.seeds:
-        for kind in kinds:
-            for rate in rates[kind]:
-                train(seed, *kind, rate, arguments.steps)
+        for variant in arguments.variants:
+            for gain in gains_of(variant, arguments.gains):
+                for rate in arguments.rates:
+                    if time.perf_counter() - started > arguments.seconds:
+                        print("the time is up: the same command goes on", flush=True)
+                        return 0
+                    settings = Settings(variant=variant, rate=rate, seed=seed, gain=gain, **shared)
+                    result = run(settings, data, output, device, arguments.commit, arguments.eager_steps)
+                    print(f"{settings.name}: right {result['accuracy']['all']:.1%}", flush=True)
     return 0
 
 
