@@ -147,8 +147,8 @@ def check_lora(config: TrainingConfig) -> None:
     rank, size = config.lora_rank, config.tensor_parallel
     if rank and "language" in config.freeze:
         raise RunError(
-            f"--lora-rank {rank} trains adapters of the language model, but --freeze language trains nothing of it: leave "
-            "one of them out (with adapters its own weights are frozen anyway)"
+            f"--lora-rank {rank} trains adapters of the language model, but --freeze language trains nothing of it: "
+            "leave one of them out (with adapters its own weights are frozen anyway)"
         )
     if rank and config.pipeline_parallel > 1:  # it wants weights with and without decay in every stage
         raise RunError(f"Megatron-core cannot resume --lora-rank {rank} under --pipeline-parallel "
