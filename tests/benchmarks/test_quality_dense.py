@@ -243,17 +243,10 @@ def test_a_tiny_run_is_recorded_and_read_again(data, tmp_path, capsys):
     assert "right" in capsys.readouterr().out
 
 
-def test_each_variant_gets_the_rate_of_its_best_short_run(data, tmp_path, capsys):
-    command = ["--data", str(data), "--output", str(tmp_path), "--variants", "half", "--steps", "3", "--batch", "4"]
-    command += ["--side", "28", "--test", "4", "--every", "3", "--device", "cpu", "--search-steps", "2"]
-    assert train.main([*command, "--rates", "1e-3", "1e-9", "--seeds", "0", "1"]) == 0
-    results = read_file(tmp_path / "dense.jsonl").values()
-    short, long = ([r for r in results if r["dense"]["steps"] == steps] for steps in (2, 3))
-    assert len(short) == 2 and sorted(r["dense"]["seed"] for r in long) == [0, 1]
-    best = min(short, key=lambda r: r["last_loss"])
-    assert {r["dense"]["rate"] for r in long} == {best["dense"]["rate"]} == {1e-3}
-    assert train.main([*command, "--seeds", "5", "--rates", "1e-3", "--seconds", "0"]) == 1
-    assert "--seconds" in capsys.readouterr().err
+def test_no_run_begins_after_the_time_is_up(data, tmp_path, capsys):
+    command = ["--data", str(data), "--output", str(tmp_path / "late"), "--steps", "2", "--device", "cpu"]
+    assert train.main([*command, "--seconds", "0"]) == 0
+    assert "the time is up" in capsys.readouterr().out and not (tmp_path / "late").exists()
 
 
 def test_what_is_missing_is_one_line(tmp_path, capsys):

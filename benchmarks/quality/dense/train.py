@@ -321,7 +321,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=64, help="crops of a step, of all resolutions (default: %(default)s)")
     add("--side", type=int, default=224, help="of a crop, px (default: %(default)s)")
     add("--test", type=int, default=512, help="crops tested at each resolution (default: %(default)s)")
-    add("--search-steps", type=int, default=0, metavar="N", help="of the runs that find each variant's rate, by loss")
     add("--seconds", type=float, default=math.inf, help="after which no run begins (default: no end)")
     add("--every", type=int, default=250, help="steps between tests (default: %(default)s)")
     add("--eager-steps", type=int, default=5, metavar="N", help="after which a GPU's step is one CUDA graph")
@@ -332,35 +331,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def study(arguments: argparse.Namespace) -> int:
-    """All runs that are asked for. With --search-steps each variant gets its rate first."""
+    """All runs that are asked for."""
     if arguments.side % (2 * BLOCK):
         raise UserError(f"--side {arguments.side} must be a multiple of {2 * BLOCK} px")
     output, device = Output.at(arguments.output, "dense"), chosen_device(arguments.device)
     data, started = Data.read(arguments.data, device), time.perf_counter()
-    shared = {name: getattr(arguments, name) for name in ("batch", "side", "scales", "test", "every", "beside")}
+    shared = {
+        name: getattr(arguments, name) for name in ("steps", "batch", "side", "scales", "test", "every", "beside")
+    }
 
-    def train(seed: int, variant: str, gain: float, rate: float, steps: int) -> Result | None:
-        """None if the time is up."""
-        if time.perf_counter() - started > arguments.seconds:
-            return None
-        settings = Settings(variant=variant, rate=rate, seed=seed, gain=gain, steps=steps, **shared)
-        result = run(settings, data, output, device, arguments.commit, arguments.eager_steps)
-        print(f"{settings.name}: right {result['accuracy']['all']:.1%}", flush=True)
-        return result
-
-    kinds = [(name, gain) for name in arguments.variants for gain in gains_of(name, arguments.gains)]
-    rates = dict.fromkeys(kinds, arguments.rates)
-    if arguments.search_steps:
-        for kind in kinds:
-            found = [train(arguments.seeds[0], *kind, rate, arguments.search_steps) for rate in arguments.rates]
-            if None in found:
-                raise UserError("--seconds ended while the rates were searched: give more, or a lower --search-steps")
-            rates[kind] = [min(found, key=lambda result: result["last_loss"])["dense"]["rate"]]
-            print(f"{kind[0]}, gain {kind[1]:g}: rate {rates[kind][0]:g}", flush=True)
     for seed in arguments.seeds:
-        for kind in kinds:
-            for rate in rates[kind]:
-                train(seed, *kind, rate, arguments.steps)
+        for variant in arguments.variants:
+            for gain in gains_of(variant, arguments.gains):
+                for rate in arguments.rates:
+                    if time.perf_counter() - started > arguments.seconds:
+                        print("the time is up: the same command goes on", flush=True)
+                        return 0
+                    settings = Settings(variant=variant, rate=rate, seed=seed, gain=gain, **shared)
+                    result = run(settings, data, output, device, arguments.commit, arguments.eager_steps)
+                    print(f"{settings.name}: right {result['accuracy']['all']:.1%}", flush=True)
     return 0
 
 
