@@ -9,7 +9,11 @@ if TYPE_CHECKING:
 
 
 def same_answer(prediction: str, answer: str) -> bool:
-    """Equal but for case, white space and a final full stop."""
+    """Whether two answers are equal but for case, white space and a final full stop.
+
+    prediction: What a model said.
+    answer: What is right.
+    """
 
     def normalised(text: str) -> str:
         return " ".join(text.lower().split()).removesuffix(".")

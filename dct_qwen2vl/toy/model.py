@@ -48,7 +48,7 @@ def train_tokenizer(texts: Iterable[str]):
 
 
 def split_as_qwen2(tokenizer) -> None:
-    """Normalises and splits text as Qwen2's tokenizer does before its byte-level BPE."""
+    """Makes a BPE of the package tokenizers normalise and split text as Qwen2's does."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     tokenizer.normalizer = normalizers.NFC()
@@ -59,7 +59,11 @@ def split_as_qwen2(tokenizer) -> None:
 
 
 def qwen2_tokenizer(tokenizer, model_max_length: int = 32768):
-    """A `Qwen2TokenizerFast` of this BPE, with Qwen2-VL's special tokens and chat template."""
+    """A `Qwen2TokenizerFast` with Qwen2-VL's special tokens and chat template.
+
+    tokenizer: A byte-level BPE of the package tokenizers. It gets the special tokens.
+    model_max_length: Of a sequence, tokens.
+    """
     from tokenizers import AddedToken
     from transformers import Qwen2TokenizerFast
 
@@ -149,7 +153,13 @@ def write_checkpoint(texts: Iterable[str], folder: Path, seed: int) -> int:
 
 
 def save(model, tokenizer, image_processor, folder: Path) -> None:
-    """Writes a Hugging Face directory that answers greedily."""
+    """Writes a Hugging Face directory that answers greedily.
+
+    model: `Qwen2VLForConditionalGeneration`. Its generation settings are replaced.
+    tokenizer: As `qwen2_tokenizer` makes it.
+    image_processor: Of pixels.
+    folder: Hugging Face directory to write.
+    """
     from transformers import GenerationConfig, Qwen2VLProcessor
 
     config = model.config

@@ -186,7 +186,11 @@ def _break_file(rng: np.random.Generator, kind: str, item: Item) -> bytes:
 
 
 def write_data_set(data: DataSet, folder: Path) -> None:
-    """Writes cambrian737k.json and one tar for each top folder. Dates and owners are fixed: same data, same bytes."""
+    """Writes cambrian737k.json and one tar for each top folder. Dates and owners are fixed: same data, same bytes.
+
+    data: Entries and files.
+    folder: To make.
+    """
     folder.mkdir(parents=True)
     text = json.dumps(data.entries, ensure_ascii=False, indent=1) + "\n"
     (folder / "cambrian737k.json").write_text(text, encoding="utf-8")

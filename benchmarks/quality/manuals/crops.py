@@ -76,7 +76,13 @@ class Question:
 
 
 def random_crop(page: PrintedPage, shape: Shape, heading: bool, rng: np.random.Generator) -> Crop | None:
-    """None where the page has no place for one. heading: whether the first line must be one."""
+    """None where the page has no place for one.
+
+    page: To cut from.
+    shape: Of the crop.
+    heading: Whether the first line must be one.
+    rng: Chooses lines, words and place.
+    """
     starts = [number for number, line in enumerate(page.lines) if line.usable and (line.heading or not heading)]
     for _ in range(TRIES if starts else 0):
         lines = following(page, starts[rng.integers(len(starts))], 1 + int(rng.integers(shape.lines)), shape)
@@ -141,7 +147,12 @@ def pixel_box(line: PrintedLine, words: tuple[Word, ...], page: PrintedPage) -> 
 
 
 def ask(crop: Crop, kind: str, rng: np.random.Generator) -> Question | None:
-    """A question of this kind; None where the crop has no answer."""
+    """None where the crop has no answer.
+
+    crop: That is asked about.
+    kind: "transcribe" or one of `KINDS`.
+    rng: Chooses the words of the question.
+    """
     about, answer = "", crop.text
     if kind == "line count":
         answer = str(len(crop.lines))

@@ -45,7 +45,11 @@ class PrintedLine:
 
 
 def printed_lines(text: Any, page_height: float) -> list[PrintedLine]:
-    """All lines of a pdfium text layer, from top to bottom."""
+    """All lines of a page, from top to bottom.
+
+    text: pdfium's text layer.
+    page_height: Points.
+    """
     lines = [
         line
         for characters, boxes in lines_of_characters(text)
