@@ -74,6 +74,11 @@ class DataSet:
     files: dict[str, list[tuple[str, bytes]]] = field(default_factory=dict)
 
     def add_file(self, name: str, content: bytes) -> None:
+        """Adds a file to the tar of its top folder.
+
+        name: Of the member, with its folders.
+        content: Its bytes.
+        """
         self.files.setdefault(name.split("/", 1)[0], []).append((name, content))
 
 
