@@ -166,6 +166,23 @@ def test_the_flag_of_one_engine_is_refused_by_the_other(monkeypatch):
     assert checks.choose_engine(typed("--engine", "automodel", "--sharding", "fsdp2")) == "automodel"
 
 
+@pytest.mark.parametrize(
+    ("text", "vision", "found"),
+    [
+        ("silu", "quick_gelu", None),
+        (None, None, None),  # transformers' defaults
+        ("silu", "gelu", None),
+        ("silu", "gelu_pytorch_tanh", "has quick_gelu and gelu, not the hidden_act gelu_pytorch_tanh of "),
+        ("gelu", "quick_gelu", "has silu, not the hidden_act gelu of "),
+    ],
+)
+def test_megatron_refuses_an_activation_that_it_would_replace(text, vision, found, tmp_path):
+    config = {"model_type": "qwen2_vl", "hidden_act": text, "vision_config": {"hidden_act": vision}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = checks.unknown_to_megatron(tmp_path)
+    assert said == (found and f"--engine megatron {found}{tmp_path}: use --engine automodel")
+
+
 def test_sharding_may_change_when_a_run_goes_on(tmp_path):
     def settings(*words: str) -> LargerConfig:
         return typed("--output-dir", str(tmp_path), "--devices", "2", *words).resolved("automodel", "32")
