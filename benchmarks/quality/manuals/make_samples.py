@@ -89,11 +89,11 @@ def make_sample(page: PrintedPage, job: Job, name: str, rng: np.random.Generator
 
 
 def questions_on(crop: Crop, kind: str | None, also_transcribe: bool, rng: np.random.Generator) -> list[Question]:
-    """A question of that kind, or else of one that the crop has an answer to; then the text, if it is wanted or
-    nothing else is asked."""
+    """The text, if it is wanted or nothing else is asked; then a question of that kind, or else of one that the crop
+    has an answer to."""
     asked = kind and (ask(crop, kind, rng) or ask(crop, "next word", rng) or ask(crop, "line count", rng))
     transcribed = [ask(crop, "transcribe", rng)] if also_transcribe or not asked else []
-    return [question for question in (asked, *transcribed) if question]
+    return [question for question in (*transcribed, asked) if question]
 
 
 def png(image: np.ndarray) -> bytes:
