@@ -32,15 +32,14 @@ from transformers import AutoModelForImageTextToText
 from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read, write_reading
 from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING, open_tensors, read_json, safetensors_files
 from dct_qwen2vl.common.files import write_json
-from dct_qwen2vl.data.kept_cells import embed_media
 from dct_qwen2vl.data.loader import EnergonDataModule, energon_state_classes
+from dct_qwen2vl.data.media_embedding import blank_image, embed_media
 from dct_qwen2vl.data.samples import IGNORE_INDEX, QwenBatch
 from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
 from dct_qwen2vl.training.final_model import RehearseSave, trained_folder
 from dct_qwen2vl.training.log import NON_FINITE, StepGuard, TrainingLog, ValidationSum
 from dct_qwen2vl.training.lora import LoRA, adapt_hf, adapted_weights, adapters_of, merged_hf
-from dct_qwen2vl.training.media_embedding import blank_image
 from dct_qwen2vl.training.parts import is_frozen
 from dct_qwen2vl.training.run_folder import (
     build_loggers,
@@ -111,7 +110,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
     def forward(self, batch: QwenBatch) -> torch.Tensor:
         """-> logits [B, L, vocabulary]."""
         inputs = batch.model_inputs()
-        if batch.image_kept is not None:
+        if batch.image_kept is not None and self.device_mesh is None:  # a sharded model does it by itself
             inputs = embed_media(self.model, inputs)
         return self.model(**inputs, use_cache=False).logits
 

@@ -9,7 +9,6 @@ from dct_qwen2vl.checkpoints.inspection import (
     FORMAT_DEFAULTS,
     check_checkpoint,
     note_on_old_code,
-    read_config,
     read_json,
     saved_pixel_bounds,
     unfolded_format,
@@ -67,13 +66,6 @@ def check_skipping(config: TrainingConfig, info: ModelInfo) -> None:
         return
     if info.dct is None:
         raise RunError(f"--skip-db {config.skip_db:g} needs DCT tokens, {config.model_dir} reads pixels: leave it out")
-    model_type = read_config(config.model_dir)["model_type"]
-    if model_type != "qwen2_vl":  # whose tower sees windows of whole grids
-        raise RunError(
-            f"--skip-db {config.skip_db:g} needs a Qwen2-VL, {config.model_dir} is {model_type}: leave it out"
-        )
-    if config.sharding != "none":  # its media are embedded in another way: media_embedding.py
-        raise RunError(f"--skip-db {config.skip_db:g} does not go with --sharding {config.sharding}: leave one out")
 
 
 def check_data(config: TrainingConfig) -> None:
