@@ -31,6 +31,7 @@ SUMMED = (
     "flops",
     "samples",
     "visual_tokens",
+    "cells",
     "text_tokens",
     "learned_tokens",
     "padding",
@@ -114,6 +115,11 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def count_cells(grids: torch.Tensor, merge_size: int) -> int:
+    """Merge cells of whole media: their visual tokens without skipping. grids: int64 [M, 3]."""
+    return int(grids.prod(dim=1).sum()) // merge_size**2
+
+
 def count_tokens(batch: QwenBatch, merge_size: int) -> dict[str, float]:
     """What is in a micro-batch, by the names of `SUMMED`."""
     visual = int(batch.step_grids(merge_size).prod(dim=1).sum()) // merge_size**2
@@ -121,6 +127,7 @@ def count_tokens(batch: QwenBatch, merge_size: int) -> dict[str, float]:
     return {
         "samples": len(batch.keys),
         "visual_tokens": visual,
+        "cells": count_cells(torch.cat([batch.image_grid_thw, batch.video_grid_thw]), merge_size),
         "text_tokens": present - visual,
         "learned_tokens": int((batch.labels != IGNORE_INDEX).sum()),
         "padding": batch.attention_mask.numel() - present,
@@ -171,13 +178,15 @@ class TrainingLog(pl.Callback):
     """Sums every micro-batch over an optimizer step and over the processes; process 0 writes.
 
     max_steps: of the whole run. log_interval: steps between progress lines. merge_size: of the vision tower.
+    skips: some cells of media have no token; the share that has one is written.
     """
 
-    def __init__(self, run_dir: Path, max_steps: int, log_interval: int, merge_size: int) -> None:
+    def __init__(self, run_dir: Path, max_steps: int, log_interval: int, merge_size: int, skips: bool = False) -> None:
         self.metrics = MetricsFile(run_dir / "metrics.jsonl")
         self.max_steps = max_steps
         self.log_interval = log_interval
         self.merge_size = merge_size
+        self.skips = skips
         self.peak_flops = device_peak()
         self._sums = dict.fromkeys(SUMMED, 0.0)
         self._skipped: Counter[str] = Counter()  # by this process; the first one's begin with those of earlier starts
@@ -250,6 +259,8 @@ class TrainingLog(pl.Callback):
             "data_wait_share": min(1.0, sums["wait"] / trainer.world_size / seconds),
             "tflops": sums["flops"] / seconds / 1e12,
         }
+        if self.skips and sums["cells"]:
+            line["kept_share"] = sums["visual_tokens"] / sums["cells"]
         if sums["sequences"]:
             line["sequence_fill"] = sums["sequence_fill"] / sums["sequences"]
         if self.peak_flops:
@@ -285,6 +296,7 @@ class TrainingLog(pl.Callback):
             f"grad norm {line['gradient_norm']:.2f}",
             f"{line['samples'] / seconds:.1f} samples/s",
             f"{line['visual_tokens'] / seconds:.0f} visual + {line['text_tokens'] / seconds:.0f} text tokens/s",
+            *([f"cells kept {line['kept_share']:.0%}"] if "kept_share" in line else []),
             filled,
             f"data wait {line['data_wait_share']:.0%}",
             *([f"MFU {line['mfu']:.1%}"] if "mfu" in line else []),

@@ -39,7 +39,7 @@ from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
 from dct_qwen2vl.training.final_model import RehearseSave, trained_folder
 from dct_qwen2vl.training.flops import training_flops
-from dct_qwen2vl.training.log import NON_FINITE, OutOfMemory, StepGuard, TrainingLog, ValidationSum
+from dct_qwen2vl.training.log import NON_FINITE, OutOfMemory, StepGuard, TrainingLog, ValidationSum, count_cells
 from dct_qwen2vl.training.lora import LoRA, adapt_megatron
 from dct_qwen2vl.training.megatron_model import PackedQwen2VL, fuse_gradient_accumulation, model_config
 from dct_qwen2vl.training.megatron_weights import load_hf, rehearse_hf, save_hf, sources_of
@@ -262,6 +262,7 @@ class PackedTrainingLog(TrainingLog):
             "flops": training_flops(self.hf_config, sequence.step_grids(), lengths, len(sequence.learned)),
             "samples": len(sequence.keys),
             "visual_tokens": visual,
+            "cells": count_cells(sequence.grid_thw, self.merge_size),
             "text_tokens": tokens - visual,
             "learned_tokens": len(sequence.learned),
             "padding": 0,
@@ -400,6 +401,7 @@ def run(
         config.max_steps,
         config.log_interval,
         merge_size,
+        skips=data.task_encoder.skips,
         hf_config=module.hf_config,
         budget=(config.pack_tokens, config.pack_vision_tokens),
     )

@@ -692,6 +692,9 @@ def test_a_run_with_skipping_is_evaluated_with_skipping(prepared, tmp_path):
         lines = [line for line in metrics(tmp_path / name) if "loss" in line]
         assert [line["samples"] for line in lines] == [8, 8]
         visual[name] = sum(line["visual_tokens"] for line in lines)
+        shares = [line["kept_share"] for line in lines if "kept_share" in line]
+        assert all(0 < share < 1 for share in shares) and len(shares) == (2 if skip_db else 0)
+        assert ("| cells kept " in log) == bool(skip_db)
     assert 0 < visual["skips"] < visual["plain"]
     assert json.loads((tmp_path / "skips" / "run.json").read_text())["skip_db"] == 15
     assert Answerer(tmp_path / "skips" / "hf_dct", 4).media.skip_db == 15

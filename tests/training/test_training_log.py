@@ -57,6 +57,23 @@ def test_writing_a_checkpoint_is_not_part_of_the_next_step(tmp_path, monkeypatch
     assert [json.loads(line)["seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("skips", [True, False])
+def test_the_share_of_cells_kept_is_written_and_shown_where_some_are_left_out(skips, tmp_path, capsys):
+    logged = []
+    module = SimpleNamespace(**{**vars(MODULE), "log_dict": lambda values, **_: logged.append(values)})
+    log = TrainingLog(tmp_path, 3, 1, 2, skips)
+    log.on_train_start(trainer_at(0), module)
+    log.add(visual_tokens=3, cells=8, samples=1)
+    log.add(visual_tokens=1, cells=2, samples=1)
+    log._end_step(trainer_at(1), module)
+    log.add(text_tokens=5, samples=1)  # no media: no share
+    log._end_step(trainer_at(2), module)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("kept_share") for line in lines] == ([0.4, None] if skips else [None, None])
+    assert [values.get("train/kept_share") for values in logged] == ([0.4, None] if skips else [None, None])
+    assert ("text tokens/s | cells kept 40% |" in capsys.readouterr().out) == skips
+
+
 @pytest.mark.parametrize(
     ("lines", "step", "validated"),
     [
