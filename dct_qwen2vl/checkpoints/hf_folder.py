@@ -24,7 +24,8 @@ def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **settings
     """The image processor of a checkpoint, by this repository's code: a copy that lies beside the weights is not run.
 
     dct: the checkpoint's token format as `inspection.token_format` gives it, None for pixels. settings: min_pixels,
-    max_pixels and skip_db in place of the checkpoint's. Raises CheckpointError for a format that contradicts itself.
+    max_pixels, skip_db and skip_noise_floor in place of the checkpoint's. Raises CheckpointError for a format that
+    contradicts itself.
     """
     processor_class = Qwen2VLImageProcessor if dct is None else DCTImageProcessor
     try:
@@ -70,7 +71,7 @@ def write_reading(folder: Path, bounds: dict[str, int], sampling: dict[str, Any]
 
 
 def write_pixel_bounds(folder: Path, bounds: dict[str, Any]) -> None:
-    """The processor of a Hugging Face directory gets the bounds and the skip_db that the run was trained with; what is
+    """The processor of a Hugging Face directory gets the bounds and the skipping that the run was trained with; what is
     None is taken out."""
     path = folder / PROCESSOR
     if bounds and path.is_file():

@@ -59,7 +59,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
     """Qwen2-VL or Qwen2.5-VL as a LightningModule that takes `QwenBatch`es.
 
     model_dir: HF directory. freeze: parts that are not trained ("vision" is the tower without its projector).
-    max_gradient_norm: 0 for no clipping. pixel_bounds: min_pixels, max_pixels and skip_db of this run where they are
+    max_gradient_norm: 0 for no clipping. pixel_bounds: min_pixels, max_pixels and skipping of this run where they are
     not those of model_dir; the processor that is saved with the weights gets them. lora: adapters in place of the
     language model's weights. guard: stops at a loss or gradient that is no number; None for a model that is not
     trained. sampling: of videos, saved as pixel_bounds are.

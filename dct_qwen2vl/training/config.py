@@ -97,6 +97,12 @@ class TrainingConfig:
         at_least=0,
         resume=DATA,
     )
+    skip_noise_floor: bool = setting(
+        "what",
+        False,
+        "with --skip-db: measure the noise between steps of a video and let cells go that differ by no more",
+        resume=DATA,
+    )
     video_fps: float = _video_setting("fps")
     video_min_frames: int = _video_setting("min_frames")
     video_max_frames: int = _video_setting("max_frames")
@@ -240,8 +246,15 @@ class TrainingConfig:
     @property
     def processor_settings(self) -> dict[str, Any]:
         """What the image processor has otherwise than the checkpoint's, now and where it is saved."""
-        skipping = {} if self.skip_db is None else {"skip_db": self.skip_db or None}
-        return {**self.pixel_bounds, **skipping}
+        return {**self.pixel_bounds, **self._skipping}
+
+    @property
+    def _skipping(self) -> dict[str, Any]:
+        """A threshold that is given brings its own noise floor, on or off."""
+        floor = {"skip_noise_floor": self.skip_noise_floor or None}
+        if self.skip_db is None:
+            return floor if self.skip_noise_floor else {}
+        return {"skip_db": self.skip_db or None, **floor}
 
     @property
     def world_size(self) -> int:
