@@ -26,7 +26,7 @@ VIDEOS = {"motion": 1500, "order": 2000, "flashes": 2000, "ticker": 4000}
 SKIPPING_TASKS = ("still-ticker", "still-flashes", "still-order", "still-motion", "page-reading")
 SKIPPING = ("x4", "x4-skip", "x4-slow", "x4-small", "x4-evs")
 # A sample has five times the tokens of one of the other suites.
-SKIPPING_SETTINGS = {"batch": 128, "size": ModelSize(vision_layers=3), "probe": 128, "generated": 8}
+SKIPPING_SETTINGS = {"batch": 128, "size": ModelSize(vision_layers=3), "probe": 64, "generated": 4}
 SKIPPING_START = 3  # times the steps of fine-tuning that the model takes which it starts from
 TUNING_RATE = 2e-3  # of fine-tuning; docs/experiment_log.md has what `rates` said
 HIGHEST_RATE = 4e-3  # at which reading still gains; other tasks break
