@@ -307,6 +307,9 @@ def test_a_few_samples_with_media_of_each_source_are_measured(prepared_set):
     statistics = read_statistics(prepared_set)
     chosen = choose_by_source(statistics, 0)
     assert chosen["coco"] == [0, 1, 2, 3, 10] and "text" not in chosen and len(chosen) == 5
+    long = statistics.seconds.copy()
+    long[statistics.is_video] = 31
+    assert "hmdb" not in choose_by_source(replace(statistics, seconds=long), 0)
     many = replace(statistics, source=np.zeros_like(statistics.source))
     one, other = (choose_by_source(many, seed)[statistics.sources[0]] for seed in (0, 1))
     assert len(one) == 6 and one == sorted(one) and one != other and 9 not in one  # which has no media

@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -25,9 +26,9 @@ from dct_qwen2vl.preparation.report.statistics import Statistics, read_statistic
 PRESET = "x4"
 SAMPLES_OF_A_SOURCE, MOST_SOURCES = 6, 20
 MEDIA_OF_A_SAMPLE = 2
-MOST_FRAMES = 64  # of a video: half a minute at two frames a second
-MOST_PIXELS = 1 << 20  # of an image or frame, to keep this short
-KINDS = ("image", "video")
+MOST_MEDIA = {"image": SAMPLES_OF_A_SOURCE, "video": 2}  # of a source
+MOST_SECONDS = 30  # of a video; longer ones take too long to decode
+MOST_PIXELS = {"image": 1 << 20, "video": 1 << 18}  # of an image, of a frame
 Counts = dict[str, tuple[int, int, int]]  # kind -> cells kept, cells, media
 
 
@@ -57,10 +58,11 @@ def counts_of(found: dict[str, list[int]]) -> Counts:
 
 
 def choose_by_source(statistics: Statistics, seed: int) -> dict[str, list[int]]:
-    """Numbers of a few samples with media of each of the first sources, ascending."""
-    has_media, rng, chosen = statistics.media > 0, random.Random(seed), {}
+    """Numbers of a few samples with media of each of the first sources, ascending. Long videos are left out."""
+    seconds = np.bincount(statistics.owner, statistics.seconds, minlength=len(statistics))
+    usable, rng, chosen = (statistics.media > 0) & (seconds <= MOST_SECONDS), random.Random(seed), {}
     for number, name in enumerate(statistics.sources[:MOST_SOURCES]):
-        own = np.flatnonzero((statistics.source == number) & has_media).tolist()
+        own = np.flatnonzero((statistics.source == number) & usable).tolist()
         if own:
             chosen[name] = sorted(rng.sample(own, min(SAMPLES_OF_A_SOURCE, len(own))))
     return chosen
@@ -85,8 +87,8 @@ def count_kept(kind: str, data: bytes, min_pixels: int, max_pixels: int) -> tupl
     from dct_qwen2vl.dct.skipping_dct import kept_cells
     from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 
-    config, sampling = DCTConfig.preset(PRESET), VideoSampling(max_frames=MOST_FRAMES)
-    most = max(min_pixels, min(max_pixels, MOST_PIXELS))
+    config, sampling = DCTConfig.preset(PRESET), VideoSampling()
+    most = max(min_pixels, min(max_pixels, MOST_PIXELS[kind]))
     fit = PixelFit(config.block[1] * config.merge, min_pixels, most, sampling)
     frames = as_array(kind, data, sampling, fit, planes=True, threads=1)
     tokenizer = DCTTokenizer(config)
@@ -110,14 +112,13 @@ def main(argv: list[str]) -> int:
     statistics = read_statistics(output_dir)
     chosen = choose_by_source(statistics, seed)
     source_of = {position: name for name, positions in chosen.items() for position in positions}
-    found = {name: {kind: [0, 0, 0] for kind in KINDS} for name in chosen}
+    found = {name: {kind: [0, 0, 0] for kind in MOST_MEDIA} for name in chosen}
     for position, kind, data in read_media(output_dir, statistics, sorted(source_of)):
-        try:
-            numbers = (*count_kept(kind, data, low, high), 1)
-        except (MediaError, BadSample):  # training leaves it out, too
-            continue
-        counts = found[source_of[position]][kind]
-        found[source_of[position]][kind] = [one + more for one, more in zip(counts, numbers)]
+        counts = found[source_of[position]]
+        if counts[kind][2] < MOST_MEDIA[kind]:
+            with suppress(MediaError, BadSample):  # training leaves it out, too
+                numbers = (*count_kept(kind, data, low, high), 1)
+                counts[kind] = [one + more for one, more in zip(counts[kind], numbers)]
     print(json.dumps({"skip_db": SKIP_DB, "by_source": found}))
     return 0
 

@@ -17,7 +17,7 @@ import numpy as np
 from dct_qwen2vl.preparation.data_splits import SPLITS
 from dct_qwen2vl.preparation.report.figures import DPI, HEIGHT, WIDTH, Figure, figure_path
 from dct_qwen2vl.preparation.report.kept import (
-    MOST_FRAMES,
+    MOST_SECONDS,
     MOST_SOURCES,
     SAMPLES_OF_A_SOURCE,
     KeptShares,
@@ -366,8 +366,7 @@ def kept_parts(kept: KeptShares | None) -> list[Element]:
         return [title, node("p", "Not measured: ", foreign(kept.fault), class_="note")]
     note = (
         f"With --skip-db {kept.skip_db:g} and x4, measured on up to {SAMPLES_OF_A_SOURCE} samples of each of the "
-        f"{MOST_SOURCES} largest sources, at most {MOST_FRAMES} frames of a video. A few samples say roughly what to "
-        "expect."
+        f"{MOST_SOURCES} largest sources, videos of up to {MOST_SECONDS} s. So few say roughly what to expect."
     )
     rows = [
         (foreign(name), *(share_kept(*counts[kind]) for kind in ("image", "video")))
