@@ -26,7 +26,12 @@ from dct_qwen2vl.data.positions import KeptRun, Run, mrope_positions
 
 
 def kept_by_medium(grids: torch.Tensor, kept: torch.Tensor | None, merge_size: int) -> list[np.ndarray | None]:
-    """Cells of all media in one, bool [cells], -> of each medium [t, r, c]; None for all of them stays None."""
+    """The kept cells of each medium, bool [t, r, c]. None for each if all cells are kept.
+
+    grids: int64 [M, 3]. (t, h, w) of whole media.
+    kept: bool [cells of all media]. None: all.
+    merge_size: Side of a merge cell, vision tokens.
+    """
     if kept is None:
         return [None] * len(grids)
     shapes = [(t, h // merge_size, w // merge_size) for t, h, w in grids.tolist()]
@@ -40,10 +45,12 @@ def find_positions(
     pads: set[int],
     media: Iterator[KeptRun],
 ) -> np.ndarray:
-    """M-RoPE positions int64 [3, L] of one sequence; 1 where it is padded, as transformers has it.
+    """M-RoPE positions int64 [3, L] of one sequence. They are 1 where it is padded, as in transformers.
 
-    ids: int64 [L]. present: bool [L], False where padded. pads: the ids that stand for images and videos.
-    media: each in order; taken from.
+    ids: int64 [L].
+    present: bool [L]. False where padded.
+    pads: Token ids that stand for images and videos.
+    media: The cells of each medium, in order. Taken from.
     """
     runs: list[Run] = []
     for pad, group in groupby(ids[present].tolist(), key=lambda token: token if token in pads else None):
@@ -55,9 +62,12 @@ def find_positions(
 
 @contextmanager
 def given_positions(model: nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Within it, generation with the model starts from these positions, int64 [3, B, L], and counts on from them.
+    """Within the block, generation starts from these positions and counts on from them.
 
-    transformers computes positions from whole grids, whatever it is given.
+    model: Qwen2VLForConditionalGeneration.
+    positions: int64 [3, B, L].
+
+    transformers itself computes positions from whole grids.
     """
     owner = next(module for module in model.modules() if hasattr(module, "get_rope_index"))
     after = positions.amax((0, 2))[:, None] + 1 - positions.shape[-1]  # of each sample: what to add to a place
