@@ -28,6 +28,7 @@ from dct_qwen2vl.training.processes import (
     interruptible,
 )
 from dct_qwen2vl.training.run_file import count_data_restarts, write_run_file
+from dct_qwen2vl.training.sequence_size import as_begun, choose_size, leaves_size_open
 
 
 def load_processor(config: TrainingConfig, info: ModelInfo):
@@ -178,8 +179,7 @@ def run(config: TrainingConfig) -> int:
     """Checks, trains, and says where the model is. Returns the exit status."""
     check_ranges(config)
     engine = choose_engine(config)
-    config = config.resolved(engine, choose_precision(config, engine))
-    info = check(config)
+    config, info, note = check_and_size(config, engine)
     shards = fingerprint_of_shards(config.data_dir)
     config = replace(config, data_restarts=count_data_restarts(config), train_shards=shards)
     if config.check:
@@ -191,12 +191,27 @@ def run(config: TrainingConfig) -> int:
     if (config.run_dir / "finished").is_file():
         print(f"{config.run_dir} is finished: its model is in {config.run_dir / 'hf'}")
         return 0
+    if note and config.rank == 0:
+        print(note, flush=True)
     train(config, info)
     if config.rank == 0:
         (config.run_dir / "finished").touch()
         further = f", in the stock form; to train it further: {config.run_dir / 'hf_dct'}" if info.dct else ""
         print(f"Done: the fine-tuned model is in {config.run_dir / 'hf'}{further}")
     return 0
+
+
+def check_and_size(config: TrainingConfig, engine: str) -> tuple[TrainingConfig, ModelInfo, str | None]:
+    """Resolves and checks the settings. The size of packed sequences, where it is left open, is that of the run that
+    goes on, or what fits the device; a line says what was chosen. Raises UserError."""
+    precision = choose_precision(config, engine)
+    if leaves_size_open(config, engine):
+        config = as_begun(config)
+    info = check(config.resolved(engine, precision))
+    note = None
+    if leaves_size_open(config, engine):
+        config, note = choose_size(config)
+    return config.resolved(engine, precision), info, note
 
 
 def tell(error: BaseException) -> int:

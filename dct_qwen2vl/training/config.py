@@ -17,6 +17,7 @@ from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
 
 PARTS = ("vision", "projector", "language")
 SEQUENCE_TOKENS, SEQUENCES_PER_STEP = 8192, 16  # of packed sequences, where the command line does not say
+STEP_TOKENS = SEQUENCE_TOKENS * SEQUENCES_PER_STEP  # about as many where the device's memory sets their size
 
 # What a resumed run may do with a setting. It repeats the samples and losses of an uninterrupted run only if the
 # settings under SAME and DATA are what they were.
@@ -114,7 +115,8 @@ class TrainingConfig:
     global_batch_size: int | None = setting(
         "how",
         None,
-        f"samples of one optimizer step, or packed sequences (default: 32 and {SEQUENCES_PER_STEP})",
+        f"samples of one optimizer step, or packed sequences (default: 32 samples, or sequences of about {STEP_TOKENS} "
+        "tokens together)",
         at_least=1,
         resume=DATA,
     )
@@ -149,7 +151,7 @@ class TrainingConfig:
         "where",
         None,
         "megatron: a micro-batch is one packed sequence with at most so many tokens; 0: a sequence of "
-        f"--micro-batch-size samples (default: {SEQUENCE_TOKENS}, or 0 where --micro-batch-size is given)",
+        "--micro-batch-size samples (default: what the device's memory holds, or 0 where --micro-batch-size is given)",
         engine="megatron",
         resume=DATA,
     )
@@ -159,6 +161,15 @@ class TrainingConfig:
         "megatron: and so many tokens of the vision tower (default: twice --pack-tokens)",
         engine="megatron",
         resume=DATA,
+    )
+    memory_limit: float | None = setting(
+        "where",
+        None,
+        "megatron: take no more of each device's memory, GiB (default: all that is free)",
+        over=0,
+        engine="megatron",
+        resume=FREE,
+        recorded=False,
     )
     packing_buffer: int = setting("where", 512, "samples among which a loader chooses to pack", at_least=1, resume=DATA)
     tensor_parallel: int = setting(
@@ -226,6 +237,8 @@ class TrainingConfig:
     rank: int = setting(None, 0, resume=FREE)  # of this process, from torchrun
     data_restarts: int = setting(None, 0, resume=FREE)
     train_shards: str | None = setting(None, None, resume=FREE, recorded=False)  # fingerprint
+    # Which of pack_tokens and pack_vision_tokens were chosen for the device's memory, and are to be tried there.
+    chosen_sizes: tuple[str, ...] = setting(None, (), resume=FREE, recorded=False)
 
     @property
     def run_dir(self) -> Path:
@@ -261,7 +274,8 @@ class TrainingConfig:
         """For this engine, with what was left open of micro-batch, packed sequence and step."""
         packs = engine == "megatron" and self.micro_batch_size is None
         pack_tokens = _given(self.pack_tokens, SEQUENCE_TOKENS if packs else 0)
-        sequences = -(-SEQUENCES_PER_STEP // self.data_parallel) * self.data_parallel
+        wanted = -(-STEP_TOKENS // pack_tokens) if self.chosen_sizes else SEQUENCES_PER_STEP
+        sequences = -(-wanted // self.data_parallel) * self.data_parallel
         return replace(
             self,
             chosen_engine=engine,
