@@ -62,7 +62,8 @@ def full_sequence(config: Any, budget: Budget, seq_length: int, dtype: torch.dty
     tokens, vision_tokens = budget
     merge = config.vision_config.spatial_merge_size
     count = -(-tokens // seq_length)
-    lengths, cells = _shares(tokens, count), _shares(min(tokens, vision_tokens // merge**2), count)
+    lengths = _shares(tokens, count)
+    cells = _shares(min(tokens - count, vision_tokens // merge**2), count)
     *_, width = tower_widths(config.vision_config)
     samples = [_sample(config, *sizes, merge, width) for sizes in zip(lengths, cells)]
     return pack(samples, merge, width, dtype, (config.image_token_id, config.video_token_id))
@@ -100,7 +101,7 @@ class TryFullSequence(Callback):
         self.config = config
         self.info = info
         self.data = data
-        self.log = log
+        self.training_log = log  # Lightning puts a method of its own under `log`
 
     def on_fit_start(self, trainer, pl_module) -> None:
         """Collective. Raises RunError, in every process."""
@@ -142,7 +143,7 @@ class TryFullSequence(Callback):
 
     def _take(self, budget: Budget) -> None:
         """For the loader, which has not begun, the log, and the run when it goes on."""
-        self.data.task_encoder.budget = self.log.budget = budget
+        self.data.task_encoder.budget = self.training_log.budget = budget
         if self.config.rank == 0:
             write_run_file(replace(self.config, **dict(zip(SIZES, budget))), self.info)
 

@@ -32,7 +32,7 @@ GIB = 1 << 30
 class Corrections:
     """Factors of the derived terms, 1.0 where they need none, and what is kept free.
 
-    fixed, text, vision, head, working: factors of the terms of `Stage` with these names.
+    fixed, text, vision, head, working: factors of the terms of `Stage` with these names; fixed also of waiting.
     reserve: bytes. Workspaces of libraries, buffers of NCCL, kernels that are loaded later.
     reserve_share: share of the free memory that is left to fragments.
     """
@@ -90,7 +90,8 @@ class Training:
 class Stage:
     """Bytes of one process of a pipeline stage. Without pipeline parallelism there is one stage.
 
-    fixed: weights, gradients, optimizer, and the gradient of the embedding that waits for its second part.
+    fixed: weights, gradients, optimizer.
+    waiting: the head's share of a tied embedding's gradient, which waits for the other end of the backward pass.
     text: kept by a token of a packed sequence.
     vision: kept by a token of the vision tower.
     head: of a token that is learned: its logits, in which the loss puts their gradient.
@@ -99,6 +100,7 @@ class Stage:
     """
 
     fixed: float
+    waiting: float
     text: float
     vision: float
     head: float
@@ -115,7 +117,7 @@ class Stage:
         kept = tokens * self.text + vision_tokens * self.vision
         behind_head = max(learned * self.head, tokens * self.working_text)
         in_tower = vision_tokens * self.working_vision - tokens * self.text
-        return self.fixed + kept + max(behind_head, in_tower)
+        return self.fixed + self.waiting + kept + max(behind_head, in_tower)
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,7 @@ def _stage(config: Any, training: Training, number: int, corrections: Correction
     in_flight = training.pipeline_parallel - number  # packed sequences whose activations a stage holds
     return Stage(
         fixed=corrections.fixed * _fixed(config, training, blocks, first, last),
+        waiting=corrections.fixed * _waiting(config, training) if last else 0.0,
         text=corrections.text * in_flight * _text(config, training, blocks, first, last),
         vision=corrections.vision * in_flight * _vision(config, training) if first else 0.0,
         head=corrections.head * HALF * (config.vocab_size / training.tensor_parallel + config.hidden_size) * last,
@@ -230,10 +233,8 @@ def _stage(config: Any, training: Training, number: int, corrections: Correction
 
 
 def _fixed(config: Any, training: Training, blocks: float, first: bool, last: bool) -> float:
-    """Weights 2 bytes; of those trained also the gradient 4 and the optimizer 12, which data-parallel processes share.
-
-    The head's share of a tied embedding's gradient, in bf16, waits for the other end of the backward pass.
-    """
+    """Weights 2 bytes; of those trained also the gradient 4 and the optimizer 12, which data-parallel processes
+    share."""
     weights = count_weights(config)
     embeddings = first + (last and (training.pipeline_parallel > 1 or not weights.tied))
     frozen = trained = 0.0
@@ -246,9 +247,13 @@ def _fixed(config: Any, training: Training, blocks: float, first: bool, last: bo
     for count, learns in parts:
         trained += count * learns
         frozen += count * (not learns)
-    waiting = HALF * weights.embedding * (last and training.language)
     each = HALF + GRADIENT + OPTIMIZER / training.data_parallel
-    return (HALF * frozen + each * trained + waiting) / training.tensor_parallel
+    return (HALF * frozen + each * trained) / training.tensor_parallel
+
+
+def _waiting(config: Any, training: Training) -> float:
+    """Vh in bf16, where the embedding is trained; of an untied head it is the whole gradient, on its way."""
+    return HALF * config.vocab_size * config.hidden_size * training.language / training.tensor_parallel
 
 
 def _text(config: Any, training: Training, blocks: float, first: bool, last: bool) -> float:
