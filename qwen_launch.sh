@@ -35,10 +35,10 @@ MASTER_PORT=${MASTER_PORT:-29500}
 
 TP=${TP:-1}                      # tensor parallelism: processes that share each layer (megatron engine)
 PP=${PP:-1}                      # pipeline parallelism: processes that share the layers (megatron engine)
-PACK_TOKENS=${PACK_TOKENS:-}     # most tokens of a packed sequence, which is a micro-batch; empty: 8192 with the megatron engine
+PACK_TOKENS=${PACK_TOKENS:-}     # most tokens of a packed sequence, a micro-batch of the megatron engine; empty: what the device's memory holds
 PACK_VISION_TOKENS=${PACK_VISION_TOKENS:-}  # most tokens of the vision tower in it; empty: twice PACK_TOKENS
 MBS=${MBS:-}                     # micro-batch size: samples of one forward pass of one process, instead of packed sequences
-GBS=${GBS:-}                     # global batch size: packed sequences of one optimizer step (default 16), or samples (32)
+GBS=${GBS:-}                     # global batch size: samples of one optimizer step (32), or packed sequences (of 131072 tokens together)
 SEQ_LENGTH=${SEQ_LENGTH:-2048}   # tokens; longer samples are skipped and counted
 MINPIXELS=${MINPIXELS:-}         # least pixels of an image; empty: what the checkpoint says
 MAXPIXELS=${MAXPIXELS:-}         # most pixels of an image; empty: what the checkpoint says
