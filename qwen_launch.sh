@@ -85,9 +85,6 @@ if [ "$NUM_PROC_PER_NODE" != 1 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:
 # NeMo requires it, and PyTorch warns of it in every process.
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore:The pynvml package is deprecated:FutureWarning}
 
-# What cannot work is refused here, once and in one line, before any process starts.
-"$PYTHON" finetune_qwen2vl.py "${arguments[@]}" --check
-
 if [ "$NNODES" = 1 ]; then
   rendezvous=(--standalone)
 else

@@ -306,9 +306,12 @@ def metadata_of(kind: type[TrainingConfig]) -> dict[str, dict[str, Any]]:
     return {**{each.name: dict(each.metadata) for each in fields(kind)}, **DERIVED}
 
 
-def parse_arguments(argv: list[str] | None, kind: type[TrainingConfig] = TrainingConfig) -> TrainingConfig:
-    """kind: `TrainingConfig`, or one with more fields."""
+def parse_arguments(
+    argv: list[str] | None, kind: type[TrainingConfig] = TrainingConfig, program: str | None = None
+) -> TrainingConfig:
+    """kind: `TrainingConfig`, or one with more fields. program: name in messages, None: that of the file that runs."""
     parser = argparse.ArgumentParser(
+        prog=program,
         description="Fine-tunes a (converted) Qwen2-VL on prepared shards with NeMo. Started by qwen_launch.sh through "
         "torchrun.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
