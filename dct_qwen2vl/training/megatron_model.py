@@ -281,12 +281,13 @@ def model_config(
     seq_length: int,
     dtype: torch.dtype = torch.bfloat16,
     layers: Layers | None = None,
+    language: dict[str, Any] | None = None,
     **options: Any,
 ) -> PackedQwen2VLConfig:
     """transformers' Qwen2VLConfig, of pixels or of DCT tokens -> NeMo's.
 
-    seq_length: tokens of the longest sequence. layers: TransformerEngine's if None. options: further fields of
-    Megatron-core's TransformerConfig, for all three parts.
+    seq_length: tokens of the longest sequence. layers: TransformerEngine's if None. language, options: further fields
+    of Megatron-core's TransformerConfig, for the language model and for all three parts.
     """
     layers = layers or transformer_engine_layers()
     numbers = {
@@ -300,7 +301,9 @@ def model_config(
         **options,
     }
     return PackedQwen2VLConfig(
-        language_transformer_config=_language_config(hf_config, seq_length, layers.language, numbers),
+        language_transformer_config=_language_config(
+            hf_config, seq_length, layers.language, {**numbers, **(language or {})}
+        ),
         vision_transformer_config=_vision_config(hf_config.vision_config, layers.vision, numbers),
         vision_projection_config=_projection_config(hf_config.vision_config, layers.projector, numbers),
         rope_sections=list(hf_config.rope_scaling["mrope_section"]),

@@ -34,3 +34,18 @@ def test_kernels_side_by_side_are_busy_once():
 def test_shares_are_of_the_whole_step():
     assert shares(SPANS, 1.0) == pytest.approx({"matrix products": 0.7, "copies": 0.1, "gaps": 0.3})
     assert [(line["kernel"], line["calls"]) for line in longest(SPANS, 1.0)] == [(SPANS[0][0], 2), ("Memcpy HtoD", 1)]
+
+
+def test_a_sequence_is_padded_by_a_sample_that_learns_nothing(converted):
+    import torch
+    from transformers import Qwen2VLConfig
+
+    from benchmarks.speed.training import pad
+    from dct_qwen2vl.training.full_sequence import full_sequence
+
+    sequence = full_sequence(Qwen2VLConfig.from_pretrained(converted("x4")), (300, 400), seq_length=150)
+    padded = pad(sequence)
+    assert padded.input_ids.shape == (384,) and padded.position_ids.shape == (3, 384)
+    assert padded.sample_starts.tolist() == [0, 150, 300, 384] and padded.longest_sample == 150
+    assert torch.equal(padded.learned, sequence.learned) and torch.equal(padded.input_ids[:300], sequence.input_ids)
+    assert pad(padded) is padded
