@@ -11,8 +11,8 @@
     rest         checks, weights, optimizer, the rehearsal of the save, what is tried before the first step
     cpu          processor time of all processes of the launch, to its end after two steps
 
-Settings of qwen_launch.sh may be set in the environment. Nothing else should run beside it. The median of several
-launches counts, after one that fills the file cache.
+Settings of qwen_launch.sh may be set in the environment; its further arguments stand behind --launch. Nothing else
+should run beside it. The median of several launches counts, after one that fills the file cache.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -59,8 +60,11 @@ def run(command: list[str]) -> None:
     subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
 
 
-def launch(model: Path, shards: Path, processes: int, folder: Path) -> dict[str, float]:
-    """One launch of two steps. Returns the seconds of each part, and of the first process's imports by name."""
+def launch(model: Path, shards: Path, processes: int, folder: Path, further: list[str]) -> dict[str, float]:
+    """One launch of two steps. Returns the seconds of each part, and of the first process's imports by name.
+
+    Prints what the run says of the size of its packed sequences.
+    """
     (folder / "trace").mkdir(parents=True)
     settings = {
         "MODEL_DIR": model, "DATASET_DIR": shards, "OUTPUT_DIR": folder, "EXPERIMENT_NAME": NAME, "MAX_STEPS": 2,
@@ -70,11 +74,13 @@ def launch(model: Path, shards: Path, processes: int, folder: Path) -> dict[str,
     environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
     start, before, seen, said = time.time(), processor_seconds(), {}, []
     process = subprocess.Popen(
-        ["bash", "qwen_launch.sh", "--log-interval", "1"],
+        ["bash", "qwen_launch.sh", "--log-interval", "1", *further],
         cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     for line in process.stdout:
         said.append(line)
+        if "packed sequence" in line.lower():
+            print(line.rstrip(), flush=True)
         for name, mark in MARKS.items():
             if mark in line:
                 seen.setdefault(name, time.time())
@@ -133,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2, help="that train")
     parser.add_argument("--repeats", type=int, default=3, help="counted launches")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--launch", nargs=argparse.REMAINDER, default=[], help="further arguments of qwen_launch.sh")
     arguments = parser.parse_args(argv)
     if bool(arguments.model_dir) != bool(arguments.data_dir):
         parser.error("--model-dir and --data-dir belong together")
@@ -140,10 +147,9 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(name)
         given = (arguments.model_dir, arguments.data_dir)
         model, shards = given if all(given) else {"tiny": make_tiny, "2b": make_2b}[arguments.size](folder)
-        launch(model, shards, arguments.processes, folder / "warm")
-        runs = [
-            launch(model, shards, arguments.processes, folder / f"run{number}") for number in range(arguments.repeats)
-        ]
+        once = partial(launch, model, shards, arguments.processes, further=arguments.launch)
+        once(folder / "warm")
+        runs = [once(folder / f"run{number}") for number in range(arguments.repeats)]
     print(f"seconds until the first step is done, {arguments.processes} process(es), median of {len(runs)}")
     for part in (*PARTS, *(name for name in runs[0] if name.startswith("import "))):
         print(f"{part:<44}{median(each.get(part, 0.0) for each in runs):6.2f}")

@@ -331,9 +331,10 @@ def choose(
 
     free: bytes.
     seq_length: tokens of the longest sample, all of which may be visual.
-    most: tokens of a packed sequence.
+    most: tokens of a packed sequence, where the longest sample has no more.
     vision_tokens: where they are given; None: twice the tokens.
     """
+    most = max(most, -(-seq_length // GRAIN) * GRAIN)
     for recompute in (False, True)[training.recompute :]:
         found = _largest(
             stages(config, replace(training, recompute=recompute), corrections),

@@ -142,6 +142,7 @@ def test_a_given_number_of_vision_tokens_stays():
 def test_there_is_a_largest_sequence():
     assert choose(X4, LORA, 1000 * GIB, 2048).tokens == 32768
     assert choose(X4, LORA, 1000 * GIB, 2048, most=10000).tokens == 9984
+    assert choose(X4, LORA, 1000 * GIB, 40000).tokens == 40192  # which holds the longest sample
 
 
 # The command line
