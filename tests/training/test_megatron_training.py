@@ -291,6 +291,16 @@ def test_the_size_that_fits_is_chosen_tried_kept_and_gone_on_with(environment, w
     assert_equal_steps(tmp_path / "again", whole)
 
 
+@cpu_only
+def test_data_parallel_processes_shrink_together(environment, trained, tmp_path):
+    """Two nodes of a process each, of which each says alone whether its memory is full."""
+    settings = {**LAYOUTS["DP"], "PACK_TOKENS": "", "PACK_VISION_TOKENS": 2 * PACK_TOKENS, "ROOM_FOR": 300}
+    log = launch(environment(tmp_path / "sized", **settings), "--memory-limit", "1.05614")
+    assert log.count("The device's memory is full at a packed sequence of 768 tokens") == 1
+    assert log.count("A full packed sequence fits: 256 tokens, 512 vision tokens") == 1
+    assert_equal_steps(tmp_path / "sized", trained("DP"))
+
+
 def assert_equal_steps(found: Path, wanted: Path) -> None:
     names = ("step", "loss", "gradient_norm", "samples", "sequence_fill")
     ours, theirs = ([[line[name] for name in names] for line in steps_of(folder)] for folder in (found, wanted))
