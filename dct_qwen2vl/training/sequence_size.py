@@ -81,8 +81,15 @@ def free_bytes(limit: float | None) -> int | None:
     limited = None if limit is None else int(limit * GIB)
     if not torch.cuda.is_available():
         return limited
-    free, _ = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))
+    free, _ = torch.cuda.mem_get_info(own_device())
     return free if limited is None else min(free, limited)
+
+
+def own_device() -> int:
+    """Number of this process's device, which Lightning takes as well; the only one where a process sees one alone."""
+    import torch
+
+    return min(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count() - 1)
 
 
 def limit_memory(limit: float | None) -> None:
@@ -90,9 +97,8 @@ def limit_memory(limit: float | None) -> None:
     import torch
 
     if limit is not None and torch.cuda.is_available():
-        device = int(os.environ.get("LOCAL_RANK", 0))
-        _, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit * GIB / total), device)
+        _, total = torch.cuda.mem_get_info(own_device())
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit * GIB / total), own_device())
 
 
 def least_of_all(config: TrainingConfig, value: int | None) -> int | None:
