@@ -17,10 +17,11 @@ def run_main(
 ) -> int:
     """Calls `work` and returns its exit status: 1 after one of `errors`, 130 after Ctrl-C.
 
-    program: as the user typed it. The line on stderr begins with it.
-    debug: the error is raised, so that its traceback is shown.
-    goes_on: the same command continues what was interrupted, and Ctrl-C says so.
-    errors: that are shown in one line.
+    program: As the user typed it. The line on stderr begins with it.
+    work: The script's work. Returns the exit status.
+    debug: Whether an error is raised, so that its traceback is shown.
+    goes_on: Whether the same command continues an interrupted run. The message after Ctrl-C then says so.
+    errors: Classes of errors that are shown in one line.
     """
     try:
         return work()
@@ -32,5 +33,5 @@ def run_main(
     except KeyboardInterrupt:
         if not goes_on:
             raise
-        print(f"{program}: interrupted; the same command goes on", file=sys.stderr)
+        print(f"{program}: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
