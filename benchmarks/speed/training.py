@@ -25,7 +25,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +40,7 @@ TEXT_TOKENS, LEARNED_SHARE = 256, 0.5
 PAGE_TEXT = 128  # tokens
 PIXEL_BLOCK, PIXEL_WIDTH = (2, 14, 14), 3 * 2 * 14 * 14  # frames, height, width of a pixel patch; its floats
 WIDTH = 10  # of a way's name
+FP8_TOKENS = 128  # tokens of a sequence are a multiple of it for all recipes
 STOCK_IMAGE, STOCK_VIDEO = -200, -300  # NeMo's ids of visual tokens
 IMAGE_ID, VIDEO_ID = 151655, 151656
 PROFILED = 2  # micro-batches of stock in which kernels are recorded; it launches tens of thousands in each
@@ -271,10 +272,27 @@ def sequences_of(name: str, works: list[Work], budget: tuple[int, int], seed: in
     return real_config(width if config else None), packed
 
 
-def packed_training(hf_config) -> Training:
+def pad(batch, multiple: int = FP8_TOKENS):
+    """A packed sequence whose tokens are a multiple of this; those that are added are a sample without losses."""
+    missing = -len(batch.input_ids) % multiple
+    if not missing:
+        return batch
+    ends = torch.tensor([len(batch.input_ids) + missing], dtype=torch.int32)
+    return replace(
+        batch,
+        input_ids=torch.nn.functional.pad(batch.input_ids, (0, missing)),
+        position_ids=torch.nn.functional.pad(batch.position_ids, (0, missing)),
+        sample_starts=torch.cat([batch.sample_starts, ends]),
+        longest_sample=max(batch.longest_sample, missing),
+    )
+
+
+def packed_training(hf_config, fp8: str | None = None) -> Training:
+    """fp8: TransformerEngine's recipe for the language model's linear layers, as Megatron-core names it."""
     from dct_qwen2vl.training.megatron_model import fuse_gradient_accumulation, model_config
 
-    model = model_config(hf_config, 65536).configure_model()
+    language = {"fp8": "hybrid", "fp8_recipe": fp8} if fp8 else None
+    model = model_config(hf_config, 65536, language=language).configure_model()
     fuse_gradient_accumulation(model)
     return Training(model)
 
@@ -356,16 +374,26 @@ def measure_stock(works: list[Work], sizes: list[int], seed: int, repeats: int) 
 
 
 def measure_packed(
-    name: str, works: list[Work], budget: tuple[int, int], seed: int, repeats: int, skip_db: float = 0.0
+    name: str,
+    works: list[Work],
+    budget: tuple[int, int],
+    seed: int,
+    repeats: int,
+    skip_db: float = 0.0,
+    fp8: str | None = None,
 ) -> dict:
+    """skip_db: as `sequences_of` has it. fp8: as `packed_training` has it."""
     from dct_qwen2vl.training.flops import training_flops
 
     hf_config, batches = sequences_of(name, works, budget, seed, skip_db)
+    if fp8:
+        batches = [pad(batch).pin_memory() for batch in batches]
     flops = sum(training_flops(hf_config, b.step_grids(), b.sample_starts.diff(), len(b.learned)) for b in batches)
     visual = sum(len(batch.visual) for batch in batches)
-    training = packed_training(hf_config)
+    training = packed_training(hf_config, fp8)
     step = partial(training.step, forward=packed_forward)
-    line = measure(f"{name} skip" if skip_db else name, step, batches, works, flops, visual, repeats)
+    called = " ".join([name, *(["skip"] if skip_db else []), *(["fp8"] if fp8 else [])])
+    line = measure(called, step, batches, works, flops, visual, repeats)
     del training, step
     free()
     cells = sum(int(batch.grid_thw.prod(dim=1).sum()) // 4 for batch in batches)
@@ -411,7 +439,7 @@ def print_skipping(lines: list[dict]) -> None:
     whole = {line["way"]: line for line in lines}
     for line in lines:
         if line.get("skip_db"):
-            ratio = line["samples_per_second"] / whole[line["way"].removesuffix(" skip")]["samples_per_second"]
+            ratio = line["samples_per_second"] / whole[line["way"].replace(" skip", "")]["samples_per_second"]
             print(f"{line['way']:<{WIDTH}} {line['kept_share']:.0%} of the cells, samples/s x {ratio:.2f}", flush=True)
 
 
@@ -430,6 +458,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--skip-db", type=float, default=0.0, help="dB, of drawn work: each way again with skipping")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps; the median counts")
     parser.add_argument("--seed", type=int, default=0, help="of tokens and of the mix")
+    parser.add_argument("--fp8", choices=("delayed", "tensorwise", "blockwise"), help="each way once more with this "
+                        "recipe in the language model's linear layers")  # fmt: skip
     parser.add_argument("--kernels", action="store_true", help="print what a step's time goes to")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args(argv)
@@ -450,7 +480,10 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 drawn = way != "none" and work in SCENES and arguments.skip_db
                 for skip_db in (0.0, arguments.skip_db) if drawn else (0.0,):
-                    lines.append(measure_packed(way, works, budget, arguments.seed, arguments.repeats, skip_db))
+                    for fp8 in dict.fromkeys((None, arguments.fp8)):
+                        lines.append(
+                            measure_packed(way, works, budget, arguments.seed, arguments.repeats, skip_db, fp8)
+                        )
             if arguments.json:
                 arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print_ratios(lines)

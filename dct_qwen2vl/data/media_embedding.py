@@ -30,7 +30,11 @@ MEDIA = (  # token id in the model's configuration; tokens, grids and kept cells
 
 
 def blank_image(model: nn.Module, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The smallest image the tower takes, all zeros: its tokens [merge * merge, K] and its grid [1, 3]."""
+    """The smallest image that the tower accepts, all zeros: its tokens [merge * merge, K] and its grid [1, 3].
+
+    model: Qwen2VLForConditionalGeneration, or Qwen2.5-VL's.
+    device: Of the result.
+    """
     vision = model.config.vision_config
     merge = vision.spatial_merge_size
     floats = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -80,13 +84,12 @@ def _features(model: nn.Module, inputs: dict[str, Any], kinds: list[tuple[str, .
 
 
 def visual_features(visual: nn.Module, tokens: torch.Tensor, grids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """The vision tower over the tokens of kept cells: [N, K] -> [kept cells, hidden].
+    """The vision tower over the tokens of kept cells, [kept cells, hidden].
 
-    Steps and windows that keep nothing are left out.
-
-    visual: the tower of Qwen2-VL or of Qwen2.5-VL.
-    grids: int64 [M, 3], of whole media.
-    kept: bool [cells of all media].
+    visual: The tower of Qwen2-VL or of Qwen2.5-VL.
+    tokens: [N, K], of the kept cells.
+    grids: int64 [M, 3]. (t, h, w) of whole media.
+    kept: bool [cells of all media]. Steps and windows that keep nothing are left out.
     """
     places = _Places.of(visual, grids, kept)
     rotation = _rotation(visual, places.positions)

@@ -91,6 +91,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         self.gradient_of_ones = 1.0
         self.last_learning_rate = 0.0
         self.validation = ValidationSum()
+        self._learned: torch.Tensor | None = None  # of the micro-batch: positions whose logits are wanted
         self._step: list[tuple[torch.Tensor, torch.Tensor, list[str]]] = []  # loss, tokens, keys of its micro-batches
 
     def configure_model(self) -> None:
@@ -106,13 +107,19 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
             adapt_hf(self.model, self.lora)
         patches = self.model.visual.patch_embed
         patches.forward = MethodType(embed_patches, patches)
+        self.model.lm_head.register_forward_pre_hook(self._choose_positions)
         if self.device_mesh is not None:
             mesh = self.device_mesh["data_parallel"]
             shard(self.model, mesh)
             self.gradient_of_ones = gradient_of_ones(mesh)
 
-    def forward(self, batch: QwenBatch) -> torch.Tensor:
-        """-> logits [B, L, vocabulary]."""
+    def _choose_positions(self, head: torch.nn.Module, hidden: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        """The vocabulary is projected to where a token is learned only: [B, L, hidden] -> [T, hidden]."""
+        return hidden if self._learned is None else (hidden[0][self._learned],)
+
+    def forward(self, batch: QwenBatch, learned: torch.Tensor | None = None) -> torch.Tensor:
+        """-> logits [B, L, vocabulary], or [T, vocabulary] where `learned`, bool [B, L], is true."""
+        self._learned = learned
         inputs = batch.model_inputs()
         if batch.image_kept is not None and self.device_mesh is None:  # a sharded model does it by itself
             inputs = embed_media(self.model, inputs)
@@ -134,9 +141,9 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         return {"loss": loss, "loss_sum": loss_sum.detach(), "tokens": tokens}
 
     def _loss(self, batch: QwenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.forward(batch)
         learned = batch.labels != IGNORE_INDEX
-        loss_sum = functional.cross_entropy(logits[learned].float(), batch.labels[learned], reduction="sum")
+        logits = self.forward(batch, learned)
+        loss_sum = functional.cross_entropy(logits.float(), batch.labels[learned], reduction="sum")
         return loss_sum, learned.sum()
 
     def _idle_vision(self) -> torch.Tensor:

@@ -18,11 +18,10 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed
 
-from dct_qwen2vl.common.files import write_text
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.samples import IGNORE_INDEX, QwenBatch
 from dct_qwen2vl.training.flops import device_peak, training_flops
-from dct_qwen2vl.training.run_lock import RunFolderError
+from dct_qwen2vl.training.metrics_file import MetricsFile, read_metrics
 
 NON_FINITE = "non_finite_step.json"  # in the run folder: the samples of a step that was refused
 SUMMED = (
@@ -116,7 +115,11 @@ def gather(value: Any) -> list[Any]:
 
 
 def count_cells(grids: torch.Tensor, merge_size: int) -> int:
-    """Merge cells of whole media: their visual tokens without skipping. grids: int64 [M, 3]."""
+    """Merge cells of whole media: their visual tokens without skipping.
+
+    grids: int64 [M, 3]. (t, h, w) of the media.
+    merge_size: Of the vision tower.
+    """
     return int(grids.prod(dim=1).sum()) // merge_size**2
 
 
@@ -140,38 +143,6 @@ def validate(trainer: pl.Trainer) -> None:
     trainer.validating = True
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
-
-
-class MetricsFile:
-    """Appends JSON lines; keeps what is older than the step that a run starts from."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def start_from(self, step: int) -> None:
-        """Drops lines of later steps, and one that a killed run left half-written."""
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def append(self, line: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl, [] where there is none. Raises RunFolderError for one that is broken."""
-    if not path.exists():
-        return []
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise RunFolderError(f"{path} is broken in line {number}: take that line out, or move the file away")
-        lines.append(line)
-    return lines
 
 
 class TrainingLog(pl.Callback):
@@ -231,8 +202,8 @@ class TrainingLog(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch: QwenBatch, batch_index: int) -> None:
         grids = batch.step_grids(self.merge_size)
-        flops = training_flops(pl_module.model.config, grids, batch.attention_mask.sum(dim=1))
         loss, learned = float(outputs["loss_sum"]), int(outputs["tokens"])
+        flops = training_flops(pl_module.model.config, grids, batch.attention_mask.sum(dim=1), learned)
         self.add(loss=loss, loss_weight=learned, flops=flops, **count_tokens(batch, self.merge_size))
         self._skipped.update(batch.skipped)
         if (batch_index + 1) % trainer.accumulate_grad_batches == 0:
@@ -272,13 +243,18 @@ class TrainingLog(pl.Callback):
             line["mfu"] = sums["flops"] / seconds / (self.peak_flops * trainer.world_size)
         if torch.cuda.is_available():
             line["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        pl_module.log_dict(
-            {f"train/{name}": float(value) for name, value in line.items() if name != "step"}, rank_zero_only=True
-        )
         if trainer.is_global_zero:
+            self._give_to_loggers(trainer, line)
             self.metrics.append(line)
             if trainer.global_step % self.log_interval == 0 or trainer.global_step in (1, self.max_steps):
                 print(self._progress(line), flush=True)
+
+    @staticmethod
+    def _give_to_loggers(trainer: pl.Trainer, line: dict[str, Any]) -> None:
+        """Under the names and numbers that `log_dict` would give them, which takes a twentieth of a small step."""
+        values = {f"train/{name}": float(value) for name, value in line.items() if name != "step"}
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
 
     @staticmethod
     def _over_processes(trainer: pl.Trainer, values: dict[str, float]) -> dict[str, float]:

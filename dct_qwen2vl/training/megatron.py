@@ -39,6 +39,7 @@ from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
 from dct_qwen2vl.training.final_model import RehearseSave, trained_folder
 from dct_qwen2vl.training.flops import training_flops
+from dct_qwen2vl.training.full_sequence import TryFullSequence
 from dct_qwen2vl.training.log import NON_FINITE, OutOfMemory, StepGuard, TrainingLog, ValidationSum, count_cells
 from dct_qwen2vl.training.lora import LoRA, adapt_megatron
 from dct_qwen2vl.training.megatron_model import PackedQwen2VL, fuse_gradient_accumulation, model_config
@@ -52,6 +53,7 @@ from dct_qwen2vl.training.run_folder import (
     sync_files,
     trainer_options,
 )
+from dct_qwen2vl.training.sequence_size import limit_memory
 
 os.environ.setdefault("NEMO_LOG_TRAIN_LOSS", "0")  # TrainingLog has it, without a message between stages
 
@@ -380,6 +382,7 @@ def run(
 ) -> None:
     """Fine-tunes, resuming from the newest checkpoint, and writes the form that was trained into the run folder. Raises
     OutOfMemory."""
+    limit_memory(config.memory_limit)
     sequence_tokens = max(config.seq_length * config.micro_batch_size, config.pack_tokens)
     module = QwenMegatronModel(
         config.model_dir,
@@ -408,6 +411,7 @@ def run(
     edit = partial(write_reading, settings=config.processor_settings, sampling=vars(VideoSampling.of(config)))
     callbacks = [
         RehearseSave(config, info, partial(rehearse_hf, config.model_dir, edit=edit)),
+        TryFullSequence(config, info, data, log),
         log,
         *step_checkpoints(config, log.restart_clock),
         SaveHF(trained_folder(config.run_dir, info), edit),

@@ -105,3 +105,18 @@ def test_the_gain_is_over_the_same_way_with_all_cells(capsys):
     ]
     print_skipping(lines)
     assert "x4 skip    25% of the cells, samples/s x 2.50" in capsys.readouterr().out
+
+
+def test_a_sequence_is_padded_by_a_sample_that_learns_nothing(converted):
+    import torch
+    from transformers import Qwen2VLConfig
+
+    from benchmarks.speed.training import pad
+    from dct_qwen2vl.training.full_sequence import full_sequence
+
+    sequence = full_sequence(Qwen2VLConfig.from_pretrained(converted("x4")), (300, 400), seq_length=150)
+    padded = pad(sequence)
+    assert padded.input_ids.shape == (384,) and padded.position_ids.shape == (3, 384)
+    assert padded.sample_starts.tolist() == [0, 150, 300, 384] and padded.longest_sample == 150
+    assert torch.equal(padded.learned, sequence.learned) and torch.equal(padded.input_ids[:300], sequence.input_ids)
+    assert pad(padded) is padded

@@ -42,7 +42,12 @@ class KeptShares:
 
 
 def measure_kept(output_dir: Path, pixel_bounds: tuple[int, int], seed: int) -> KeptShares:
-    """Measures it in a process of its own."""
+    """Measures the shares in a process of its own.
+
+    output_dir: Folder of the prepared set.
+    pixel_bounds: min_pixels and max_pixels of training, pixels of an image or frame.
+    seed: Of the choice of samples.
+    """
     command = [sys.executable, "-m", __name__, str(output_dir.resolve()), *map(str, (*pixel_bounds, seed))]
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
