@@ -41,6 +41,9 @@ def settle(
 ) -> Budget | None:
     """The first budget that fits, of this one and smaller ones. None where one under `least` tokens would be needed.
 
+    fits: whether a budget does.
+    budget: the first that is tried.
+    least: tokens of the longest sample.
     chosen: as `shrunk` has it.
     tell: gets a line for each budget that does not fit.
     """
@@ -56,6 +59,7 @@ def full_sequence(config: Any, budget: Budget, seq_length: int, dtype: torch.dty
     """A packed sequence that fills both budgets: samples of one length, one image each, all other tokens learned.
 
     config: Qwen2VLConfig.
+    budget: tokens, vision tokens.
     seq_length: most tokens of a sample.
     dtype: of the vision tokens.
     """

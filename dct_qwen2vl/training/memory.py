@@ -111,6 +111,8 @@ class Stage:
     def peak(self, tokens: int, vision_tokens: int, learned: int | None = None) -> float:
         """Bytes at the widest place of a step over one packed sequence.
 
+        tokens: of the packed sequence.
+        vision_tokens: of the vision tower in it.
         learned: tokens; None: all that are not visual.
         """
         learned = tokens - vision_tokens // self.merge if learned is None else learned
@@ -206,13 +208,20 @@ def stages(config: Any, training: Training, corrections: Corrections = MEASURED)
     """The first and the last pipeline stage, or the only one.
 
     config: Qwen2VLConfig.
+    training: what is trained, on how many processes.
+    corrections: factors of the terms.
     """
     numbers = (0,) if training.pipeline_parallel == 1 else (0, training.pipeline_parallel - 1)
     return [_stage(config, training, number, corrections) for number in numbers]
 
 
 def peak(of_stages: list[Stage], tokens: int, vision_tokens: int) -> float:
-    """Bytes of the process that takes most."""
+    """Bytes of the process that takes most.
+
+    of_stages: as `stages` gives them.
+    tokens: of the packed sequence.
+    vision_tokens: of the vision tower in it.
+    """
     return max(stage.peak(tokens, vision_tokens) for stage in of_stages)
 
 
@@ -329,10 +338,13 @@ def choose(
 
     Blocks are computed again where a sequence of `seq_length` tokens does not fit otherwise.
 
+    config: Qwen2VLConfig.
+    training: what is trained, on how many processes.
     free: bytes.
     seq_length: tokens of the longest sample, all of which may be visual.
     most: tokens of a packed sequence, where the longest sample has no more.
     vision_tokens: where they are given; None: twice the tokens.
+    corrections: factors of the terms, and what is kept free.
     """
     most = max(most, -(-seq_length // GRAIN) * GRAIN)
     for recompute in (False, True)[training.recompute :]:
@@ -346,7 +358,11 @@ def choose(
 
 
 def longest_sample(of_stages: list[Stage], seq_length: int) -> float:
-    """Bytes of a step over one sample that is as long as it may be, and all visual."""
+    """Bytes of a step over one sample that is as long as it may be, and all visual.
+
+    of_stages: as `stages` gives them.
+    seq_length: tokens of the sample.
+    """
     return peak(of_stages, seq_length, of_stages[0].merge * seq_length)
 
 

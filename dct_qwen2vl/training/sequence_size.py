@@ -12,6 +12,11 @@ from dct_qwen2vl.training.run_file import earlier_settings
 
 
 def leaves_size_open(config: TrainingConfig, engine: str) -> bool:
+    """Whether a run packs sequences and the command line does not say how long they are.
+
+    config: of the command line.
+    engine: "megatron" or "automodel".
+    """
     return engine == "megatron" and config.micro_batch_size is None and config.pack_tokens is None
 
 
