@@ -10,8 +10,8 @@ from dct_qwen2vl.checkpoints.inspection import (
     FORMAT_DEFAULTS,
     check_checkpoint,
     note_on_old_code,
-    read_config,
     read_json,
+    read_processor,
     saved_pixel_bounds,
     unfolded_format,
 )
@@ -66,17 +66,19 @@ def check_pixel_bounds(config: TrainingConfig) -> None:
 
 def check_skipping(config: TrainingConfig, info: ModelInfo) -> None:
     """Raises RunError where cells are to be skipped that cannot be."""
+    if config.skip_noise_floor and not _skip_db(config):
+        raise RunError(
+            f"--skip-noise-floor goes with --skip-db, and {config.model_dir} skips no cells: add --skip-db 38"
+        )
     if not config.skip_db:
         return
     if info.dct is None:
         raise RunError(f"--skip-db {config.skip_db:g} needs DCT tokens, {config.model_dir} reads pixels: leave it out")
-    model_type = read_config(config.model_dir)["model_type"]
-    if model_type != "qwen2_vl":  # whose tower sees windows of whole grids
-        raise RunError(
-            f"--skip-db {config.skip_db:g} needs a Qwen2-VL, {config.model_dir} is {model_type}: leave it out"
-        )
-    if config.sharding != "none":  # its media are embedded in another way: media_embedding.py
-        raise RunError(f"--skip-db {config.skip_db:g} does not go with --sharding {config.sharding}: leave one out")
+
+
+def _skip_db(config: TrainingConfig) -> float | None:
+    """Of this run: the command line's, or else the checkpoint's."""
+    return read_processor(config.model_dir).get("skip_db") if config.skip_db is None else config.skip_db
 
 
 def check_data(config: TrainingConfig) -> None:
