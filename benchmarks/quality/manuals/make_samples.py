@@ -164,7 +164,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--height", type=int, default=56, help=f"of a crop, px, a multiple of {MULTIPLE} (default: %(default)s)")
     add("--width", type=int, default=336, help=f"of a crop, px, a multiple of {MULTIPLE} (default: %(default)s)")
     add("--lines", type=int, default=3, help="of a crop, at most (default: %(default)s)")
-    add("--limit", type=int, default=3000, help="pages of a manual, at most (default: %(default)s)")
+    add("--limit", type=int, default=1000, help="pages of a manual, at most (default: %(default)s)")
     add("--processes", type=int, default=os.cpu_count(), help="(default: %(default)s)")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
