@@ -330,7 +330,7 @@ def test_characters_are_counted_by_resolution_and_pages():
 
 def test_variants_are_compared_on_the_same_pages():
     half, x4 = (score.readings(answers, PAGES) for answers in (HALF, X4))
-    assert score.compare(half, x4)[75] == (pytest.approx(4 / 12), 0.0, pytest.approx(1.0))
+    assert score.compare(half, x4)[75] == (pytest.approx(-4 / 12), pytest.approx(-1.0), 0.0)
     with pytest.raises(UserError, match="other pages"):
         score.compare(half, score.readings(COMMON, PAGES))
 
@@ -348,8 +348,8 @@ def test_scores_are_printed_and_written(tmp_path, capsys, monkeypatch):
     assert score.main([f"half={half}", f"x4={x4}", *more]) == 0
     printed = capsys.readouterr().out
     assert "| characters wrong, 75 dpi | 41.7% (12.5% to 100.0%; blind 33%) | 8.3%" in printed
-    assert "75 dpi: x4 has +33.3% fewer characters wrong than half (+0.0% to +100.0%)" in printed
-    assert json.loads((tmp_path / "scores.json").read_text())["x4 against half"]["75"][0] == pytest.approx(4 / 12)
+    assert "characters wrong, 75 dpi, x4 - half: -33.3% (-100.0% to +0.0%)" in printed
+    assert json.loads((tmp_path / "scores.json").read_text())["x4 - half"]["75"][0] == pytest.approx(-4 / 12)
     assert score.main([f"x4={tmp_path / 'nothing'}", *more]) == 1
     assert score.page_of("R-FAQ/0002-100dpi-000.png") == "R-FAQ/0002"
 

@@ -122,13 +122,14 @@ def score(answers: list[dict[str, Any]], pages: dict[str, str]) -> dict[str, Any
 
 
 def difference(one: Reading, other: Reading, seed: int = 0) -> tuple[float, float, float]:
-    """How many fewer characters `other` has wrong than `one`, and the interval, over the same pages drawn again."""
+    """Characters wrong, `other` less `one`: below 0 where `other` reads better. Then the interval, over the same pages
+    drawn again."""
     if one.pages != other.pages:
         raise UserError("the variants have answered questions on other pages: give both the same test set")
-    fewer = one.wrong - other.wrong
-    pages = np.random.default_rng(seed).integers(len(fewer), size=(RESAMPLES, len(fewer)))
-    low, high = np.percentile(fewer[pages].sum(axis=1) / one.characters[pages].sum(axis=1), INTERVAL)
-    return float(fewer.sum() / one.characters.sum()), float(low), float(high)
+    more = other.wrong - one.wrong
+    pages = np.random.default_rng(seed).integers(len(more), size=(RESAMPLES, len(more)))
+    low, high = np.percentile(more[pages].sum(axis=1) / one.characters[pages].sum(axis=1), INTERVAL)
+    return float(more.sum() / one.characters.sum()), float(low), float(high)
 
 
 def compare(one: dict[int, Reading], other: dict[int, Reading]) -> dict[int, tuple[float, float, float]]:
@@ -186,9 +187,9 @@ def score_and_say(arguments: argparse.Namespace) -> int:
     found: dict[str, Any] = {"variants": scores}
     if len(answers) > 1:
         one, other = list(answers)[-2:]
-        found[f"{other} against {one}"] = fewer = compare(*(readings(answers[name], pages) for name in (one, other)))
-        for dpi, (value, low, high) in fewer.items():
-            print(f"{dpi} dpi: {other} has {value:+.1%} fewer characters wrong than {one} ({low:+.1%} to {high:+.1%})")
+        found[f"{other} - {one}"] = differences = compare(*(readings(answers[name], pages) for name in (one, other)))
+        for dpi, (value, low, high) in differences.items():
+            print(f"characters wrong, {dpi} dpi, {other} - {one}: {value:+.1%} ({low:+.1%} to {high:+.1%})")
     if arguments.output:
         write_json(arguments.output, found)
     return 0
