@@ -24,7 +24,7 @@ from typing import Any
 from dct_qwen2vl.checkpoints.inspection import check_checkpoint, note_on_old_code
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.files import write_bytes, write_json
-from dct_qwen2vl.common.scripts import UserError, run_main
+from dct_qwen2vl.common.scripts import UserError, run_main, run_program
 from dct_qwen2vl.common.settings import add_flags, check_ranges, flag_of
 from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
 from dct_qwen2vl.data.energon_files import read_splits
@@ -196,4 +196,4 @@ def answer(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program("evaluate_qwen2vl.py", main)

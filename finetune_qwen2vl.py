@@ -14,16 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from dct_qwen2vl.checkpoints.inspection import read_config, time_step
-from dct_qwen2vl.common.scripts import UserError
+from dct_qwen2vl.common.scripts import INTERRUPTED_CODE, UserError, leave
 from dct_qwen2vl.data.energon_files import fingerprint_of_shards
 from dct_qwen2vl.training import run_lock
 from dct_qwen2vl.training.checks import check, check_ranges, choose_engine, choose_precision
 from dct_qwen2vl.training.config import ModelInfo, RunError, TrainingConfig, parse_arguments
 from dct_qwen2vl.training.processes import (
     INTERRUPTED,
-    INTERRUPTED_CODE,
     PEER_ENDED,
     TORCHRUN,
+    Interrupted,
     forget_what_torchrun_has_not_set,
     interruptible,
 )
@@ -161,17 +161,33 @@ def explain(error: Exception) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     forget_what_torchrun_has_not_set(os.environ)
     config = replace(parse_arguments(argv), rank=int(os.environ.get("RANK", 0)))
-    with interruptible() as interrupts:
-        try:
-            return run(config)
-        except BaseException as error:
-            if config.debug:
-                raise
-            if not interrupts:
-                return tell(error)
+    try:
+        with interruptible() as interrupts:
+            status = run_or_tell(config, interrupts)
+            if config.check and argv is None:  # it holds nothing that Python's own end would close
+                leave(status)
+        return status
+    except Interrupted:
+        if config.debug:
+            raise
     if TORCHRUN not in os.environ:  # else the launcher says it
         print(f"finetune_qwen2vl.py: {INTERRUPTED}", file=sys.stderr)
     return INTERRUPTED_CODE
+
+
+def run_or_tell(config: TrainingConfig, interrupts: list[int]) -> int:
+    """Returns the exit status. Raises Interrupted after Ctrl-C, whatever a library has made of it.
+
+    interrupts: what `interruptible` gives.
+    """
+    try:
+        return run(config)
+    except BaseException as error:
+        if config.debug or isinstance(error, Interrupted):
+            raise
+        if interrupts:
+            raise Interrupted from error
+        return tell(error)
 
 
 def run(config: TrainingConfig) -> int:

@@ -1,7 +1,13 @@
 """What every command of this repository does with errors: one line for the user's, a traceback for a bug."""
 
+import contextlib
+import os
+import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
+
+INTERRUPTED_CODE = 130  # a shell's exit status after Ctrl-C
 
 
 class UserError(ValueError):
@@ -17,6 +23,8 @@ def run_main(
 ) -> int:
     """Calls `work` and returns its exit status: 1 after one of `errors`, 130 after Ctrl-C.
 
+    Ctrl-C before and after it is for `run_program`.
+
     program: as the user typed it. The line on stderr begins with it.
     debug: the error is raised, so that its traceback is shown.
     goes_on: the same command continues what was interrupted, and Ctrl-C says so.
@@ -30,7 +38,28 @@ def run_main(
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        if not goes_on:
-            raise
-        print(f"{program}: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+        more = "; the same command goes on" if goes_on else ""
+        print(f"{program}: interrupted{more}", file=sys.stderr)
+        return INTERRUPTED_CODE
+
+
+def run_program(program: str, main: Callable[[], int]) -> NoReturn:
+    """Calls `main` and ends the process with its exit status. Ctrl-C ends it in one line until the last instant.
+
+    program: as the user typed it.
+    main: has closed its files and its worker processes when it returns.
+    """
+    try:
+        leave(main())
+    except KeyboardInterrupt:  # outside of run_main's work
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print(f"{program}: interrupted", file=sys.stderr)
+        leave(INTERRUPTED_CODE)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process at once. Python's own end takes a while, and Ctrl-C would then end it without a word."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader has ended, or it is closed
+            stream.flush()
+    os._exit(status)

@@ -10,7 +10,8 @@ import signal
 import sys
 from collections.abc import Iterable
 
-from dct_qwen2vl.training.processes import INTERRUPTED, INTERRUPTED_CODE
+from dct_qwen2vl.common.scripts import INTERRUPTED_CODE
+from dct_qwen2vl.training.processes import INTERRUPTED
 
 PROGRAM = "qwen_launch.sh"
 

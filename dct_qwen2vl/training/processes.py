@@ -13,7 +13,6 @@ TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for the processes that it s
 FROM_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 PEER_ENDED = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of another process
 INTERRUPTED = "interrupted; the same command goes on from the newest checkpoint"
-INTERRUPTED_CODE = 130  # a shell's exit status after Ctrl-C
 
 
 class Interrupted(BaseException):
