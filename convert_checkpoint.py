@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dct_qwen2vl.checkpoints.conversion import convert_source, patch_embedding, read_config
-from dct_qwen2vl.checkpoints.inspection import CheckpointError
+from dct_qwen2vl.checkpoints.inspection import CheckpointError, notes_on_bounds
 from dct_qwen2vl.checkpoints.source import opened
 from dct_qwen2vl.checkpoints.stock_form import to_dct, to_stock
 from dct_qwen2vl.common.scripts import UserError, run_main, run_program
@@ -192,7 +192,7 @@ def convert_and_say(arguments: argparse.Namespace) -> int:
             dct = dct.with_detail_gain(arguments.detail_gain)
         bounds = arguments.min_pixels, arguments.max_pixels
         total = convert_source(source, arguments.output_dir, dct, *bounds, arguments.force)
-        say(source.notes)
+        say((*source.notes, *notes_on_bounds(source.folder, *bounds)))
     side = dct.block[1] * dct.merge
     print(f"Folded the patch embedding: {dct.name}, blocks of {dct.block} -> {dct.num_coefficients} coefficients.")
     print(f"One token of the language model now covers {side}x{side} px of {dct.block[0]} frames (was 28x28 px of 2).")

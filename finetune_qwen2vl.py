@@ -17,7 +17,7 @@ from dct_qwen2vl.checkpoints.inspection import read_config, time_step
 from dct_qwen2vl.common.scripts import INTERRUPTED_CODE, UserError, leave
 from dct_qwen2vl.data.energon_files import fingerprint_of_shards
 from dct_qwen2vl.training import run_lock
-from dct_qwen2vl.training.checks import check, check_ranges, choose_engine, choose_precision
+from dct_qwen2vl.training.checks import check, check_ranges, choose_engine, choose_min_pixels, choose_precision
 from dct_qwen2vl.training.config import ModelInfo, RunError, TrainingConfig, parse_arguments
 from dct_qwen2vl.training.processes import (
     INTERRUPTED,
@@ -195,6 +195,7 @@ def run(config: TrainingConfig) -> int:
     check_ranges(config)
     engine = choose_engine(config)
     config = config.resolved(engine, choose_precision(config, engine))
+    config = replace(config, min_pixels=choose_min_pixels(config))
     info = check(config)
     shards = fingerprint_of_shards(config.data_dir)
     config = replace(config, data_restarts=count_data_restarts(config), train_shards=shards)

@@ -21,7 +21,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     PROCESSOR,
     STOCK_FORM,
     CheckpointError,
-    own_pixel_bounds,
+    chosen_bounds,
     read_json,
     reads_pixel_patches,
     unfolded_format,
@@ -31,7 +31,6 @@ from dct_qwen2vl.checkpoints.source import Source, opened
 from dct_qwen2vl.checkpoints.video_sampling import write_sampling
 from dct_qwen2vl.checkpoints.weights import Stored
 from dct_qwen2vl.common.files import write_json
-from dct_qwen2vl.dct.image_sizes_dct import pixel_bounds
 
 if TYPE_CHECKING:
     import torch
@@ -152,15 +151,6 @@ def own_colours(folder: Path, dct):
             raise CheckpointError(f"{path} has {key} {numbers!r}, which are not of pixels in 0..1: get the file again")
         colours[name] = tuple(map(float, numbers))
     return replace(dct, **colours)
-
-
-def chosen_bounds(folder: Path, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
-    """min_pixels and max_pixels: those given, else the source's, of which the lower one gives way to a lower upper one.
-    Raises CheckpointError."""
-    try:
-        return pixel_bounds(min_pixels, max_pixels, *own_pixel_bounds(folder))
-    except ValueError as error:
-        raise CheckpointError(f"{error}: change --min-pixels or --max-pixels") from error
 
 
 def make_processor(folder: Path, dct, min_pixels: int | None, max_pixels: int | None):

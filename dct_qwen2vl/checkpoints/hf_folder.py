@@ -10,6 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from dct_qwen2vl.checkpoints.inspection import (
     PROCESSOR,
     CheckpointError,
+    chosen_bounds,
     read_json,
     read_processor,
     remedy,
@@ -24,9 +25,13 @@ def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **settings
     """The image processor of a checkpoint, by this repository's code: a copy that lies beside the weights is not run.
 
     dct: the checkpoint's token format as `inspection.token_format` gives it, None for pixels. settings: min_pixels,
-    max_pixels and skip_db in place of the checkpoint's. Raises CheckpointError for a format that contradicts itself.
+    max_pixels and skip_db in place of the checkpoint's, whose min_pixels gives way to a lower max_pixels. Raises
+    CheckpointError for a format that contradicts itself.
     """
     processor_class = Qwen2VLImageProcessor if dct is None else DCTImageProcessor
+    given = {name: settings[name] for name in ("min_pixels", "max_pixels") if name in settings}
+    if given:
+        settings |= dict(zip(("min_pixels", "max_pixels"), chosen_bounds(model_dir, **given), strict=True))
     try:
         return processor_class.from_pretrained(model_dir, **settings)
     except ValueError as error:

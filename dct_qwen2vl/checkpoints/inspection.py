@@ -12,7 +12,7 @@ from typing import Any
 
 from dct_qwen2vl.common.files import read_object
 from dct_qwen2vl.common.scripts import UserError
-from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS
+from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS, pixel_bounds
 
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 PROCESSOR = "preprocessor_config.json"
@@ -167,6 +167,25 @@ def own_pixel_bounds(model_dir: Path) -> tuple[int, int]:
     """min_pixels and max_pixels of the processor; Qwen2-VL's where it leaves them open. Raises CheckpointError."""
     saved = saved_pixel_bounds(model_dir)
     return saved["min_pixels"] or PIXEL_BOUNDS[0], saved["max_pixels"] or PIXEL_BOUNDS[1]
+
+
+def chosen_bounds(model_dir: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> tuple[int, int]:
+    """min_pixels and max_pixels: those given, else the checkpoint's. Its min_pixels gives way to a lower max_pixels.
+
+    Raises CheckpointError.
+    """
+    try:
+        return pixel_bounds(min_pixels, max_pixels, *own_pixel_bounds(model_dir))
+    except ValueError as error:
+        raise CheckpointError(f"{error}: change --min-pixels or --max-pixels") from error
+
+
+def notes_on_bounds(model_dir: Path, min_pixels: int | None, max_pixels: int | None) -> tuple[str, ...]:
+    """A line where the checkpoint's min_pixels gives way in `chosen_bounds`. Raises CheckpointError."""
+    own, _ = own_pixel_bounds(model_dir)
+    if min_pixels is not None or max_pixels is None or own <= max_pixels:
+        return ()
+    return (f"--max-pixels {max_pixels} is below the checkpoint's min_pixels {own}, which becomes {max_pixels}",)
 
 
 def safetensors_files(model_dir: Path) -> list[Path]:

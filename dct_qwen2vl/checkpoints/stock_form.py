@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from dct_qwen2vl.checkpoints.conversion import (
     SHARD_BYTES,
     changed_tensors,
-    chosen_bounds,
     converted_config,
     copy_other_files,
     make_processor,
@@ -31,6 +30,8 @@ from dct_qwen2vl.checkpoints.inspection import (
     STOCK_FORM,
     CheckpointError,
     check_format,
+    chosen_bounds,
+    notes_on_bounds,
     patch_of,
     read_config,
     read_json,
@@ -107,7 +108,7 @@ def to_stock(
             _write_processors(source.folder, folder, dct, bounds)
             write_json(folder / STOCK_FORM, {"patch_embedding_dtype": dtype, "dct": dct.to_dict()})
             total = write_shards(changed_tensors(source, unfold), folder, shard_bytes)
-        return Converted(dct, total, notes=source.notes)
+        return Converted(dct, total, notes=_all_notes(source, min_pixels, max_pixels))
 
 
 def _normalised(
@@ -128,7 +129,11 @@ def _normalised(
         if unfolded.is_file():
             write_json(folder / STOCK_FORM, read_json(unfolded))
         total = write_shards(read_tensors(source.tensors), folder, shard_bytes)
-    return Converted(None, total, notes=source.notes)
+    return Converted(None, total, notes=_all_notes(source, min_pixels, max_pixels))
+
+
+def _all_notes(source: Source, min_pixels: int | None, max_pixels: int | None) -> tuple[str, ...]:
+    return (*source.notes, *notes_on_bounds(source.folder, min_pixels, max_pixels))
 
 
 def to_dct(
@@ -170,7 +175,7 @@ def to_dct(
             write_sampling(folder)
             tensors = changed_tensors(source, lambda weight: fold_block_embedding(weight, dct, dtype=dtype))
             total = write_shards(tensors, folder, shard_bytes)
-        return Converted(dct, total, left_out, source.notes)
+        return Converted(dct, total, left_out, _all_notes(source, min_pixels, max_pixels))
 
 
 def stock_config(config: dict[str, Any], dct) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from dct_qwen2vl.checkpoints.inspection import (
     FORMAT_DEFAULTS,
     check_checkpoint,
+    chosen_bounds,
     note_on_old_code,
+    notes_on_bounds,
     read_config,
     read_json,
-    saved_pixel_bounds,
     unfolded_format,
 )
 from dct_qwen2vl.common import settings
@@ -52,13 +53,17 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
     return info
 
 
-def check_pixel_bounds(config: TrainingConfig) -> None:
-    """The command line's bounds, and the checkpoint's where it gives none, must leave room for an image. Raises
-    RunError, or CheckpointError for those of the checkpoint."""
-    bounds = {**saved_pixel_bounds(config.model_dir), **config.pixel_bounds}
-    low, high = bounds["min_pixels"], bounds["max_pixels"]
-    if low is not None and high is not None and low > high:
-        raise RunError(f"min_pixels {low} is over max_pixels {high}: change --min-pixels or --max-pixels")
+def choose_min_pixels(config: TrainingConfig) -> int | None:
+    """What was given. The checkpoint's own gives way to a lower --max-pixels, as in conversion.
+
+    Raises CheckpointError for bounds that leave no room for an image.
+    """
+    chosen_bounds(config.model_dir, config.min_pixels, config.max_pixels)
+    notes = notes_on_bounds(config.model_dir, config.min_pixels, config.max_pixels)
+    if config.rank == 0:
+        for note in notes:
+            print(f"Note: {note}", flush=True)
+    return config.max_pixels if notes else config.min_pixels
 
 
 def check_skipping(config: TrainingConfig, info: ModelInfo) -> None:
@@ -172,7 +177,6 @@ def check(config: TrainingConfig) -> ModelInfo:
     check_parts(config)
     info = check_model(config.model_dir, config.dct)
     check_loading(config)
-    check_pixel_bounds(config)
     check_skipping(config, info)
     check_data(config)
     check_run_folder(config)

@@ -650,7 +650,32 @@ def test_unequal_devices_are_refused(prepared, tmp_path):
 
 
 def test_pixel_bounds_the_wrong_way_round_are_refused(prepared, tmp_path):
-    assert "is over max_pixels" in refused(prepared, tmp_path, MINPIXELS="200000", MAXPIXELS="100000")
+    said = "got min_pixels 200000 and max_pixels 100000: change --min-pixels or --max-pixels"
+    assert said in refused(prepared, tmp_path, MINPIXELS="200000", MAXPIXELS="100000")
+
+
+def test_the_checkpoint_s_least_gives_way_to_lower_most_pixels(prepared, tmp_path, capsys, monkeypatch):
+    """As in conversion; what is saved says both numbers."""
+    ready = []
+    monkeypatch.setattr(finetune_qwen2vl, "train", lambda settings, info: ready.append((settings, info)))
+    folders = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    (tmp_path / "qwen2vl_dct").mkdir()
+    assert finetune_qwen2vl.main([*folders, "--engine", "automodel", "--max-pixels", "2000"]) == 0
+    said = "Note: --max-pixels 2000 is below the checkpoint's min_pixels 3136, which becomes 2000"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
+    ((settings, info),) = ready
+    assert settings.pixel_bounds == {"min_pixels": 2000, "max_pixels": 2000}
+    _, processor = finetune_qwen2vl.load_processor(settings, info)
+    assert (processor.min_pixels, processor.max_pixels) == (2000, 2000)
+
+
+@pytest.mark.parametrize("form", ["pixels", "x4"])
+def test_every_loader_of_processors_lets_the_least_give_way(prepared, form):
+    from dct_qwen2vl.checkpoints.hf_folder import load_processor
+
+    model_dir = prepared.pixel_model if form == "pixels" else prepared.model
+    processor = load_processor(model_dir, max_pixels=2000).image_processor
+    assert (processor.min_pixels, processor.max_pixels) == (2000, 2000)
 
 
 def test_skipping_needs_tokens_that_can_be_skipped(prepared, tmp_path):
