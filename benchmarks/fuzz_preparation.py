@@ -347,7 +347,7 @@ def read_stored(medium: str, data: bytes) -> tuple[int, int]:
         raise Finding(f"read as {frames.shape}")
     seen: list[tuple[int, int]] = []
     decode_video(data, VideoSampling(max_frames=2), lambda *size: seen.append(size[:2]) or SMALL, threads=1)
-    return seen[0]
+    return seen[-1]  # an attempt by time stamps may have been given up
 
 
 def find_again(medium: str, data: bytes, error: MediaError) -> str:
