@@ -38,12 +38,16 @@ def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **settings
         raise CheckpointError(f"{model_dir / PROCESSOR} cannot be used ({error}): {remedy(model_dir)}") from error
 
 
-def load_processor(model_dir: Path, **pixel_bounds: int) -> Qwen2VLProcessor:
+def load_processor(model_dir: Path, **settings: Any) -> Qwen2VLProcessor:
     """A checkpoint's tokenizer, which pads on the left, chat template and image processor, all but the template as
-    training loads them. pixel_bounds: of the image processor. Raises CheckpointError."""
+    training loads them.
+
+    settings: of the image processor, as in `load_image_processor`.
+    Raises CheckpointError.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     dct = token_format(model_dir, read_processor(model_dir))
-    image_processor = load_image_processor(model_dir, dct, **pixel_bounds)
+    image_processor = load_image_processor(model_dir, dct, **settings)
     configuration, of_own_file = Qwen2VLProcessor.get_processor_dict(model_dir)
     templates = of_own_file.get("chat_template"), configuration.get("chat_template"), tokenizer.chat_template
     # Several templates stand by their names.
