@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dct_qwen2vl.checkpoints.inspection import check_checkpoint, note_on_old_code
+from dct_qwen2vl.checkpoints.inspection import check_checkpoint, note_on_old_code, where_it_is
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.files import write_bytes, write_json
 from dct_qwen2vl.common.scripts import UserError, run_main, run_program
@@ -75,7 +75,8 @@ def check(arguments: argparse.Namespace) -> None:
     for model_dir in arguments.compare or [arguments.model_dir]:
         if not (model_dir / "config.json").is_file():
             flag = "--compare" if arguments.compare else "--model-dir"
-            raise UserError(f"no model in {model_dir} (no config.json): give {flag} a run's hf folder")
+            where = where_it_is(model_dir, "hf", flag) or f"give {flag} a run's hf folder"
+            raise UserError(f"no model in {model_dir} (no config.json): {where}")
         check_checkpoint(model_dir)
         check_directory(model_dir)
         if note := note_on_old_code(model_dir):

@@ -52,11 +52,15 @@ def read_json(path: Path, advice: str = "get the file again") -> dict[str, Any]:
         raise
 
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # of a model of Hugging Face, in place of a folder
+
+
 def read_config(model_dir: Path) -> dict[str, Any]:
     """config.json of a Qwen2-VL, with its vision_config. Raises CheckpointError."""
     path = model_dir / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"no config.json in {model_dir}: {_where_it_is(model_dir)}")
+        where = where_it_is(model_dir) or "give --model-dir a Hugging Face Qwen2-VL directory"
+        raise CheckpointError(f"no config.json in {model_dir}: {where}")
     config = read_json(path)
     if str(config.get("model_type")) not in MODEL_TYPES:
         raise CheckpointError(f"{path} is of model_type {config.get('model_type')!r}, only {' and '.join(MODEL_TYPES)} "
@@ -66,17 +70,23 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     return config
 
 
-def _where_it_is(model_dir: Path) -> str:
-    """What to give in place of a directory without a config.json."""
+def where_it_is(model_dir: Path, form: str = "hf_dct", flag: str = "--model-dir") -> str | None:
+    """What to do about a directory without a config.json, None where that is not known.
+
+    form: which folder of a run is wanted.
+    flag: that was given the directory.
+    """
+    if not model_dir.parent.exists() and HUB_NAME.fullmatch(str(model_dir)):
+        return f"fetch it (git lfs install; git clone https://huggingface.co/{model_dir}) and give {flag} its folder"
     if (model_dir / ADAPTER).is_file():
         return how_to_merge(model_dir)
     if (model_dir / "config.json").is_symlink():
         return "it is a link to a file that is not there; download the model again, or copy it with cp -rL"
     inside = sorted(path.parent for pattern in ("*/config.json", "snapshots/*/config.json")
                     for path in model_dir.glob(pattern))  # fmt: skip
-    if inside:
-        return f"give --model-dir {inside[-1]}"
-    return "give --model-dir a Hugging Face Qwen2-VL directory"
+    if not inside:
+        return None
+    return f"give {flag} {model_dir / form if model_dir / form in inside else inside[-1]}"
 
 
 def how_to_merge(model_dir: Path) -> str:

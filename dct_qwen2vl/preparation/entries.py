@@ -311,7 +311,11 @@ def clean_name(name: Any) -> str:
     given, name = name, strip_scheme(name)
     if not isinstance(name, str) or (not name.isascii() and LONE_SURROGATE.search(name)):
         raise UnusableSample("malformed_entry", f"{name!r:.100} is not the name of a media file")
-    if name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/")):
+    if name.startswith("/"):
+        raise UnusableSample(
+            "unsafe_path", f"{given!r:.300} is an absolute path: write it as it lies below the data folder"
+        )
+    if "\0" in name or (".." in name and ".." in name.split("/")):
         raise UnusableSample("unsafe_path", f"{given!r:.300} is not a path below the data folder")
     name = posixpath.normpath(name)
     if name == ".":
@@ -331,11 +335,19 @@ def read_turns(entry: dict) -> list[Turn]:
     turns = turns_of(entry)
     if not isinstance(turns, list) or not turns:
         keys = f"; its fields are {', '.join(map(str, entry))[:100]}" if isinstance(entry, dict) and entry else ""
-        raise UnusableSample("no_conversations", f"neither conversations nor messages is a list of turns{keys}")
+        raise UnusableSample("no_conversations", f"neither conversations nor messages is a list of turns{keys}"
+                             f"{say_inner_list(entry)}")  # fmt: skip
     read = [check_turn(number, turn) for number, turn in enumerate(turns)]
     contents = [(role, content_of(turn)) for (role, _), turn in zip(read, turns)]
     split = split_turns(contents, names_media(entry))
     return [Turn(*both, turn, pieces) for both, turn, pieces in zip(read, turns, split)]
+
+
+def say_inner_list(entry: Any) -> str:
+    """What to do where the entries are in a list of this object, "" for an entry of its own."""
+    fields = entry.items() if isinstance(entry, dict) else ()
+    lists = [name for name, value in fields if isinstance(value, list) and value and isinstance(value[0], dict)]
+    return f"; if {lists[0]} holds the entries, write that list to a file of its own" if lists else ""
 
 
 def check_turn(number: int, turn: Any) -> tuple[str, str]:

@@ -535,6 +535,18 @@ def enter_candidates(places: Places, candidates: list[tuple[int, str]], indexes:
     places.repair[rows] = repair
 
 
+def find_neighbour(name: str, data_dir: Path, sources: list[TarSource]) -> str:
+    """What is there in place of a name that leads to no file: a file of another ending, else a member of a tar, else
+    any file of the folder; "" where there is nothing."""
+    wanted = data_dir / name
+    folder = next(path for path in wanted.parents if path.is_dir())
+    inside = [] if folder == data_dir else sorted(path for path in folder.iterdir() if path.is_file())
+    alike = [path for path in inside if wanted.name in (path.stem, f"{path.stem}{wanted.suffix}")]
+    if not alike and (member := find_nearest(name, sources)):
+        return member
+    return next((str(path.relative_to(data_dir)) for path in alike or inside), "")
+
+
 def find_nearest(name: str, sources: list[TarSource]) -> str:
     """The member of a tar that has the longest end of a name for its own, or else any: "1.jpg in coco.tar"; "" where
     the tars hold nothing."""

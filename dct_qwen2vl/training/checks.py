@@ -14,11 +14,12 @@ from dct_qwen2vl.checkpoints.inspection import (
     read_config,
     read_json,
     unfolded_format,
+    where_it_is,
 )
 from dct_qwen2vl.common import settings
 from dct_qwen2vl.common.files import read_json as read_file
 from dct_qwen2vl.common.settings import flag_of
-from dct_qwen2vl.data.energon_files import count_samples, read_splits
+from dct_qwen2vl.data.energon_files import count_samples, read_splits, refuse_other_data
 from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig
 from dct_qwen2vl.training.disk_space import check_space
 from dct_qwen2vl.training.run_file import check_run_folder
@@ -28,8 +29,8 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
     """Reads what the checkpoint's token format is. Raises RunError or CheckpointError if it is missing, cannot be
     loaded or is not the wanted one."""
     if not (model_dir / "config.json").is_file():
-        raise RunError(f"no model in {model_dir} (no config.json): python convert_checkpoint.py --model-dir "
-                       f"QWEN2_VL --output-dir {model_dir}")  # fmt: skip
+        make_it = f"python convert_checkpoint.py --model-dir QWEN2_VL --output-dir {model_dir}"
+        raise RunError(f"no model in {model_dir} (no config.json): {where_it_is(model_dir) or make_it}")
     dct = check_checkpoint(model_dir)
     info = ModelInfo(dct["name"] if dct else "none", dct)
     unfolded = unfolded_format(model_dir)
@@ -85,6 +86,7 @@ def check_data(config: TrainingConfig) -> None:
     """Raises RunError or PreparedSetError unless `energon prepare` has been run and each loader process has a sample to
     train on. The val split may be empty: there is no validation then."""
     data_dir, loaders = config.data_dir, config.data_parallel * max(1, config.num_workers)
+    refuse_other_data(data_dir)
     if not data_dir.is_dir() or not any(data_dir.glob("*.tar")):
         raise RunError(f"no shards in {data_dir}: python data_preparation.py --data-dir RAW --output-dir {data_dir}")
     splits = read_splits(data_dir, ("train", "val"))
@@ -99,8 +101,15 @@ def check_data(config: TrainingConfig) -> None:
 
 
 def check_ranges(config: TrainingConfig) -> None:
-    """Raises RunError for a number that is outside what it can be."""
+    """Raises RunError for a number that is outside what it can be, and for a run folder that cannot be one."""
     settings.check_ranges(config, error=RunError)
+    name = config.experiment_name
+    if name.startswith("/") or not name.strip() or {".", ".."} & set(name.split("/")):
+        raise RunError(f"--experiment-name must name a folder below --output-dir, got {name!r}")
+    lowest = next(path for path in (config.run_dir, *config.run_dir.parents) if path.exists())
+    if not lowest.is_dir():
+        raise RunError(f"{lowest} is a file, the run folder {config.run_dir} cannot be made: choose another "
+                       "--output-dir or --experiment-name")  # fmt: skip
 
 
 def check_numbers(config: TrainingConfig) -> None:

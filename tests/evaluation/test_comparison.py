@@ -113,6 +113,9 @@ def test_a_model_that_skips_is_compared_on_all_cells_which_is_said(prepared, sto
 def test_what_cannot_be_compared_is_one_line(prepared, tmp_path, one_line_error):
     assert command(prepared, tmp_path, prepared.model, tmp_path / "none") == 1
     assert "no model in" in (line := one_line_error()) and "give --compare a run's hf folder" in line
+    shutil.copytree(prepared.model, tmp_path / "run" / "hf")
+    assert command(prepared, tmp_path, prepared.model, tmp_path / "run") == 1
+    assert one_line_error().rstrip().endswith(f"give --compare {tmp_path / 'run' / 'hf'}")
     with pytest.raises(SystemExit) as caught:
         command(prepared, tmp_path, prepared.model, prepared.model, "--model-dir", str(prepared.model))
     assert caught.value.code == 2

@@ -367,7 +367,7 @@ def test_frames_in_a_list_of_a_list_are_one_video():
 
 
 def test_a_name_in_a_message_is_as_it_was_given():
-    with pytest.raises(UnusableSample, match=r"^unsafe_path: 'file:///data/1.jpg' is not a path below"):
+    with pytest.raises(UnusableSample, match=r"^unsafe_path: 'file:///data/1.jpg' is an absolute path: write it as"):
         check_entry(ask("<image>", image="file:///data/1.jpg"))
 
 
@@ -444,6 +444,8 @@ def test_turns_as_json_text_are_read():
 def test_what_an_entry_of_another_form_has_is_said():
     with pytest.raises(UnusableSample, match=r"messages is a list of turns; its fields are question, answer$"):
         check_entry({"question": "What?", "answer": "1"})
+    with pytest.raises(UnusableSample, match=r"fields are data; if data holds the entries, write that list to a file"):
+        check_entry({"data": [entry()]})
 
 
 @pytest.mark.parametrize("name", ["https://example.org/a.jpg", "s3://bucket/a.jpg", "HTTP://a/b"])

@@ -527,6 +527,9 @@ def test_adapters_that_cannot_be(typed, said):
         (["--val-batches", "0"], "--val-batches must be at least 1, got 0"),
         (["--save-interval", "-1"], "--save-interval must be at least 0, got -1"),
         (["--max-gradient-norm", "-1"], "--max-gradient-norm must be at least 0, got -1.0"),
+        (["--experiment-name", ".."], "--experiment-name must name a folder below --output-dir, got '..'"),
+        (["--experiment-name", "/tmp"], "--experiment-name must name a folder below --output-dir, got '/tmp'"),
+        (["--experiment-name", ""], "--experiment-name must name a folder below --output-dir, got ''"),
         (["--num-workers", "255"], "holds 254 samples, fewer than 1 processes have loader processes (255): lower"),
         (["--num-workers", "-1"], "--num-workers must be at least 0, got -1"),
         (["--weight-decay", "inf"], "--weight-decay must be at least 0, got inf"),
@@ -602,6 +605,27 @@ def test_stages_with_nothing_to_train_are_refused():
     known = ["--model-dir", "m", "--data-dir", "d", "--freeze", "language", "--pipeline-parallel", "2"]
     with pytest.raises(checks.RunError, match="nothing to train, got --pipeline-parallel 2: use --tensor"):
         checks.check_parts(config.parse_arguments(known))
+
+
+def test_a_file_where_the_run_folder_should_be_is_refused(prepared, tmp_path, one_line_error):
+    file, folders = tmp_path / "file", ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards)]
+    file.touch()
+    for place in ((str(file / "runs"), "run"), (str(tmp_path), "file")):
+        named = ["--output-dir", place[0], "--experiment-name", place[1], "--engine", "automodel", "--check"]
+        assert finetune_qwen2vl.main([*folders, *named]) == 1
+        assert f"{file} is a file, the run folder {file}" in one_line_error()
+
+
+def test_what_is_given_in_place_of_a_model_is_named(prepared, tmp_path, one_line_error):
+    """A model of Hugging Face by its name, a run's folder."""
+    known = ["--data-dir", str(prepared.shards), "--engine", "automodel", "--check", "--output-dir", str(tmp_path)]
+    assert finetune_qwen2vl.main(["--model-dir", "Qwen/Qwen2-VL-2B-Instruct", *known]) == 1
+    fetched = "git clone https://huggingface.co/Qwen/Qwen2-VL-2B-Instruct) and give --model-dir its folder"
+    assert fetched in one_line_error()
+    for form in ("hf", "hf_dct"):
+        shutil.copytree(prepared.model, tmp_path / "run" / form)
+    assert finetune_qwen2vl.main(["--model-dir", str(tmp_path / "run"), *known]) == 1
+    assert one_line_error().rstrip().endswith(f"give --model-dir {tmp_path / 'run' / 'hf_dct'}")
 
 
 def test_missing_model_is_refused(prepared, tmp_path):
