@@ -22,7 +22,9 @@ from dct_qwen2vl.checkpoints.inspection import (
     STOCK_FORM,
     CheckpointError,
     chosen_bounds,
+    patch_of,
     read_json,
+    reads_larger_patches,
     reads_pixel_patches,
     unfolded_format,
     with_patch,
@@ -50,6 +52,10 @@ def read_config(model_dir: Path) -> dict:
     if not reads_pixel_patches(config) and unfolded:
         raise CheckpointError(f"{model_dir} is the stock form of a DCT model ({unfolded['name']}): its coefficient "
                               "form is made with --to dct")  # fmt: skip
+    if reads_larger_patches(config):
+        patch = "x".join(map(str, patch_of(config)))
+        raise CheckpointError(f"{model_dir / 'config.json'} reads patches of {patch} pixels: if it is the stock form of "
+                              "a DCT model, add --to dct")  # fmt: skip
     if not reads_pixel_patches(config):
         raise CheckpointError(f"{model_dir / 'config.json'} does not read 2x14x14 pixel patches: is it converted "
                               "already? Use it as it is")  # fmt: skip

@@ -143,6 +143,12 @@ def reads_pixel_patches(config: dict[str, Any]) -> bool:
     return patch_of(config) == (2, 14, 14)
 
 
+def reads_larger_patches(config: dict[str, Any]) -> bool:
+    """Whether the patch embedding is over larger patches of pixels, as that of a stock form is."""
+    side = patch_of(config)[1]
+    return isinstance(side, int) and side > 14
+
+
 def patch_of(config: dict[str, Any]) -> tuple[int, int, int]:
     """Frames, rows and columns of what the patch embedding reads; Qwen2-VL's where config.json says nothing."""
     vision = config["vision_config"]

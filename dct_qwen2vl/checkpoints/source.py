@@ -70,6 +70,8 @@ def opened(model_dir: Path, complete: bool = True) -> Iterator[Source]:
 
 def read_source(model_dir: Path, folder: Path, complete: bool = True) -> Source:
     """folder: an empty one, which gets the small files. complete: see `opened`. Raises CheckpointError."""
+    if not model_dir.is_dir():
+        inspection.read_config(model_dir)  # says so
     check_no_pointers(model_dir)
     method = quantisation(inspection.read_config(model_dir))
     files, notes = source_files(model_dir)

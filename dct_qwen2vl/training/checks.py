@@ -13,6 +13,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     notes_on_bounds,
     read_config,
     read_json,
+    reads_larger_patches,
     unfolded_format,
     where_it_is,
 )
@@ -38,6 +39,10 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
         raise RunError(f"{model_dir} is the stock form of a DCT model ({unfolded['name']}), training takes its "
                        f"coefficient form: a run's hf_dct, or python convert_checkpoint.py --to dct --model-dir "
                        f"{model_dir} --output-dir {model_dir}-dct")  # fmt: skip
+    if info.dct_name == "none" and wanted != "none" and reads_larger_patches(read_config(model_dir)):
+        raise RunError(f"{model_dir} reads pixels, not DCT tokens; if it is the stock form of a DCT model: python "
+                       f"convert_checkpoint.py --to dct --model-dir {model_dir} "
+                       f"--output-dir {model_dir}-dct")  # fmt: skip
     if info.dct_name == "none" and wanted != "none":
         raise RunError(f"{model_dir} reads pixels, not DCT tokens: python convert_checkpoint.py --model-dir "
                        f"{model_dir} --output-dir {model_dir}-x4, or --dct none to train on pixels")  # fmt: skip
@@ -45,7 +50,8 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
         return info
     if wanted.endswith(".json"):
         given = read_json(Path(wanted), "give --dct a file that DCTConfig.save wrote")
-        same = {**FORMAT_DEFAULTS, **given} == info.dct
+        inner = given.get("dct")  # as a model's files hold it
+        same = {**FORMAT_DEFAULTS, **(inner if isinstance(inner, dict) else given)} == info.dct
     else:
         same = wanted == info.dct_name
     if not same:

@@ -460,6 +460,9 @@ def test_a_format_without_detail_to_make_louder(qwen2vl_directory, tmp_path, one
 def test_a_source_that_is_not_there(tmp_path, one_line_error):
     assert run(tmp_path / "nowhere", tmp_path / "x4") == 1
     assert f"no config.json in {tmp_path / 'nowhere'}: give --model-dir" in one_line_error()
+    for form in ("stock", "dct"):
+        assert run(tmp_path / "nowhere", tmp_path / "x4", "--to", form) == 1
+        assert f"no config.json in {tmp_path / 'nowhere'}: give --model-dir" in one_line_error()
 
 
 def test_same_directory(copy_of, one_line_error):
