@@ -54,7 +54,7 @@ def read_config(model_dir: Path) -> dict:
                               "form is made with --to dct")  # fmt: skip
     if reads_larger_patches(config):
         patch = "x".join(map(str, patch_of(config)))
-        raise CheckpointError(f"{model_dir / 'config.json'} reads patches of {patch} pixels: if it is the stock form of "
+        raise CheckpointError(f"{model_dir / 'config.json'} reads patches of {patch} px: if it is the stock form of "
                               "a DCT model, add --to dct")  # fmt: skip
     if not reads_pixel_patches(config):
         raise CheckpointError(f"{model_dir / 'config.json'} does not read 2x14x14 pixel patches: is it converted "

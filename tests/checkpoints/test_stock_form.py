@@ -183,8 +183,8 @@ def test_without_its_format_file_a_preset_is_recognised_by_its_patch(copy_of, tr
     folder = copy_of("x16")
     (folder / "dct_format.json").unlink()
     assert run(folder, tmp_path / "none") == 1
-    assert "reads patches of 2x56x56 pixels: if it is the stock form of a DCT model, add --to dct" in one_line_error()
-    with pytest.raises(RunError, match="if it is the stock form of a DCT model: python convert_checkpoint.py --to dct"):
+    assert "reads patches of 2x56x56 px: if it is the stock form of a DCT model, add --to dct" in one_line_error()
+    with pytest.raises(RunError, match=r"stock form of a DCT model: python convert_checkpoint\.py --to dct"):
         check_model(folder, None)
     assert run(folder, tmp_path / "back", "--to", "dct") == 0
     assert json.loads((tmp_path / "back" / "preprocessor_config.json").read_text())["dct"]["name"] == "x16"
