@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.fft import dctn, idctn
 
-from benchmarks.quality.dense import train
+from benchmarks.quality.dense import report, train
 from benchmarks.quality.dense.dinov2 import CONFIG, make_backbone, positions_for
 from benchmarks.quality.dense.inputs import (
     BLOCK,
@@ -20,9 +20,18 @@ from benchmarks.quality.dense.inputs import (
     resized_patch,
     shrunk,
 )
-from benchmarks.quality.dense.pages import CLASSES, OTHER, SHARED, PageStore, cell_labels, label_of, write_pages
+from benchmarks.quality.dense.pages import (
+    CLASSES,
+    OTHER,
+    SHARED,
+    PageStore,
+    cell_labels,
+    label_of,
+    text_bounds,
+    write_pages,
+)
 from benchmarks.quality.dense.prepare import WEIGHTS
-from benchmarks.quality.result_files import read_file
+from benchmarks.quality.result_files import read_file, write_file
 
 LEVEL = 0.9
 CPU = torch.device("cpu")
@@ -172,6 +181,29 @@ def test_pages_are_split_by_manual_and_cut_with_their_labels(data):
     assert dark[(crops.labels > 0).unflatten(2, (8, 2)).any(dim=3)].all()
 
 
+def test_crops_lie_where_text_is(data):
+    bounds = text_bounds(np.array([[[0, 9, 9], [5, 30, 40], [6, 90, 50]], [[0, 0, 0]] * 3], np.float32))
+    assert bounds.tolist() == [[[23, 33], [97, 57]], [[0, 0], [0, 0]]]
+    store = PageStore(data, "test", CPU)
+    store.text[60][:] = torch.tensor([[40.0, 50.0], [120.0, 130.0]])
+    ends = store.crops(60, torch.zeros(2, dtype=torch.long), torch.tensor([[0.0, 0.0], [1.0, 1.0]]), 56)
+    grey = store.grey[60][0]
+    assert torch.equal(ends.images[0], grey[40:96, 50:106]) and torch.equal(ends.images[1], grey[64:120, 74:130])
+
+
+@pytest.mark.parametrize("beside", ["norm", "mlp"])
+def test_a_path_beside_the_first_layer_starts_at_zero_and_learns(beside, data):
+    weights = train.read_weights(data)
+    first = "embeddings.patch_embeddings.projection"
+    inputs = Inputs(VARIANTS["x4"], weights[f"{first}.weight"], weights[f"{first}.bias"].float(), LEVEL)
+    images = torch.randint(0, 256, (1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plain, more = (train.DenseReader(inputs, weights, 28, kind) for kind in ("nothing", beside))
+    more.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(plain(inputs(images)), more(inputs(images)))
+    more(inputs(images)).square().mean().backward()
+    assert more.beside[-1].weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_all_variants_say_as_many_cells(variant, data):
     weights = train.read_weights(data)
@@ -211,7 +243,56 @@ def test_a_tiny_run_is_recorded_and_read_again(data, tmp_path, capsys):
     assert "right" in capsys.readouterr().out
 
 
+def test_no_run_begins_after_the_time_is_up(data, tmp_path, capsys):
+    command = ["--data", str(data), "--output", str(tmp_path / "late"), "--steps", "2", "--device", "cpu"]
+    assert train.main([*command, "--seconds", "0"]) == 0
+    assert "the time is up" in capsys.readouterr().out and not (tmp_path / "late").exists()
+
+
 def test_what_is_missing_is_one_line(tmp_path, capsys):
     assert train.main(["--data", str(tmp_path), "--output", str(tmp_path)]) == 1
     assert "python -m benchmarks.quality.dense.prepare" in capsys.readouterr().err
     assert train.main(["--data", str(tmp_path), "--output", str(tmp_path), "--side", "50"]) == 1
+
+
+# The report
+
+
+def result(variant: str, seed: int, right: list[int], rate: float = 1e-3, steps: int = 20) -> dict:
+    """Of three pages of 10, 20 and 0 characters at one resolution."""
+    accuracy = {"60": sum(right) / 30, "all": sum(right) / 30}
+    settings = {"variant": variant, "rate": rate, "seed": seed, "steps": steps, "scales": "pages", "gain": 1.0}
+    return {
+        "name": f"dense_{variant}_{rate}_{steps}_{seed}",
+        "finished": True,
+        "dense": {**settings, "beside": "nothing"},
+        "last_loss": rate,
+        "tokens": 16,
+        "numbers_a_token": 49,
+        "curve": [{"step": steps, **accuracy}],
+        "accuracy": accuracy,
+        "by_page": {"pages": ["a", "a", "b"], "60": {"right": right, "characters": [10, 20, 0]}},
+    }
+
+
+def test_the_report_pairs_seeds_and_pages(tmp_path, capsys):
+    results = [result("half", seed, [4, 8 + seed, 0]) for seed in (0, 1, 2)]
+    results += [result("x4", seed, [6, 13 + seed, 0]) for seed in (0, 1, 2)]
+    results += [result("x4", 0, [0, 0, 0], steps=5), result("x4", 0, [9, 19, 0], rate=2e-3)]  # a search's; another rate
+    write_file(tmp_path / "dense.jsonl", results)
+    figure = tmp_path / "dense.png"
+    assert report.main(["--results", str(tmp_path), "--figure", str(figure)]) == 0
+    out = capsys.readouterr().out
+    assert "| x4, pages scales | 16 | 49 | 0.001 | 20 | 3 | 66.7 | 66.7 ± 3.3 |" in out
+    assert "x4 against the half-size image (pages scales): over 3 seeds and 2 pages: +23.3 points" in out
+    assert figure.stat().st_size > 1000
+
+
+def test_runs_tested_on_other_pages_are_not_compared(tmp_path, capsys):
+    results = [result(variant, seed, [4, 8, 0]) for seed in (0, 1) for variant in ("half", "x4")]
+    for one in results[::2]:
+        one["by_page"]["60"]["characters"] = [11, 20, 0]
+    write_file(tmp_path / "dense.jsonl", results)
+    assert report.main(["--results", str(tmp_path)]) == 1
+    assert "--test" in capsys.readouterr().err
+    assert report.main(["--results", str(tmp_path / "none")]) == 1

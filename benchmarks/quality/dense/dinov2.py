@@ -52,10 +52,14 @@ def make_backbone(weights: dict[str, torch.Tensor] | None) -> Any:
     """`Dinov2Model` with these weights; random ones if None, for tests."""
     from transformers import Dinov2Config, Dinov2Model
 
-    model = Dinov2Model(Dinov2Config(**CONFIG))
-    if weights is not None:
-        model.load_state_dict({name: weight.float() for name, weight in weights.items()})
-    return model
+    config = Dinov2Config(**CONFIG)
+    if weights is None:
+        return Dinov2Model(config)
+    state = {name: weight.float() for name, weight in weights.items()}
+    model, report = Dinov2Model.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+    if report["missing_keys"] or report["unexpected_keys"]:
+        raise ValueError(f"these weights are not all of a ViT-S/14: {report}")
+    return model  # from_pretrained gives the weights the names of whatever transformers is installed
 
 
 def positions_for(table: torch.Tensor, side: int) -> torch.Tensor:

@@ -16,7 +16,9 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,21 +43,30 @@ def label_of(character: str) -> int:
     return ord(plain) - FIRST + 1 if len(plain) == 1 and FIRST <= ord(plain) <= LAST else OTHER
 
 
-def read_page(job: tuple[Path, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(file, number, dpi) -> grey uint8 [H, W] and characters float32 [M, 3]: label, row and column of the middle."""
+# grey uint8 [H, W] at each resolution; characters float32 [M, 3]: label, distance of the middle from the top and the
+# left edge of the page in points
+Page = tuple[list[np.ndarray], np.ndarray]
+
+
+def read_pages(job: tuple[Path, list[int], tuple[int, ...]]) -> list[Page]:
+    """(file, page numbers, dpi) -> the pages. To find a page among thousands takes longer than to render it, so that a
+    file is opened for many."""
+    path, numbers, dpi = job
+    with opened(path) as document:
+        return [read_page(document, number, dpi) for number in numbers]
+
+
+def read_page(document: Any, number: int, dpi: tuple[int, ...]) -> Page:
     import pypdfium2.raw as raw
 
-    path, number, dpi = job
-    scale = dpi / POINTS_AN_INCH
-    with opened(path) as document, closing(document[number]) as page, closing(page.get_textpage()) as text:
-        grey = np.array(page.render(scale=scale, grayscale=True).to_pil())
+    with closing(document[number]) as page, closing(page.get_textpage()) as text:
+        images = [np.array(page.render(scale=one / POINTS_AN_INCH, grayscale=True).to_pil()) for one in dpi]
         found = []
         for index in range(text.count_chars()):
             if label := label_of(chr(raw.FPDFText_GetUnicode(text, index))):
                 left, bottom, right, top = text.get_charbox(index, loose=True)
-                middle = (page.get_height() - (top + bottom) / 2, (left + right) / 2)
-                found.append((label, middle[0] * scale, middle[1] * scale))
-    return grey, np.array(found, np.float32).reshape(-1, 3)
+                found.append((label, page.get_height() - (top + bottom) / 2, (left + right) / 2))
+    return images, np.array(found, np.float32).reshape(-1, 3)
 
 
 def build(manuals: Path, output: Path, dpi: tuple[int, ...], limit: int, processes: int) -> None:
@@ -66,13 +77,20 @@ def build(manuals: Path, output: Path, dpi: tuple[int, ...], limit: int, process
     files = [*sorted(manuals.glob("R-*.pdf")), *manuals.glob(f"{REFERENCE}.pdf")]
     if not files:
         raise UserError(f"no R-*.pdf in {manuals}: apt-get install r-doc-pdf, or name the folder with --manuals")
-    places = [(path, number) for path in files for number in chosen(path, limit)]
+    numbers = {path: list(chosen(path, limit)) for path in files}
+    jobs = [(path, part, dpi) for path, all_of in numbers.items() for part in in_parts(all_of)]
     output.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for resolution in dpi:
-            pages = pool.map(read_page, [(*place, resolution) for place in places], chunksize=8)
-            write_pages(output, resolution, pages)
-    (output / "pages.json").write_text(json.dumps({"dpi": dpi, "manuals": [path.stem for path, _ in places]}))
+        pages = list(chain.from_iterable(pool.map(read_pages, jobs, chunksize=1)))
+    for index, resolution in enumerate(dpi):
+        scale = np.array([1, resolution, resolution], np.float32) / np.array([1, POINTS_AN_INCH, POINTS_AN_INCH])
+        write_pages(output, resolution, [(images[index], found * scale) for images, found in pages])
+    manuals = [path.stem for path in files for _ in numbers[path]]
+    (output / "pages.json").write_text(json.dumps({"dpi": dpi, "manuals": manuals}))
+
+
+def in_parts(numbers: list[int], size: int = 32) -> list[list[int]]:
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
 def chosen(path: Path, limit: int) -> Iterator[int]:
@@ -122,16 +140,21 @@ class PageStore:
         self.device, self.dpi = device, tuple(described["dpi"])
         mine = [number for number, name in enumerate(described["manuals"]) if (name in TEST) == (split == "test")]
         self.names = [described["manuals"][number] for number in mine]
-        self.grey = {dpi: torch.from_numpy(np.load(folder / f"{dpi}_grey.npy")[mine]).to(device) for dpi in self.dpi}
-        self.characters = {
-            dpi: torch.from_numpy(np.load(folder / f"{dpi}_characters.npy")[mine]).to(device) for dpi in self.dpi
+        characters = {dpi: np.load(folder / f"{dpi}_characters.npy", mmap_mode="r")[mine] for dpi in self.dpi}
+        self.text = {dpi: torch.from_numpy(text_bounds(found)).to(device) for dpi, found in characters.items()}
+        self.characters = {dpi: torch.from_numpy(found).to(device) for dpi, found in characters.items()}
+        self.grey = {
+            dpi: torch.from_numpy(np.load(folder / f"{dpi}_grey.npy", mmap_mode="r")[mine]).to(device)
+            for dpi in self.dpi
         }
 
     def crops(self, dpi: int, page: torch.Tensor, place: torch.Tensor, side: int) -> Crops:
-        """page: int64 [B]. place: float [B, 2] in 0..1, where the crop lies between the page's ends."""
+        """page: int64 [B]. place: float [B, 2] in 0..1, where the crop lies between the ends of the page's text."""
         grey = self.grey[dpi]
         room = torch.tensor(grey.shape[1:], device=self.device) - side
-        start = (place * room).long()
+        first, last = self.text[dpi][page].unbind(dim=1)
+        first = first.minimum((first + last - side) / 2)  # text that is smaller than a crop lies within it
+        start = (first + place * (last - side - first).clamp(min=0)).long().clamp(min=0).minimum(room)
         rows, columns = (start[:, axis, None] + torch.arange(side, device=self.device) for axis in (0, 1))
         images = grey[page[:, None, None], rows[:, :, None], columns[:, None, :]]
         return Crops(images, cell_labels(self.characters[dpi][page], start, side), page, dpi)
@@ -140,6 +163,15 @@ class PageStore:
         """Random crops. generator: on the CPU, so that all devices get the same."""
         page = torch.randint(len(self.names), (count,), generator=generator).to(self.device)
         return self.crops(dpi, page, torch.rand(count, 2, generator=generator).to(self.device), side)
+
+
+def text_bounds(characters: np.ndarray) -> np.ndarray:
+    """float [P, M, 3] -> float32 [P, 2, 2]: row and column of the first and of the last character; 0 without any."""
+    there = characters[..., :1] > 0
+    first = np.where(there, characters[..., 1:], np.inf).min(axis=1)
+    last = np.where(there, characters[..., 1:], -np.inf).max(axis=1)
+    bounds = np.stack([first, last], axis=1) + np.array([[-ROWS], [ROWS]])
+    return np.where(there.any(axis=1)[..., None], bounds, 0.0).astype(np.float32)
 
 
 def cell_labels(characters: torch.Tensor, start: torch.Tensor, side: int) -> torch.Tensor:
