@@ -11,7 +11,7 @@ from typing import Any
 from dct_qwen2vl.common.scripts import UserError
 
 FOLDER = ".nv-meta"
-RAW_METADATA = "cambrian737k.json"
+METADATA_NAME = "cambrian737k.json"  # of raw data, in any letter case
 DATASET, SPLIT, INFO = "dataset.yaml", "split.yaml", ".info.yaml"
 
 
@@ -41,7 +41,7 @@ def refuse_other_data(data_dir: Path) -> None:
     if data_dir.is_file():
         raise PreparedSetError(f"{data_dir} is a file: give --data-dir the folder that it lies in, {data_dir.parent}")
     if data_dir.is_dir() and not (data_dir / "stats.json").exists() and not (data_dir / FOLDER).exists():
-        raw = next((path.name for path in data_dir.iterdir() if path.name.lower() == RAW_METADATA), None)
+        raw = next((path.name for path in data_dir.iterdir() if path.name.lower() == METADATA_NAME), None)
         if raw:
             raise PreparedSetError(f"{data_dir} holds raw data ({raw}), not a prepared set: python data_preparation.py "
                                    f"--data-dir {data_dir} --output-dir SHARDS --energon-prepare")  # fmt: skip

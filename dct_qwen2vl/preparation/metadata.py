@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from dct_qwen2vl.common.scripts import UserError
+from dct_qwen2vl.data.energon_files import METADATA_NAME
 from dct_qwen2vl.preparation.entries import DECODER, UnusableSample
 from dct_qwen2vl.preparation.file_kinds import name_kind
 
-METADATA_NAME = "cambrian737k.json"
 OWN_SHARDS = "pretrain-*.stats.json"
 READ_BYTES = 1 << 19  # some 500 entries: small enough that small sets keep all workers busy
 MAXIMUM_ENTRY_BYTES = 64 << 20  # an entry of Cambrian737k has 1 KB, a long conversation 1 MB
