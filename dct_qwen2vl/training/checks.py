@@ -23,6 +23,7 @@ from dct_qwen2vl.common.settings import flag_of
 from dct_qwen2vl.data.energon_files import count_samples, read_splits, refuse_other_data
 from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig
 from dct_qwen2vl.training.disk_space import check_space
+from dct_qwen2vl.training.processes import TORCHRUN
 from dct_qwen2vl.training.run_file import check_run_folder
 
 
@@ -67,7 +68,7 @@ def choose_min_pixels(config: TrainingConfig) -> int | None:
     """
     chosen_bounds(config.model_dir, config.min_pixels, config.max_pixels)
     notes = notes_on_bounds(config.model_dir, config.min_pixels, config.max_pixels)
-    if config.rank == 0:
+    if TORCHRUN not in os.environ:  # else the launcher's check has said it
         for note in notes:
             print(f"Note: {note}", flush=True)
     return config.max_pixels if notes else config.min_pixels

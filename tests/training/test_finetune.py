@@ -681,6 +681,7 @@ def test_pixel_bounds_the_wrong_way_round_are_refused(prepared, tmp_path):
 def test_the_checkpoint_s_least_gives_way_to_lower_most_pixels(prepared, tmp_path, capsys, monkeypatch):
     """As in conversion; what is saved says both numbers."""
     ready = []
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setattr(finetune_qwen2vl, "train", lambda settings, info: ready.append((settings, info)))
     folders = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
     (tmp_path / "qwen2vl_dct").mkdir()
