@@ -1,13 +1,13 @@
-"""Qwen2-VL checkpoint (HF directory) -> the same model reading DCT tokens (HF directory).
+"""Converts a Qwen2-VL checkpoint to the same model reading DCT tokens. Both are Hugging Face directories.
 
     python convert_checkpoint.py --model-dir Qwen2-VL-2B-Instruct --output-dir Qwen2-VL-2B-Instruct-x4 --dct x4
 
-Instead of a preset, a format of one's own: --block 2 28 28 --chroma 420 --num-coefficients 1176 --order weighted, whose
-order is computed from this checkpoint's patch embedding.
+Flags describe a format of your own in place of a preset: --block 2 28 28 --chroma 420 --num-coefficients 1176
+--order weighted. This order is computed from the checkpoint's patch embedding.
 
 Only the patch embedding changes: its weight is folded into the coefficient domain (fold_patch_embedding). The other
-tensors are memory-mapped and passed through in shards of at most 2 GB, so the model is never in memory twice.
-Stock transformers loads the result; its image processor (and the code that defines it) is saved beside the weights.
+tensors are memory-mapped and copied in shards of at most 2 GB, so the model is never in memory twice.
+Stock transformers loads the result. Its image processor, with the code that defines it, is saved in the same folder.
 
     python convert_checkpoint.py --to stock --model-dir MY-x4 --output-dir MY-x4-stock
     python convert_checkpoint.py --to dct --model-dir MY-x4-stock --output-dir MY-x4
@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dct_qwen2vl.checkpoints.conversion import convert_source, patch_embedding, read_config
-from dct_qwen2vl.checkpoints.inspection import CheckpointError, notes_on_bounds
-from dct_qwen2vl.checkpoints.source import opened
+from dct_qwen2vl.checkpoints.conversion import convert, patch_embedding
+from dct_qwen2vl.checkpoints.inspection import CheckpointError
+from dct_qwen2vl.checkpoints.source import Source
 from dct_qwen2vl.checkpoints.stock_form import to_dct, to_stock
 from dct_qwen2vl.common.scripts import UserError, run_main, run_program
 
@@ -72,37 +72,45 @@ def gain(text: str) -> float:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """With `dct` resolved to a DCTConfig, unless it is a file; an unknown one is a usage error."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model-dir", type=Path, required=True, help="Hugging Face Qwen2-VL directory (pixel model)")
+    parser.add_argument(
+        "--model-dir", type=Path, required=True, help="Hugging Face directory of a Qwen2-VL or Qwen2.5-VL"
+    )
     parser.add_argument(
         "--to",
         choices=("stock", "dct"),
-        help="stock: a DCT model as a plain Qwen2-VL with larger patches, which needs no code of this repository; dct: "
-        "such a model as it is trained (default: fold a pixel model)",
+        help="stock: write a DCT model as a plain Qwen2-VL with larger patches, which needs no code of this "
+        "repository; dct: write such a model in the form that is trained (default: convert a pixel model)",
     )
     parser.add_argument("--output-dir", type=Path, required=True, help="directory to write")
     parser.add_argument("--dct", help="exact, x4, x16 or a DCT configuration as .json (default: x4)")
     own = parser.add_argument_group("another token format, instead of --dct")
     own.add_argument(
-        "--block", type=int, nargs=3, metavar=("FRAMES", "ROWS", "COLUMNS"), help="frames and pixels of a token"
+        "--block", type=int, nargs=3, metavar=("FRAMES", "ROWS", "COLUMNS"), help="block of a token, frames and pixels"
     )
-    own.add_argument("--chroma", choices=("444", "420"), help="420 has colour at half the resolution (default: 420)")
-    own.add_argument("--num-coefficients", type=int, metavar="K", help="floats of a token (default: all)")
+    own.add_argument(
+        "--chroma", choices=("444", "420"), help="444: colour at full resolution, 420: at half (default: 420)"
+    )
+    own.add_argument("--num-coefficients", type=int, metavar="K", help="numbers in a token (default: all)")
     own.add_argument(
         "--order",
         choices=("variance", "weighted", "zigzag", "box"),
-        help="which K: by variance (default), by variance times the squared norm of this checkpoint's folded columns, "
-        "by frequency, or the low corner",
+        help="which coefficients are kept. variance: those of the largest expected variance (default); weighted: "
+        "variance times the squared norm of this checkpoint's folded columns; zigzag: the lowest frequencies; "
+        "box: the low corner",
     )
     own.add_argument(
-        "--coefficient-table", type=Path, metavar="FILE", help="made by coefficient_statistics.py (default: built in)"
+        "--coefficient-table",
+        type=Path,
+        metavar="FILE",
+        help="written by dct_qwen2vl.analysis.coefficient_statistics (default: the built-in table)",
     )
     parser.add_argument(
         "--detail-gain",
         type=gain,
         default=1,
         metavar="G",
-        help="make the coefficients that the pixel model's patch does not show G times as large, so that training at a "
-        "low rate learns them sooner (default: 1)",
+        help="make the coefficients beyond the pixel model's patch G times as large, so that training at a low rate "
+        "learns them sooner (default: 1)",
     )
     parser.add_argument("--min-pixels", type=int, help="least pixels of an image (default: the source's)")
     parser.add_argument("--max-pixels", type=int, help="most pixels of an image (default: the source's)")
@@ -121,7 +129,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if arguments.to == "stock" and named:
         parser.error("argument --dct, --block: not allowed with --to stock, which reads the format in --model-dir")
     if arguments.to == "dct" and arguments.order == "weighted":
-        parser.error("argument --order: weighted is of a pixel model's patch, not allowed with --to dct")
+        parser.error("argument --order: weighted needs a pixel model, not allowed with --to dct")
     arguments.chroma, arguments.order = arguments.chroma or "420", arguments.order or "variance"
     if named or not arguments.to:
         resolve_format(parser, arguments)
@@ -183,20 +191,22 @@ def say(notes: tuple[str, ...]) -> None:
 
 
 def convert_and_say(arguments: argparse.Namespace) -> int:
-    dct = read_format(arguments.dct) if isinstance(arguments.dct, str) else arguments.dct
-    read_config(arguments.model_dir)
-    with opened(arguments.model_dir) as source:
-        if arguments.block and arguments.order == "weighted":
-            dct = own_format(arguments, patch_embedding(source))
+    given = read_format(arguments.dct) if isinstance(arguments.dct, str) else arguments.dct
+
+    def choose(source: Source):
+        weighted = arguments.block and arguments.order == "weighted"
+        dct = own_format(arguments, patch_embedding(source)) if weighted else given
         with usable():
-            dct = dct.with_detail_gain(arguments.detail_gain)
-        bounds = arguments.min_pixels, arguments.max_pixels
-        total = convert_source(source, arguments.output_dir, dct, *bounds, arguments.force)
-        say((*source.notes, *notes_on_bounds(source.folder, *bounds)))
+            return dct.with_detail_gain(arguments.detail_gain)
+
+    bounds = arguments.min_pixels, arguments.max_pixels
+    done = convert(arguments.model_dir, arguments.output_dir, choose, *bounds, arguments.force)
+    say(done.notes)
+    dct = done.dct
     side = dct.block[1] * dct.merge
     print(f"Folded the patch embedding: {dct.name}, blocks of {dct.block} -> {dct.num_coefficients} coefficients.")
     print(f"One token of the language model now covers {side}x{side} px of {dct.block[0]} frames (was 28x28 px of 2).")
-    print(f"Wrote {total / 1e6:.1f} MB of weights and the processor to {arguments.output_dir}.")
+    print(f"Wrote {done.weight_bytes / 1e6:.1f} MB of weights and the processor to {arguments.output_dir}.")
     return 0
 
 

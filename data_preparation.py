@@ -1,4 +1,4 @@
-"""Turn a LLaVA-style data set (JSON metadata of conversations, tars or folders of media) into shards for Energon.
+"""Turns a LLaVA-style data set (JSON metadata of conversations, tars or folders of media) into shards for Energon.
 
     python data_preparation.py --data-dir D --output-dir O --energon-prepare
 
@@ -9,10 +9,10 @@ Out: O/pretrain-000000.tar, ...    WebDataset samples: KEY.jpg, KEY.mp4 or KEY.0
      O/cambrian737k_filtered.json  the entries that were written, in their old order
      O/stats.json                  read + copies = written + skipped + thinned, by source and reason
      O/skipped.jsonl               a line for each entry left out
-     O/report.html                 all that to look at
+     O/report.html                 the same as a page with figures and samples
 
-The same data and settings give the same bytes, whatever the number of workers, in one run, in several after crashes, or
-in parts on several machines (--part 1/4 ... --part 4/4, then the same command without --part; prepare_slurm.sh).
+The same data and settings give the same bytes, for any number of workers, in one run, in several after crashes, or in
+parts on several machines (--part 1/4 ... --part 4/4, then the same command without --part; prepare_slurm.sh).
 
 The work is done in dct_qwen2vl/preparation/. First everything is planned (metadata.py, entries.py, media_index.py,
 plan.py, data_splits.py). Then workers write the shards (shards.py, conversion.py). Then the counts are put together
@@ -67,7 +67,7 @@ def prepare(config: PreparationConfig) -> int:
     metadata = find_metadata(config.data_dir, config.metadata)
     check_output(config.output_dir, config.force)
     if is_complete(config, metadata):
-        print(f"{config.output_dir} is complete already; --force would write it again")
+        print(f"{config.output_dir} is complete, nothing is left to do; to write it again, add --force")
         stats = read_stats(config.output_dir / STATS_NAME)
     else:
         stats = write_set(config, metadata)
@@ -139,7 +139,9 @@ def lay_out(plan: Plan, config: PreparationConfig) -> Layout:
     names = {name: number for number, name in enumerate(plan.sources)}
     unknown = [name for name, _ in config.source_weight if name not in names]
     if unknown:
-        raise PreparationError(f"--source-weight {unknown[0]}: the sources are {', '.join(sorted(names))}")
+        raise PreparationError(
+            f"--source-weight {unknown[0]}: no such source; the sources are {', '.join(sorted(names))}"
+        )
     weights = {names[name]: weight for name, weight in config.source_weight}
     shares, seed = config.split, config.seed
     source, digest = plan.entries["source"], plan.entries["digest"]
@@ -258,7 +260,7 @@ def finish(config: PreparationConfig, stats: dict[str, Any]) -> int:
     if is_cut_alike(config.split, len(stats["shards"])):
         print(f"Next: {dialogue_command(output_dir, split)}")
     else:
-        print(f"Next: the same command with --energon-prepare (its dialogue would not cut {split} as it is)")
+        print(f"Next: run the same command with --energon-prepare (energon's dialogue does not cut {split} exactly)")
     return 0
 
 

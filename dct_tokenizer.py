@@ -1,6 +1,6 @@
 """DCT-coefficient tokens for Qwen2-VL: the names to use from Python, and a command line.
 
-    python dct_tokenizer.py show FILE                                   draws what tokens keep of an image or a video
+    python dct_tokenizer.py show FILE                                   draws what the tokens of a file keep
     python dct_tokenizer.py encode FILE --output tokens.safetensors
     python dct_tokenizer.py decode tokens.safetensors --output FILE     a .png or .mp4 file
 

@@ -1,12 +1,12 @@
-"""Answers the questions of a split with a fine-tuned model and counts what is right, beside the blind baseline.
+"""Asks a fine-tuned model the questions of a split. Prints its accuracy and that of the blind baseline.
 
     python evaluate_qwen2vl.py --model-dir experiments/E/hf --data-dir SHARDS --output-dir experiments/E/evaluation
 
-The model is loaded by stock transformers. Media become tokens as in training (media_encoder.py), so that sizes, grids
-and numbers are the same. Every question of a conversation is asked on its own, with the entry's media. Blind: the same
-model and questions, every image and frame grey; what it still gets right needs no eyes. An answer is right if it
-equals the reference but for case, white space and a final full stop. If it is killed, the same command goes on
-(answer_file.py).
+Stock transformers loads the model. Images and videos become the same tokens as in training (media_encoder.py). Every
+question of a conversation is asked separately, with the entry's media. The blind baseline is the same model on the same
+questions with all images and frames grey: it shows what can be answered without looking. An answer is right if it
+equals the reference; case, white space and a final full stop do not count. If the program is killed, the same command
+continues (answer_file.py).
 
     python evaluate_qwen2vl.py --compare experiments/E/hf_dct experiments/E/hf --data-dir SHARDS --output-dir COMPARED
 
@@ -25,7 +25,7 @@ from dct_qwen2vl.checkpoints.inspection import check_checkpoint, note_on_old_cod
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.files import write_bytes, write_json
 from dct_qwen2vl.common.scripts import UserError, run_main, run_program
-from dct_qwen2vl.common.settings import add_flags, check_ranges, flag_of
+from dct_qwen2vl.common.settings import DefaultsFormatter, add_flags, check_ranges, flag_of
 from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
 from dct_qwen2vl.data.energon_files import read_splits
 from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines, digest_files
@@ -43,21 +43,22 @@ OPTIONS = ("split", "limit", "batch_size", "max_new_tokens", *(PREFIX + each.nam
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """The command line as a Namespace."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=DefaultsFormatter)
     asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--model-dir", type=Path, help="fine-tuned Hugging Face directory")
+    asked.add_argument("--model-dir", type=Path, help="Hugging Face directory of the model, such as a run's hf")
     asked.add_argument("--compare", type=Path, nargs=2, metavar=("DIR_A", "DIR_B"), help="two forms of a model: are "
                        "their logits and answers equal? The exit status is 1 if not")  # fmt: skip
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of prepared shards")
     parser.add_argument("--output-dir", type=Path, required=True, help="gets predictions.jsonl and accuracy.json, "
                         "or comparison.json and comparison.jsonl")  # fmt: skip
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="which part is asked")
+    parser.add_argument(
+        "--split", choices=("train", "val", "test"), default="test", help="part of the data whose questions are asked"
+    )
     parser.add_argument("--limit", type=int, help="most questions (default: all; to compare: 4)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered at a time")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer, tokens")
-    as_trained = parser.add_argument_group("videos", "where not given: as the model was trained, which its files say")
+    as_trained = parser.add_argument_group("videos", "defaults: as the model was trained, according to its files")
     add_flags(as_trained, VideoSampling, PREFIX, default=None)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
@@ -100,7 +101,7 @@ def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe_settings(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What answers depend on, by kind: a run goes on only from answers that it would have given itself."""
+    """What the answers depend on, by kind. A run continues only with answers that it would have given itself."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -118,7 +119,7 @@ def say_beginning(file: AnswerFile) -> None:
     if file.refused:
         print(f"evaluate_qwen2vl.py: {file.path} is not used ({file.refused}): starting again", file=sys.stderr)
     elif file.answers:
-        print(f"Going on after the {len(file.answers)} questions answered in {file.path}")
+        print(f"Continuing after the {len(file.answers)} questions answered in {file.path}")
 
 
 def evaluate(arguments: argparse.Namespace) -> dict:

@@ -1,10 +1,10 @@
-"""Fine-tunes a (converted) Qwen2-VL on prepared shards with NeMo. Started by qwen_launch.sh through torchrun.
+"""Fine-tunes a Qwen2-VL on prepared shards with NeMo. qwen_launch.sh starts it through torchrun.
 
     python finetune_qwen2vl.py --model-dir M --data-dir D --output-dir O --experiment-name E ...
 
-Writes into O/E: checkpoints/, hf/ (the fine-tuned model to take along, a plain Qwen2-VL), hf_dct/ (the same model over
+Writes into O/E: checkpoints/, hf/ (the fine-tuned model, a plain Qwen2-VL), hf_dct/ (the same model over
 DCT coefficients, to train further), metrics.jsonl, tensorboard/, logs/, run.json.
-Started again with the same arguments it resumes from the newest checkpoint.
+If it is started again with the same arguments, it resumes from the newest checkpoint.
 """
 
 import os
@@ -20,6 +20,7 @@ from dct_qwen2vl.training import run_lock
 from dct_qwen2vl.training.checks import check, check_ranges, choose_engine, choose_min_pixels, choose_precision
 from dct_qwen2vl.training.config import ModelInfo, RunError, TrainingConfig, parse_arguments
 from dct_qwen2vl.training.processes import (
+    CONTINUE,
     INTERRUPTED,
     PEER_ENDED,
     TORCHRUN,
@@ -84,7 +85,7 @@ def build_data(config: TrainingConfig, info: ModelInfo, engine: str):
         val_batches=config.val_batches,
         shuffle_buffer_size=config.shuffle_buffer,
         packing_buffer_size=config.packing_buffer if config.pack_tokens else None,
-        start_anew=config.restart_data,
+        restart_data=config.restart_data,
         restarts=config.data_restarts,
         data_parallel_group=_megatron_data_group if several else None,
     )
@@ -105,8 +106,8 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
         print(f"Engine {engine}, token format {info.dct_name}, {config.world_size} process(es), GBS "
               f"{config.global_batch_size}, run folder {config.run_dir}", flush=True)  # fmt: skip
         if config.warmup_steps >= config.max_steps:
-            print(f"Note: --warmup-steps {config.warmup_steps} of --max-steps {config.max_steps}: the learning "
-                  "rate does not come down again from --lr, or never gets there", flush=True)  # fmt: skip
+            print(f"Note: --warmup-steps {config.warmup_steps} is not below --max-steps {config.max_steps}: the run "
+                  "ends before the learning rate falls again", flush=True)  # fmt: skip
         if not (config.run_dir / "comparison" / "before" / "comparison.json").is_file():
             compare_forms(config, info, "before", config.model_dir)
     import lightning.pytorch as pl
@@ -154,7 +155,7 @@ def explain(error: Exception) -> str | None:
     if any(words in trace for words in PEER_ENDED):
         return "another process of this run has ended, so this one ends as well"
     if type(error).__name__ == "SIGTERMException":  # Lightning's, whose import is slow
-        return "ended by SIGTERM; the same command goes on from the newest checkpoint"
+        return f"ended by SIGTERM; {CONTINUE}"
     return str(error) if isinstance(error, UserError) else None
 
 
@@ -204,7 +205,7 @@ def run(config: TrainingConfig) -> int:
             run_lock.check_unlocked(config.run_dir)
         return 0
     if config.world_size > 1 and TORCHRUN not in os.environ:
-        raise RunError(f"{config.world_size} processes are torchrun's to start: bash qwen_launch.sh")
+        raise RunError(f"{config.world_size} processes must be started by torchrun: bash qwen_launch.sh")
     if (config.run_dir / "finished").is_file():
         print(f"{config.run_dir} is finished: its model is in {config.run_dir / 'hf'}")
         return 0

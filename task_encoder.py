@@ -49,13 +49,16 @@ from dct_qwen2vl.data.videos import VideoSampling
 
 
 class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, QwenBatch, QwenBatch]):
-    """Stateless but for its counters, which change no sample.
+    """Samples of a shard -> micro-batches. It has no state but counters, which change no sample.
 
-    tokenizer: Qwen2-VL's, with its special tokens. image_processor: `DCTImageProcessor`, or any processor with
-    Qwen2VLImageProcessor's interface. seq_length: samples with more tokens are skipped and counted, never cut.
-    max_bad_in_a_row: that many consecutive failures in one worker stop the run. time_step: of a video's positions, as
-    `inspection.time_step` gives it. Where image_processor has a `skip_db`, cells that a kept cell already shows get no
-    token (dct/skipping_dct.py).
+    tokenizer: Qwen2-VL's, with its special tokens.
+    image_processor: `DCTImageProcessor`, or any processor with Qwen2VLImageProcessor's interface.
+    seq_length: Samples with more tokens are skipped and counted, never cut.
+    video_sampling: Frames that are read of a video.
+    max_bad_in_a_row: So many failures in a row in one worker stop the run.
+    time_step: Of a video's positions, as `inspection.time_step` gives it.
+
+    If the image processor has a `skip_db`, cells that a kept cell already shows get no token (dct/skipping_dct.py).
     """
 
     cookers = (Cooker(cook),)
@@ -172,7 +175,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
             )
 
     def encode(self, sample: ConversationSample) -> EncodedSample:
-        """As `encode_sample`, but raises BadSample or MediaError and counts nothing."""
+        """As `encode_sample`, but without counting failures. Raises BadSample or MediaError."""
         messages = self._messages(sample)
         media = [self._encode_media(kind, content) for kind, content in sample.media]
         masks = [None] * len(media)
@@ -318,14 +321,18 @@ def _cat(tokens: list[torch.Tensor]) -> torch.Tensor:
 
 
 class PackingTaskEncoder(QwenTaskEncoder):
-    """As `QwenTaskEncoder`, with packed sequences instead of padded batches. Media are decoded when theirs is made.
+    """As `QwenTaskEncoder`, with packed sequences instead of padded batches. Media are decoded when their sequence is
+    made.
 
-    pack_tokens, pack_vision_tokens: most tokens and vision tokens of a sequence that several samples share. A larger
-        sample has a sequence of its own. Memory grows with both: in the 2B model a vision token takes two thirds of
-        what a token takes.
-    token_dtype: of the vision tokens, the model's.
-    held_bytes: with skipping, the memory of samples that a worker holds decoded (`HeldSamples`).
-    Other arguments: of `QwenTaskEncoder`.
+    arguments: Of `QwenTaskEncoder`.
+    pack_tokens: Most tokens of a sequence that several samples share.
+    pack_vision_tokens: Most vision tokens of such a sequence.
+    token_dtype: Of the vision tokens, the model's.
+    held_bytes: With skipping, the memory for samples that a worker holds decoded (`HeldSamples`).
+    options: Of `QwenTaskEncoder`.
+
+    A larger sample has a sequence of its own. Memory grows with both limits: in the 2B model, a vision token takes two
+    thirds of what a token takes.
     """
 
     def __init__(

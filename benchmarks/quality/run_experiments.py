@@ -28,16 +28,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.quality.result_files import Output
-from benchmarks.quality.settings import FAILURES, Settings, add_run_flags, first_line
+from benchmarks.quality.settings import FAILURES, Settings, add_run_flags, first_line, parser_of
 from benchmarks.quality.suites import STEPS, SUITES, Plan
 from dct_qwen2vl.common.scripts import UserError, run_main
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add_run_flags(parser, experiment="SUITE")
     add("--suite", choices=tuple(SUITES), required=True)

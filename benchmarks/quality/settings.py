@@ -85,8 +85,23 @@ class Settings:
         return self.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
 
 
+def parser_of(docstring: str) -> argparse.ArgumentParser:
+    """A parser whose --help begins with the first paragraph of a module's docstring and ends with the others.
+
+    docstring: `__doc__` of the module. Its line breaks stay.
+    """
+    summary, _, rest = docstring.partition("\n\n")
+    return argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def add_run_flags(parser: argparse.ArgumentParser, experiment: str) -> None:
-    """Flags that train.py and run_experiments.py share. experiment: what a result file in a folder is named after."""
+    """Adds the flags that train.py and run_experiments.py share.
+
+    parser: Gets the flags.
+    experiment: What a result file in a folder is named after.
+    """
     add = parser.add_argument
     text = f"where results are written: FILE.jsonl, or FOLDER for FOLDER/{experiment}.jsonl"
     add("--output", type=Path, required=True, metavar="PATH", help=text)

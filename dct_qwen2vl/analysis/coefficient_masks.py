@@ -29,12 +29,25 @@ def panel_layout(config: "DCTConfig", cell: int) -> tuple[int, int]:
 
 
 def mask_height(configs: list["DCTConfig"], cell: int, keys: int) -> int:
-    """Height that `draw_masks` needs below its y, px, at least that of the keys beside it."""
+    """Height that `draw_masks` needs below its y, px.
+
+    configs: Formats that are drawn side by side.
+    cell: Width of one format's column, px.
+    keys: Height of the keys beside the masks, px. The least result.
+    """
     return max(keys, LINE + max(3 * sum(panel_layout(config, cell)) for config in configs) + AXIS)
 
 
 def draw_masks(canvas: Canvas, x: int, y: int, config: "DCTConfig", cell: int, still: bool) -> None:
-    """Which coefficients are kept: planes from top to bottom, frame frequencies from left to right."""
+    """Draws which coefficients are kept: planes from top to bottom, frame frequencies from left to right.
+
+    canvas: Drawn on.
+    x: Left edge, px.
+    y: Top edge, px.
+    config: The token format.
+    cell: Width of the column, px.
+    still: Whether the source is an image.
+    """
     bt, bh, bw = config.block
     side, gap = panel_layout(config, cell)
     colours = mask_colours(config)
@@ -85,7 +98,12 @@ def _ticks(axes: Any, side: int, rows: int, columns: int, plane: int, frequency:
 
 
 def draw_mask_key(canvas: Canvas, x: int, y: int) -> None:
-    """What the colours of the masks mean."""
+    """Draws what the colours of the masks mean.
+
+    canvas: Drawn on.
+    x: Left edge, px.
+    y: Top edge, px.
+    """
     keys = [
         (PLANE_COLOURS, "kept: Y, Cb, Cr"),
         ((DROPPED,), "dropped"),

@@ -35,7 +35,11 @@ class Moments:
     dc_sum: "np.ndarray | float" = 0.0  # float64 [3]
 
     def add(self, frames: "np.ndarray", weight: float) -> None:
-        """frames: uint8 [T, H, W, 3]. H and W are multiples of the block's; frames that fill no block are left out."""
+        """Adds the coefficients of some frames.
+
+        frames: uint8 [T, H, W, 3]. H and W are multiples of the block's. Frames that fill no block are left out.
+        weight: Of these frames in the mean.
+        """
         frames = frames[: len(frames) // self.block[0] * self.block[0]]
         coefficients = coefficients_of(frames, self.block)
         self.square_sum += weight * (coefficients**2).mean(axis=0)
@@ -83,23 +87,30 @@ class Measurement:
     skipped: list[str] = field(default_factory=list)
 
     def add_stills(self, frames: "np.ndarray", weight: float) -> None:
-        """frames: uint8 [T, H, W, 3], each taken for itself."""
+        """Adds frames as images.
+
+        frames: uint8 [T, H, W, 3].
+        weight: Of these frames in the mean.
+        """
         self.stills.add(frames, weight)
         self.summary_stills.add(frames, weight)
 
     def add_video(self, frames: "np.ndarray", weight: float) -> None:
-        """frames: uint8 [T, H, W, 3] in their order."""
+        """Adds frames as a video.
+
+        frames: uint8 [T, H, W, 3], in their order.
+        weight: Of these frames in the mean.
+        """
         self.videos.add(frames, weight)
         self.summary_videos.add(frames, weight)
 
     def square(self, directions: bool) -> "np.ndarray":
         """Mean square of every coefficient of BLOCK, float64 [3, *BLOCK].
 
-        A frame's energy is that of the stills. It is spread over frame frequencies as in the videos, for the same
-        frequency in
-        rows and columns.
+        directions: Whether rows and columns keep their own values. False: everything counts once more transposed.
 
-        directions: False counts everything once more transposed.
+        A frame's energy is that of the stills. It is spread over frame frequencies as in the videos, for the same
+        frequency in rows and columns.
         """
         import numpy as np
 
@@ -109,9 +120,11 @@ class Measurement:
 
 
 def sizes_of(height: int, width: int, pixels: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Heights and widths to which an image is resized: multiples of the block's.
+    """Heights and widths in pixels to which an image is resized: multiples of the block's.
 
-    pixels: most pixels of each size.
+    height: Of the image, pixels.
+    width: Of the image, pixels.
+    pixels: Most pixels of each size.
     """
     from dct_qwen2vl.dct.image_sizes_dct import target_size
 
@@ -121,7 +134,11 @@ def sizes_of(height: int, width: int, pixels: tuple[int, ...]) -> list[tuple[int
 
 
 def resized(frames: "np.ndarray", size: tuple[int, int]) -> "np.ndarray":
-    """uint8 [T, H, W, 3] -> [T, *size, 3]: bicubic, with a low-pass filter, as the image processor does it."""
+    """Frames resized by the bicubic filter of the image processor, with its low-pass, uint8 [T, *size, 3].
+
+    frames: uint8 [T, H, W, 3].
+    size: Height and width of the result, pixels.
+    """
     import numpy as np
     from PIL import Image
 
@@ -139,8 +156,10 @@ def measure_images(
     """Adds every image at every size.
 
     images: uint8 [H, W, 3] each.
-    pixels: most pixels of each size.
-    with_motion: adds videos made from the image as well. Some cut to the image before it.
+    found: Gets the moments.
+    pixels: Most pixels of each size.
+    rng: Random numbers for motion.
+    with_motion: Whether videos made from the image are added as well. Some cut to the image before it.
     """
     from dct_qwen2vl.analysis.natural_images import videos_of
 
@@ -160,7 +179,8 @@ def measure_videos(videos: Iterator["np.ndarray"], found: Measurement, pixels: t
     """Adds every video at every size, and its frames as stills.
 
     videos: uint8 [T, H, W, 3] each.
-    pixels: most pixels of each size.
+    found: Gets the moments.
+    pixels: Most pixels of each size.
     """
     for video in videos:
         found.videos_read += 1

@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
 
 def plot(found: Measurement, table: "CoefficientTable", path: Path) -> None:
-    """Log variance over frequencies: by plane, of the frames' mean and of their difference, measured and as tabled."""
+    """Draws log variance over frequencies, measured and from the table, by plane, for the frames' mean and their
+    difference.
+
+    found: What was measured.
+    table: Made from it.
+    path: Figure to write, .png.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

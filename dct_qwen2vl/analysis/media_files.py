@@ -41,14 +41,19 @@ def files_of(paths: list[Path], extensions: tuple[str, ...]) -> tuple[list[Path]
 
 
 def spread(files: list[Path], most: int) -> list[Path]:
-    """At most `most` of the files, evenly spread."""
+    """Some of the files, evenly spread.
+
+    files: All files.
+    most: Files to return, at most.
+    """
     return [files[i * len(files) // most] for i in range(most)] if len(files) > most else files
 
 
 def read_images(files: list[Path], skipped: list[str]) -> Iterator["np.ndarray"]:
     """Images that hold a block, uint8 [H, W, 3].
 
-    skipped: gets a line for each file that cannot be used, with the reason.
+    files: Image files.
+    skipped: Gets a line for each file that cannot be used, with the reason.
     """
     from dct_qwen2vl.data.images import decode_image
     from dct_qwen2vl.data.reading import MediaError
@@ -68,7 +73,8 @@ def read_images(files: list[Path], skipped: list[str]) -> Iterator["np.ndarray"]
 def read_videos(files: list[Path], skipped: list[str]) -> Iterator["np.ndarray"]:
     """Videos that hold a block, uint8 [T, H, W, 3]: two frames a second, at least a block's and at most four blocks'.
 
-    skipped: as in `read_images`.
+    files: Video files.
+    skipped: As in `read_images`.
     """
     from dct_qwen2vl.data.reading import MediaError
     from dct_qwen2vl.data.videos import VideoSampling, decode_video

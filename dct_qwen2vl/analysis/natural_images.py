@@ -45,11 +45,12 @@ def load(name: str) -> np.ndarray:
 
 
 def view(image: np.ndarray, centre: tuple[float, float], size: tuple[int, int], scale: float) -> np.ndarray:
-    """What a camera sees of an image, uint8 [*size, 3]. The image goes on mirrored beyond its edges.
+    """What a camera sees of an image, uint8 [*size, 3]. The image continues mirrored beyond its edges.
 
     image: uint8 [H, W, 3].
-    centre: row and column of the image in the middle of the view, px of the image. Fractions are allowed.
-    scale: pixels of the image for one of the view. The image is low-passed accordingly (Pillow's bicubic filter).
+    centre: Row and column of the image in the middle of the view, pixels of the image. Fractions are allowed.
+    size: Height and width of the view, pixels.
+    scale: Pixels of the image for one pixel of the view. The image is low-passed accordingly (Pillow's bicubic filter).
     """
     margin = math.ceil(2 * max(scale, 1)) + 1  # the filter's reach
     starts = [middle - side * scale / 2 for middle, side in zip(centre, size)]
@@ -98,13 +99,17 @@ def moving_view(
 def videos_of(
     image: np.ndarray, other: np.ndarray, size: tuple[int, int], frames: int, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
-    """Videos of one image, uint8 [frames, *size, 3]: two pans, one zoom, one cut to the `other` image.
+    """Videos of one image, uint8 [frames, *size, 3]: two pans, one zoom, one cut to another image.
 
-    Qwen2-VL reads two frames a second. From one to the next, a hand-held or panning camera moves by some to tens of
-    pixels,
-    a calm one by less than a pixel. So speeds are log-uniform from 1/8 to 32 px a frame, in all directions. Zooms are
-    by 1
-    to 7 % a frame, in and out. Both sides of a cut move slowly.
+    image: uint8 [H, W, 3].
+    other: uint8 [H, W, 3], what the cut goes to.
+    size: Height and width of the videos, pixels.
+    frames: Frames of each video.
+    rng: Random numbers for the motion.
+
+    Qwen2-VL reads two frames a second. In that time, a hand-held or panning camera moves by some to tens of pixels, a
+    calm one by less than a pixel. So speeds are log-uniform from 1/8 to 32 px a frame, in all directions. Zooms are by
+    1 to 7 % a frame, in and out. Both sides of a cut move slowly.
     """
 
     def pan(source: np.ndarray, length: int, fastest: float) -> np.ndarray:

@@ -8,7 +8,13 @@ from dct_qwen2vl.common.scripts import UserError
 
 
 def check_output(path: Path, force: bool) -> None:
-    """Raises UserError for an output that is there, unless `force` allows it, or that cannot be."""
+    """Checks that a file can be written.
+
+    path: The file.
+    force: Whether it may be replaced.
+
+    Raises UserError if the file exists and `force` is false, or if its folder does not exist.
+    """
     if path.exists() and not force:
         raise UserError(f"{path} is there already: choose another --output, or add --force")
     if not path.parent.is_dir():

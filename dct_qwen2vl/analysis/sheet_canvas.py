@@ -44,21 +44,43 @@ class Canvas:
     def text(self, x: float, y: float, words: str, size: int = TEXT_SIZE, **style: Any) -> None:
         """Places the top left corner of the words at x, y, unless `ha` or `va` say otherwise.
 
-        size: of the font, px.
-        style: as matplotlib's Text has it.
+        x: From the left, px.
+        y: From the top, px.
+        words: The text.
+        size: Of the font, px.
+        style: As in matplotlib's Text.
         """
         style = {"va": "top", "color": INK, **style}
         self.figure.text(x / self.width, 1 - y / self.height, words, fontsize=size * 72 / DPI, **style)
 
     def lines(self, x: float, y: float, lines: list[str], **style: Any) -> None:
+        """Places lines of text below each other.
+
+        x: Left edge, px.
+        y: Top of the first line, px.
+        lines: The texts.
+        style: As in matplotlib's Text.
+        """
         for number, words in enumerate(lines):
             self.text(x, y + number * LINE, words, **style)
 
     def image(self, x: int, y: int, pixels: np.ndarray) -> None:
-        """uint8 [h, w, 3], pixel for pixel."""
+        """Places an image, pixel for pixel.
+
+        x: Left edge, px.
+        y: Top edge, px.
+        pixels: uint8 [h, w, 3].
+        """
         self.figure.figimage(pixels, x, self.height - y - pixels.shape[0], origin="upper")
 
     def axes(self, x: float, y: float, width: float, height: float) -> Any:
+        """Axes of matplotlib in a place of the sheet.
+
+        x: Left edge, px.
+        y: Top edge, px.
+        width: px.
+        height: px.
+        """
         box = (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
         return self.figure.add_axes(box)
 
@@ -69,13 +91,22 @@ class Canvas:
 
 
 def fit_cell(height: int, width: int, cell: int) -> tuple[int, int]:
-    """Height and width that fill a cell of `cell` px."""
+    """Height and width in pixels that fill a square cell.
+
+    height: Of the image, pixels.
+    width: Of the image, pixels.
+    cell: Side of the cell, px.
+    """
     scale = cell / max(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def scaled(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W, 3] -> [*size, 3]. Smooth when it gets smaller, square pixels when it gets larger."""
+    """An image at another size, uint8 [*size, 3]. Smooth when it gets smaller, square pixels when it gets larger.
+
+    pixels: uint8 [H, W, 3].
+    size: Height and width of the result, px.
+    """
     height, width = size
     smaller = height < pixels.shape[0]
     method = Image.Resampling.LANCZOS if smaller else Image.Resampling.NEAREST
@@ -83,9 +114,10 @@ def scaled(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def framed(pixels: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
-    """uint8 [H, W, 3] with a white and black rectangle in it.
+    """An image with a white and black rectangle in it, uint8 [H, W, 3].
 
-    box: top, left, bottom and right, px.
+    pixels: uint8 [H, W, 3].
+    box: Top, left, bottom and right, px.
     """
     from PIL import ImageDraw
 
@@ -98,9 +130,12 @@ def framed(pixels: np.ndarray, box: tuple[float, float, float, float]) -> np.nda
 
 
 def error_image(error: np.ndarray, scale: float) -> np.ndarray:
-    """float [H, W] in levels -> uint8 [H, W, 3] in the colours of the scale.
+    """Errors in the colours of the scale, uint8 [H, W, 3].
 
-    Colours go by the square root, so that small errors stay visible beside large ones.
+    error: float [H, W], levels of 0..255.
+    scale: Error that gets the last colour, levels.
+
+    Colours follow the square root, so that small errors stay visible beside large ones.
     """
     from matplotlib import colormaps
 
@@ -108,7 +143,14 @@ def error_image(error: np.ndarray, scale: float) -> np.ndarray:
 
 
 def draw_error_scale(canvas: Canvas, x: int, y: int, width: int, scale: float) -> None:
-    """A colour bar with its levels below."""
+    """Draws a colour bar with its levels below.
+
+    canvas: Drawn on.
+    x: Left edge, px.
+    y: Top edge, px.
+    width: Of the bar, px.
+    scale: As in `error_image`.
+    """
     canvas.image(x, y, error_image(np.tile(np.linspace(0, 1, width) ** 2 * scale, (16, 1)), scale))
     for place, alignment in ((0, "left"), (0.25, "center"), (0.5, "center"), (1, "right")):
         words = f"{scale:g} or more" if place == 1 and scale < 255 else f"{place**2 * scale:.3g}"
@@ -116,5 +158,9 @@ def draw_error_scale(canvas: Canvas, x: int, y: int, width: int, scale: float) -
 
 
 def shorten(name: str, most: int = 60) -> str:
-    """At most `most` characters."""
+    """A name cut to a number of characters.
+
+    name: The name.
+    most: Characters to keep, at most.
+    """
     return name if len(name) <= most else f"{name[: most - 3]}..."

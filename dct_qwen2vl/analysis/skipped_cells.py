@@ -16,7 +16,12 @@ TINT, STRENGTH = (116, 160, 214), 0.8  # of cells that are left out: RGB, and th
 
 
 def skip(frames: np.ndarray, config: "DCTConfig", skip_db: float) -> tuple["torch.Tensor", np.ndarray]:
-    """Frames uint8 [T, H, W, 3] -> tokens [N, K] with what is skipped filled in, and the cells kept, bool [t, r, c]."""
+    """Tokens [N, K] with skipped cells filled in, and the cells that are kept, bool [t, r, c].
+
+    frames: uint8 [T, H, W, 3].
+    config: The token format.
+    skip_db: As in `skipping_dct.kept_cells`.
+    """
     from dct_qwen2vl.dct.skipping_dct import fill_tokens, keep_tokens, kept_cells
     from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 
@@ -26,7 +31,11 @@ def skip(frames: np.ndarray, config: "DCTConfig", skip_db: float) -> tuple["torc
 
 
 def tint_skipped(frames: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Frames uint8 [S, H, W, 3], kept bool [S, r, c] -> the frames with the cells that are left out under a tint."""
+    """Frames with a tint over the cells that are left out, uint8 [S, H, W, 3].
+
+    frames: uint8 [S, H, W, 3].
+    kept: bool [S, r, c].
+    """
     _, height, width, _ = frames.shape
     mask = kept.repeat(height // kept.shape[1], axis=1).repeat(width // kept.shape[2], axis=2)
     tinted = frames * (1 - STRENGTH) + np.array(TINT) * STRENGTH

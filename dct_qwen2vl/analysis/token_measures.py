@@ -56,6 +56,9 @@ class Result:
 def common_factor(configs: list["DCTConfig"], max_pixels: int) -> int:
     """A number of pixels. A source whose height and width are multiples of it suits all configurations.
 
+    configs: The token formats.
+    max_pixels: Most pixels of an image or frame.
+
     Raises SheetError if there is no sensible one.
     """
     for config in configs:
@@ -74,12 +77,13 @@ def common_factor(configs: list["DCTConfig"], max_pixels: int) -> int:
 
 
 def read_frames(path: Path, factor: int, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """The source, uint8 RGB [T, H, W, 3] (T = 1 for an image), and its height and width in the file.
+    """The source, uint8 RGB [T, H, W, 3] (T = 1 for an image), and its height and width in the file, pixels.
 
-    factor: height and width of the source are multiples of it, px.
-    max_pixels: most of an image or frame.
+    path: Image or video file.
+    factor: Height and width of the source are multiples of it, pixels.
+    max_pixels: Most pixels of an image or frame.
 
-    Raises MediaError, OSError.
+    Raises MediaError or OSError.
     """
     from dct_qwen2vl.dct.image_sizes_dct import target_size
 
@@ -104,8 +108,9 @@ def measure(frames: np.ndarray, config: "DCTConfig", shown: list[int], skip_db: 
     """Encodes and decodes a video.
 
     frames: uint8 [T, H, W, 3].
-    shown: numbers of the S frames that the result holds decoded.
-    skip_db: dB, the threshold of skipping; None keeps all cells.
+    config: The token format.
+    shown: Numbers of the S frames that the result holds decoded.
+    skip_db: Threshold of skipping, dB. None: all cells are kept.
     """
     from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 
@@ -160,7 +165,11 @@ def _as_few_pixels(frame: np.ndarray, config: "DCTConfig", scale: float) -> np.n
 
 
 def worst_window(error: np.ndarray, side: int) -> tuple[int, int]:
-    """Top and left of the side x side window of `error` [H, W] with the greatest sum, the first of equal ones."""
+    """Top and left of the square window with the greatest sum of errors, the first of equal ones.
+
+    error: [H, W].
+    side: Of the window, pixels.
+    """
     sums = np.zeros((error.shape[0] + 1, error.shape[1] + 1))
     sums[1:, 1:] = error.astype(np.float64).cumsum(axis=0).cumsum(axis=1)
     windows = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
@@ -175,7 +184,13 @@ def error_scale(results: list[Result]) -> float:
 
 
 def describe(result: Result, frames: int, height: int, width: int) -> list[str]:
-    """The lines above what a preset keeps of `frames` frames of height x width px."""
+    """The lines above what a preset keeps.
+
+    result: What was measured.
+    frames: Frames of the source.
+    height: Of a frame, pixels.
+    width: Of a frame, pixels.
+    """
     config, floats = result.config, result.tokens * result.config.num_coefficients
     bt, bh, bw = config.block
     unit = "an image" if frames == 1 else "a video"

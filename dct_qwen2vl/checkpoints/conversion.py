@@ -10,9 +10,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dct_qwen2vl.checkpoints import inspection
 from dct_qwen2vl.checkpoints.inspection import (
@@ -22,6 +22,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     STOCK_FORM,
     CheckpointError,
     chosen_bounds,
+    notes_on_bounds,
     patch_of,
     read_json,
     reads_larger_patches,
@@ -45,13 +46,29 @@ THREE_NUMBERS = [list(types) for types in itertools.product((int, float), repeat
 REWRITTEN = ("config.json", PROCESSOR, INDEX, STOCK_FORM)
 
 
+@dataclass(frozen=True)
+class Converted:
+    """What was written.
+
+    dct: DCTConfig. The token format; None for a stock Qwen2-VL that was only normalised.
+    weight_bytes: Of all tensors.
+    left_out: Share of the patch embedding's norm that the format cannot represent; 0 unless a stock form was folded.
+    notes: Lines, one for each thing of the source that was normalised.
+    """
+
+    dct: Any
+    weight_bytes: int
+    left_out: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
 def read_config(model_dir: Path) -> dict:
     """config.json of a pixel Qwen2-VL. Raises CheckpointError."""
     config = inspection.read_config(model_dir)
     unfolded = unfolded_format(model_dir)
     if not reads_pixel_patches(config) and unfolded:
-        raise CheckpointError(f"{model_dir} is the stock form of a DCT model ({unfolded['name']}): its coefficient "
-                              "form is made with --to dct")  # fmt: skip
+        raise CheckpointError(f"{model_dir} is the stock form of a DCT model ({unfolded['name']}): add --to dct to "
+                              "make its coefficient form")  # fmt: skip
     if reads_larger_patches(config):
         patch = "x".join(map(str, patch_of(config)))
         raise CheckpointError(f"{model_dir / 'config.json'} reads patches of {patch} px: if it is the stock form of "
@@ -63,7 +80,11 @@ def read_config(model_dir: Path) -> dict:
 
 
 def converted_config(config: dict, num_coefficients: int) -> dict:
-    """The config of the same model with a 1x1x1 patch embedding over `num_coefficients` channels."""
+    """The config of the same model with a 1x1x1 patch embedding over coefficients.
+
+    config: config.json of the model.
+    num_coefficients: Channels of the new patch embedding.
+    """
     config = with_patch(config, num_coefficients, 1, 1)
     vision = config["vision_config"]
     # Qwen's released files carry these two under names that transformers ignores; they would contradict the rest.
@@ -97,13 +118,24 @@ def read_tensors(tensors: Mapping[str, Stored]) -> Iterator[tuple[str, "torch.Te
 def changed_tensors(
     source: Source, change: Callable[["torch.Tensor"], "torch.Tensor"]
 ) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """(name, tensor) one by one, memory-mapped; the patch embedding is changed. Raises CheckpointError."""
+    """(name, tensor) one by one, memory-mapped, with the patch embedding changed.
+
+    source: The checked checkpoint.
+    change: Weight of the patch embedding -> the new weight.
+
+    Raises CheckpointError for a damaged file.
+    """
     for name, tensor in read_tensors(source.tensors):
         yield name, change(tensor) if name == PATCH_EMBEDDING else tensor
 
 
 def write_shards(tensors: Iterator[tuple[str, "torch.Tensor"]], output_dir: Path, shard_bytes: int) -> int:
-    """Writes model.safetensors, or numbered shards and their index. Returns the bytes of all tensors."""
+    """Writes model.safetensors, or numbered files and their index. Returns the bytes of all tensors.
+
+    tensors: (name, tensor) one by one.
+    output_dir: Gets the files.
+    shard_bytes: Most bytes of tensors in one file. A larger tensor has a file of its own.
+    """
     from safetensors.torch import save_file
 
     temporary, shards, pending, size, total = [], [], {}, 0, 0
@@ -139,14 +171,20 @@ def write_shards(tensors: Iterator[tuple[str, "torch.Tensor"]], output_dir: Path
 
 
 def own_colours(folder: Path, dct):
-    """The token format with the mean and std that the source's own processor normalises by. Raises CheckpointError."""
+    """The token format with the mean and std of the source's own processor.
+
+    folder: Hugging Face directory of the source.
+    dct: DCTConfig.
+
+    Raises CheckpointError for a processor that normalises in another way.
+    """
     path = folder / PROCESSOR
     source = read_json(path) if path.is_file() else {}
     usual = {"do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255}
     for name, value in usual.items():
         said = source.get(name, value)
         if not isinstance(said, int | float) or not math.isclose(said, value, rel_tol=1e-6):
-            raise CheckpointError(f"{path} has {name} {said!r}, tokens are made of pixels with {value!r}: get the file "
+            raise CheckpointError(f"{path} has {name} {said!r}, but DCT tokens need {value!r}: get the file "
                                   "again")  # fmt: skip
     colours = {}
     for name, key, low, high in (("mean", "image_mean", 0, 1), ("std", "image_std", 0.01, 10)):
@@ -160,7 +198,15 @@ def own_colours(folder: Path, dct):
 
 
 def make_processor(folder: Path, dct, min_pixels: int | None, max_pixels: int | None):
-    """The DCT processor with the source's pixel bounds, unless given. Raises CheckpointError."""
+    """A DCTImageProcessor for the converted model.
+
+    folder: Hugging Face directory of the source.
+    dct: DCTConfig.
+    min_pixels: As in `chosen_bounds`.
+    max_pixels: As in `chosen_bounds`.
+
+    Raises CheckpointError for bounds that contradict each other.
+    """
     from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 
     low, high = chosen_bounds(folder, min_pixels, max_pixels)
@@ -171,9 +217,11 @@ def make_processor(folder: Path, dct, min_pixels: int | None, max_pixels: int | 
 
 
 def copy_other_files(model_dir: Path, output_dir: Path, without: tuple[str, ...] = ()) -> None:
-    """Tokenizer, chat template, licence, generation config: everything that is not rewritten, byte for byte.
+    """Copies everything that is not rewritten, byte for byte: tokenizer, chat template, licence, generation config.
 
-    without: ends of names. Files with these names are left out.
+    model_dir: Hugging Face directory.
+    output_dir: Gets the copies.
+    without: Ends of names. Files with these names are left out.
     """
     for path in sorted(model_dir.iterdir()):
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -190,47 +238,69 @@ def convert(
     max_pixels: int | None = None,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
-) -> int:
-    """Writes the converted directory under a temporary name and renames it when whole. Returns the bytes of weights.
+) -> Converted:
+    """Writes the coefficient form of a pixel model, completely or not at all.
 
-    dct: a DCTConfig. Raises CheckpointError for an unusable source or an existing output without `force`.
+    model_dir: Hugging Face directory of a pixel Qwen2-VL or Qwen2.5-VL.
+    output_dir: The directory to write.
+    dct: DCTConfig, or a function that makes it from the checked `Source`.
+    min_pixels: Least pixels of an image. None: the source's.
+    max_pixels: Most pixels of an image. None: the source's.
+    force: Whether a checkpoint in `output_dir` may be replaced.
+    shard_bytes: Most bytes of tensors in one safetensors file.
+
+    Raises CheckpointError if the source cannot be used, or if `output_dir` may not be replaced.
     """
-    read_config(model_dir)
-    with opened(model_dir) as source:
-        return convert_source(source, output_dir, dct, min_pixels, max_pixels, force, shard_bytes)
-
-
-def convert_source(
-    source: Source,
-    output_dir: Path,
-    dct,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-    force: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-) -> int:
-    """The same for a checked pixel model."""
     from dct_qwen2vl.dct.folding import fold_patch_embedding
 
-    config, dct = read_config(source.folder), own_colours(source.folder, dct)
+    read_config(model_dir)
+    with opened(model_dir) as source:
+        config, dct = read_config(source.folder), dct(source) if callable(dct) else dct
+        dct = own_colours(source.folder, dct)
+        check_merge(model_dir, config, dct)
+        processor = make_processor(source.folder, dct, min_pixels, max_pixels)
+        with new_directory(model_dir, output_dir, force) as temporary:
+            copy_other_files(source.folder, temporary)
+            write_json(temporary / "config.json", converted_config(config, dct.num_coefficients))
+            processor.save_pretrained(temporary)
+            write_sampling(temporary)
+            tensors = changed_tensors(source, lambda weight: fold_patch_embedding(weight, dct))
+            total = write_shards(tensors, temporary, shard_bytes)
+        return Converted(dct, total, notes=all_notes(source, min_pixels, max_pixels))
+
+
+def all_notes(source: Source, min_pixels: int | None, max_pixels: int | None) -> tuple[str, ...]:
+    """What was corrected in the source, and whether its least pixels were lowered.
+
+    source: The checked source.
+    min_pixels: As given, or None.
+    max_pixels: As given, or None.
+    """
+    return (*source.notes, *notes_on_bounds(source.folder, min_pixels, max_pixels))
+
+
+def check_merge(model_dir: Path, config: dict, dct) -> None:
+    """Raises CheckpointError unless the model merges as many tokens as the format says.
+
+    model_dir: Named in the message.
+    config: config.json of the model.
+    dct: DCTConfig.
+    """
     merge = config["vision_config"].get("spatial_merge_size", 2)
     if merge != dct.merge:
-        raise CheckpointError(f"{source.model_dir} merges {merge}x{merge} tokens, --dct says {dct.merge}: make them "
-                              "equal")  # fmt: skip
-    processor = make_processor(source.folder, dct, min_pixels, max_pixels)
-    with new_directory(source.model_dir, output_dir, force) as temporary:
-        copy_other_files(source.folder, temporary)
-        write_json(temporary / "config.json", converted_config(config, dct.num_coefficients))
-        processor.save_pretrained(temporary)
-        write_sampling(temporary)
-        tensors = changed_tensors(source, lambda weight: fold_patch_embedding(weight, dct))
-        return write_shards(tensors, temporary, shard_bytes)
+        raise CheckpointError(f"{model_dir} merges {merge}x{merge} tokens, --dct says {dct.merge}: make them equal")
 
 
 @contextlib.contextmanager
 def new_directory(model_dir: Path, output_dir: Path, force: bool = False) -> Iterator[Path]:
-    """A temporary folder, which gets the name `output_dir` at the end of the block; after an error nothing is left of
-    it. Raises CheckpointError for an `output_dir` that may not be replaced."""
+    """A temporary folder that gets the name `output_dir` at the end of the block. After an error, it is removed.
+
+    model_dir: The source, which must not be replaced.
+    output_dir: The directory to write.
+    force: Whether a checkpoint in `output_dir` may be replaced.
+
+    Raises CheckpointError if `output_dir` may not be replaced.
+    """
     if output_dir.resolve() == model_dir.resolve():
         raise CheckpointError(f"--output-dir must differ from --model-dir, both are {model_dir}")
     if output_dir.exists() and any(output_dir.iterdir()) and not (force and (output_dir / "config.json").is_file()):

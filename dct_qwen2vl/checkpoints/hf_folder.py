@@ -22,11 +22,14 @@ from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 
 
 def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **settings: Any) -> BaseImageProcessor:
-    """The image processor of a checkpoint, by this repository's code: a copy that lies beside the weights is not run.
+    """The image processor of a checkpoint, from this repository's code. The copy in the checkpoint's folder is not run.
 
-    dct: the checkpoint's token format as `inspection.token_format` gives it, None for pixels. settings: min_pixels,
-    max_pixels and skip_db in place of the checkpoint's, whose min_pixels gives way to a lower max_pixels. Raises
-    CheckpointError for a format that contradicts itself.
+    model_dir: Hugging Face directory.
+    dct: The checkpoint's token format as `inspection.token_format` gives it. None for pixels.
+    settings: min_pixels, max_pixels (pixels of an image) and skip_db (dB) in place of the checkpoint's. The
+        checkpoint's min_pixels is lowered to a lower max_pixels.
+
+    Raises CheckpointError for a token format that contradicts itself.
     """
     processor_class = Qwen2VLImageProcessor if dct is None else DCTImageProcessor
     given = {name: settings[name] for name in ("min_pixels", "max_pixels") if name in settings}
@@ -39,11 +42,12 @@ def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **settings
 
 
 def load_processor(model_dir: Path, **settings: Any) -> Qwen2VLProcessor:
-    """A checkpoint's tokenizer, which pads on the left, chat template and image processor, all but the template as
-    training loads them.
+    """A checkpoint's tokenizer, chat template and image processor. All but the template are loaded as in training.
 
-    settings: of the image processor, as in `load_image_processor`.
-    Raises CheckpointError.
+    model_dir: Hugging Face directory.
+    settings: Of the image processor, as in `load_image_processor`.
+
+    The tokenizer pads on the left. Raises CheckpointError for a token format that contradicts itself.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     dct = token_format(model_dir, read_processor(model_dir))
@@ -57,7 +61,11 @@ def load_processor(model_dir: Path, **settings: Any) -> Qwen2VLProcessor:
 
 
 def copy_all_but_weights(model_dir: Path, folder: Path) -> None:
-    """A fresh `folder` with the configuration, tokenizer and processor of a Hugging Face directory."""
+    """Copies configuration, tokenizer and processor of a Hugging Face directory.
+
+    model_dir: The directory to copy from.
+    folder: Made from the start. What it held is removed.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for path in sorted(model_dir.iterdir()):
@@ -66,24 +74,31 @@ def copy_all_but_weights(model_dir: Path, folder: Path) -> None:
 
 
 def let_others_read(folder: Path) -> None:
-    """The weights of a Hugging Face directory get the permissions of its other files."""
+    """Gives the weights of a Hugging Face directory the permissions of its other files."""
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes 0600
 
 
-def write_reading(folder: Path, bounds: dict[str, int], sampling: dict[str, Any] | None) -> None:
-    """The processors of a Hugging Face directory get what the run was trained with: `write_pixel_bounds`, and fields of
-    `VideoSampling`."""
-    write_pixel_bounds(folder, bounds)
+def write_reading(folder: Path, settings: dict[str, Any], sampling: dict[str, Any] | None) -> None:
+    """Saves with a model how the run read images and videos.
+
+    folder: Hugging Face directory.
+    settings: As in `write_processor_settings`.
+    sampling: As in `write_sampling`.
+    """
+    write_processor_settings(folder, settings)
     write_sampling(folder, sampling)
 
 
-def write_pixel_bounds(folder: Path, bounds: dict[str, Any]) -> None:
-    """The processor of a Hugging Face directory gets the bounds and the skip_db that the run was trained with; what is
-    None is taken out."""
+def write_processor_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Changes settings in the preprocessor_config.json of a Hugging Face directory.
+
+    folder: Hugging Face directory. Nothing happens if it has no such file.
+    settings: min_pixels, max_pixels and skip_db of the run, as far as they were given. None takes a setting out.
+    """
     path = folder / PROCESSOR
-    if bounds and path.is_file():
+    if settings and path.is_file():
         config = read_json(path)
         config.pop("size", None)  # the stock processor's second name for the same two numbers
-        off = {name for name, value in bounds.items() if value is None}
-        write_json(path, {name: value for name, value in {**config, **bounds}.items() if name not in off})
+        off = {name for name, value in settings.items() if value is None}
+        write_json(path, {name: value for name, value in {**config, **settings}.items() if name not in off})

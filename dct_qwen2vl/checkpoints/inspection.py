@@ -43,7 +43,13 @@ class CheckpointError(UserError):
 
 
 def read_json(path: Path, advice: str = "get the file again") -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError, whose message ends with `advice`."""
+    """The object in a JSON file.
+
+    path: File.
+    advice: What the user should do. The end of the message.
+
+    Raises CheckpointError if it cannot be read or holds no object.
+    """
     try:
         return read_object(path, advice, CheckpointError)
     except CheckpointError as error:
@@ -120,17 +126,29 @@ def tower_width(config: dict[str, Any]) -> int:
 
 
 def time_step(config: dict[str, Any], temporal_patch_size: int, fps: float) -> float:
-    """By how much M-RoPE's time axis advances from one step of a video to the next. Qwen2.5-VL counts in seconds,
-    which follow from the frames that are read of a second (transformers 4.51.3, `second_per_grid_ts`); Qwen2-VL counts
-    the steps."""
+    """By how much M-RoPE's time axis advances from one step of a video to the next.
+
+    config: config.json of the model.
+    temporal_patch_size: Frames of a step.
+    fps: Frames that are read of a second.
+
+    Qwen2-VL counts the steps. Qwen2.5-VL counts in seconds (transformers 4.51.3, `second_per_grid_ts`).
+    """
     if config["model_type"] == "qwen2_vl":
         return 1.0
     return config["vision_config"].get("tokens_per_second", 4) * temporal_patch_size / fps
 
 
 def with_patch(config: dict[str, Any], channels: int, frames: int, side: int) -> dict[str, Any]:
-    """config.json of the same model with another patch embedding. Windows of Qwen2.5-VL's attention, which are in
-    pixels, keep their size in tokens."""
+    """config.json of the same model with another patch embedding.
+
+    config: config.json of the model.
+    channels: Input channels of the patch embedding.
+    frames: Frames of a patch.
+    side: Rows and columns of a patch, pixels.
+
+    Windows of Qwen2.5-VL's attention, which are in pixels, keep their size in tokens.
+    """
     vision = config["vision_config"]
     changed = {"in_channels": channels, "patch_size": side, "temporal_patch_size": frames}
     if config["model_type"] == "qwen2_5_vl":
@@ -157,13 +175,19 @@ def patch_of(config: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def saved_pixel_bounds(model_dir: Path) -> dict[str, int | None]:
-    """min_pixels and max_pixels of the processor, None where it leaves them open. Raises CheckpointError."""
+    """min_pixels and max_pixels of a directory's image processor, None where it has none. Raises CheckpointError."""
     path = model_dir / PROCESSOR
     return pixel_bounds_in(path, read_json(path) if path.is_file() else {})
 
 
 def pixel_bounds_in(path: Path, saved: dict[str, Any]) -> dict[str, int | None]:
-    """The same of the settings in a file, under any of their names. Raises CheckpointError."""
+    """min_pixels and max_pixels among the settings of an image processor, under any of their names. None where missing.
+
+    path: File of the settings, named in the message.
+    saved: The settings.
+
+    Raises CheckpointError for a value that is no number of pixels.
+    """
     size = saved.get("size") or {}
     if not isinstance(size, dict):
         raise CheckpointError(f"{path} has the size {size!r}, which has no fields: get the file again")
@@ -272,7 +296,13 @@ def _lacking_shards(model_dir: Path) -> str:
 
 
 def open_tensors(files: list[Path], framework: str) -> Iterator[tuple[str, Any]]:
-    """(name, the open file that holds it) of every tensor, file by file, by their headers. Raises CheckpointError."""
+    """(name, open safetensors file) of every tensor, file by file. Only headers are read.
+
+    files: safetensors files.
+    framework: "pt" or "np", what the open file gives tensors as.
+
+    Raises CheckpointError for a damaged file.
+    """
     from safetensors import SafetensorError, safe_open
 
     for path in files:
@@ -320,8 +350,14 @@ def read_processor(model_dir: Path) -> dict[str, Any]:
 
 
 def token_format(model_dir: Path, processor: dict[str, Any]) -> dict[str, Any] | None:
-    """The processor's DCTConfig as a dict, with "name" and "merge"; None where it reads pixels. Raises CheckpointError,
-    also where other fields of the processor contradict it. Values are not looked into: DCTConfig imports torch."""
+    """The token format of an image processor: its DCTConfig as a dict, with "name" and "merge". None for pixels.
+
+    model_dir: Hugging Face directory, named in the message.
+    processor: preprocessor_config.json.
+
+    Only types are checked, because DCTConfig imports torch. Raises CheckpointError for wrong types, or where other
+    fields of the processor contradict the format.
+    """
     path, dct = model_dir / PROCESSOR, processor.get("dct")
     if dct is None:
         return None
@@ -363,8 +399,15 @@ def note_on_old_code(model_dir: Path) -> str | None:
 def check_format(
     model_dir: Path, processor: dict[str, Any], dct: dict[str, Any] | None, shape: tuple[int, ...] | None = None
 ) -> None:
-    """Processor, config.json and weights must be of one token format; dct: the processor's. shape: of the patch
-    embedding; read from the weights if None. Raises CheckpointError."""
+    """Checks that processor, config.json and weights have one token format.
+
+    model_dir: Hugging Face directory.
+    processor: preprocessor_config.json.
+    dct: The processor's token format, as `token_format` gives it.
+    shape: Of the patch embedding. None: read from the weights.
+
+    Raises CheckpointError if they do not fit together.
+    """
     config, size = read_config(model_dir), processor.get("size")
     vision = config["vision_config"]
     if dct is None and size and not (isinstance(size, dict) and {"shortest_edge", "longest_edge"} <= set(size)):
@@ -388,8 +431,10 @@ def check_format(
 
 
 def check_checkpoint(model_dir: Path) -> dict[str, Any] | None:
-    """Whether processor, tokenizer and model can be loaded, as far as it is seen in advance. Returns the token format,
-    None for pixels. Raises CheckpointError."""
+    """The token format of a checkpoint, None for pixels, after checks that need no model.
+
+    Raises CheckpointError if it is seen that processor, tokenizer or model cannot be loaded.
+    """
     processor = read_processor(model_dir)
     dct = token_format(model_dir, processor)
     check_format(model_dir, processor, dct)
@@ -402,13 +447,16 @@ def check_checkpoint(model_dir: Path) -> dict[str, Any] | None:
 
 
 def normalise(model_dir: Path) -> str:
-    """The command that writes a pixel model as transformers 4.51 reads it."""
+    """The command that rewrites a pixel model as transformers 4.51 reads it."""
     return f"python convert_checkpoint.py --to stock --model-dir {model_dir} --output-dir {model_dir}-stock"
 
 
 def remedy(model_dir: Path) -> str:
-    """What to do with a directory whose files do not go together. A pixel model is nothing that a conversion made, and
-    one into its place would replace it. Raises CheckpointError for a broken config.json."""
+    """What to do with a directory whose files do not fit together. The end of a message.
+
+    A pixel model was not made by a conversion, and a conversion into its place would replace it. Raises CheckpointError
+    for a broken config.json.
+    """
     if reads_pixel_patches(read_config(model_dir)):
         return "get its files again"
     return f"python convert_checkpoint.py --model-dir QWEN2_VL --output-dir {model_dir} --force"

@@ -89,7 +89,13 @@ def check_directory(model_dir: Path) -> None:
 
 
 def check_loads(folder: Path, tensors: Mapping[str, Stored]) -> None:
-    """folder: all files but the weights. tensors: of the weights. Raises CheckpointError."""
+    """Checks that transformers can load a checkpoint.
+
+    folder: Hugging Face directory without the weights.
+    tensors: The weights, by the names that the model has for them.
+
+    Raises CheckpointError.
+    """
     config = load_config(folder)
     check_token_ids(folder, config, load_tokenizer(folder))
     _check_ids(folder / "config.json", config, config.vocab_size)
@@ -285,7 +291,13 @@ def shows_media(tokenizer: Any, template: Any) -> bool:
 
 
 def check_generation(folder: Path, vocabulary: int) -> None:
-    """generation_config.json must load, and be saved with a trained model. vocabulary: size. Raises CheckpointError."""
+    """Checks that generation_config.json can be loaded, and saved with a trained model.
+
+    folder: Hugging Face directory.
+    vocabulary: Rows of the embedding.
+
+    Raises CheckpointError.
+    """
     path = folder / "generation_config.json"
     if not path.is_file():
         return
@@ -350,8 +362,13 @@ def _slow_agrees(folder: Path, fast: Any) -> bool:
 
 
 def mend_generation(folder: Path, vocabulary: int) -> list[str]:
-    """generation_config.json that transformers loads and refuses to save: sampling's numbers mean that sampling is on.
-    Returns lines."""
+    """Repairs a generation_config.json that transformers loads but refuses to save. Returns lines for the user.
+
+    folder: Hugging Face directory.
+    vocabulary: Rows of the embedding.
+
+    The usual case: numbers for sampling are there, but do_sample is not.
+    """
     path = folder / "generation_config.json"
     if not path.is_file():
         return []

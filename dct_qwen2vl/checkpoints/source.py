@@ -54,9 +54,13 @@ class Source:
 
 @contextlib.contextmanager
 def opened(model_dir: Path, complete: bool = True) -> Iterator[Source]:
-    """Reads and checks a directory. Raises CheckpointError, also for what the block finds, in terms of `model_dir`.
+    """Reads and checks a checkpoint. Its small files are kept in a temporary folder until the block ends.
 
-    complete: whether every weight of the model must be there.
+    model_dir: Hugging Face directory.
+    complete: Whether every weight of the model must be there.
+
+    Raises CheckpointError, also for errors in the block. The message names `model_dir` in place of the temporary
+    folder.
     """
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as name:
         folder = Path(name)
@@ -69,7 +73,14 @@ def opened(model_dir: Path, complete: bool = True) -> Iterator[Source]:
 
 
 def read_source(model_dir: Path, folder: Path, complete: bool = True) -> Source:
-    """folder: an empty one, which gets the small files. complete: see `opened`. Raises CheckpointError."""
+    """Reads and checks a checkpoint.
+
+    model_dir: Hugging Face directory.
+    folder: Empty. Gets the small files.
+    complete: Whether every weight of the model must be there.
+
+    Raises CheckpointError.
+    """
     if not model_dir.is_dir():
         inspection.read_config(model_dir)  # says so
     check_no_pointers(model_dir)

@@ -7,12 +7,13 @@ Both compute the same: tokens are linear in the pixels (dct/folding.py). The sto
 repository. Its token format lies in dct_format.json, which loaders ignore, so that the way back needs no flag.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dct_qwen2vl.checkpoints.conversion import (
     SHARD_BYTES,
+    Converted,
+    all_notes,
     changed_tensors,
     converted_config,
     copy_other_files,
@@ -31,7 +32,6 @@ from dct_qwen2vl.checkpoints.inspection import (
     CheckpointError,
     check_format,
     chosen_bounds,
-    notes_on_bounds,
     patch_of,
     read_config,
     read_json,
@@ -53,22 +53,6 @@ SHARED_SETTINGS = ("do_resize", "do_rescale", "rescale_factor", "resample", "do_
 MOST_LEFT_OUT = 0.005
 
 
-@dataclass(frozen=True)
-class Converted:
-    """What was written.
-
-    dct: DCTConfig. The token format; None for a stock Qwen2-VL that was only normalised.
-    weight_bytes: of all tensors.
-    left_out: share of the patch embedding's norm that the format cannot show; 0 on the way to the stock form.
-    notes: lines, one for each thing of the source that was normalised.
-    """
-
-    dct: Any
-    weight_bytes: int
-    left_out: float = 0.0
-    notes: tuple[str, ...] = ()
-
-
 def to_stock(
     model_dir: Path,
     output_dir: Path,
@@ -78,15 +62,22 @@ def to_stock(
     shard_bytes: int = SHARD_BYTES,
     complete: bool = True,
 ) -> Converted:
-    """Writes the stock form of a coefficient-form directory, whole or not at all. A stock Qwen2-VL that another version
-    or tool has saved is written as transformers 4.51 reads it.
+    """Writes the stock form of a coefficient-form directory, completely or not at all.
 
-    The patch embedding is written in float32, whatever the type of the other weights: rounded to bfloat16 over pixels
+    model_dir: Hugging Face directory in the coefficient form, or a stock Qwen2-VL.
+    output_dir: The directory to write.
+    min_pixels: Least pixels of an image or frame. None: that of `model_dir`.
+    max_pixels: Most pixels of an image or frame. None: that of `model_dir`.
+    force: Whether a checkpoint in `output_dir` may be replaced.
+    shard_bytes: Most bytes of tensors in one safetensors file.
+    complete: Whether every weight must be there. A run that rehearses its last save has only the patch embedding.
+
+    A stock Qwen2-VL that another version or tool has saved is rewritten as transformers 4.51 reads it.
+
+    The patch embedding is written in float32, whatever the type of the other weights. Rounded to bfloat16 over pixels,
     it would not give the coefficient form back. Loaders cast it to the type they run in.
 
-    min_pixels, max_pixels: of an image or frame; those of `model_dir` if None.
-    complete: whether every weight must be there; a run that rehearses its last save has the patch embedding alone.
-    Raises CheckpointError.
+    Raises CheckpointError if the source cannot be used, or if `output_dir` may not be replaced.
     """
     import torch
 
@@ -108,7 +99,7 @@ def to_stock(
             _write_processors(source.folder, folder, dct, bounds)
             write_json(folder / STOCK_FORM, {"patch_embedding_dtype": dtype, "dct": dct.to_dict()})
             total = write_shards(changed_tensors(source, unfold), folder, shard_bytes)
-        return Converted(dct, total, notes=_all_notes(source, min_pixels, max_pixels))
+        return Converted(dct, total, notes=all_notes(source, min_pixels, max_pixels))
 
 
 def _normalised(
@@ -129,11 +120,7 @@ def _normalised(
         if unfolded.is_file():
             write_json(folder / STOCK_FORM, read_json(unfolded))
         total = write_shards(read_tensors(source.tensors), folder, shard_bytes)
-    return Converted(None, total, notes=_all_notes(source, min_pixels, max_pixels))
-
-
-def _all_notes(source: Source, min_pixels: int | None, max_pixels: int | None) -> tuple[str, ...]:
-    return (*source.notes, *notes_on_bounds(source.folder, min_pixels, max_pixels))
+    return Converted(None, total, notes=all_notes(source, min_pixels, max_pixels))
 
 
 def to_dct(
@@ -145,11 +132,17 @@ def to_dct(
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Converted:
-    """Writes the coefficient form of a stock-form directory, whole or not at all.
+    """Writes the coefficient form of a stock-form directory, completely or not at all.
 
-    dct: DCTConfig. None: the one in dct_format.json; where there is none, the preset of the model's patch.
-    min_pixels, max_pixels: as in `to_stock`.
-    Raises CheckpointError, also for a model whose patch embedding the format cannot show.
+    model_dir: Hugging Face directory in the stock form.
+    output_dir: The directory to write.
+    dct: DCTConfig. None: the one in dct_format.json. If that is missing, the preset with the model's patch.
+    min_pixels: As in `to_stock`.
+    max_pixels: As in `to_stock`.
+    force: As in `to_stock`.
+    shard_bytes: As in `to_stock`.
+
+    Raises CheckpointError as `to_stock`, and for a model whose patch embedding the format cannot represent.
     """
     from dct_qwen2vl.dct.folding import distance_from_format, fold_block_embedding
 
@@ -175,11 +168,15 @@ def to_dct(
             write_sampling(folder)
             tensors = changed_tensors(source, lambda weight: fold_block_embedding(weight, dct, dtype=dtype))
             total = write_shards(tensors, folder, shard_bytes)
-        return Converted(dct, total, left_out, _all_notes(source, min_pixels, max_pixels))
+        return Converted(dct, total, left_out, all_notes(source, min_pixels, max_pixels))
 
 
 def stock_config(config: dict[str, Any], dct) -> dict[str, Any]:
-    """config.json of the same model, whose patch is the block. Servers read the channels under either name."""
+    """config.json of the same model, whose patch is the block. Servers read the channels under either name.
+
+    config: config.json of the coefficient form.
+    dct: DCTConfig.
+    """
     frames, rows, _ = dct.block
     vision = with_patch(config, 3, frames, rows)["vision_config"]
     vision = {**vision, "in_chans": 3, "spatial_patch_size": rows}
@@ -189,8 +186,9 @@ def stock_config(config: dict[str, Any], dct) -> dict[str, Any]:
 def stock_processor(processor: dict[str, Any], dct, bounds: tuple[int, int]) -> dict[str, Any]:
     """preprocessor_config.json of a `Qwen2VLImageProcessor` that cuts images into the format's blocks.
 
-    processor: the coefficient form's. bounds: min_pixels and max_pixels. Older transformers read them under these
-    names, newer ones as `size`.
+    processor: preprocessor_config.json of the coefficient form.
+    dct: DCTConfig.
+    bounds: min_pixels and max_pixels. Older transformers read them under these names, newer ones as `size`.
     """
     return {
         "do_convert_rgb": True,

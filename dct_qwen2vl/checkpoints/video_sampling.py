@@ -44,9 +44,10 @@ def video_processor(images: dict[str, Any], saved: dict[str, Any]) -> dict[str, 
 
 
 def write_sampling(folder: Path, sampling: dict[str, Any] | None = None) -> None:
-    """The video processor of a Hugging Face directory gets the settings of its image processor.
+    """Writes the settings of a Hugging Face directory's image processor for its video processor, too.
 
-    sampling: fields of `VideoSampling`. None: those that the directory has; without any, no file is made.
+    folder: Hugging Face directory.
+    sampling: Fields of `VideoSampling`. None: those that the directory has. Without any, no file is written.
     """
     path = folder / VIDEO_PROCESSOR
     if not (folder / PROCESSOR).is_file() or (sampling is None and not path.is_file()):

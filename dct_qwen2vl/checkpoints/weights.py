@@ -90,7 +90,7 @@ def read_headers(files: list[Path]) -> dict[str, Stored]:
     for file in files:
         for name, tensors in open_tensors([file], "np"):
             if name in found:
-                raise CheckpointError(f"{name} stands in {found[name].file.name} and in {file.name} of {file.parent}: "
+                raise CheckpointError(f"{name} is in {found[name].file.name} and in {file.name} of {file.parent}: "
                                       "remove the files of another save")  # fmt: skip
             view = tensors.get_slice(name)
             found[name] = Stored(file, name, tuple(view.get_shape()), str(view.get_dtype()))
@@ -98,8 +98,13 @@ def read_headers(files: list[Path]) -> dict[str, Stored]:
 
 
 def with_model_names(model_dir: Path, stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
-    """The tensors under the names that the model has for them, without buffers that are computed, and what is to be
-    said of it. Raises CheckpointError."""
+    """The tensors under the names that the model has for them, without computed buffers, and lines for the user.
+
+    model_dir: Hugging Face directory, named in the message.
+    stored: Tensors by their names in the files.
+
+    Raises CheckpointError for tensors of several models.
+    """
     named: dict[str, Stored] = {}
     prefixes = defaultdict(list)
     for name, tensor in stored.items():
@@ -140,7 +145,13 @@ def _renaming(named: Mapping[str, Stored]) -> list[str]:
 
 
 def check_index(model_dir: Path, stored: Mapping[str, Stored]) -> None:
-    """The index, where it is read, must name the tensors that the shards hold. Raises CheckpointError."""
+    """Checks that an index that is read names the tensors that the files hold.
+
+    model_dir: Hugging Face directory.
+    stored: Tensors by their names in the files.
+
+    Raises CheckpointError.
+    """
     if (model_dir / "model.safetensors").is_file() or not (model_dir / INDEX).is_file():
         return
     named = read_json(model_dir / INDEX)["weight_map"]
@@ -159,7 +170,14 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
 
 
 def check_trainable(model_dir: Path, stored: Mapping[str, Stored], method: str | None = None) -> None:
-    """Raises CheckpointError for unmerged adapters and quantised weights. method: what config.json calls it."""
+    """Checks that the tensors of a checkpoint can be trained.
+
+    model_dir: Hugging Face directory, named in the message.
+    stored: Tensors by their names in the files.
+    method: How config.json says that they are quantised. None: it does not say so.
+
+    Raises CheckpointError.
+    """
     adapters = [name for name in stored if ADAPTERS.fullmatch(name)]
     if adapters:
         raise CheckpointError(f"{model_dir} holds adapters that are not merged, such as {adapters[0]}: "
@@ -174,9 +192,11 @@ def check_trainable(model_dir: Path, stored: Mapping[str, Stored], method: str |
 def missing_and_left(
     expected: Mapping[str, tuple[int, ...]], named: Mapping[str, Stored], tied: bool
 ) -> tuple[list[str], list[str], list[str]]:
-    """Names that a model lacks, names that it has no place for, and names of another shape.
+    """Names of tensors that a model lacks, names that it has no place for, and names of another shape.
 
-    expected: shapes of the model's tensors. tied: lm_head.weight may be there or not.
+    expected: Shapes of the model's tensors.
+    named: The checkpoint's tensors, by the names that the model has for them.
+    tied: Whether lm_head.weight may be missing.
     """
     optional = {HEAD} if tied else set()
     lacking = [name for name in expected if name not in named and name not in optional]

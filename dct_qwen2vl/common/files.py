@@ -15,10 +15,11 @@ UNFINISHED = r"\.[0-9a-f]{8}\.tmp"  # at the end of the name of a file that is b
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Writes a file under a temporary name of its own.
+    """Opens a temporary file that replaces `path` at the end of the block.
 
-    At the end of the block it takes its name, complete and on the disk. After an error it is removed.
-    Raises UserError where the disk does not take it.
+    path: File. Gets the content complete and synced to the disk. After an error, it stays as it was.
+
+    Raises UserError where the disk refuses it.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -33,14 +34,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if error.filename not in (None, str(temporary)):
             raise
         why = f"{path} could not be written ({error.strerror}); what is finished stays"
-        raise UserError(f"{why}; make room, then the same command goes on") from error
+        raise UserError(f"{why}; make room, then run the same command again") from error
     except BaseException:
         remove(temporary)
         raise
 
 
 def remove(path: Path) -> None:
-    """Removes a file where that is possible."""
+    """Removes a file where that is possible.
+
+    path: File. It may be missing.
+    """
     with contextlib.suppress(OSError):
         path.unlink()
 
@@ -55,25 +59,44 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file, whole or not at all. Raises UserError."""
+    """Writes a file completely, or not at all.
+
+    path: File. Replaced if it exists.
+    data: Its content.
+
+    Raises UserError where the disk refuses it.
+    """
     with replacing(path) as stream:
         stream.write(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file in UTF-8, whole or not at all. Raises UserError."""
+    """Writes a text file in UTF-8 completely, or not at all.
+
+    path: File. Replaced if it exists.
+    text: Its content.
+
+    Raises UserError where the disk refuses it.
+    """
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file of JSON, indented by two, in ASCII, with a line break at the end. Raises UserError."""
+    """Writes a JSON file completely, or not at all: indented by two, in ASCII, with a line break at the end.
+
+    path: File. Replaced if it exists.
+    value: What `json.dumps` accepts.
+
+    Raises UserError where the disk refuses it.
+    """
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path, object_hook: Callable[[dict], Any] | None = None) -> Any:
-    """The value of a JSON file. None where it is missing or is no JSON.
+    """The value of a JSON file. None where it is missing or is not JSON.
 
-    object_hook: as `json.loads` has it.
+    path: File.
+    object_hook: As in `json.loads`.
     """
     try:
         return json.loads(path.read_bytes(), object_hook=object_hook)
@@ -87,10 +110,14 @@ def read_object(
     error: type[UserError] = UserError,
     object_hook: Callable[[dict], Any] | None = None,
 ) -> dict[str, Any]:
-    """The object in a JSON file that has to be there. Raises `error`.
+    """The object in a JSON file that must exist.
 
-    advice: what to do, the end of the message.
-    object_hook: as `json.loads` has it.
+    path: File.
+    advice: What the user should do. The end of the message.
+    error: Class of the error that is raised.
+    object_hook: As in `json.loads`.
+
+    Raises `error` if the file cannot be read or holds no JSON object.
     """
     try:
         value = json.loads(path.read_bytes(), object_hook=object_hook)

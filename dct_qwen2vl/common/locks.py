@@ -8,9 +8,12 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from flock, on file
 
 
 def flock(file: IO, operation: int) -> None:
-    """`fcntl.flock`. Does nothing where the file system knows no locks.
+    """`fcntl.flock`, which does nothing where the file system has no locks.
 
-    Raises BlockingIOError where another process has the lock and `operation` has fcntl.LOCK_NB.
+    file: Open file.
+    operation: Flags of `fcntl.flock`, such as fcntl.LOCK_EX.
+
+    Raises BlockingIOError if another process has the lock and `operation` has fcntl.LOCK_NB.
     """
     try:
         fcntl.flock(file, operation)

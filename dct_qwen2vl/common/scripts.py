@@ -23,12 +23,13 @@ def run_main(
 ) -> int:
     """Calls `work` and returns its exit status: 1 after one of `errors`, 130 after Ctrl-C.
 
-    Ctrl-C before and after it is for `run_program`.
+    program: As the user typed it. The line on stderr begins with it.
+    work: The script's work. Returns the exit status.
+    debug: Whether an error is raised, so that its traceback is shown.
+    goes_on: Whether the same command continues an interrupted run. The message after Ctrl-C then says so.
+    errors: Classes of errors that are shown in one line.
 
-    program: as the user typed it. The line on stderr begins with it.
-    debug: the error is raised, so that its traceback is shown.
-    goes_on: the same command continues what was interrupted, and Ctrl-C says so.
-    errors: that are shown in one line.
+    `run_program` handles Ctrl-C before and after it.
     """
     try:
         return work()
@@ -38,7 +39,7 @@ def run_main(
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        more = "; the same command goes on" if goes_on else ""
+        more = "; run the same command again to continue" if goes_on else ""
         print(f"{program}: interrupted{more}", file=sys.stderr)
         return INTERRUPTED_CODE
 
@@ -46,8 +47,8 @@ def run_main(
 def run_program(program: str, main: Callable[[], int]) -> NoReturn:
     """Calls `main` and ends the process with its exit status. Ctrl-C ends it in one line until the last instant.
 
-    program: as the user typed it.
-    main: has closed its files and its worker processes when it returns.
+    program: As the user typed it.
+    main: The script's main function. It has closed its files and its worker processes when it returns.
     """
     try:
         leave(main())
@@ -58,7 +59,7 @@ def run_program(program: str, main: Callable[[], int]) -> NoReturn:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process at once. Python's own end takes a while, and Ctrl-C would then end it without a word."""
+    """Ends the process at once. Python's own end takes a while, and Ctrl-C would then end it without a message."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # its reader has ended, or it is closed
             stream.flush()

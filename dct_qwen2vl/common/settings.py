@@ -57,16 +57,25 @@ def setting(
 
 
 def setting_of(kind: type, name: str, prefix: str = "", **changes: Any) -> Any:
-    """The field of another dataclass of settings once more: its default and its metadata.
+    """A copy of a field of another dataclass of settings, with its default and its metadata.
 
-    kind: the other dataclass.
-    prefix: what its name has in front here.
-    changes: metadata that differs.
+    kind: The other dataclass.
+    name: Of the field there.
+    prefix: What its name begins with here.
+    changes: Metadata that differ here.
     """
     known = {each.name: each for each in fields(kind)}[name]
     not_over = known.metadata["not_over"]
     renamed = {"not_over": not_over and prefix + not_over}
     return field(default=known.default, metadata={**known.metadata, **renamed, **changes})
+
+
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of a flag, unless there is none or the help names it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_none = action.default is None or action.default is False or action.default in ((), [])
+        return action.help if has_none or "(default:" in (action.help or "") else super()._get_help_string(action)
 
 
 def flag_of(name: str) -> str:
@@ -75,10 +84,12 @@ def flag_of(name: str) -> str:
 
 
 def add_flags(parser: Any, kind: type, prefix: str = "", **options: Any) -> None:
-    """Gives a parser, or a group of one, the flags of a dataclass of settings.
+    """Adds the flags of a dataclass of settings to a parser or a group.
 
-    prefix: what the names have in front, as in --video-fps.
-    options: what argparse is told of all of them in place of what their fields say.
+    parser: argparse parser or argument group. Gets the flags.
+    kind: Dataclass of settings.
+    prefix: What the names begin with, as in --video-fps.
+    options: Arguments of `add_argument` for all flags. They replace what the fields say.
     """
     groups: dict[str, Any] = {"": parser}
     for each in fields(kind):
@@ -126,16 +137,24 @@ def _explained(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def from_flags(kind: type[Config], arguments: argparse.Namespace) -> Config:
-    """The settings that were typed. arguments: of a parser that has the flags of `kind` and no others."""
+    """The settings that the user typed.
+
+    kind: Dataclass of settings.
+    arguments: Of a parser that has the flags of `kind` and no others.
+    """
     values = vars(arguments).items()
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
 
 
 def from_words(kind: type[Config], words: dict[str, Any], prefix: str = "", **defaults: Any) -> Config:
-    """The settings in words that another program has parsed. Raises UserError for one that is of another type.
+    """The settings that another program has parsed.
 
-    words: name with the prefix -> text, number or None, which leaves the default. Those of other settings are ignored.
-    defaults: where they differ from those of `kind`.
+    kind: Dataclass of settings.
+    words: Name with the prefix -> text, number or None. None leaves the default. Other names are ignored.
+    prefix: What the names in `words` begin with.
+    defaults: Values that replace the defaults of `kind`.
+
+    Raises UserError for a word that has another type than its field.
     """
     values = dict(defaults)
     for each in fields(kind):
@@ -150,9 +169,13 @@ def from_words(kind: type[Config], words: dict[str, Any], prefix: str = "", **de
 
 
 def check_ranges(config: Any, prefix: str = "", error: type[UserError] = UserError) -> None:
-    """Raises `error` for a number that is outside its bounds.
+    """Checks that all numbers are within their bounds.
 
-    prefix: what the names of the flags have in front.
+    config: Instance of a dataclass of settings.
+    prefix: What the names of the flags begin with.
+    error: Class of the error that is raised.
+
+    Raises `error` for the first number outside its bounds.
     """
     given = {each.name: each for each in fields(config) if getattr(config, each.name) is not None}
     for name, each in given.items():
@@ -165,7 +188,15 @@ def check_ranges(config: Any, prefix: str = "", error: type[UserError] = UserErr
 
 
 def check_bounds(flag: str, value: Any, bounds: Mapping[str, Any], error: type[UserError] = UserError) -> None:
-    """Raises `error` for a number outside its bounds. bounds: metadata of a field."""
+    """Checks that a number is within its bounds.
+
+    flag: Named in the message.
+    value: The number.
+    bounds: Metadata of its field.
+    error: Class of the error that is raised.
+
+    Raises `error` if it is not.
+    """
     at_least, at_most, over, below = (bounds[name] for name in ("at_least", "at_most", "over", "below"))
     if at_least is not None and at_most is not None and not at_least <= value <= at_most:
         raise error(f"{flag} must be from {at_least} to {at_most}, got {value}")

@@ -20,10 +20,14 @@ class VideoSampling:
     total_pixels: most pixels of a video. Frames are counted in pairs, as a token holds two of them.
     """
 
-    fps: float = setting("", 2.0, "frames read from a second of a video", over=0)
-    min_frames: int = setting("", 4, "least frames read from a video that has them", at_least=1, not_over="max_frames")
+    fps: float = setting("", 2.0, "frames read from each second of a video", over=0)
+    min_frames: int = setting(
+        "", 4, "least frames read from a video, if it has as many", at_least=1, not_over="max_frames"
+    )
     max_frames: int = setting("", 768, "most frames read from a video", at_least=1)
-    total_pixels: int = setting("", 24_576 * 28 * 28, "most pixels of a video, two frames counted as one", at_least=1)
+    total_pixels: int = setting(
+        "", 24_576 * 28 * 28, "most pixels of all frames of a video, two frames counted as one", at_least=1
+    )
 
     @classmethod
     def of(cls, settings: Any) -> "VideoSampling":
@@ -31,22 +35,32 @@ class VideoSampling:
         return cls(**{each.name: getattr(settings, PREFIX + each.name) for each in fields(cls)})
 
     def count(self, total_frames: int, frames_per_second: float) -> int:
-        """How many frames of a video are read."""
+        """How many frames of a video are read. An even number, or 1.
+
+        total_frames: Frames that the video has.
+        frames_per_second: Its frame rate. 0: unknown, all frames are wanted.
+        """
         wanted = total_frames / frames_per_second * self.fps if frames_per_second > 0 else total_frames
         least, most = math.ceil(self.min_frames / 2) * 2, self.max_frames // 2 * 2
         return max(1, int(min(max(wanted, least), most, total_frames)) // 2 * 2)
 
     def indices(self, total_frames: int, frames_per_second: float) -> np.ndarray:
-        """Numbers of the frames to read from a video of constant rate, int64, ascending."""
+        """Numbers of the frames to read from a video of constant frame rate, int64 [count], ascending.
+
+        total_frames: Frames that the video has.
+        frames_per_second: Its frame rate.
+        """
         count = self.count(total_frames, frames_per_second)
         return np.linspace(0, total_frames - 1, count).round().astype(np.int64)
 
     def indices_at(self, seconds: np.ndarray, frames_per_second: float) -> np.ndarray:
-        """As `indices`, from the times at which the frames appear, float64 [total_frames], strictly ascending.
+        """Numbers of the frames to read from a video whose frames have times, int64 [count], ascending.
 
-        Where a frame strays from a constant rate by more than half an interval, frames are chosen by time: those on the
-        screen at evenly spread moments; one that stays long may come several times. frames_per_second: what the file
-        says, used if the times agree.
+        seconds: float64 [total_frames], seconds. When each frame appears; strictly ascending.
+        frames_per_second: What the file says. Used if the times agree with it.
+
+        If no frame is off a constant rate by more than half an interval, this is `indices`. Otherwise frames are chosen
+        by time: those on the screen at evenly spaced moments. A frame that stays long may then come several times.
         """
         total = len(seconds)
         if total < 3:
@@ -60,5 +74,10 @@ class VideoSampling:
         return np.searchsorted(seconds, moments, side="right") - 1
 
     def max_frame_pixels(self, frames: int, min_pixels: int, max_pixels: int) -> int:
-        """Most pixels of one frame of a video of `frames` frames, given the bounds for an image."""
+        """Most pixels of one frame, within the budget for the whole video.
+
+        frames: Frames that are read of the video.
+        min_pixels: Least pixels of an image.
+        max_pixels: Most pixels of an image.
+        """
         return min(max_pixels, max(int(self.total_pixels / frames * 2), int(min_pixels * 1.05)))

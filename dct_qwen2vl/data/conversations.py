@@ -47,8 +47,10 @@ class Message(NamedTuple):
 
 
 def turns_of(entry: Any) -> Any:
-    """What an entry, or a bare list, has for turns; a system prompt beside them comes first, as a turn of their
-    style, unless they have one of their own."""
+    """The turns of an entry, or of a bare list.
+
+    A system prompt in a field of the entry comes first, as a turn of the same style, unless the turns have one.
+    """
     if not isinstance(entry, dict):
         return entry
     turns = entry.get("conversations") or entry.get("messages")
@@ -82,12 +84,13 @@ def role_of(speaker: Any) -> str | None:
 
 
 def is_blank(value: Any) -> bool:
+    """Whether a value is a text without any character but white space."""
     return isinstance(value, str) and (not value or value.isspace())
 
 
 def learning_of(turn: dict[str, Any]) -> Any:
-    """What a turn says of its being learned: the least of LEARNED_FIELDS, or a value that is no share; True where it
-    says nothing."""
+    """What a turn says about being learned: the least of LEARNED_FIELDS, or a value that is no share. True without
+    any of them."""
     if LEARNED_FIELDS.isdisjoint(turn):
         return True
     said = [turn[name] for name in LEARNED_FIELDS if turn.get(name) is not None]
@@ -101,6 +104,7 @@ def is_share(value: Any) -> bool:
 
 
 def content_of(turn: dict[str, Any]) -> Any:
+    """What a turn says, in the style of LLaVA or of OpenAI."""
     return turn.get("value", turn.get("content"))
 
 
@@ -137,8 +141,11 @@ def medium_in(part: dict[str, Any]) -> Any:
 
 
 def list_names(value: Any) -> list[Any]:
-    """The names of media in a field: one, or a list, or lists in it. A field of None, "", {} and [] alone names none.
-    Of an object its `path` or `url` is the name. What is no name stays."""
+    """The names of media in a field: one name, a list, or lists in a list.
+
+    A field that holds only None, "", {} and [] names none. An object is named by its `path` or `url`. Values that are
+    no name stay.
+    """
     if isinstance(value, str):  # next to all are
         return [] if is_blank(value) else [value]
     names = flatten_names(value)
@@ -158,6 +165,7 @@ def names_nothing(value: Any) -> bool:
 
 
 def strip_scheme(name: Any) -> Any:
+    """A name without `file://`. Other values stay."""
     return name.removeprefix("file://") if isinstance(name, str) else name
 
 
@@ -167,6 +175,7 @@ def holds_medium(part: dict[str, Any]) -> bool:
 
 
 def is_data_url(name: Any) -> bool:
+    """Whether a name is a `data:` URL, which holds the medium itself."""
     return isinstance(name, str) and ":" in name and name[:5].lower() == "data:"
 
 
@@ -229,13 +238,16 @@ def names_media(entry: Any) -> bool:
 
 
 def split_turns(turns: list[tuple[str, Any]], has_media: bool) -> list[list[str]]:
-    """The pieces of each turn of a conversation, given as role and content; contents are such that `text_of` takes
-    them. has_media: whether there are media to place.
+    """The pieces of each turn of a conversation: text, kind of a medium, text, and so on.
 
-    A conversation with media as parts has its lists split at these alone, as Qwen2-VL's chat template does: a tag and
-    a line break in their text are text. Everything else is split at the placeholders in its text. Without media a tag
-    is text, unless it says that there were some: a question begins with it or has it alone on a line, another turn
-    has nothing else in it.
+    turns: (role, content). `text_of` accepts each content.
+    has_media: Whether there are media to place.
+
+    If media are parts of turns, lists are split only at these parts, as Qwen2-VL's chat template does. A tag or a line
+    break in their text stays text. All other turns are split at the placeholders in their text.
+
+    Without media, a tag is text unless media seem to be lost: a question begins with the tag or has it alone on a line,
+    or another turn holds nothing else.
     """
     in_parts = any(has_parts(content) for _, content in turns)
     pieces = []
@@ -269,5 +281,9 @@ def split_parts(parts: list[dict[str, Any]]) -> list[str]:
 
 
 def put_first(kinds: list[str], pieces: list[str]) -> list[str]:
-    """The pieces with media of these kinds before them."""
+    """The pieces of a turn with media before them.
+
+    kinds: "image" or "video" for each medium.
+    pieces: As `split_turns` gives them.
+    """
     return [piece for kind in kinds for piece in ("", kind)] + pieces

@@ -20,8 +20,13 @@ class PreparedSetError(UserError):
 
 
 def read_splits(data_dir: Path, wanted: Iterable[str]) -> dict[str, list[str]]:
-    """The shards of each wanted split, none where it is empty. Raises PreparedSetError unless all that Energon reads of
-    them is there and whole."""
+    """The shards of each wanted split. An empty list for an empty split.
+
+    data_dir: Prepared folder of shards.
+    wanted: Names of splits, such as "train".
+
+    Raises PreparedSetError unless all that Energon reads of them is there and complete.
+    """
     refuse_other_data(data_dir)
     for name in (DATASET, SPLIT, INFO):
         if not (data_dir / FOLDER / name).is_file():
@@ -97,14 +102,25 @@ def read_counts(data_dir: Path) -> dict[str, int]:
 
 
 def count_samples(data_dir: Path, shards: Iterable[str]) -> int:
-    """The samples of these shards together. Raises PreparedSetError."""
+    """Samples of some shards together.
+
+    data_dir: Prepared folder of shards.
+    shards: Names of the shards.
+
+    Raises PreparedSetError.
+    """
     counts = read_counts(data_dir)
     return sum(counts[name] for name in shards)
 
 
 def fingerprint_of_shards(data_dir: Path, split: str = "train") -> str:
-    """Tells a prepared set from another in the same folder: names, samples and bytes of the shards of a split. Raises
-    PreparedSetError."""
+    """A digest of names, samples and bytes of the shards of a split. It tells two sets in the same folder apart.
+
+    data_dir: Prepared folder of shards.
+    split: Name of the split.
+
+    Raises PreparedSetError.
+    """
     counts = read_counts(data_dir)
     lines = [
         f"{name} {counts.get(name)} {(data_dir / name).stat().st_size}\n"
@@ -142,4 +158,5 @@ def broken(data_dir: Path, name: str, what: str) -> PreparedSetError:
 
 
 def prepare_again(data_dir: Path) -> str:
+    """The command that writes Energon's metadata."""
     return f"energon prepare {data_dir}"

@@ -40,17 +40,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(data: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
-    """An image file, its header read. formats: Pillow's names, None for all. Raises what Pillow raises."""
+    """Opens an image file and reads its header.
+
+    data: The file.
+    formats: Pillow's names of the formats to try. None: all.
+
+    Raises what Pillow raises.
+    """
     PngImagePlugin.MAX_TEXT_CHUNK = MAXIMUM_PNG_CHUNK
     return Image.open(io.BytesIO(data), formats=formats)
 
 
 def decode_image(data: bytes, fit: Fit | None = None) -> np.ndarray:
-    """Image file -> uint8 RGB [H, W, 3] of the size that `fit` gives (None: its own). Raises MediaError.
+    """Decodes an image file to uint8 RGB [H, W, 3].
 
-    Resizing is PIL's bicubic, the image processor's. A JPEG of at least four times the size in both directions is
-    decoded at a half, a quarter or an eighth, never below DRAFT_FACTOR times the target. A fit that is `whole` forbids
-    that.
+    data: The file.
+    fit: Gives the size of the result. None: the image's own size.
+
+    Resizing is PIL's bicubic filter, as in the image processor. A JPEG of at least four times the size in both
+    directions is decoded at a half, a quarter or an eighth, never below DRAFT_FACTOR times the target. A fit that is
+    `whole` forbids this.
+
+    Raises MediaError.
     """
     with readable("image", IMAGE_ERRORS):
         image = open_image(data)
@@ -75,10 +86,12 @@ def _resize_image(image: Image.Image, target: tuple[int, int], turned: bool, who
 
 
 def image_shape(data: bytes) -> tuple[int, int, int]:
+    """Height and width of an image file as it is shown, pixels, and 1 for its one frame. Raises MediaError."""
     with readable("image", IMAGE_ERRORS), open_image(data) as image:
         return *displayed_size(image, is_turned(image)), 1
 
 
 def is_turned(image: Image.Image) -> bool:
     # A PNG's own getexif decodes the image, to find tags that stand behind it.
+    """Whether EXIF says that an image is shown with rows and columns exchanged."""
     return Image.Image.getexif(image).get(EXIF_ORIENTATION) in TURNED

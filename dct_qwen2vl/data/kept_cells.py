@@ -33,7 +33,12 @@ MEDIA = (  # token id in the model's configuration; tokens, grids and kept cells
 
 
 def kept_by_medium(grids: torch.Tensor, kept: torch.Tensor | None, merge_size: int) -> list[np.ndarray | None]:
-    """Cells of all media in one, bool [cells], -> of each medium [t, r, c]; None for all of them stays None."""
+    """The kept cells of each medium, bool [t, r, c]. None for each if all cells are kept.
+
+    grids: int64 [M, 3]. (t, h, w) of whole media.
+    kept: bool [cells of all media]. None: all.
+    merge_size: Side of a merge cell, vision tokens.
+    """
     if kept is None:
         return [None] * len(grids)
     shapes = [(t, h // merge_size, w // merge_size) for t, h, w in grids.tolist()]
@@ -42,9 +47,12 @@ def kept_by_medium(grids: torch.Tensor, kept: torch.Tensor | None, merge_size: i
 
 
 def visual_features(visual: nn.Module, tokens: torch.Tensor, grids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Qwen2-VL's vision tower over the tokens of kept cells: [N, K] -> [kept cells, hidden].
+    """Qwen2-VL's vision tower over the tokens of kept cells, [kept cells, hidden].
 
-    grids: int64 [M, 3], of whole media. kept: bool [cells of all media]. Steps that keep nothing are left out.
+    visual: The tower.
+    tokens: [N, K], of the kept cells.
+    grids: int64 [M, 3]. (t, h, w) of whole media.
+    kept: bool [cells of all media]. Steps that keep nothing are left out.
     """
     merge = visual.spatial_merge_size
     media = list(zip(map(tuple, grids.tolist()), kept_by_medium(grids, kept, merge)))
@@ -62,8 +70,13 @@ def visual_features(visual: nn.Module, tokens: torch.Tensor, grids: torch.Tensor
 
 
 def embed_media(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Inputs with `image_kept` or `video_kept` -> inputs with `inputs_embeds` in place of ids and media. Raises
-    ValueError for another model than Qwen2-VL: Qwen2.5-VL's tower sees windows of whole grids."""
+    """Puts `inputs_embeds` in place of ids and media.
+
+    model: Qwen2VLForConditionalGeneration.
+    inputs: As `QwenBatch.model_inputs` gives them, with `image_kept` or `video_kept`.
+
+    Raises ValueError for another model: Qwen2.5-VL's tower sees windows of whole grids.
+    """
     if model.config.model_type != "qwen2_vl":
         raise ValueError(f"skip_db needs a Qwen2-VL, got a {model.config.model_type}: take skip_db out")
     ids = inputs["input_ids"]
@@ -86,10 +99,12 @@ def find_positions(
     pads: set[int],
     media: Iterator[tuple[Grid, np.ndarray]],
 ) -> np.ndarray:
-    """M-RoPE positions int64 [3, L] of one sequence; 1 where it is padded, as transformers has it.
+    """M-RoPE positions int64 [3, L] of one sequence. They are 1 where it is padded, as in transformers.
 
-    ids: int64 [L]. present: bool [L], False where padded. pads: the ids that stand for images and videos.
-    media: for each in order the grid of its cells (t, r, c) and which are kept, bool [t, r, c]; taken from.
+    ids: int64 [L].
+    present: bool [L]. False where padded.
+    pads: Token ids that stand for images and videos.
+    media: For each medium in order, the grid of its cells (t, r, c) and which are kept, bool [t, r, c]. Taken from.
     """
     runs: list[Run] = []
     for pad, group in groupby(ids[present].tolist(), key=lambda token: token if token in pads else None):
@@ -101,9 +116,12 @@ def find_positions(
 
 @contextmanager
 def given_positions(model: nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Within it, generation with the model starts from these positions, int64 [3, B, L], and counts on from them.
+    """Within the block, generation starts from these positions and counts on from them.
 
-    transformers computes positions from whole grids, whatever it is given.
+    model: Qwen2VLForConditionalGeneration.
+    positions: int64 [3, B, L].
+
+    transformers itself computes positions from whole grids.
     """
     owner = next(module for module in model.modules() if hasattr(module, "get_rope_index"))
     after = positions.amax((0, 2))[:, None] + 1 - positions.shape[-1]  # of each sample: what to add to a place

@@ -61,13 +61,15 @@ class CountedLoader:
 
 
 class ValidationLoader:
-    """The micro-batches of a split in order, each once, in as many steps on every process.
+    """The micro-batches of a split in order, each once, in the same number of steps on every process.
 
-    dataset: Energon's, of this process's micro-batches. Each validation has a loader of its own: one that was not read
-    to its end would go on from there. most: micro-batches of all processes together; None: all there are.
-    blank: a micro-batch without samples. A process gets it while others have more of their own.
+    dataset: Energon's dataset of this process's micro-batches.
+    most: Micro-batches of all processes together. None: all there are.
+    blank: A micro-batch without samples. A process gets it while others still have some of their own.
+    group: Processes that validate together. None: all.
 
-    It has no length: Energon's is an estimate, and Lightning would stop there.
+    Each validation makes a loader of its own: a loader that was not read to its end would continue from there. This
+    class has no length, because Energon's is an estimate and Lightning would stop there.
     """
 
     def __init__(self, dataset: SavableDataset, most: int | None, blank: Any, group: Any = None) -> None:
@@ -111,18 +113,23 @@ class ValidationLoader:
 class EnergonDataModule(pl.LightningDataModule):
     """Train and validation loaders over a prepared folder of shards.
 
-    path: the folder with `.nv-meta`. task_encoder: `task_encoder.QwenTaskEncoder`.
-    total_batches: micro-batches of one process in the whole run.
-    num_workers: loader processes of one process; 0 loads in the training process.
-    rank, world_size: among processes that train on different samples.
-    val_batches: most micro-batches of one validation, over all processes together; None for the whole split.
-    packing_buffer_size: samples among which a worker chooses those of a packed sequence, which is a micro-batch (the
-        task encoder is then a `PackingTaskEncoder`); None: a micro-batch is micro_batch_size samples.
-    data_parallel_group: called before loading, gives the group of the processes that train on different samples; None:
+    path: The folder with `.nv-meta`.
+    task_encoder: `task_encoder.QwenTaskEncoder`.
+    micro_batch_size: Samples of one forward pass of one process.
+    global_batch_size: Samples of one optimizer step.
+    total_batches: Micro-batches of one process in the whole run.
+    num_workers: Loader processes of one process. 0 loads in the training process.
+    rank: Of this process, among processes that train on different samples.
+    world_size: How many such processes there are.
+    seed: Of shuffling.
+    val_batches: Most micro-batches of one validation, over all processes together. None: the whole split.
+    shuffle_buffer_size: Samples among which a worker shuffles.
+    packing_buffer_size: Samples among which a worker chooses those of a packed sequence, which is a micro-batch. The
+        task encoder is then a `PackingTaskEncoder`. None: a micro-batch is `micro_batch_size` samples.
+    data_parallel_group: Called before loading. Gives the group of the processes that train on different samples. None:
         all.
-    start_anew: a saved state is not restored.
-    restarts: how often the data of the run were begun again; a saved state of before the last time is not restored
-        either.
+    restart_data: Whether a saved state is ignored, so that the data begin from the start.
+    restarts: How often the data of the run were begun again. A saved state from before the last time is ignored, too.
     """
 
     def __init__(
@@ -140,7 +147,7 @@ class EnergonDataModule(pl.LightningDataModule):
         shuffle_buffer_size: int = 1000,
         packing_buffer_size: int | None = None,
         data_parallel_group: Callable[[], Any] | None = None,
-        start_anew: bool = False,
+        restart_data: bool = False,
         restarts: int = 0,
     ) -> None:
         super().__init__()
@@ -158,7 +165,7 @@ class EnergonDataModule(pl.LightningDataModule):
         self.worker_config = WorkerConfig(rank=rank, world_size=world_size, num_workers=num_workers, seed_offset=seed)
         self.train_loader: CountedLoader | None = None
         self.data_parallel_group = data_parallel_group
-        self.start_anew = start_anew
+        self.restart_data = restart_data
         self.restarts = restarts
         self._restored: list | None = None
 
@@ -190,8 +197,8 @@ class EnergonDataModule(pl.LightningDataModule):
             loader.restore_state_global(states)
         except Exception as error:  # Energon has no error of its own for it
             raise LoaderStateError(
-                f"the checkpoint cannot go on in the shards of {self.path} ({type(error).__name__}: {error}), as after "
-                "they were prepared again: add --restart-data to go on with these from their beginning"
+                f"the checkpoint does not fit the shards of {self.path} ({type(error).__name__}: {error}), perhaps "
+                "because they were prepared again: add --restart-data to begin them from the start"
             ) from error
 
     @property
@@ -214,7 +221,10 @@ class EnergonDataModule(pl.LightningDataModule):
         return ValidationLoader(dataset, self.val_batches, encoder.blank_batch(), group)
 
     def count_left_out(self, samples: int) -> int:
-        """How many of the val split are missing where a validation has seen `samples`; 0 if it was to see a part."""
+        """How many samples of the val split a validation has missed. 0 if it was to see only a part.
+
+        samples: Samples that it has seen.
+        """
         if self.val_batches is not None:
             return 0
         return self._val_samples - samples
@@ -242,10 +252,12 @@ class EnergonDataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until the loader is built. Raises LoaderStateError where another number of processes made it."""
-        if self.start_anew:
+        if self.restart_data:
             return
         if state_dict.get("restarts", 0) != self.restarts:
-            rank_zero_only(print)("The checkpoint is of before --restart-data: the data begin again", flush=True)
+            rank_zero_only(print)(
+                "The checkpoint was saved before --restart-data: the data begin from the start", flush=True
+            )
             return
         states = state_dict["energon"]
         if len(states) != self.worker_config.world_size:
@@ -257,13 +269,14 @@ class EnergonDataModule(pl.LightningDataModule):
 
 
 def make_exact(loader: SavableDataLoader, state: SavableDataLoaderState | None) -> None:
-    """Mends what keeps Energon 5.2.0 from going on exactly where a state was saved.
+    """Corrects two errors of Energon 5.2.0, so that a loader continues exactly where a state was saved.
 
-    It takes it that each loader process has given a micro-batch before a state is saved, also after a restore:
-    otherwise the state leaves one out, or cannot be saved. And it begins with a wrong process where there are more than
-    two of them (`WorkerConfig.rank_worker_id` subtracts the offset).
+    loader: Not started yet.
+    state: What this process's loader was restored from. None at the start of a run.
 
-    state: what this process's loader has been restored from, None at the start.
+    Energon assumes that each loader process has given a micro-batch before a state is saved, also after a restore.
+    Otherwise the state leaves one out, or cannot be saved. It also begins with a wrong process if there are more than
+    two (`WorkerConfig.rank_worker_id` subtracts the offset).
     """
     processes = loader.num_workers
     if not processes:

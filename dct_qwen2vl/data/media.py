@@ -31,11 +31,17 @@ def part_order(name: str) -> tuple[int, str]:
 def as_array(
     kind: str, content: Any, sampling: VideoSampling, fit: Fit | None = None, planes: bool = False, threads: int = 0
 ) -> np.ndarray | YUVFrames:
-    """A media part of a shard -> uint8 RGB [H, W, 3] (kind "image") or [T, H, W, 3] ("video"). Raises MediaError.
+    """Decodes a media part of a shard: uint8 RGB [H, W, 3] of an image, [T, H, W, 3] of a video, or a video's planes.
 
-    content: file bytes, a PIL image, or what Energon's own decoding makes of them: for an image a float tensor
-    [C, H, W] in 0..1, for a video an object with `frames`, a uint8 tensor [T, C, H, W], and `info`. fit: as for
-    `decode_image`. planes, threads: as for `decode_video`; a video that Energon decoded is RGB in any case.
+    kind: "image" or "video".
+    content: File bytes, a PIL image, or the result of Energon's own decoding. That is a float tensor [C, H, W] in 0..1
+        for an image. For a video, it is an object with `frames`, a uint8 tensor [T, C, H, W], and `info`.
+    sampling: Which frames of a video are read.
+    fit: As in `decode_image`.
+    planes: As in `decode_video`. A video that Energon decoded is RGB in any case.
+    threads: As in `decode_video`.
+
+    Raises MediaError.
     """
     if isinstance(content, (bytes, bytearray)):
         if kind == "image":
@@ -56,9 +62,16 @@ def as_array(
 
 
 def media_shape(kind: str, content: Any, sampling: VideoSampling) -> tuple[int, int, int]:
-    """Height, width and number (1 of an image) of the frames that `as_array` reads of the same part, before they are
-    resized; from headers and packets. Of a video that is shown turned, height and width are those before. Raises
-    MediaError. Damaged videos may hold fewer frames than they say."""
+    """Height, width and number of the frames that `as_array` reads, before they are resized. Only headers and packets
+    are read.
+
+    kind: "image" or "video".
+    content: As in `as_array`.
+    sampling: Which frames of a video are read.
+
+    For a video that is shown turned, height and width are those before turning. Damaged videos may hold fewer frames
+    than they say. Raises MediaError.
+    """
     if isinstance(content, (bytes, bytearray)):
         return image_shape(content) if kind == "image" else video_shape(content, sampling)
     if kind == "image" and isinstance(content, Image.Image):
@@ -73,8 +86,13 @@ def media_shape(kind: str, content: Any, sampling: VideoSampling) -> tuple[int, 
 
 
 def resize_frames(kind: str, pixels: np.ndarray, fit: Fit | None) -> np.ndarray:
-    """An image uint8 [H, W, 3] or the frames of a video uint8 [T, H, W, 3] at the size that `fit` gives, by PIL's
-    bicubic; as it is where it has that size."""
+    """Resizes an image or the frames of a video with PIL's bicubic filter. Pixels of the right size are returned as
+    they are.
+
+    kind: "image" or "video".
+    pixels: uint8 [H, W, 3] of an image, [T, H, W, 3] of a video.
+    fit: Gives the size. None: nothing is resized.
+    """
     frames = pixels[None] if kind == "image" else pixels
     height, width = frames.shape[1:3]
     if fit:
@@ -95,12 +113,16 @@ class BadSample(ValueError):
 
 @dataclass(frozen=True)
 class PixelFit:
-    """The size to which `as_array` resizes what a processor reads, so that nothing is left for it to resize (a `Fit`).
+    """The size to which `as_array` resizes, so that the image processor has nothing left to resize (a `Fit`).
 
-    factor: height and width become multiples of it, pixels. min_pixels, max_pixels: bounds of H*W of an image or
-    frame. The frames of a video share `sampling.total_pixels`, an image has no share in it. Where no multiple lies
-    between min_pixels and a frame's share, the frame gets less than min_pixels. whole: JPEGs are decoded at their own
-    size, as for the image processor of pixels, which a pixel baseline is to equal.
+    factor: Height and width become multiples of it, pixels.
+    min_pixels: Least height * width of an image or frame.
+    max_pixels: Most height * width of an image or frame.
+    sampling: Of videos. The frames of a video share `sampling.total_pixels`, which does not count images.
+    whole: Whether JPEGs are decoded at their own size, as by the pixel model's image processor, which a pixel baseline
+        must equal.
+
+    If no multiple lies between min_pixels and a frame's share, the frame gets less than min_pixels.
     """
 
     factor: int
@@ -111,13 +133,24 @@ class PixelFit:
 
     @classmethod
     def of(cls, image_processor, sampling: VideoSampling) -> "PixelFit":
-        """For any processor with Qwen2VLImageProcessor's attributes."""
+        """The fit of an image processor with Qwen2VLImageProcessor's attributes.
+
+        image_processor: Any such processor.
+        sampling: Of videos. Its budget of pixels bounds their frames.
+        """
         factor = image_processor.patch_size * image_processor.merge_size
         whole = getattr(image_processor, "dct_config", None) is None
         return cls(factor, image_processor.min_pixels, image_processor.max_pixels, sampling, whole)
 
     def __call__(self, height: int, width: int, frames: int) -> tuple[int, int]:
-        """Height and width, pixels. frames: 1 of an image, `reading.counted_frames` of a video. Raises BadSample."""
+        """Height and width of the result, pixels.
+
+        height: Of the image or frame, pixels.
+        width: Of the image or frame, pixels.
+        frames: 1 for an image, `reading.counted_frames` for a video.
+
+        Raises BadSample.
+        """
         max_pixels = self.max_pixels
         if frames > 1:
             max_pixels = self.sampling.max_frame_pixels(frames, self.min_pixels, self.max_pixels)

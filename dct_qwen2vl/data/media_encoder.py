@@ -28,10 +28,10 @@ Encoded = tuple[str, torch.Tensor, Grid]  # kind, tokens float32 [N, K], grid
 
 
 class MediaEncoder:
-    """The one way from a media part of a sample to what the model reads of it.
+    """The one way from a media part of a sample to what the model reads.
 
-    image_processor: `DCTImageProcessor`, or any processor with Qwen2VLImageProcessor's interface. sampling: frames that
-    are read of a video, and their budget of pixels.
+    image_processor: `DCTImageProcessor`, or any processor with Qwen2VLImageProcessor's interface.
+    sampling: Frames that are read of a video, and their budget of pixels.
     """
 
     def __init__(self, image_processor, sampling: VideoSampling | None = None) -> None:
@@ -50,12 +50,24 @@ class MediaEncoder:
         return getattr(getattr(self.image_processor, "dct_config", None), "chroma", None) == "420"
 
     def read(self, kind: str, content: Any, threads: int = 0) -> Frames:
-        """A part as `media.as_array` takes it -> an image uint8 [H, W, 3], the frames of a video uint8 [T, H, W, 3], or
-        their planes. threads: of a video's decoder, 0 for one for each core. Raises MediaError, BadSample."""
+        """Reads a media part: an image uint8 [H, W, 3], the frames of a video uint8 [T, H, W, 3], or their planes.
+
+        kind: "image" or "video".
+        content: As in `media.as_array`.
+        threads: Of a video's decoder. 0: one for each core.
+
+        Raises MediaError or BadSample.
+        """
         return as_array(kind, content, self.sampling, self.fit, self.reads_planes, threads)
 
     def encode(self, kind: str, frames: Frames) -> tuple[torch.Tensor, Grid]:
-        """What `read` gives -> tokens float32 [N, K], grid. RGB of another size is resized first. Raises BadSample."""
+        """Tokens float32 [N, K] of a medium, and their grid (t, h, w).
+
+        kind: "image" or "video".
+        frames: What `read` gives. RGB of another size is resized first.
+
+        Raises BadSample.
+        """
         if isinstance(frames, YUVFrames):
             planes = (frames.luma, frames.cb, frames.cr, frames.matrix, frames.full_range)
             return self.image_processor.tokenizer.encode_planes(*planes)
@@ -80,7 +92,13 @@ class MediaEncoder:
         return [(kind, keep_tokens(tokens, kept), grid) for (kind, tokens, grid), kept in zip(media, masks)], masks
 
     def expected_grid(self, kind: str, content: Any) -> Grid:
-        """The grid that `encode` gives for the same part, without decoding it. Raises as `read`."""
+        """The grid that `encode` gives for a part, found without decoding it.
+
+        kind: "image" or "video".
+        content: As in `media.as_array`.
+
+        Raises MediaError or BadSample.
+        """
         height, width, frames = media_shape(kind, content, self.sampling)
         height, width = self.fit(height, width, 1 if kind == "image" else counted_frames(frames))
         processor = self.image_processor
@@ -89,13 +107,22 @@ class MediaEncoder:
 
 
 def stack_kept(kind: str, media: Iterable[Encoded], masks: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Which cells of all media of a kind have tokens, bool [cells]."""
+    """Which cells of all media of a kind have tokens, bool [cells].
+
+    kind: "image" or "video".
+    media: What was encoded, of both kinds.
+    masks: bool [t, r, c] for each medium.
+    """
     chosen = [mask.flatten() for (its_kind, *_), mask in zip(media, masks) if its_kind == kind]
     return torch.cat(chosen) if chosen else torch.ones(0, dtype=torch.bool)
 
 
 def stack_media(kind: str, media: Iterable[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens float32 [N, K] and grids int64 [M, 3] of all media of a kind; [0, 0] and [0, 3] if there are none."""
+    """Tokens float32 [N, K] and grids int64 [M, 3] of all media of a kind. [0, 0] and [0, 3] without any.
+
+    kind: "image" or "video".
+    media: What was encoded, of both kinds.
+    """
     chosen = [(tokens, grid) for its_kind, tokens, grid in media if its_kind == kind]
     if not chosen:
         return torch.zeros(0, 0), torch.zeros(0, 3, dtype=torch.int64)

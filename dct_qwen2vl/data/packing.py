@@ -26,15 +26,22 @@ from dct_qwen2vl.data.samples import IGNORE_INDEX, ConversationSample, EncodedSa
 
 @dataclass
 class PackedBatch(Batch):
-    """A micro-batch of the Megatron engine: one packed sequence.
+    """A micro-batch of the Megatron engine: one packed sequence of L tokens of S samples, with N vision tokens.
 
-    input_ids int64 [L]; position_ids int64 [3, L], M-RoPE, from 0 in every sample; sample_starts int32 [S + 1], where
-    the samples begin and the last one ends. learned int64 [T]: positions that have to predict; targets int64 [T]: what.
-    visual int64 [V]: positions that hold visual tokens. tokens [N, K]: vision tokens in the order of the sequence, in
-    the data type of the model; token_positions int64 [N, 2]: row and column of each in its time step; step_starts int32
-    [F + 1]: where time steps begin, attention stays within one. grid_thw int64 [M, 3], of whole
-    media. longest_sample, longest_step: tokens. keys, skipped: as in `task_encoder.QwenBatch`; a sequence without keys
-    stands for none.
+    input_ids: int64 [L].
+    position_ids: int64 [3, L]. M-RoPE, from 0 in every sample.
+    sample_starts: int32 [S + 1]. Where the samples begin, and where the last one ends.
+    learned: int64 [T]. Positions that have to predict a token.
+    targets: int64 [T]. The tokens that they have to predict.
+    visual: int64 [V]. Positions that hold visual tokens.
+    tokens: [N, K]. Vision tokens in the order of the sequence, in the model's data type.
+    token_positions: int64 [N, 2]. Row and column of each in its time step.
+    step_starts: int32 [F + 1]. Where time steps begin. Attention stays within one.
+    grid_thw: int64 [M, 3]. (t, h, w) of whole media.
+    longest_sample: Tokens.
+    longest_step: Vision tokens.
+    keys: As in `QwenBatch`. A sequence without keys stands for none.
+    skipped: As in `QwenBatch`.
 
     With skipping, cells that are left out have no token, and steps that keep nothing are no steps.
 
@@ -79,9 +86,12 @@ class PackedBatch(Batch):
 
 @dataclass
 class MeasuredSample(Sample):
-    """A conversation that waits for its sequence. Its media are as in the shard: a hundredth of the memory that
-    their vision tokens take. size: its tokens, its vision tokens. held: the sample as it goes into its sequence, with
-    skipping, where memory allows (`HeldSamples`)."""
+    """A conversation that waits for its packed sequence.
+
+    conversation: With media as in the shard. They take a hundredth of the memory of their vision tokens.
+    size: Its tokens and its vision tokens.
+    held: The sample as it goes into its sequence, with skipping, where memory allows (`HeldSamples`).
+    """
 
     conversation: ConversationSample
     size: tuple[int, int]
@@ -116,10 +126,15 @@ class HeldSamples:
 
 
 def fit_sequences(sizes: list[tuple[int, ...]], budget: tuple[int, ...]) -> list[list[int]]:
-    """Indices of `sizes`, grouped so that no group of several is over `budget` in any of its dimensions: largest first,
-    each into the fullest sequence that has room for it (best-fit decreasing; in one dimension at most 11/9 of the best
-    number of sequences, D. S. Johnson, 1973). Large and full: the sum of the shares of the budget. Sequences come
-    in the order of their first sample, and samples within a sequence in theirs."""
+    """Groups samples into packed sequences. Returns lists of indices of `sizes`.
+
+    sizes: For each sample its size in each dimension, such as tokens and vision tokens.
+    budget: Most that a sequence holds in each dimension. Only a sequence of one sample may exceed it.
+
+    The method is best-fit decreasing: the largest sample first, each into the fullest sequence that has room for it. In
+    one dimension it needs at most 11/9 of the best number of sequences (D. S. Johnson, 1973). Size and fullness are
+    sums of shares of the budget. Sequences are ordered by their first sample, and so are the samples of a sequence.
+    """
     shares = np.array(sizes, np.float64).reshape(len(sizes), -1) / budget
     sequences: list[list[int]] = []
     room = np.zeros((0, len(budget)), np.int64)
@@ -144,10 +159,14 @@ def pack(
     visual_ids: tuple[int, ...],
     skipped: dict[str, int] | None = None,
 ) -> PackedBatch:
-    """One sequence of all samples.
+    """One packed sequence of all samples.
 
-    token_width: floats of a vision token, for a sequence without media.
-    visual_ids: the ids that stand for tokens of images and of videos.
+    samples: Encoded samples, in the order of the sequence.
+    merge_size: Side of the square of vision tokens that become one token of the language model.
+    token_width: Numbers of a vision token, for a sequence without media.
+    token_dtype: Of the vision tokens.
+    visual_ids: Token ids that stand for images and for videos.
+    skipped: Samples that could not be used since the last batch, by reason.
     """
     input_ids = torch.cat([sample.input_ids for sample in samples])
     following = torch.cat([torch.cat([s.labels[1:], s.labels.new_full((1,), IGNORE_INDEX)]) for s in samples])

@@ -17,11 +17,14 @@ Grid = tuple[int, int, int]
 
 
 def vision_positions(grid: Grid, merge_size: int, kept: np.ndarray | None = None) -> np.ndarray:
-    """Row and column of each vision token of a medium with grid (t, h, w), int64 [tokens, 2], in Qwen2-VL's order:
-    time steps, then merge groups row by row, then the tokens of a group (transformers 4.51.3, modeling_qwen2_vl.py,
-    `rot_pos_emb`).
+    """Row and column of each vision token of a medium, int64 [tokens, 2].
 
-    kept: bool [t, r, c], the merge cells that have tokens; None for all.
+    grid: (t, h, w), vision tokens.
+    merge_size: Side of a merge cell, vision tokens.
+    kept: bool [t, r, c]. Merge cells that have tokens. None: all.
+
+    The order is Qwen2-VL's: time steps, then merge cells row by row, then the tokens of a cell (transformers 4.51.3,
+    modeling_qwen2_vl.py, `rot_pos_emb`).
     """
     steps, rows, columns = grid
     plane = np.indices((rows, columns), dtype=np.int64)
@@ -34,9 +37,11 @@ def vision_positions(grid: Grid, merge_size: int, kept: np.ndarray | None = None
 
 
 def step_lengths(grid: Grid, merge_size: int, kept: np.ndarray | None = None) -> list[int]:
-    """Vision tokens of each time step of a medium, over which its attention runs. With skipping a step may have none.
+    """Vision tokens of each time step of a medium. Attention runs over one step. With skipping, a step may have none.
 
-    kept: as of `vision_positions`.
+    grid: As in `vision_positions`.
+    merge_size: As in `vision_positions`.
+    kept: As in `vision_positions`.
     """
     steps, rows, columns = grid
     if kept is None:
@@ -62,13 +67,15 @@ Run = int | Grid | tuple[int, int, int, float] | KeptRun  # see `mrope_positions
 
 
 def mrope_positions(runs: list[Run]) -> np.ndarray:
-    """M-RoPE position ids, int64 [3, L], of a sequence of runs: an int n is n text tokens, a tuple (t, r, c) is a
-    visual run of t*r*c language-model tokens (grid after the spatial merge). A fourth number is by how much time
-    advances from step to step, 1 if it is left out; what it gives is rounded down.
+    """M-RoPE position ids, int64 [3, L], of a sequence of runs.
 
-    Text advances all three axes together; a visual run counts time, row and column from where the text stopped, and
-    the next text starts after its largest index (Qwen2-VL, arXiv 2409.12191, section 2.1; `get_rope_index`). Cells that
-    a `KeptRun` leaves out count for that index, too: text starts where it would have, and a video keeps its duration.
+    runs: An int n is n text tokens. A tuple (t, r, c) is a visual run of t*r*c tokens of the language model (grid after
+        the spatial merge). A fourth number is how far time advances from step to step, 1 if it is left out; results are
+        rounded down.
+
+    Text advances all three axes together. A visual run counts time, row and column from where the text stopped. The
+    next text starts after its largest index (Qwen2-VL, arXiv 2409.12191, section 2.1; `get_rope_index`). Cells that a
+    `KeptRun` leaves out count for that index, too: text starts where it would have, and a video keeps its duration.
     """
     columns, start = [], 0
     for run in runs:

@@ -17,7 +17,11 @@ class MediaError(UserError):
 
 @contextmanager
 def readable(kind: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Turns what a decoder raises into a MediaError of one line."""
+    """Turns what a decoder raises in the block into a MediaError of one line.
+
+    kind: "image" or "video", named in the message.
+    errors: Classes of the decoder's errors.
+    """
     try:
         yield
     except errors as error:
@@ -25,7 +29,11 @@ def readable(kind: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
 
 
 def displayed_size(image: Any, exchanged: bool) -> tuple[int, int]:
-    """Height and width of a PIL image or a frame."""
+    """Height and width of a PIL image or a frame as it is shown, pixels.
+
+    image: Has `height` and `width`.
+    exchanged: Whether rows and columns are exchanged when it is shown.
+    """
     return (image.width, image.height) if exchanged else (image.height, image.width)
 
 

@@ -60,7 +60,11 @@ class TooManyBadSamples(FatalSampleError):
 
 @dataclass
 class ConversationSample(Sample):
-    """entry: the json part. media: (kind, content) in order, kind "image" or "video", content as found in the shard."""
+    """A sample as the shard holds it.
+
+    entry: The json part.
+    media: (kind, content) in order. A kind is "image" or "video"; content is as found in the shard.
+    """
 
     entry: dict[str, Any]
     media: list[tuple[str, Any]] = field(repr=False)  # Energon writes a sample that failed into its messages
@@ -89,12 +93,20 @@ class EncodedSample(Sample):
 
 @dataclass
 class QwenBatch(Batch):
-    """A micro-batch. `keys` are the samples' keys.
+    """A micro-batch of B samples with up to L tokens.
 
-    labels int64 [B, L] are already shifted: labels[b, i] is the token that position i has to predict. position_ids
-    int64 [3, B, L]. attention_mask int64 [B, L]. pixel_values float32 [N, K] of all images in order, image_grid_thw
-    int64 [M, 3]; likewise for videos. skipped: samples left out since the previous batch of the same worker, by reason.
-    image_kept, video_kept: as in `EncodedSample`, None without skipping.
+    input_ids: int64 [B, L].
+    labels: int64 [B, L]. Already shifted: labels[b, i] is the token that position i has to predict.
+    attention_mask: int64 [B, L].
+    position_ids: int64 [3, B, L].
+    pixel_values: float32 [N, K]. Of all images in order.
+    image_grid_thw: int64 [M, 3]. Of all images in order.
+    pixel_values_videos: float32 [N, K]. Of all videos in order.
+    video_grid_thw: int64 [M, 3]. Of all videos in order.
+    keys: Keys of the samples.
+    skipped: Samples left out since the previous batch of the same worker, by reason.
+    image_kept: As in `EncodedSample`. None without skipping.
+    video_kept: As in `EncodedSample`. None without skipping.
 
     A batch without keys stands for none: its one learned token is not to be counted (`QwenTaskEncoder.blank_batch`).
     """
@@ -170,8 +182,13 @@ def parse_entry(entry: Any) -> Any:
 
 
 def parse_messages(entry: Any, has_media: bool) -> list[Message]:
-    """The turns of an entry, LLaVA (`from`/`value`) or OpenAI (`role`/`content`), as `turns_of` gives them. has_media:
-    whether the sample has any. Raises BadSample."""
+    """The turns of an entry in the format of LLaVA (`from`/`value`) or OpenAI (`role`/`content`).
+
+    entry: The json part of a sample, or a bare list of turns.
+    has_media: Whether the sample has media.
+
+    Raises BadSample.
+    """
     turns = turns_of(entry)
     if not isinstance(turns, list) or not turns:
         raise BadSample("no_conversation", "the json part holds no list of turns")
@@ -215,8 +232,13 @@ class _SampleReader(DefaultTaskEncoder):
 
 
 def read_samples(data_dir: Path, split: str) -> Iterator[ConversationSample]:
-    """The samples of a split once, in the order of its shards, media as file bytes. Raises PreparedSetError where
-    Energon cannot read them."""
+    """The samples of a split once, in the order of its shards, with media as file bytes.
+
+    data_dir: Prepared folder of shards.
+    split: Name of the split.
+
+    Raises PreparedSetError if Energon cannot read them.
+    """
     try:
         with _quiet_energon():
             dataset = get_val_dataset(

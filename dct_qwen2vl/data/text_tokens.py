@@ -26,7 +26,11 @@ def match_tokens(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def match_meant(added: Iterable[str], stay_text: Iterable[str] = STAY_TEXT) -> re.Pattern[str]:
-    """What splits a text into texts and, between them, the tokens that become their ids. added: all added tokens."""
+    """A pattern that splits a text at the added tokens that become their ids.
+
+    added: All tokens that were added to the tokenizer.
+    stay_text: Those that are read as plain text.
+    """
     return match_tokens({*added} - {"", *stay_text})
 
 

@@ -35,9 +35,12 @@ STILL_CODECS = ("mjpeg", "png", "bmp", "gif", "webp", "tiff")  # of covers; a fi
 class YUVFrames:
     """A video as C-contiguous 4:2:0 planes.
 
-    luma uint8 [T, H, W], H and W even; cb, cr uint8 [T, H/2, W/2], each sample at the centre of its 2x2 luma samples.
-    matrix: "bt601" or "bt709". full_range: values use 0..255; otherwise luma is clipped to 16..235, cb and cr to
-    16..240, as conversion to RGB does.
+    luma: uint8 [T, H, W]. H and W are even.
+    cb: uint8 [T, H/2, W/2]. Each sample lies at the centre of its 2 x 2 luma samples.
+    cr: uint8 [T, H/2, W/2]. As cb.
+    matrix: "bt601" or "bt709".
+    full_range: Whether values use 0..255. Otherwise luma is clipped to 16..235, cb and cr to 16..240, as in a
+        conversion to RGB.
     """
 
     luma: np.ndarray
@@ -55,14 +58,19 @@ class YUVFrames:
 def decode_video(
     data: bytes, sampling: VideoSampling, fit: Fit | None = None, planes: bool = False, threads: int = 0
 ) -> np.ndarray | YUVFrames:
-    """Video file -> the frames that `sampling` names: uint8 RGB [T, H, W, 3], or their planes. Raises MediaError.
+    """Decodes the frames of a video file that `sampling` names: uint8 RGB [T, H, W, 3], or their planes.
 
-    fit: gives the size, even sides for planes. Without it frames keep theirs, but for planes odd sides become the even
-    ones below. threads: of the decoder and the scaler; 0 for one for each core.
+    data: The file.
+    sampling: Which frames are read.
+    fit: Gives the size, with even sides for planes. None: frames keep their size, and planes lose an odd row or column.
+    planes: Whether the result is 4:2:0 planes.
+    threads: Of the decoder and the scaler. 0: one for each core.
 
-    The matrix and range that the stream is tagged with are honoured; untagged streams are BT.601, of limited range.
-    Planes keep both, but RGB streams become full-range BT.601 and other matrices (BT.2020) become BT.709. Transfer
-    functions stay as they are (HDR is not tone-mapped), alpha is dropped, pixels are taken as square.
+    The colour matrix and range of the stream's tags are used. Streams without tags are BT.601 of limited range. Planes
+    keep both, but RGB streams become full-range BT.601, and other matrices (BT.2020) become BT.709. Transfer functions
+    stay as they are (HDR is not tone-mapped). Alpha is dropped. Pixels are taken as square.
+
+    Raises MediaError.
     """
     import av  # PyAV: only videos need it
 
@@ -323,6 +331,7 @@ def orientation(frame: Any) -> tuple[int, int, int, int]:
 
 
 def exchanges_axes(orientation: tuple[int, int, int, int]) -> bool:
+    """Whether a display matrix, as `orientation` gives it, exchanges rows and columns."""
     return abs(orientation[1]) > abs(orientation[0])
 
 
@@ -335,14 +344,25 @@ def _turn(frames: np.ndarray, orientation: tuple[int, int, int, int]) -> np.ndar
 
 
 def video_shape(data: bytes, sampling: VideoSampling) -> tuple[int, int, int]:
-    """Height and width as stored, and how many frames are read; from headers and packets. Raises MediaError."""
+    """Height and width as stored, pixels, and how many frames are read. Only headers and packets are read.
+
+    data: The file.
+    sampling: Which frames are read.
+
+    Raises MediaError.
+    """
     size, indices = _inspect(data, sampling)
     return *size, len(indices)
 
 
 def frame_indices(data: bytes, sampling: VideoSampling) -> list[int]:
-    """Numbers of the frames that `decode_video` reads, ascending, in the order in which they are shown. Raises
-    MediaError."""
+    """Numbers of the frames that `decode_video` reads, ascending, in the order in which they are shown.
+
+    data: The file.
+    sampling: Which frames are read.
+
+    Raises MediaError.
+    """
     return _inspect(data, sampling)[1].tolist()
 
 

@@ -57,9 +57,13 @@ def dct_matrix(size: int) -> np.ndarray:
 
 
 def line_response(size: int, count: int) -> np.ndarray:
-    """What sinusoids of random phase and power 1 give to each coefficient along one axis: float64 [size, count + 1].
+    """The power that sinusoids of random phase and power 1 give to each coefficient along one axis, float64 [size,
+    count + 1].
 
-    Entry [f, i]: mean square of coefficient f of `dct_matrix(size)` for the frequency pi*i/count radians a sample.
+    size: Samples of the axis.
+    count: Frequencies between 0 and pi radians a sample.
+
+    Entry [f, i] is the mean square of coefficient f of `dct_matrix(size)` at the frequency pi*i/count radians a sample.
     A column sums to `size`: no energy is lost.
     """
     frequency = np.pi * np.arange(count + 1) / count
@@ -67,9 +71,13 @@ def line_response(size: int, count: int) -> np.ndarray:
 
 
 def line_weights(lines: tuple[int, ...], count: int) -> np.ndarray:
-    """Interpolation from stored `lines` to count + 1 lines over the same band: float64 [count + 1, len(lines)].
+    """Weights that interpolate stored lines of a spectrum to count + 1 lines over the same band, float64 [count + 1,
+    lines].
 
-    Linear in log frequency; line 0 stands alone, and below the first other line that line's value holds.
+    lines: Numbers of the stored lines, ascending from 0.
+    count: Lines that are wanted besides line 0.
+
+    Interpolation is linear in log frequency. Line 0 stands alone. Below the first other line, that line's value holds.
     """
     weights = np.zeros((count + 1, len(lines)))
     weights[0, 0] = 1
@@ -80,16 +88,17 @@ def line_weights(lines: tuple[int, ...], count: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class CoefficientTable:
-    """How the energy of images spreads over frequencies, as `coefficient_statistics.py` measures it.
+    """How the energy of images is distributed over frequencies, as dct_qwen2vl.analysis.coefficient_statistics measures
+    it.
 
-    Images are described as sums of sinusoids of random phase: lines, `lines[axis]` times the frequency step
-    pi / `block[axis]` radians a frame or pixel, from 0 to pi. From the lines' power follows the variance of any
-    coefficient of any block: the DCT is linear, and sinusoids of random phase are uncorrelated.
+    block: (bt, bh, bw) for which the table was fitted, frames and pixels.
+    lines: For each axis the numbers of the stored lines, rising, from 0 to the side of `block`. Line 0 is what does not
+        change along the axis. Between two others, log power is interpolated over log frequency.
+    log2_power: float64 [3, *(len(axis) for axis in lines)], planes Y, Cb, Cr. Power of a line for values of 0..1.
 
-    block: (bt, bh, bw) for which the table was fitted.
-    lines: for each axis the numbers of the stored lines, rising, from 0 to the side of `block`; line 0 is what does not
-        change along the axis. Between two others the power is interpolated in log power and log frequency.
-    log2_power: float64 [3, *(len(axis) for axis in lines)], planes Y, Cb, Cr: power of a line for values of 0..1.
+    Images are described as sums of sinusoids of random phase. They have frequencies of `lines[axis]` times pi /
+    `block[axis]` radians a frame or pixel, from 0 to pi. The variance of any coefficient of any block follows from
+    their power: the DCT is linear, and sinusoids of random phase are uncorrelated.
     """
 
     block: tuple[int, int, int]
@@ -107,7 +116,12 @@ class CoefficientTable:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike | None = None) -> "CoefficientTable":
-        """Reads what coefficient_statistics.py wrote; None is the table that lies beside this file."""
+        """Reads what dct_qwen2vl.analysis.coefficient_statistics wrote.
+
+        path: JSON file. None: the table in this file's folder.
+
+        Raises FileNotFoundError, or ValueError for another file.
+        """
         path = Path(path or Path(__file__).with_name("coefficient_table.json"))
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -122,7 +136,7 @@ class CoefficientTable:
             raise ValueError(f"{path} is no table made by coefficient_statistics.py: {error!r}") from error
 
     def variance(self, block: tuple[int, int, int]) -> np.ndarray:
-        """See `coefficient_variance`."""
+        """As `coefficient_variance`, from this table."""
         # Blocks above the table's need lines that lie closer together, each of less power.
         counts = [max(own, side) for own, side in zip(self.block, block)]
         weights = [line_weights(lines, count) for lines, count in zip(self.lines, counts)]
@@ -136,10 +150,14 @@ class CoefficientTable:
 @lru_cache(maxsize=16)
 def coefficient_variance(block: tuple[int, int, int], table: CoefficientTable | None = None) -> np.ndarray:
     """Expected variance of every coefficient of a block, float64 [3, bt, bh, bw], planes in the order Y, Cb, Cr.
+    Read-only.
 
-    It is about the CLIP mean colour, so it is the mean square of what tokens hold before scaling, for values of 0..1.
-    table: None for the built-in one, which serves blocks of up to 16 frames and 112 x 112 px as it was measured, and
-    larger ones by taking the spectrum for smooth. Read-only.
+    block: (bt, bh, bw), frames and pixels.
+    table: Power spectrum of natural images. None: the built-in one.
+
+    The variance is about the CLIP mean colour. So it is the mean square of a token's numbers before scaling, for pixel
+    values of 0..1. The built-in table was measured for blocks of up to 16 frames and 112 x 112 px. For larger blocks
+    the spectrum is taken to be smooth.
     """
     variance = (table or CoefficientTable.from_file()).variance(block)
     variance.flags.writeable = False
@@ -219,15 +237,15 @@ def _order_keys(
 class DCTConfig:
     """What a token holds. It is saved with the checkpoint; a model only understands tokens of its own config.
 
-    block: (bt, bh, bw), frames and pixels of a block; 4:2:0 needs even bh and bw.
+    block: (bt, bh, bw), frames and pixels of a block. 4:2:0 needs even bh and bw.
     chroma: "444", or "420" for colour at half the resolution in both directions.
     kept: K flat indices into the [3, bt, bh, bw] coefficients (Y, Cb, Cr; frame, row, column frequency), in the order
-        in which they stand in a token.
-    scale: K positive numbers by which the coefficients are divided, so that inputs have about unit variance.
+        of the token.
+    scale: K positive numbers that the coefficients are divided by, so that inputs have about unit variance.
     merge: m, tokens of the vision tower along one side that become one token of the language model.
-    name: for messages and logs.
-    mean, std: three numbers each, R, G, B in 0..1, by which the model's own processor normalises. Tokens are centred by
-        the mean; folding takes the std into the weight.
+    name: For messages and logs.
+    mean: R, G, B in 0..1 that the model's own processor subtracts. Tokens are centred by it.
+    std: R, G, B in 0..1 that the model's own processor divides by. Folding puts it into the weight.
 
     Raises ValueError for a configuration that contradicts itself.
     """
@@ -272,8 +290,13 @@ class DCTConfig:
 
     @classmethod
     def preset(cls, name: str, patch: tuple[int, int, int] = PIXEL_PATCH) -> "DCTConfig":
-        """A named configuration: "exact", "x4" (a quarter of the tokens) or "x16" (a sixteenth). patch: see
-        `synthesis_matrix`; blocks and floats go with it."""
+        """A preset: "exact", "x4" (a quarter of the tokens) or "x16" (a sixteenth).
+
+        name: One of PRESETS.
+        patch: (frames, rows, columns) of the pixel model's patch. Blocks and coefficients are in proportion to it.
+
+        Raises ValueError for an unknown name.
+        """
         frames, rows, columns = patch
         floats = math.prod(patch)  # 392, of a plane
         if name == "exact":
@@ -305,16 +328,28 @@ class DCTConfig:
         table: CoefficientTable | None = None,
         patch: tuple[int, int, int] = PIXEL_PATCH,
     ) -> "DCTConfig":
-        """Keeps `num_coefficients` (all of them if None): those marked in `first`, bool [3, bt, bh, bw], then the rest
-        in the given order, ties in index order. The token holds them in index order.
+        """A format that keeps the first `num_coefficients` in a given order.
 
-        order: "variance", by falling expected variance (`coefficient_variance`, from `table`);
-            "weighted", by falling share in the pixel model's embedding: variance times the squared norm of the folded
-                column of `weight`, its patch embedding [E, 3, 2, 14, 14]; then what it never saw, by variance;
-            "zigzag", by rising distance from frequency 0, each axis in units of the block's side;
-            "box", the low corner of every plane, growing: of 2 frames up to 14 x 14, where it holds what DCT-domain
-                downscaling to the pixel model's patch holds, then of 4 up to 28 x 28 and so on.
-        patch: see `synthesis_matrix`.
+        block: (bt, bh, bw), frames and pixels.
+        chroma: "444", or "420" for half the resolution of colour.
+        num_coefficients: How many are kept. None: all.
+        first: bool [3, bt, bh, bw]. Coefficients that come before all others. None: none.
+        merge: Side of the square of tokens that become one token of the language model.
+        name: Of the format, in messages and logs.
+        order: See below. Ties are in index order.
+        weight: float [E, 3, 2, 14, 14]. Patch embedding of the pixel model, for the order "weighted".
+        table: As in `coefficient_variance`.
+        patch: As in `synthesis_matrix`.
+
+        Orders:
+            "variance"  by falling expected variance (`coefficient_variance`)
+            "weighted"  by falling share in the pixel model's embedding: variance times the squared norm of the folded
+                        column of `weight`; then by variance what the embedding never saw
+            "zigzag"    by rising distance from frequency 0, each axis in units of the block's side
+            "box"       the low corner of every plane, growing: of 2 frames up to 14 x 14, which is what downscaling in
+                        the DCT domain to the pixel model's patch holds; then of 4 frames up to 28 x 28, and so on
+
+        The token holds the kept coefficients in index order. Raises ValueError for a format that is impossible.
         """
         _check_format(block, chroma)
         if first is not None and (first.dtype != bool or first.shape != (3, *block)):
@@ -335,12 +370,16 @@ class DCTConfig:
         return cls(block, chroma, tuple(kept.tolist()), tuple(float(f"{s:.6g}") for s in scale), merge, name)
 
     def with_detail_gain(self, gain: float, patch: tuple[int, int, int] = PIXEL_PATCH) -> "DCTConfig":
-        """The same coefficients, those that a pixel model's patch does not show of the block (`shown_in_patch`) `gain`
-        times as large. Folding gives these no weight, so the model is the same before training; but an optimizer that
-        moves all weights alike, such as Adam, learns them so much faster.
+        """The same coefficients, with those beyond the pixel model's patch (`shown_in_patch`) `gain` times as large.
 
-        Raises ValueError for a gain that is no positive number, or if there are no such coefficients; 1 changes
-        nothing."""
+        gain: Positive number. 1 changes nothing.
+        patch: As in `synthesis_matrix`.
+
+        Folding gives these coefficients no weight, so the model is the same before training. An optimizer that moves
+        all weights alike, such as Adam, learns them faster by about this factor.
+
+        Raises ValueError if the gain is no positive number, or if there are no such coefficients.
+        """
         if not (math.isfinite(gain) and gain > 0):
             raise ValueError(f"the gain of detail must be a positive number, got {gain}")
         if gain == 1:
@@ -391,7 +430,12 @@ class DCTConfig:
 
     @classmethod
     def resolve(cls, dct: Union["DCTConfig", dict, str, os.PathLike]) -> "DCTConfig":
-        """From a config, its dict, a preset's name or the path of a JSON file."""
+        """A configuration from one of four forms.
+
+        dct: DCTConfig, its dict, a preset's name, or the path of a JSON file.
+
+        Raises ValueError for an unknown preset or a wrong field, and OSError for a file that cannot be read.
+        """
         if isinstance(dct, cls):
             return dct
         if isinstance(dct, dict):
@@ -402,8 +446,13 @@ class DCTConfig:
 
 
 def shown_in_patch(config: DCTConfig, patch: tuple[int, int, int] = PIXEL_PATCH) -> np.ndarray:
-    """Which kept coefficients the block holds, downscaled to a pixel model's patch: bool [K]. Folding gives weight to
-    these alone."""
+    """Which kept coefficients the pixel model's patch holds when the block is downscaled to it, bool [K].
+
+    config: The token format.
+    patch: As in `synthesis_matrix`.
+
+    Folding gives weight to these coefficients only.
+    """
     frequencies = np.unravel_index(np.array(config.kept), (3, *config.block))[1:]
     return np.all([frequency < side for frequency, side in zip(frequencies, patch)], axis=0)
 
@@ -411,13 +460,15 @@ def shown_in_patch(config: DCTConfig, patch: tuple[int, int, int] = PIXEL_PATCH)
 def synthesis_matrix(
     config: DCTConfig, patch: tuple[int, int, int] = PIXEL_PATCH, std: tuple[float, ...] | None = None
 ) -> np.ndarray:
-    """S, float64 [K, 3*2*14*14]: from a token to the normalised RGB patch (channel, frame, row, column) that Qwen2-VL's
-    Conv3d expects.
+    """S, float64 [K, 3*2*14*14]: maps a token to the normalised RGB patch that Qwen2-VL's Conv3d expects.
 
-    The patch is the block, downscaled in the DCT domain: its lowest (2, 14, 14) coefficients, times
-    sqrt(2*14*14 / (bt*bh*bw)) so that a constant image keeps its value, transformed back. Rows of other coefficients
-    are zero. For a block of (2, 14, 14) this is the inverse transform.
-    patch: what stands for (2, 14, 14) in other models. std: that of `config` if None.
+    config: The token format.
+    patch: (frames, rows, columns) of the pixel model's patch, (2, 14, 14) in Qwen2-VL.
+    std: What the model divides R, G and B by. None: that of `config`.
+
+    The order in the patch is (channel, frame, row, column). The patch is the block downscaled in the DCT domain: its
+    lowest (2, 14, 14) coefficients, times sqrt(2*14*14 / (bt*bh*bw)) so that a constant image keeps its value,
+    transformed back. Rows of other coefficients are zero. For a block of (2, 14, 14), this is the inverse transform.
     """
     plane, ft, fy, fx = np.unravel_index(np.array(config.kept), (3, *config.block))
     inside = shown_in_patch(config, patch)

@@ -30,11 +30,17 @@ def fold_patch_embedding(
     patch: tuple[int, int, int] = PIXEL_PATCH,
     std: tuple[float, ...] | None = None,
 ) -> torch.Tensor:
-    """W' = W S: a Conv3d weight for pixels [E, 3, 2, 14, 14] -> one for tokens [E, K, 1, 1, 1], of the same dtype.
+    """W' = W S: a Conv3d's weight over normalised RGB pixels [E, 3, 2, 14, 14] -> over tokens [E, K, 1, 1, 1].
 
-    Columns of coefficients that the pixel model never saw start at zero: at step 0 the folded model computes what the
-    pixel model computes on the image downscaled in the DCT domain. patch, std: see `synthesis_matrix`. Raises
-    ValueError for a weight of any other shape.
+    weight: float [E, 3, 2, 14, 14]. The result has its dtype.
+    config: The token format.
+    patch: As in `synthesis_matrix`.
+    std: As in `synthesis_matrix`.
+
+    Columns of coefficients that the pixel model never saw start at zero. So before training, the folded model computes
+    what the pixel model computes on the image downscaled in the DCT domain.
+
+    Raises ValueError for a weight of any other shape.
     """
     _check_shape("fold_patch_embedding", weight, (3, *patch))
     synthesis = torch.from_numpy(synthesis_matrix(config, patch, std)).to(weight.device)
@@ -45,10 +51,13 @@ def fold_patch_embedding(
 def unfold_patch_embedding(
     weight: torch.Tensor, config: DCTConfig, std: tuple[float, ...] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """W = W' A: a Conv3d weight for tokens [E, K, 1, 1, 1] -> one for normalised RGB pixels [E, 3, bt, bh, bw].
+    """W = W' A: a Conv3d's weight over tokens [E, K, 1, 1, 1] -> over normalised RGB pixels [E, 3, bt, bh, bw].
 
-    std: three numbers. By which the pixels are divided, channels R, G, B; that of `config` if None.
-    dtype: of the result; that of `weight` if None. The arithmetic is float64, rounded once.
+    weight: float [E, K, 1, 1, 1].
+    config: The token format.
+    std: What the pixels are divided by, channels R, G, B. None: that of `config`.
+    dtype: Of the result. None: that of `weight`. The arithmetic is float64, rounded once.
+
     Raises ValueError for a weight of any other shape.
     """
     _check_shape("unfold_patch_embedding", weight, (config.num_coefficients, 1, 1, 1))
@@ -66,10 +75,16 @@ def unfold_patch_embedding(
 def fold_block_embedding(
     weight: torch.Tensor, config: DCTConfig, std: tuple[float, ...] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """W' = W S: a Conv3d weight for normalised RGB pixels [E, 3, bt, bh, bw] -> one for tokens [E, K, 1, 1, 1].
+    """W' = W S: a Conv3d's weight over normalised RGB pixels [E, 3, bt, bh, bw] -> over tokens [E, K, 1, 1, 1].
 
-    It undoes `unfold_patch_embedding`. Of another weight it keeps what tokens of this format can show. Parameters and
-    errors are the same.
+    weight: float [E, 3, bt, bh, bw].
+    config: The token format.
+    std: As in `unfold_patch_embedding`.
+    dtype: As in `unfold_patch_embedding`.
+
+    It undoes `unfold_patch_embedding`. Of any other weight, it keeps what tokens of this format can represent.
+
+    Raises ValueError for a weight of any other shape.
     """
     _check_shape("fold_block_embedding", weight, (3, *config.block))
     to_rgb = np.linalg.inv(RGB_TO_YCBCR) / np.array(std or config.std)[:, None]
@@ -90,21 +105,30 @@ def bias_for_mean(
     other: tuple[float, ...],
     std: tuple[float, ...],
 ) -> torch.Tensor:
-    """The bias with which pixels minus `other` give what pixels minus `mean` give with `bias`. Tokens are centred by
-    CLIP's mean: a model with another mean (Qwen3-VL: 0.5) is folded with mean=its own, other=CLIP_MEAN, and unfolded
-    the other way round.
+    """The bias, [E], for pixels minus `other` that gives what `bias` gives for pixels minus `mean`.
 
-    weight: [E, 3, frames, rows, columns] over pixels. Its patch holds a flat colour unchanged, whatever its size.
-    bias: [E].
-    std: of the pixels, as in `unfold_patch_embedding`.
+    weight: float [E, 3, frames, rows, columns] over pixels. Its patch holds a flat colour unchanged, whatever its size.
+    bias: float [E]. The result has its dtype.
+    mean: R, G, B that `bias` is for, 0..1.
+    other: R, G, B that the result is for, 0..1.
+    std: What the pixels are divided by, as in `unfold_patch_embedding`.
+
+    Tokens are centred by CLIP's mean. A model with another mean (Qwen3-VL: 0.5) is folded with mean=its own and
+    other=CLIP_MEAN, and unfolded the other way round.
     """
     shift = (torch.tensor(other, dtype=torch.float64) - torch.tensor(mean, dtype=torch.float64)) / torch.tensor(std)
     return (bias.double() + weight.double().sum(dim=(2, 3, 4)) @ shift).to(bias.dtype)
 
 
 def distance_from_format(weight: torch.Tensor, config: DCTConfig, std: tuple[float, ...] | None = None) -> float:
-    """How much of a pixel embedding [E, 3, bt, bh, bw] no token of the format can show: the norm of W - W S A over that
-    of W, 0 to about 1. Rounding a weight to bfloat16 leaves about 0.002."""
+    """The share of a pixel embedding that no token of the format can represent, 0 to about 1.
+
+    weight: float [E, 3, bt, bh, bw].
+    config: The token format.
+    std: As in `unfold_patch_embedding`.
+
+    It is the norm of W - W S A over the norm of W. Rounding a weight to bfloat16 leaves about 0.002.
+    """
     whole = weight.double()
     projected = unfold_patch_embedding(fold_block_embedding(whole, config, std), config, std)
     norm = float(whole.norm())

@@ -28,7 +28,12 @@ def _dimensions(value: Any) -> int:
 
 
 def flat_images(images: Any) -> list:
-    """An image, a batch of images [N, ...] or lists of these, nested or not -> the images, one after another."""
+    """All images, one after another.
+
+    images: An image, a batch of images [N, ...], or lists of these, nested or not.
+
+    Raises ValueError for anything else.
+    """
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in flat_images(item)]
     dimensions = _dimensions(images)
@@ -40,7 +45,12 @@ def flat_images(images: Any) -> list:
 
 
 def flat_videos(videos: Any) -> list:
-    """A video or lists of videos, nested or not -> the videos, each an array [T, ...] or a list of frames."""
+    """All videos, one after another, each an array [T, ...] or a list of frames.
+
+    videos: A video, a batch of videos, or lists of these, nested or not.
+
+    Raises ValueError for anything else.
+    """
     if isinstance(videos, (list, tuple)):
         if not videos:
             raise ValueError("expected videos of at least one frame, got an empty list")
@@ -68,7 +78,13 @@ def as_array(image: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
 
 
 def channels_last(array: np.ndarray | torch.Tensor, layout: str | None) -> np.ndarray | torch.Tensor:
-    """[H, W], [..., H, W, C] or [..., C, H, W] -> [..., H, W, C], a view. C is 1, 3 or 4, else ValueError."""
+    """An image or video as [..., H, W, C]. A view of the same memory.
+
+    array: [H, W], [..., H, W, C] or [..., C, H, W]. C is 1, 3 or 4.
+    layout: A `ChannelDimension`. None: inferred from the shape.
+
+    Raises ValueError for another shape.
+    """
     shape = list(array.shape)
     if len(shape) not in (2, 3, 4) or 0 in shape:
         raise ValueError(f"expected an image [H, W], [H, W, C] or [C, H, W] with H and W at least 1, got {shape}")
@@ -100,7 +116,14 @@ def _infer_layout(shape: list[int]) -> ChannelDimension:
 
 
 def to_levels(array: np.ndarray | torch.Tensor, do_rescale: bool) -> np.ndarray | torch.Tensor:
-    """Any number type -> uint8, or float in 0..255. Bytes, the usual case, are not looked at."""
+    """An image or video as uint8, or as float in 0..255.
+
+    array: bool, uint8, uint16, other whole numbers in 0..255, or float.
+    do_rescale: Whether float values may be in 0..1, as in the stock processor.
+
+    Raises ValueError for another dtype or for values outside the range. Bytes, the usual case, are returned as they
+    are.
+    """
     kind = str(array.dtype).removeprefix("torch.")
     if kind == "uint8":
         return array
@@ -149,13 +172,20 @@ def to_three_channels(array: np.ndarray | torch.Tensor) -> np.ndarray | torch.Te
 
 
 def height_width(image: Image.Image | np.ndarray | torch.Tensor) -> tuple[int, int]:
+    """Height and width in pixels of an image or frame, channels last."""
     return image.size[::-1] if isinstance(image, Image.Image) else tuple(image.shape[-3:-1])
 
 
 def resize(
     image: Image.Image | np.ndarray | torch.Tensor, size: tuple[int, int], resample: int, do_rescale: bool
 ) -> np.ndarray:
-    """An image [H, W, 3] -> uint8 [*size, 3], by Pillow."""
+    """An image resized by Pillow, uint8 [height, width, 3].
+
+    image: RGB, [H, W, 3] in 0..255 unless it is a PIL image.
+    size: Height and width of the result, pixels.
+    resample: A filter of Pillow.
+    do_rescale: As in `to_levels`. It decides how float values are rounded, as in the stock processor.
+    """
     if not isinstance(image, Image.Image):
         array = image.cpu().numpy() if isinstance(image, torch.Tensor) else image
         if array.dtype != np.uint8:

@@ -55,13 +55,14 @@ class DCTImageProcessor(BaseImageProcessor):
         training and evaluation follow it. The processor itself always gives all tokens, which stock models expect.
 
     Images are PIL, numpy or torch; grey ([H, W], or one channel), RGB or RGBA; channels first or last; uint8, uint16
-    (0..65535), bool, other whole numbers in 0..255, or floats. Transparency is laid on white, as `images.to_rgb` does
-    for files, and 16-bit grey is scaled to 8; the stock processor drops alpha, which shows what lies under it, and
-    videos 16-bit grey. Frames of one video that differ in size are resized to what the first one's size asks for.
+    (0..65535), bool, other whole numbers in 0..255, or floats. Transparent images are composed with white, as files
+    are in `images.to_rgb`, and 16-bit grey is scaled to 8 bits. The stock processor drops alpha, which shows what lies
+    under it, and clips 16-bit grey. If the frames of a video differ in size, all are resized to the target size of the
+    first one.
 
     Output: `pixel_values` float32 [N, K] and `image_grid_thw` int64 [images, 3], or `pixel_values_videos` and
-    `video_grid_thw`, on the device of the images. The stock processor's mean, std and do_normalize have no place
-    here: the token format fixes them.
+    `video_grid_thw`, on the device of the images. The token format fixes mean, std and do_normalize of the stock
+    processor.
     """
 
     _auto_class = "AutoImageProcessor"
@@ -107,6 +108,7 @@ class DCTImageProcessor(BaseImageProcessor):
 
     @size.setter
     def size(self, size: dict[str, int]) -> None:
+        """The two bounds in pixels, as the stock processor calls them. Not saved: `min_pixels` and `max_pixels` are."""
         self.min_pixels, self.max_pixels = bounds_in(size)
 
     @property
@@ -123,7 +125,7 @@ class DCTImageProcessor(BaseImageProcessor):
     def tokenizer(self, tokenizer: Any) -> None:
         """vLLM hands the text tokenizer to every processor, and counts visual tokens by the pixel model's patch."""
         raise ValueError(
-            "DCT tokens are not for this server: serve the model that python convert_checkpoint.py --to stock writes"
+            "this server cannot make DCT tokens: serve the stock form, which convert_checkpoint.py --to stock writes"
         )
 
     def _tokenizer_on(self, device: torch.device) -> DCTTokenizer:

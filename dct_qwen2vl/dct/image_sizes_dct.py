@@ -10,10 +10,16 @@ LONGEST_ASPECT = 200  # of the sides; Qwen2-VL refuses longer ones
 
 
 def target_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width in pixels: multiples of `factor`, near the image's aspect ratio, H*W within the two bounds.
+    """Height and width in pixels that an image is resized to.
 
-    The `smart_resize` of transformers 4.57 wherever its result keeps to the bounds and to an aspect ratio of 200.
-    Beyond it: where both bounds cannot be kept, max_pixels is; the least is one square of factor x factor, whatever
+    height: Pixels of the image.
+    width: Pixels of the image.
+    factor: Both sides of the result are multiples of it, pixels.
+    min_pixels: Least height * width of the result.
+    max_pixels: Most height * width of the result.
+
+    It is the `smart_resize` of transformers 4.57 wherever its result keeps to the bounds and to an aspect ratio of 200.
+    Otherwise max_pixels holds where both bounds cannot. The least result is one square of factor x factor, whatever
     max_pixels says. A target size is its own target size.
 
     Raises ValueError for an aspect ratio over 200 and for an image without pixels.
@@ -65,7 +71,15 @@ def bounds_in(size: dict[str, int]) -> tuple[int, int]:
 
 
 def pixel_bounds(low: int | None, high: int | None, own_low: int, own_high: int) -> tuple[int, int]:
-    """The bounds given or, where None, the processor's own, of which the lower one gives way to a lower upper one."""
+    """min_pixels and max_pixels: those given, otherwise the processor's own.
+
+    low: The min_pixels that was given, or None.
+    high: The max_pixels that was given, or None.
+    own_low: The processor's own min_pixels. Lowered to `high` if it is above it.
+    own_high: The processor's own max_pixels.
+
+    Raises ValueError unless 1 <= min_pixels <= max_pixels.
+    """
     high = own_high if high is None else high
     low = min(own_low, high) if low is None else low
     if not 1 <= low <= high:

@@ -88,8 +88,14 @@ def _measures(config: DCTConfig) -> _Measures:
 
 
 def block_errors(tokens: torch.Tensor, others: torch.Tensor, config: DCTConfig) -> torch.Tensor:
-    """Error of each block when the other is shown in its place, float32 [N]: the mean squared difference of luma in
-    levels of 0..255, plus a quarter of that of Cb and Cr. tokens, others: float [N, K]."""
+    """Error of each block when the other one is shown in its place, float32 [N], in levels of 0..255, squared.
+
+    tokens: float [N, K].
+    others: float [N, K].
+    config: The format of both.
+
+    It is the mean squared difference of luma, plus a quarter of that of Cb and of Cr.
+    """
     return (tokens.float() - others.float()).square_() @ _measures(config).weights
 
 
@@ -132,14 +138,21 @@ def _later_steps(
 
 
 def keep_tokens(tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Tokens [N, K] -> those of the kept cells, [M * B, K], in the same order. kept: bool [t, r, c]."""
+    """The tokens of the kept cells, [M * B, K], in the same order.
+
+    tokens: [N, K], of all cells.
+    kept: bool [t, r, c]. Cells that are kept.
+    """
     return tokens.view(kept.numel(), -1, tokens.shape[-1])[kept.flatten()].flatten(0, 1)
 
 
 def fill_tokens(tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Inverse of `keep_tokens`, the holes filled with what they show: [M * B, K] -> [N, K].
+    """Inverse of `keep_tokens`: tokens of all cells, [N, K]. Cells that were left out get what they show.
 
-    Raises ValueError if the first cell is a hole, or if `tokens` are no whole number of blocks for each kept cell.
+    tokens: [M * B, K], of the kept cells.
+    kept: bool [t, r, c]. Cells that were kept.
+
+    Raises ValueError if the first cell was left out, or if the number of tokens does not fit.
     """
     count = int(kept.sum())
     if not kept.numel() or not kept[0, 0, 0] or len(tokens) % count:
@@ -151,7 +164,10 @@ def fill_tokens(tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 def shown_cells(kept: torch.Tensor) -> torch.Tensor:
-    """Number of the kept cell that each cell shows, int64 [t, r, c]: its own where it is kept. kept: bool [t, r, c]."""
+    """Number of the kept cell that each cell shows, int64 [t, r, c]. A kept cell shows itself.
+
+    kept: bool [t, r, c].
+    """
     own = torch.arange(kept.numel(), device=kept.device).view(kept.shape)
     shown = torch.where(kept, own, -1)
     first = shown[0]  # a view

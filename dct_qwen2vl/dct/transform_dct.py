@@ -109,8 +109,9 @@ class DCTTokenizer:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, self.dtype)
 
     def encode(self, frames: Frames) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """Frames [T, H, W, 3], or a list of T frames [H, W, 3], values 0..255 (uint8, or float for finer steps) ->
-        tokens [N, K], grid (t, h, w).
+        """Frames -> tokens [N, K] and their grid (t, h, w).
+
+        frames: [T, H, W, 3] or a list of T frames [H, W, 3], RGB in 0..255. uint8, or float for finer steps.
 
         H and W must be multiples of `config.resize_factor`. The last frame is repeated until bt divides T, so a lone
         image becomes bt equal frames. Raises ValueError for any other shape.
@@ -125,12 +126,19 @@ class DCTTokenizer:
     def encode_planes(
         self, luma: Frames, cb: Frames, cr: Frames, matrix: str = "bt601", full_range: bool = False
     ) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """Planes of 4:2:0 video, uint8 luma [T, H, W], cb and cr [T, H/2, W/2] -> tokens [N, K], grid (t, h, w): those
-        of `encode` for the same video in RGB, without the way over RGB.
+        """Planes of a 4:2:0 video -> tokens [N, K] and their grid (t, h, w). They equal those of `encode` for the video
+        in RGB.
 
-        matrix: "bt601" or "bt709" (ITU-R BT.601-7, BT.709-6). full_range: luma is 0..255 instead of 16..235.
-        Chroma becomes the low quarter of its block's DCT, as if a sample lay amid its 2 x 2 luma samples. Values that
-        are no RGB colour are not clipped. Blocks must have an even height and width. Raises ValueError.
+        luma: uint8 [T, H, W].
+        cb: uint8 [T, H/2, W/2].
+        cr: uint8 [T, H/2, W/2].
+        matrix: "bt601" or "bt709" (ITU-R BT.601-7, BT.709-6).
+        full_range: Whether luma is 0..255 instead of 16..235.
+
+        Chroma becomes the low quarter of its block's DCT, as if a sample lay in the middle of its 2 x 2 luma samples.
+        Values that are no RGB colour are not clipped. Blocks must have an even height and width.
+
+        Raises ValueError for another matrix, odd blocks or shapes that do not fit.
         """
         _, bh, bw = self.config.block
         if matrix not in YCBCR_MATRICES:
@@ -332,17 +340,28 @@ class DCTTokenizer:
     def decode(
         self, tokens: torch.Tensor, grid_thw: tuple[int, int, int], kept: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Tokens [N, K], grid (t, h, w) -> uint8 frames [t*bt, h*bh, w*bw, 3]: what the model receives, as an image.
+        """Tokens -> uint8 frames [t*bt, h*bh, w*bw, 3], RGB: what the model receives, as an image.
 
-        Coefficients that were not kept count as zero.
-        kept: bool [t, h/m, w/m], of `skipping_dct.kept_cells`. Cells that are left out of `tokens` show what they copy.
+        tokens: float [N, K].
+        grid_thw: (t, h, w), blocks.
+        kept: bool [t, h/m, w/m], of `skipping_dct.kept_cells`. `tokens` then holds only the kept cells; others show
+            what they copy.
+
+        Coefficients that were not kept count as zero. Raises ValueError if tokens and grid do not fit.
         """
         return self.decode_float(tokens, grid_thw, kept).round_().clamp_(0, 255).to(torch.uint8)
 
     def decode_float(
         self, tokens: torch.Tensor, grid_thw: tuple[int, int, int], kept: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As `decode`, without rounding and clipping: [t*bt, h*bh, w*bw, 3] in 0..255, of this tokenizer's dtype."""
+        """As `decode`, without rounding and clipping: [t*bt, h*bh, w*bw, 3] in 0..255, in this tokenizer's dtype.
+
+        tokens: float [N, K].
+        grid_thw: (t, h, w), blocks.
+        kept: As in `decode`.
+
+        Raises ValueError if tokens and grid do not fit.
+        """
         (bt, bh, bw), m = self.config.block, self.config.merge
         t, h, w = (int(side) for side in grid_thw)
         tokens = torch.as_tensor(tokens, device=self.device).to(self.dtype)

@@ -30,8 +30,13 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, settings: dict[str, dict[str, Any]]) -> None:
-        """Raises UserError where another process holds the file. settings: named values, by kind; those of the kind
-        "files" say nothing to a reader."""
+        """Opens the file and reads the answers that can be used.
+
+        path: File.
+        settings: Named values that the answers depend on, by kind. Those of the kind "files" say nothing to a reader.
+
+        Raises UserError if another process has the file.
+        """
         self.path = path
         self.file = path.open("a+b")
         try:
@@ -55,7 +60,13 @@ class AnswerFile:
         self.file.close()
 
     def add_round(self, answers: list[dict[str, Any]], read: dict[str, Any]) -> None:
-        """The first one replaces what is not used: until then the run may fail, and that may have taken hours."""
+        """Adds answers to the file. The first call replaces what cannot be used.
+
+        answers: Lines for the file, in order.
+        read: How far the split was read, as `Reading.as_dict` gives it.
+
+        Until the first call, the old file stays: it may be hours of work, and the new run may fail.
+        """
         if self.end is not None:
             self.file.truncate(self.end)
             self.end = None
@@ -65,6 +76,7 @@ class AnswerFile:
         self.read = read
 
     def write(self, lines: list[dict[str, Any]]) -> None:
+        """Writes lines to the disk at once."""
         self.file.write(as_lines(lines))
         self.file.flush()
 
@@ -137,7 +149,11 @@ def describe_difference(earlier: Any, settings: dict[str, dict[str, Any]]) -> st
 
 
 def digest_files(folder: Path, *patterns: str) -> str:
-    """SHA-256 of the names, sizes and times of files: weights are not read for it."""
+    """SHA-256 of the names, sizes and times of files. Their content is not read, because weights are large.
+
+    folder: Holds the files.
+    patterns: As in `Path.glob`.
+    """
     paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     states = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return sha256(repr(states).encode("utf-8", "surrogateescape")).hexdigest()

@@ -26,11 +26,14 @@ PAD = re.compile(r"<\|(image|video)_pad\|>")  # what the chat template writes fo
 
 
 class Answerer:
-    """A model, loaded by stock transformers, its tokenizer and its chat template; media are encoded as in training.
+    """A model that stock transformers loads, with its tokenizer and chat template. Media are encoded as in training.
 
-    sampling: frames that are read of a video.
-    dtype: None for bfloat16 on a GPU, float32 on a CPU.
-    settings: min_pixels, max_pixels and skip_db in place of the checkpoint's; skip_db=None reads all cells.
+    model_dir: Hugging Face directory.
+    max_new_tokens: Longest answer, tokens.
+    sampling: Frames that are read of a video.
+    dtype: Of the weights. None: bfloat16 on a GPU, float32 on a CPU.
+    settings: min_pixels, max_pixels and skip_db in place of the checkpoint's. skip_db=None reads all cells.
+
     Raises CheckpointError.
     """
 
@@ -133,7 +136,9 @@ class Answerer:
         """A prompt with as many pads for each medium as the language model has tokens of it. Raises UserError."""
         places, kinds = PAD.findall(prompt), [kind for kind, _, _ in media]
         if places != kinds:
-            raise UserError(f"a prompt has places for {places}, its question has {kinds}: does its text spell a pad?")
+            raise UserError(
+                f"a prompt has places for {places}, its question has {kinds}: does its text contain a pad token?"
+            )
         merge = self.media.image_processor.merge_size
         counts = iter([len(tokens) // merge**2 for _, tokens, _ in media])
         return PAD.sub(lambda pad: pad[0] * next(counts), prompt)
@@ -157,9 +162,13 @@ def answer_all(
     blind: bool,
     update: Callable[[int], object] = lambda count: None,
 ) -> list[str]:
-    """Predictions in the order of `questions`; batches hold questions of like length, so little is padded.
+    """Answers to all questions, in the order of `questions`.
 
-    update: is called after each batch with the number of its questions.
+    answerer: The model.
+    questions: To be asked. Batches hold questions of similar length, so there is little padding.
+    batch_size: Questions that are answered at once.
+    blind: Whether all images and frames are made grey.
+    update: Called after each batch with the number of its questions.
     """
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].media), len(questions[i].text)))
     predictions = [""] * len(questions)

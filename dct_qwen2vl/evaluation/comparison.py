@@ -45,8 +45,14 @@ Media = tuple[tuple[str, "Frames"], ...]
 
 @dataclass(frozen=True)
 class Sample:
-    """question: with file bytes as its media. a, b: what either form reads of them; same: RGB for both. media: how they
-    were read, one object each."""
+    """A question, and what the two models read of its media.
+
+    question: With file bytes as its media.
+    a: What the first form reads.
+    b: What the second form reads.
+    same: RGB that both forms get.
+    media: How they were read, one object for each.
+    """
 
     question: Question
     a: Media
@@ -57,7 +63,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Comparison:
-    """summary: what comparison.json holds. lines: of comparison.jsonl, one for each question."""
+    """What a comparison has found.
+
+    summary: What comparison.json holds.
+    lines: What comparison.jsonl holds, one for each question.
+    """
 
     summary: dict[str, Any]
     lines: list[dict[str, Any]]
@@ -94,13 +104,15 @@ def compare(
 ) -> Comparison:
     """Asks both models the same questions, one model at a time, in float32.
 
-    models: the two directories, in any form.
-    split: None for the first of test, val and train that has a sample.
-    limit: questions, of as many kinds of media as there are.
-    sampling: fields of `VideoSampling` in place of those that the models' files say.
-    bounds: min_pixels and max_pixels, likewise.
+    models: The two directories, in any form.
+    data_dir: Prepared folder of shards.
+    split: Name of the split. None: the first of test, val and train that has a sample.
+    limit: Questions, of as many kinds of media as possible.
+    max_new_tokens: Longest answer, tokens.
+    sampling: Fields of `VideoSampling` in place of those in the models' files.
+    bounds: min_pixels and max_pixels in place of those in the models' files.
 
-    Raises UserError where there is nothing to ask.
+    Raises UserError if there is nothing to ask.
     """
     split = split or first_split(data_dir)
     samplings = [VideoSampling(**{**saved_sampling(model), **(sampling or {})}) for model in models]
@@ -116,16 +128,19 @@ def compare(
 def compare_for_run(
     folder: Path, model_dir: Path, stock_dir: Path | None, data_dir: Path, limit: int, **reading: dict[str, Any]
 ) -> None:
-    """Compares the coefficient form with its stock form, for a training run, which goes on whatever comes of it.
+    """Compares the coefficient form with its stock form for a training run. The run continues whatever the result is.
 
-    folder: gets comparison.json and comparison.jsonl.
-    stock_dir: None to have the stock form made for this comparison alone.
-    reading: sampling and bounds, as `compare` has them.
+    folder: Gets comparison.json and comparison.jsonl.
+    model_dir: The coefficient form.
+    stock_dir: The stock form. None: it is made for this comparison alone.
+    data_dir: Prepared folder of shards.
+    limit: Questions.
+    reading: sampling and bounds, as in `compare`.
     """
     size = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
     if size > MOST_BYTES:
-        print(f"Note: coefficient form and stock form were not compared, as the model has {size >> 30} GiB: "
-              "python evaluate_qwen2vl.py --compare does it", flush=True)  # fmt: skip
+        print(f"Note: coefficient form and stock form were not compared, because the model has {size >> 30} "
+              "GiB; to compare them: python evaluate_qwen2vl.py --compare", flush=True)  # fmt: skip
         return
     try:
         with stock_form(model_dir, stock_dir, folder) as stock:
@@ -285,7 +300,14 @@ def first_encoder(first: Path, model: Path, sampling: VideoSampling, settings: d
 def ask_model(
     answerer: "Answerer", form: str, same: "MediaEncoder", samples: list[Sample], found: list[list[dict[str, "Pass"]]]
 ) -> None:
-    """Adds a model's passes to those of each sample. same: encodes what the first form reads."""
+    """Adds a model's passes to those of each sample.
+
+    answerer: The model.
+    form: "a" or "b".
+    same: Encodes what the first form reads.
+    samples: The questions.
+    found: For each sample the passes of the forms so far.
+    """
     from dct_qwen2vl.evaluation.forward_passes import ask
 
     media = {"own": answerer.media, "same": same}

@@ -50,8 +50,14 @@ class Trace:
 
 @dataclass(frozen=True)
 class Pass:
-    """prompt_tokens: L. tokens, text: the greedy answer. logits: float32 [A, V], of the answer that was followed.
-    traces: by stage, in order."""
+    """A model's answer to a question, and its forward pass over an answer of A tokens.
+
+    prompt_tokens: Tokens of the prompt.
+    tokens: Of the greedy answer.
+    text: The greedy answer.
+    logits: float32 [A, vocabulary], of the answer that was followed.
+    traces: By stage, in order.
+    """
 
     prompt_tokens: int
     tokens: list[int]
@@ -62,9 +68,13 @@ class Pass:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two passes that followed the same answer. largest, mean: of logits, relative to the largest logit.
-    first_token: its number, where the greedy answers differ. first_stage: that differs by more than SAME. None where
-    there is none."""
+    """How far two passes that followed the same answer differ.
+
+    largest: Largest difference of logits, relative to the largest logit.
+    mean: Mean difference of logits, relative to the largest logit.
+    first_token: Number of the first token in which the greedy answers differ. None: they are equal.
+    first_stage: Name of the first stage that differs by more than SAME. None: there is none.
+    """
 
     largest: float
     mean: float
@@ -79,6 +89,11 @@ def finite(value: torch.Tensor) -> float:
 
 
 def difference(one: Pass, other: Pass) -> Difference:
+    """How far two passes on the same question differ, relative to the first one's largest logit.
+
+    one: The pass that is compared with.
+    other: The pass that is compared.
+    """
     stages = [name for name, trace in one.traces.items() if name not in other.traces
               or trace.difference(other.traces[name]) > SAME]  # fmt: skip
     longest = max(len(one.tokens), len(other.tokens))
@@ -92,7 +107,12 @@ def difference(one: Pass, other: Pass) -> Difference:
 
 @torch.inference_mode()
 def ask(answerer: Answerer, question: Question, follow: list[int] | None = None) -> Pass:
-    """follow: tokens of the answer whose logits are taken; None for the model's own."""
+    """A model's greedy answer to a question, and the logits and traces of one forward pass.
+
+    answerer: The model.
+    question: To be asked.
+    follow: Tokens of the answer whose logits are taken. None: the model's own answer.
+    """
     inputs = answerer.model_inputs([question])
     length = inputs["input_ids"].shape[1]
     tokens = answerer.generate(inputs)[0].tolist()

@@ -54,8 +54,13 @@ class Question:
 
 @dataclass
 class Reading:
-    """How far a split has been read. entries: those asked, the last one perhaps in part; questions: of these; turns:
-    questions of the last entry, 0 once there are no more of it; left_out: entries that cannot be used, by reason."""
+    """How far a split has been read.
+
+    entries: Entries asked, the last one perhaps in part.
+    questions: Questions of these.
+    turns: Questions of the last entry. 0 once there are no more of it.
+    left_out: Entries that cannot be used, by reason.
+    """
 
     entries: int = 0
     questions: int = 0
@@ -63,6 +68,7 @@ class Reading:
     left_out: Counter[str] = field(default_factory=Counter)
 
     def as_dict(self) -> dict[str, Any]:
+        """Fields by name, for a JSON file."""
         return {**vars(self), "left_out": dict(self.left_out)}
 
     @classmethod
@@ -72,6 +78,7 @@ class Reading:
 
     @property
     def entries_read(self) -> int:
+        """Entries that were read, with those that were left out."""
         return self.entries + self.left_out.total()
 
     def __str__(self) -> str:
@@ -88,12 +95,15 @@ def read_questions(
     special: Iterable[str] = (),
     reading: Reading | None = None,
 ) -> Iterator[Question]:
-    """Questions of a split in the order of its shards; entries that cannot be used are reported on stderr.
+    """The questions of a split, in the order of its shards. Entries that cannot be used are reported on stderr.
 
-    read: kind and content of a media part -> its frames, as `MediaEncoder.read`.
-    special: tokens that training learns as text where a text spells them out (`TextTokens.stay_text`); the chat
-        template takes them for what they stand for.
-    reading: where to begin; it is kept up to date.
+    data_dir: Prepared folder of shards.
+    split: Name of the split.
+    limit: Most questions. None: all.
+    read: Kind and content of a media part -> its frames, as `MediaEncoder.read`.
+    special: Tokens that training learns as text where a text contains them (`TextTokens.stay_text`). The chat template
+        would give them their special meaning, so questions with them are left out.
+    reading: Where to begin. It is kept up to date.
     """
     from dct_qwen2vl.data.media import BadSample
     from dct_qwen2vl.data.reading import MediaError
@@ -176,7 +186,11 @@ def grey_frames(frames: "Frames") -> "np.ndarray":
 
 
 def in_rounds(questions: Iterable[Question], most: int) -> Iterator[list[Question]]:
-    """Lists of up to `most` questions, fewer where their media fill MEDIA_AT_ONCE."""
+    """Lists of questions, each small enough for memory.
+
+    questions: In order.
+    most: Questions of a list, at most. A list is shorter if its media fill MEDIA_AT_ONCE.
+    """
     chosen, size = [], 0
     for question in questions:
         chosen.append(question)

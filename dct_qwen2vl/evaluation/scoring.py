@@ -18,8 +18,11 @@ def same_answer(prediction: str, answer: str) -> bool:
 
 
 def accuracies(answers: list[dict[str, Any]], name: str) -> dict[str, float]:
-    """Share of right answers by question type, and "overall". answers: as in predictions.jsonl; name: under which the
-    predictions stand there."""
+    """Share of right answers, 0 to 1, by question type and "overall".
+
+    answers: As in predictions.jsonl.
+    name: Field that holds the predictions.
+    """
     right: dict[str, list[bool]] = {"overall": []}
     for answer in answers:
         correct = same_answer(answer[name], answer["answer"])
@@ -40,7 +43,12 @@ def table(results: dict) -> str:
 def describe_answers(
     questions: list[Question], predictions: list[str], blind_predictions: list[str]
 ) -> list[dict[str, Any]]:
-    """What predictions.jsonl holds, one object for each question."""
+    """What predictions.jsonl holds: one object for each question.
+
+    questions: That were asked.
+    predictions: The model's answers.
+    blind_predictions: Its answers with all images grey.
+    """
     return [
         {
             "key": question.key,

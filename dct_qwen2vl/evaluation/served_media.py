@@ -29,7 +29,10 @@ Source = str | Path | bytes | Image.Image
 
 @dataclass(frozen=True)
 class MediaReader:
-    """Reads media as one model was trained to see them. fit: sizes and bounds of its images and videos."""
+    """Reads media as one model was trained to see them.
+
+    fit: Sizes and bounds of its images and videos.
+    """
 
     fit: PixelFit
 
@@ -44,12 +47,22 @@ class MediaReader:
         return cls(PixelFit(factor, *own_pixel_bounds(model_dir), sampling, whole=not reads_dct))
 
     def image(self, source: Source) -> Image.Image:
-        """An upright RGB image. source: a path, a file's bytes or a PIL image. Raises MediaError, BadSample."""
+        """An upright RGB image at the size that the model reads.
+
+        source: A path, a file's bytes or a PIL image.
+
+        Raises MediaError or BadSample.
+        """
         return Image.fromarray(as_array("image", content_of(source), self.fit.sampling, self.fit))
 
     def frames(self, source: str | Path | bytes) -> list[Image.Image]:
-        """The sampled frames of a video, upright RGB, an even number: the last of an odd number comes twice, as a token
-        holds two. source: a path or a file's bytes. Raises MediaError, BadSample."""
+        """The sampled frames of a video, upright RGB. A token holds two frames, so the last of an odd number comes
+        twice.
+
+        source: A path or a file's bytes.
+
+        Raises MediaError or BadSample.
+        """
         pixels = decode_video(content_of(source), self.fit.sampling, self.fit)
         if len(pixels) % 2:
             pixels = np.concatenate([pixels, pixels[-1:]])

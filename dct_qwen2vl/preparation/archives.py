@@ -26,6 +26,7 @@ MOST_NAMED = 5  # archives in folders: there may be thousands of shards
 
 
 def list_tars(data_dir: Path) -> list[Path]:
+    """The tars in a data folder, by name."""
     return sorted(path for path in map(data_dir.joinpath, filter(is_tar, os.listdir(data_dir))) if path.is_file())
 
 
@@ -42,8 +43,12 @@ def name_unread(data_dir: Path) -> list[str]:
 
 
 def name_unread_below(names: Iterable[str], data_dir: Path, tars: Iterable[Path]) -> list[str]:
-    """The same of the folders below the data folder. names: of all plain files, relative to it; tars: those that are
-    read, which a link may have brought into the data folder."""
+    """Lines that name the archives in folders below the data folder, which are not read.
+
+    names: Of all plain files, relative to the data folder.
+    data_dir: The data folder.
+    tars: Those that are read. A link may have brought them into the data folder.
+    """
     archives = {name for name in names if is_archive(name)}
     read = {os.path.realpath(tar) for tar in tars}
     below = sorted(name for name in archives if os.sep in name and os.path.realpath(data_dir / name) not in read)
@@ -59,8 +64,12 @@ def is_archive(name: str) -> bool:
 
 
 def name_parts(names: Collection[str], data_dir: Path, below: bool = False) -> list[str]:
-    """A line for each tar of which there are parts and not the whole. names: relative to the data folder, where the
-    whole belongs; below: name the parts in its folders, not those in itself."""
+    """A line for each tar of which the parts are there, but not the whole.
+
+    names: Of files, relative to the data folder.
+    data_dir: The data folder, where the whole tar belongs.
+    below: Whether to name the parts in its folders instead of those in itself.
+    """
     groups: dict[str, list[str]] = {}
     for name in sorted(names):
         part = None if is_tar(name) or NOT_READ.fullmatch(name) else PART.fullmatch(name)

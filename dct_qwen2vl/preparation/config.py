@@ -19,7 +19,7 @@ from dct_qwen2vl.common.settings import add_flags, check_ranges, from_flags, pla
 from dct_qwen2vl.preparation.data_splits import parse_split, parse_weight, say_shares
 from dct_qwen2vl.preparation.metadata import METADATA_NAME
 
-DESCRIPTION = """Turn a LLaVA-style data set (JSON metadata of conversations, tars or folders of media) into shards for
+DESCRIPTION = """Turns a LLaVA-style data set (JSON metadata of conversations, tars or folders of media) into shards for
 Energon."""
 MOST_SEED = 2**63 - 1
 MOST_WORKERS_A_CORE = 8  # more only wait for each other and take memory
@@ -77,7 +77,7 @@ class PreparationConfig:
     seed: int = setting(
         WRITTEN,
         0,
-        "of split and shuffle (default: %(default)s)",
+        "for the split and for shuffling (default: %(default)s)",
         metavar="N",
         at_least=-MOST_SEED,
         at_most=MOST_SEED,
@@ -85,7 +85,7 @@ class PreparationConfig:
     maxcount: int = setting(
         WRITTEN,
         1000,
-        "samples a shard at most, fewer where the split needs it (default: %(default)s)",
+        "most samples of a shard; fewer if the split needs it (default: %(default)s)",
         metavar="N",
         at_least=1,
     )
@@ -100,7 +100,7 @@ class PreparationConfig:
     source_weight: tuple[tuple[str, float], ...] = setting(
         WRITTEN,
         (),
-        "repeat or thin the training entries of a source, as 2 or 0.5 (default: 1)",
+        "write the training entries of a source W times: 2 is twice, 0.5 is half of them (default: 1)",
         metavar="NAME=W",
         nargs="+",
         parse=parse_weight,
@@ -109,14 +109,14 @@ class PreparationConfig:
     max_pixels: int | None = setting(
         WRITTEN,
         None,
-        "make images with more pixels (height times width) smaller (default: keep them)",
+        "scale down images with more pixels (height times width) (default: keep them)",
         metavar="N",
         at_least=1,
     )
     jpeg_quality: int = setting(
         WRITTEN,
         95,
-        "of images that are encoded again (default: %(default)s)",
+        "for images that are encoded again (default: %(default)s)",
         metavar="Q",
         at_least=1,
         at_most=100,
@@ -124,7 +124,7 @@ class PreparationConfig:
     check_images: bool = setting(
         WRITTEN, False, "decode every image and every frame of a video", first_name="check_pictures"
     )
-    limit: int | None = setting(WRITTEN, None, "use the first N entries of the metadata alone", metavar="N", at_least=1)
+    limit: int | None = setting(WRITTEN, None, "use only the first N entries of the metadata", metavar="N", at_least=1)
 
     num_workers: int = setting(
         RUNNING,
@@ -137,7 +137,7 @@ class PreparationConfig:
     part: tuple[int, int] | None = setting(
         RUNNING,
         None,
-        "write every N-th shard alone; after all parts, the same command without --part ends the set",
+        "write only part I of N parts; after all parts, the same command without --part completes the set",
         metavar="I/N",
         parse=parse_part,
         in_fingerprint=False,
@@ -164,9 +164,9 @@ class PreparationConfig:
         in_fingerprint=False,
     )
     energon_prepare: bool = setting(
-        RUNNING, False, "also run `energon prepare`: splits, crude samples", in_fingerprint=False
+        RUNNING, False, "also run `energon prepare` and answer its questions", in_fingerprint=False
     )
-    no_report: bool = setting(RUNNING, False, "no report.html", in_fingerprint=False)
+    no_report: bool = setting(RUNNING, False, "write no report.html", in_fingerprint=False)
     debug: bool = setting(RUNNING, False, "show the traceback of an error", in_fingerprint=False)
 
 
@@ -179,7 +179,11 @@ FIRST_IN_FINGERPRINT = (
 
 
 def parse_arguments(argv: list[str] | None, kind: type[PreparationConfig] = PreparationConfig) -> PreparationConfig:
-    """kind: `PreparationConfig`, or one with more fields."""
+    """The settings on the command line. A wrong one is a usage error.
+
+    argv: Arguments. None: those of the process.
+    kind: `PreparationConfig`, or a subclass with more fields.
+    """
     parser = argparse.ArgumentParser(description=DESCRIPTION)
     add_flags(parser, kind)
     config = from_flags(kind, parser.parse_args(argv))

@@ -120,7 +120,10 @@ def convert_media(kind: str, name: str, data: bytes, options: ConversionOptions 
     """Checks one image or video. Returns what the shard stores.
 
     kind: "image" or "video".
-    name: stands in the detail of an error.
+    name: Named in the detail of an error.
+    data: The file.
+    options: How it is stored.
+
     Raises UnusableSample with a reason of the table above.
     """
     with saying_which(kind, name):
@@ -130,8 +133,14 @@ def convert_media(kind: str, name: str, data: bytes, options: ConversionOptions 
 def convert_all(
     media: Iterable[tuple[str, str]], files: Iterable[bytes], options: ConversionOptions = DEFAULTS
 ) -> list[StoredMedia]:
-    """The media of an entry, (kind, name) as conversations.CheckedEntry lists them and their files -> the parts of its
-    sample, in order. Adjacent media of kind "frame" become one video. Raises UnusableSample."""
+    """Checks all media of an entry. Returns the parts of its sample, in order.
+
+    media: (kind, name), as in `entries.CheckedEntry`. Adjacent media of kind "frame" become one video.
+    files: The file of each medium.
+    options: How they are stored.
+
+    Raises UnusableSample with a reason of the table above.
+    """
     stored: list[StoredMedia] = []
     frames: list[StoredMedia] = []
     place, first = 0, ""

@@ -115,7 +115,12 @@ def group_entries(media_start: np.ndarray, content: np.ndarray, digest: np.ndarr
 
 
 def identify(media_start: np.ndarray, content: np.ndarray, digest: np.ndarray) -> np.ndarray:
-    """What an entry's split is drawn by, S16 [N]: the content of its first medium, or its digest where it has none."""
+    """What decides the split of each entry, S16 [N]: the content of its first medium, or its own digest without media.
+
+    media_start: int64 [N + 1]. As in plan.Columns.
+    content: S16 [M]. Digests of the media's content.
+    digest: S16 [N]. Digests of the entries.
+    """
     first, has_media = media_start[:-1], np.diff(media_start) > 0
     identity = digest.copy()
     identity[has_media] = content[first[has_media]]
@@ -127,11 +132,14 @@ def split_entries(
 ) -> np.ndarray:
     """The split of each entry, int8 [N], as number in SPLITS.
 
-    group, source: int [N]. Of each entry.
-    identity: S16 [N]. See `identify`.
+    group: int [N]. Entries of a group have an image in common, so they go to one split.
+    source: int [N]. Source data set of each entry.
+    identity: S16 [N]. As `identify` gives it.
+    shares: Of train, val and test.
+    seed: Of the order in which groups are placed.
 
-    Every source, and all of them together, lack some entries in each split at any time. A group goes where it makes the
-    sum of squares of what they lack smallest.
+    At any time, each split lacks some entries of every source and of all sources together. A group goes to the split
+    for which the sum of squares of these numbers becomes smallest.
     """
     _, first = np.unique(group, return_index=True)
     order = np.argsort(hash_seeded(seed, "split", identity[first]), kind="stable")
@@ -183,7 +191,11 @@ def count_copies(
 ) -> np.ndarray:
     """How often each entry is written, int32 [N].
 
-    weights: source -> how often its training entries are written, on average.
+    split: int8 [N]. As `split_entries` gives it.
+    source: int [N]. Source data set of each entry.
+    digest: S16 [N]. Digests of the entries.
+    weights: Source -> how often its training entries are written, on average.
+    seed: Of the choice that a fraction needs.
     """
     copies = np.ones(len(split), np.int32)
     for number, weight in weights.items():
@@ -196,9 +208,16 @@ def count_copies(
 def lay_out(
     split: np.ndarray, copies: np.ndarray, digest: np.ndarray, shares: tuple[int, int, int], maxcount: int, seed: int
 ) -> Layout:
-    """Orders the samples and cuts them into shards of at most `maxcount`.
+    """Orders the samples and cuts them into shards.
 
-    Raises PreparationError where a split has too few samples for its shards.
+    split: int8 [N]. As `split_entries` gives it.
+    copies: int32 [N]. As `count_copies` gives it.
+    digest: S16 [N]. Digests of the entries.
+    shares: Of train, val and test, as Energon will cut them.
+    maxcount: Most samples of a shard.
+    seed: Of the order.
+
+    Raises PreparationError if a split has too few samples for its shards.
     """
     row = np.repeat(np.arange(len(split)), copies)
     copy = (np.arange(len(row)) - np.repeat(np.cumsum(copies) - copies, copies)).astype(np.int32)

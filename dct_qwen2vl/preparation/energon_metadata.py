@@ -17,15 +17,24 @@ DATASET_YAML = "__module__: megatron.energon\n__class__: CrudeWebdataset\nauto_d
 
 
 def dialogue_command(output_dir: Path, split: str) -> str:
-    """The dialogue with `energon prepare` as one line to type."""
+    """The dialogue with `energon prepare` as one line to type.
+
+    output_dir: The folder of shards.
+    split: Shares as Energon asks for them, such as "8,1,1".
+    """
     beside_python = Path(sys.executable).with_name("energon")
     energon = str(beside_python) if shutil.which("energon") is None and beside_python.exists() else "energon"
     return f"printf '{split}\\ny\\n{CRUDE_SAMPLE}\\n' | {shlex.quote(energon)} prepare {shlex.quote(str(output_dir))}"
 
 
 def is_cut_alike(shares: tuple[int, int, int], shards: int) -> bool:
-    """Whether Energon's cut of the sorted shards is ours: it adds up rounded fractions (WebdatasetPreparator in 5.2.0),
-    which goes wrong for 7,2,1."""
+    """Whether Energon cuts the sorted shards as this tool does.
+
+    shares: Of train, val and test.
+    shards: Number of shards.
+
+    Energon adds up rounded fractions (WebdatasetPreparator in 5.2.0), which goes wrong for 7,2,1.
+    """
     end, shares_before = 0.0, 0
     for share in shares:
         end += share / sum(shares)
@@ -36,8 +45,15 @@ def is_cut_alike(shares: tuple[int, int, int], shards: int) -> bool:
 
 
 def energon_prepare(output_dir: Path, split: str, split_of: tuple[str, ...], num_workers: int) -> None:
-    """Answer this interpreter's `energon prepare`, then write the splits as they are, and a dataset.yaml that leaves
-    the media as bytes. split_of: the split of each shard."""
+    """Runs `energon prepare` with this interpreter and answers its questions.
+
+    output_dir: The folder of shards.
+    split: Shares as Energon asks for them, such as "8,1,1".
+    split_of: The split of each shard. They replace Energon's own.
+    num_workers: Processes that read the shards.
+
+    The dataset.yaml is written so that media stay bytes. Raises PreparationError if `energon prepare` fails.
+    """
     import yaml
 
     folder = output_dir / ENERGON_FOLDER

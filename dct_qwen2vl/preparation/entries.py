@@ -160,8 +160,13 @@ class CheckedEntry:
 
 
 class Turn(NamedTuple):
-    """role: "system", "user" or "assistant"; text: with placeholders; source: the entry's own object, or the one to
-    write in its place; pieces: as in turns.py."""
+    """A turn of a conversation.
+
+    role: "system", "user" or "assistant".
+    text: With placeholders.
+    source: The entry's own object, or the one to write in its place.
+    pieces: As `conversations.split_turns` gives them.
+    """
 
     role: str
     text: str
@@ -170,7 +175,12 @@ class Turn(NamedTuple):
 
 
 class Medium(NamedTuple):
-    """What one placeholder stands for. kind: "image" or "video"; names: one file, or the frames of a video."""
+    """What one placeholder stands for.
+
+    kind: "image" or "video".
+    names: One file, or the frames of a video.
+    is_frames: Whether the names are frames.
+    """
 
     kind: str
     names: tuple[str, ...]
@@ -288,8 +298,11 @@ def read_part(part: dict[str, Any]) -> Medium | None:
 
 
 def field_of(entry: dict, kind: str) -> Any:
-    """What stands under `kind`, "image" or "video", or under its plural where that names nothing; None where neither
-    does."""
+    """The value of an entry's field for one kind of media. None where there is none.
+
+    entry: Of the metadata.
+    kind: "image" or "video". The plural is read where the singular names nothing.
+    """
     return next((entry[name] for name in (kind, f"{kind}s") if name in entry and list_names(entry[name])), None)
 
 
@@ -444,8 +457,13 @@ def leave_out_turns(turns: list[Turn], repairs: list[str]) -> list[Turn]:
 
 
 def check_roles(turns: list[Turn]) -> list[Turn]:
-    """The same turns: a system turn or none, then user and assistant in turns, each at least once. Raises
-    UnusableSample."""
+    """Checks that there is at most one system turn, first, and that user and assistant then take turns. Returns the
+    turns.
+
+    turns: Of one entry.
+
+    Raises UnusableSample.
+    """
     spoken = turns[1:] if turns and turns[0].role == "system" else turns
     for number, turn in enumerate(spoken):
         if turn.role != ("assistant" if number % 2 else "user"):
@@ -512,8 +530,13 @@ def refuse_other_markers(turns: list[Turn]) -> None:
 
 
 def compare_names(turns: list[Turn], media: list[Medium]) -> None:
-    """Raises UnusableSample where a part names another file than the entry's list has for it. media: in the order of
-    the placeholders, if there are any."""
+    """Checks that a part names the same file as the entry's list of media.
+
+    turns: Of one entry.
+    media: In the order of the placeholders, if there are any.
+
+    Raises UnusableSample.
+    """
     for medium, own in zip(media, [own for turn in turns for own in name_placeholders(turn)]):
         if own and own.names != medium.names:
             names = [", ".join(of.names) for of in (own, medium)]

@@ -15,7 +15,10 @@ WEB_PAGES = (b"<!doctype", b"<html", b"<?xml")
 
 
 def name_kind(beginning: bytes) -> str:
-    """One of the things above, "" for any other. beginning: the first 32 bytes of a file, or more."""
+    """One of the things above, or "" for any other.
+
+    beginning: The first 32 bytes of a file, or more.
+    """
     text = beginning.lstrip()[:32]
     if text.lower().startswith(WEB_PAGES):
         return "it is a web page, perhaps of an error: fetch it again"

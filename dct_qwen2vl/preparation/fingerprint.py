@@ -46,7 +46,10 @@ def list_sizes(inputs: list[Path]) -> list[list]:
 def is_complete(config: PreparationConfig, metadata: list[Path]) -> bool:
     """Whether an earlier run has written all that this one would write.
 
-    No tar may be newer than that run, and no plain file where the plan looked for plain files.
+    config: The settings.
+    metadata: Files of the metadata.
+
+    No tar may be newer than that run. Plain files may not be newer either, if the plan looked for plain files.
     """
     run, stats = read_run(config.output_dir), read_json(config.output_dir / STATS_NAME)
     if config.force or config.dry_run or not run or not isinstance(stats, dict):
@@ -66,7 +69,14 @@ def is_complete(config: PreparationConfig, metadata: list[Path]) -> bool:
 def describe_run(
     config: PreparationConfig, reader: MetadataReader, tars: list[TarSource], plan: Plan, layout: Layout
 ) -> dict[str, Any]:
-    """What run.json holds. The fingerprint covers all that the shards' bytes depend on."""
+    """What run.json holds. The fingerprint covers all that the shards' bytes depend on.
+
+    config: The settings.
+    reader: Has read all metadata.
+    tars: The tars of the data folder.
+    plan: Which entries are written.
+    layout: In which order.
+    """
     metadata = [[path.name, digest] for path, digest in zip(reader.paths, reader.digests)]
     libjpeg = features.version("libjpeg_turbo") or features.version("jpg")
     libraries = {"pillow": version("pillow"), "libjpeg": libjpeg, "av": version("av")}

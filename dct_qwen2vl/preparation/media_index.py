@@ -67,10 +67,12 @@ class NameList:
         self.ends = array("q", [0])
 
     def append(self, name: bytes) -> None:
+        """Adds a name."""
         self.text += name
         self.ends.append(len(self.text))
 
     def extend(self, other: "NameList") -> None:
+        """Adds all names of another list."""
         base = len(self.text)
         self.text += other.text
         self.ends.extend(base + end for end in other.ends[1:])
@@ -148,26 +150,45 @@ class Places:
 
     @classmethod
     def empty(cls, count: int, first_file: int) -> "Places":
+        """No name has a place yet.
+
+        count: Number of names.
+        first_file: Number of tars.
+        """
         source, zeros = np.full(count, NO_PLACE, np.int32), np.zeros(count, np.int64)
         return cls(source, zeros, zeros.copy(), np.zeros(count, DIGEST), np.zeros(count, np.uint8), first_file)
 
     def enter(self, rows: np.ndarray, source: int, index: Index, members: np.ndarray) -> None:
+        """Enters the places of some names.
+
+        rows: int [n]. Numbers of the names.
+        source: Number of the tar, or of the plain files.
+        index: Members of this source.
+        members: int [n]. Number in `index` for each name.
+        """
         self.source[rows] = source
         for name in ("offset", "size", "content"):
             getattr(self, name)[rows] = getattr(index, name)[members]
 
     def path_of(self, source: int, data_dir: Path, tars: tuple[Path, ...]) -> str:
-        """The file to read for a number in `source`. tars: as they are read."""
+        """The file to read for a number in `source`.
+
+        source: The number.
+        data_dir: The data folder.
+        tars: Paths of the tars as they are read.
+        """
         if source < self.first_file:
             return str(tars[source])
         return os.path.join(data_dir, os.fsdecode(self.files[source - self.first_file]))
 
 
 def digest_of(data: bytes) -> bytes:
+    """A digest of 16 bytes (BLAKE2b)."""
     return blake2b(data, digest_size=DIGEST.itemsize).digest()
 
 
 def digest_name(name: str) -> bytes:
+    """The digest of a name."""
     return digest_of(name.encode("utf-8", "surrogateescape"))
 
 
@@ -185,7 +206,12 @@ def digest_content(name: bytes, size: int, edges: bytes) -> bytes:
 
 
 def index_tars(data_dir: Path, work: Path | None, pool: WorkerPool) -> list[TarSource]:
-    """All tars of a data folder, by name. `work`: folder of kept indexes and unpacked tars; None: keep nothing."""
+    """All tars of a data folder, by name, with their indexes.
+
+    data_dir: The data folder.
+    work: Keeps indexes and unpacked tars for a later run. None: nothing is kept.
+    pool: Its workers read the tars.
+    """
     tasks = [(path, work) for path in list_tars(data_dir)]
     return list(pool.map(open_in_worker, tasks, lambda steps: None))
 
@@ -195,7 +221,13 @@ def open_in_worker(task: tuple[Path, Path | None], advance: Callable[[int], Any]
 
 
 def open_tar(path: Path, work: Path | None) -> TarSource:
-    """Raises PreparationError for what is no tar at all."""
+    """A tar with its index.
+
+    path: The tar.
+    work: As in `index_tars`.
+
+    Raises PreparationError if it is no tar.
+    """
     try:
         if work is None:
             return index_tar(path, path)
@@ -239,7 +271,11 @@ def load_index(path: Path, readable: Path, kept: Path) -> TarSource | None:
 
 
 def make_readable(sources: list[TarSource], num_workers: int) -> None:
-    """Unpack what an earlier run has indexed and its end has removed."""
+    """Unpacks tars again that an earlier run has indexed and then removed.
+
+    sources: The tars.
+    num_workers: Threads that unpack.
+    """
     missing = [source for source in sources if not source.readable.exists()]
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         list(pool.map(lambda source: unpack(source.path, source.readable), missing))
@@ -375,7 +411,12 @@ def walk_folder(root: str, leave_out: str) -> Iterator[str]:
 
 
 def are_files_older(data_dir: Path, leave_out: Path, time_ns: int) -> bool:
-    """Whether no plain file below the data folder was written, added or removed after a time."""
+    """Whether no plain file below the data folder was written, added or removed after a time.
+
+    data_dir: The data folder.
+    leave_out: A folder that is not looked into: the output.
+    time_ns: Nanoseconds since 1970.
+    """
     root = str(data_dir)
     for folder, changed_ns, names in walk_folders(root, str(leave_out.resolve())):
         paths = (os.path.join(root, folder, name) for name in names)
@@ -428,18 +469,14 @@ def locate(
     folded: np.ndarray,
     spelled: Callable[[int], str] | None = None,
 ) -> Places:
-    """Looks for U different names in the tars, then in the plain folders.
+    """Looks for U different names in the tars, then in the plain folders. Returns their places.
 
-    Args:
-        sources: The tars, with their indexes.
-        data_dir: The raw set.
-        leave_out: A folder that is not looked into: the output.
-        names: S16 [U]. Digests, ascending.
-        folded: S16 [U]. Digests of the names in lower case.
-        spelled: Gives the name itself by its number. Without it no other spelling is looked for.
-
-    Returns:
-        The places of the names.
+    sources: The tars, with their indexes.
+    data_dir: The data folder.
+    leave_out: A folder that is not looked into: the output.
+    names: S16 [U]. Digests, ascending.
+    folded: S16 [U]. Digests of the names in lower case.
+    spelled: Gives the name itself by its number. None: no other spelling is looked for.
     """
     places = Places.empty(len(names), len(sources))
     indexes = [source.index for source in sources]
@@ -465,12 +502,10 @@ def locate(
 def match(wanted: np.ndarray, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Finds what two arrays of digests share.
 
-    Args:
-        wanted: S16. Different values, ascending.
-        digests: S16. In any order.
+    wanted: S16. Different values, ascending.
+    digests: S16. In any order.
 
-    Returns:
-        int64 [2, shared]: the places in `wanted`, and those in `digests`.
+    Returns int64 [2, shared]: the places in `wanted`, and those in `digests`.
     """
     if not len(wanted):
         return np.zeros((2, 0), np.int64)
@@ -517,7 +552,13 @@ def resolve_spelling(places: Places, spelled: Callable[[int], str], sources: lis
 
 
 def enter_candidates(places: Places, candidates: list[tuple[int, str]], indexes: dict[int, Index], repair: int) -> None:
-    """Enter the files of these names for rows that have none yet. indexes: by their number in `places.source`."""
+    """Enters the files of some names for rows that have none yet.
+
+    places: Changed in place.
+    candidates: (row, name of a file).
+    indexes: By their number in `places.source`.
+    repair: Number in NAME_REPAIRS.
+    """
     candidates = [(row, name) for row, name in candidates if places.source[row] == NO_PLACE]
     if not candidates:
         return
@@ -548,8 +589,12 @@ def find_neighbour(name: str, data_dir: Path, sources: list[TarSource]) -> str:
 
 
 def find_nearest(name: str, sources: list[TarSource]) -> str:
-    """The member of a tar that has the longest end of a name for its own, or else any: "1.jpg in coco.tar"; "" where
-    the tars hold nothing."""
+    """The member of a tar that shares the longest end of a name, as "1.jpg in coco.tar". Otherwise any member, or ""
+    without one.
+
+    name: A name that no file has.
+    sources: The tars, with their indexes.
+    """
     for shorter in shorter_names(name):
         for source in sources:
             if len(match(np.array([digest_name(shorter)], DIGEST), source.index.names)[0]):

@@ -16,9 +16,12 @@ from dct_qwen2vl.preparation.plan import Plan
 
 
 def say_tars(tars: list[TarSource], config: PreparationConfig) -> None:
-    """Says how many files there are and, on stderr, what is not used of them.
+    """Prints how many files there are and, on stderr, which are not used.
 
-    Raises PreparationError for the latter with --strict.
+    tars: The tars of the data folder.
+    config: The settings.
+
+    Raises PreparationError for files that are not used, with --strict.
     """
     print(f"Found {sum(tar.members for tar in tars)} files in {len(tars)} tars")
     for line in name_unread(config.data_dir):
@@ -37,6 +40,12 @@ def say_tars(tars: list[TarSource], config: PreparationConfig) -> None:
 
 
 def say_plan(plan: Plan, layout: Layout, config: PreparationConfig) -> None:
+    """Prints what will be written.
+
+    plan: Which entries are written.
+    layout: In which order.
+    config: The settings.
+    """
     sizes = np.diff(layout.bounds)
     read, samples = sum(plan.read.values()), len(layout.row)
     print(f"Keeping {len(plan)} of {read} conversations: {len(sizes)} shards of up to {sizes.max()} samples")
@@ -49,7 +58,11 @@ def say_plan(plan: Plan, layout: Layout, config: PreparationConfig) -> None:
 
 
 def say_dry_run(plan: Plan, layout: Layout) -> None:
-    """The table of sources and splits; nothing has been written."""
+    """Prints the table of sources and splits. Nothing has been written.
+
+    plan: Which entries would be written.
+    layout: In which order.
+    """
     split_of = np.repeat([SPLITS.index(name) for name in layout.split_of], np.diff(layout.bounds))
     print(f"{'source':<24}{'read':>10}{'usable':>10}" + "".join(f"{name:>10}" for name in SPLITS))
     usable = np.bincount(plan.entries["source"], minlength=len(plan.sources))
@@ -64,15 +77,27 @@ def say_dry_run(plan: Plan, layout: Layout) -> None:
 
 
 def own_shards(layout: Layout, part: tuple[int, int] | None) -> list[int]:
+    """Numbers of the shards that a part of the work writes.
+
+    layout: All shards.
+    part: (number from 1, parts). None: all shards.
+    """
     number, parts = part or (1, 1)
     return list(range(number - 1, len(layout.split_of), parts))
 
 
 def say_part(config: PreparationConfig, layout: Layout, seconds: float, samples: int) -> None:
+    """Prints what a part of the work has written.
+
+    config: The settings, with their part.
+    layout: All shards.
+    seconds: Time that it took.
+    samples: Samples that this part has written.
+    """
     number, parts = config.part
     shards = len(own_shards(layout, config.part))
     print(f"Part {number} of {parts} done: {shards} of {len(layout.split_of)} shards{say_rate(seconds, samples)}")
-    print("When all parts are done, the same command without --part puts the counts together")
+    print("When all parts are done, run the same command without --part: it completes the set")
 
 
 def say_rate(seconds: float, samples: int) -> str:
@@ -81,6 +106,13 @@ def say_rate(seconds: float, samples: int) -> str:
 
 
 def say_result(stats: dict[str, Any], filtered: Path, seconds: float, samples: int) -> None:
+    """Prints the counts of a complete set.
+
+    stats: What stats.json holds.
+    filtered: The filtered metadata.
+    seconds: Time that it took.
+    samples: Samples that this run has written.
+    """
     reasons = ", ".join(f"{reason} {count}" for reason, count in stats["skipped"].items())
     weighted = "".join(f" {sign} {name} {stats[name]}" for sign, name in (("+", "copies"),) if stats[name])
     thinned = f" + thinned {stats['thinned']}" if stats["thinned"] else ""

@@ -36,9 +36,14 @@ class PreparationError(UserError):
 
 @dataclass(frozen=True)
 class EntryRanges:
-    """Consecutive entries of one metadata file: entry i is its bytes [start[i], stop[i]), int64 [N].
+    """Consecutive entries of one metadata file.
 
-    file: number of the file; first: number of entry 0 among the entries of all files. is_list: the file is a JSON list.
+    file: Number of the file.
+    path: The file.
+    is_list: Whether it is a JSON list.
+    first: Number of entry 0 among the entries of all files.
+    start: int64 [N]. First byte of each entry.
+    stop: int64 [N]. Byte after its last one.
     """
 
     file: int
@@ -54,8 +59,13 @@ class EntryRanges:
 
 
 def find_metadata(data_dir: Path, names: list[Path] | None = None) -> list[Path]:
-    """The files that are named, below the data folder or wherever they are; without names, cambrian737k.json in any
-    letter case. Raises PreparationError where one is missing, or where several differ in letter case alone."""
+    """The files of the metadata.
+
+    data_dir: The data folder.
+    names: Files below the data folder or elsewhere. None: cambrian737k.json in any letter case.
+
+    Raises PreparationError if one is missing, or if several differ only in letter case.
+    """
     if not data_dir.is_dir():
         raise PreparationError(f"{data_dir} is not a folder; --data-dir takes the folder that holds the media")
     if names:
@@ -237,10 +247,18 @@ class ListCutter:
 
 
 def read_range(descriptor: int, path: Path | str, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of an open file. Raises PreparationError where it is shorter."""
+    """Bytes [start, stop) of an open file.
+
+    descriptor: The open file.
+    path: Named in the message.
+    start: First byte.
+    stop: Byte after the last one.
+
+    Raises PreparationError if the file is shorter.
+    """
     data = os.pread(descriptor, stop - start, start)
     if len(data) != stop - start:
-        raise PreparationError(f"{path} changed while it was read; once it is complete, the same command goes on")
+        raise PreparationError(f"{path} changed while it was read; once it is complete, run the same command again")
     return data
 
 
@@ -273,7 +291,12 @@ def parse_entries(ranges: EntryRanges) -> Iterator[tuple[bytes, Any]]:
 
 
 def read_entry(path: Path, start: int, stop: int) -> Any:
-    """One entry that `parse_entries` has read before."""
+    """One entry that `parse_entries` has read before.
+
+    path: File of the metadata.
+    start: First byte of the entry.
+    stop: Byte after its last one.
+    """
     with path.open("rb") as file:
         return parse_entry(read_range(file.fileno(), path, start, stop))
 

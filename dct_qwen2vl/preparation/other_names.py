@@ -29,7 +29,11 @@ def cleaned(name: str) -> str:
 
 
 def within_folders(name: str, others: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(first folder in small letters, what follows) of a name and of its other spellings."""
+    """(first folder in lower case, the rest) of a name and of its other spellings.
+
+    name: The name.
+    others: Its other spellings.
+    """
     for spelling in (name, *others):
         folder, _, rest = spelling.partition("/")
         if rest:

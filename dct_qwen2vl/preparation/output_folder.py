@@ -79,9 +79,12 @@ def read_run(output_dir: Path) -> dict[str, Any] | None:
 
 
 def check_output(output_dir: Path, force: bool) -> None:
-    """Raises PreparationError for a folder that is neither new nor empty nor this tool's.
+    """Checks that a folder may be written to: it is new, empty or this tool's.
 
-    force: allows other files in it, unless Energon would take them for shards.
+    output_dir: The folder.
+    force: Whether it may hold other files, unless Energon would take them for shards.
+
+    Raises PreparationError.
     """
     present = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
     present = [path for path in present if path.name != WORK_FOLDER and not is_leftover(path)]
@@ -109,7 +112,11 @@ def is_leftover(path: Path, own: re.Pattern = OWN_FILE) -> bool:
 def claim(output_dir: Path, run: dict[str, Any], force: bool) -> None:
     """Marks the folder as that of this run.
 
-    Raises PreparationError if it is another run's, unless `force` allows it.
+    output_dir: The folder.
+    run: What run.json holds.
+    force: Whether another run's shards may be removed.
+
+    Raises PreparationError if the folder is another run's and `force` is false.
     """
     earlier = read_run(output_dir)
     if earlier and not force:
@@ -163,7 +170,8 @@ def remove_conclusions(output_dir: Path) -> None:
 def remove_leftovers(output_dir: Path, prefixes: tuple[str, ...]) -> None:
     """Removes temporary files that a killed run left behind.
 
-    prefixes: of the names. Other files stay.
+    output_dir: The folder.
+    prefixes: Beginnings of the names. Other files stay.
     """
     for path in sorted(output_dir.iterdir()):
         if is_leftover(path) and path.name.startswith(prefixes):
@@ -186,14 +194,19 @@ def is_finished(shard: Path) -> bool:
 
 
 def remove_work(output_dir: Path) -> None:
+    """Removes the work folder with its indexes and unpacked tars."""
     shutil.rmtree(output_dir / WORK_FOLDER, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def locked(path: Path, shared: bool = False, wait: bool = False) -> Iterator[None]:
-    """Holds a lock that ends with this process, however it ends. Where the file system knows no locks, there is none.
+    """Holds a lock that ends with this process, however it ends. Without locks in the file system, it does nothing.
 
-    wait: waits for another process that has it. Without it, PreparationError is raised.
+    path: File of the lock.
+    shared: Whether several processes may hold it so.
+    wait: Whether to wait for another process that has it.
+
+    Raises PreparationError if another process has it and `wait` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:

@@ -45,7 +45,14 @@ MAXIMUM_MEDIA_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class SkippedEntry:
-    """An entry left out. index: its number in the metadata; id: its own, if it has one; source: its dataset."""
+    """An entry that is left out.
+
+    index: Its number in the metadata.
+    id: Its own id, if it has one.
+    source: Its source data set.
+    reason: One of the reasons in entries.py or conversion.py.
+    detail: What was found.
+    """
 
     index: int
     id: Any
@@ -63,6 +70,7 @@ class SkipList:
     counts: Counter = field(default_factory=Counter)
 
     def add(self, entry: SkippedEntry) -> None:
+        """Adds an entry that is left out."""
         self.indices.append(entry.index)
         self.lines.append(json.dumps(asdict(entry)).encode())
         self.counts[entry.source, entry.reason] += 1
@@ -71,12 +79,14 @@ class SkipList:
         return len(self.indices)
 
     def reasons(self) -> dict[str, int]:
+        """Entries left out, by reason."""
         total = Counter()
         for (_, reason), count in self.counts.items():
             total[reason] += count
         return dict(sorted(total.items()))
 
     def first_detail(self) -> str:
+        """Why the first entry in the metadata is left out."""
         return json.loads(next(self.in_order()))["detail"]
 
     def in_order(self) -> Iterator[bytes]:
@@ -130,7 +140,13 @@ class CheckTask:
 
 @dataclass(frozen=True)
 class CheckedPiece:
-    """What became of a CheckTask. sources: names of those of its columns. read: entries of each source."""
+    """The result of a CheckTask.
+
+    columns: Entries that can be used, as far as is known.
+    sources: Names of the sources in these columns.
+    skipped: The other entries.
+    read: Entries of each source.
+    """
 
     columns: Columns
     sources: list[str]
@@ -140,10 +156,16 @@ class CheckedPiece:
 
 @dataclass
 class Plan:
-    """All entries that can be written, as far as their files have not been read yet.
+    """All entries that can be written, as far as is known before their files are read.
 
-    entries, media_start, kind: as in Columns. media int64 [M]: number in `places`. sources: names; read: entries by
-    source.
+    entries: As in Columns.
+    media_start: As in Columns.
+    kind: As in Columns.
+    media: int64 [M]. Number in `places`.
+    places: Where the files lie.
+    sources: Names of the sources.
+    read: Entries by source.
+    skipped: Entries that are left out.
     """
 
     entries: np.ndarray
@@ -181,6 +203,13 @@ def source_of(entry: Any) -> str:
 
 
 def describe_skip(index: int, entry: Any, source: str, unusable: UnusableSample) -> SkippedEntry:
+    """An entry that is left out, as skipped.jsonl holds it.
+
+    index: Number of the entry.
+    entry: Of the metadata. Its id is kept, cut to MAXIMUM_ID characters.
+    source: Source data set.
+    unusable: Why it is left out.
+    """
     identity = entry.get("id") if isinstance(entry, dict) else None
     if len(json.dumps(identity, default=str)) > MAXIMUM_ID:
         identity = str(identity)[:MAXIMUM_ID]
@@ -188,6 +217,11 @@ def describe_skip(index: int, entry: Any, source: str, unusable: UnusableSample)
 
 
 def be_strict(index: int, finding: str) -> None:
+    """Raises PreparationError for a finding, with --strict.
+
+    index: Number of the entry.
+    finding: What was found.
+    """
     raise PreparationError(f"--strict: entry {index} of the metadata: {finding}")
 
 
@@ -256,6 +290,7 @@ class Collector:
         self.skipped = SkipList()
 
     def add(self, piece: CheckedPiece) -> None:
+        """Adds what a worker has checked."""
         for source, count in piece.read.items():
             self.read[self.name_source(source)] += count
         for entry in piece.skipped:
@@ -287,7 +322,15 @@ class Collector:
 
 
 def check_all(reader: MetadataReader, pool: WorkerPool, strict: bool, advance: Callable[[int], Any]) -> Collector:
-    """Check all entries of the metadata. Raises PreparationError."""
+    """Checks all entries of the metadata.
+
+    reader: Reads the metadata.
+    pool: Its workers check the entries.
+    strict: Whether the first finding is an error.
+    advance: Called with numbers of entries that were checked.
+
+    Raises PreparationError for metadata that is not JSON or holds no entries, and for the first finding, if `strict`.
+    """
     collector = Collector()
     tasks = (CheckTask(ranges, strict) for ranges in reader)
     for piece in pool.map(check_piece, tasks, advance):
@@ -305,7 +348,17 @@ def make_plan(
     leave_out: Path,
     strict: bool = False,
 ) -> Plan:
-    """Leave out duplicates and entries whose files are missing; find the files of the others."""
+    """Leaves out duplicates and entries whose files are missing, and finds the files of the others.
+
+    collector: All checked entries.
+    metadata: Files of the metadata.
+    tars: The tars of the data folder.
+    data_dir: The data folder.
+    leave_out: A folder that is not looked into: the output.
+    strict: Whether the first finding is an error.
+
+    Raises PreparationError for the first finding, if `strict`.
+    """
     columns = collector.columns()
     entries, usable = columns.entries, np.ones(len(columns.entries), bool)
 

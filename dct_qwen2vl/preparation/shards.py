@@ -43,7 +43,7 @@ TEMPLATE = BLANK_HEADER.tobuf(tarfile.USTAR_FORMAT)
 TEMPLATE_SUM = sum(TEMPLATE[:124]) + sum(TEMPLATE[136:148]) + 8 * ord(" ") + sum(TEMPLATE[156:])
 PADDING = bytes(tarfile.BLOCKSIZE)
 MOST_PIECES = 1023  # in one system call; Linux takes 1,024
-GO_ON = "then the same command goes on"
+GO_ON = "then run the same command again"
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,13 @@ class PlannedSample(NamedTuple):
 
     index: Number of the entry.
     copy: Number of its repetition.
-    start, stop, crc: Bytes of its text in the file `metadata`, and their checksum.
+    metadata: File that holds its text.
+    start: First byte of its text.
+    stop: Byte after its last one.
     source: Number in ShardTask.sources.
+    crc: CRC-32 of its text.
+    characters: Of all turns.
+    repaired: Whether the entry needed a repair.
     kinds: Of its media, in order.
     places: Of its media, in order, as (path, offset, size).
     name_repairs: Numbers in NAME_REPAIRS, of its media's names.
@@ -134,7 +139,16 @@ def make_task(
     options: ConversionOptions,
     strict: bool,
 ) -> ShardTask:
-    """The task of shard `number`. files: the data folder, the files of metadata, the tars as they are read."""
+    """The task of writing one shard.
+
+    plan: Which entries are written.
+    layout: In which order.
+    number: Of the shard.
+    shard: File to write.
+    files: The data folder, the files of metadata, the tars as they are read.
+    options: How media are stored.
+    strict: Whether the first finding is an error.
+    """
     data_dir, metadata, tars = files
     samples = slice(int(layout.bounds[number]), int(layout.bounds[number + 1]))
     rows = layout.row[samples]
@@ -166,8 +180,18 @@ def make_task(
 
 @dataclass
 class ShardStats:
-    """What the file beside a shard says. samples, media: columns with one value for each sample written, and for each
-    of its media, in their order."""
+    """What the stats file of a shard says.
+
+    name: Of the shard.
+    split: Of the shard.
+    sources: Names of the source data sets.
+    written: Samples written.
+    parts: Media parts written, by treatment, and samples without media.
+    repairs: Samples repaired, by repair.
+    skipped: Entries left out.
+    samples: Columns with one value for each sample written.
+    media: Columns with one value for each medium of these samples, in their order.
+    """
 
     name: str
     split: str
@@ -352,10 +376,13 @@ def make_header(name: str, size: int) -> bytes:
 
 
 def write_shard(task: ShardTask, advance: Callable[[int], Any]) -> None:
-    """Write one shard, then its stats beside it; `advance` is told of every sample.
+    """Writes one shard, then its stats beside it.
 
-    Samples that cannot be used are left out and said in the stats. Raises PreparationError where none is left, and at
-    the first finding where task.strict.
+    task: All that is needed.
+    advance: Called with 1 after every sample.
+
+    Samples that cannot be used are left out, and the stats name them. Raises PreparationError if no sample is left, or
+    at the first finding if the task is strict.
     """
     stats = ShardStats(task.shard.name, task.split, list(task.sources))
     with contextlib.closing(SourceReader()) as reader, replacing(task.shard) as file:

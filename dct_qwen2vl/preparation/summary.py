@@ -62,7 +62,15 @@ class SetCounts:
 def summarise(
     output_dir: Path, plan: Plan, layout: Layout, metadata: list[Path], tars: list[TarSource], run: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes the files named above from the shards' stats. Returns what stats.json holds."""
+    """Writes the files named above from the shards' stats. Returns what stats.json holds.
+
+    output_dir: The folder of shards.
+    plan: Which entries are written.
+    layout: In which order.
+    metadata: Files of the metadata.
+    tars: The tars of the data folder.
+    run: What run.json holds.
+    """
     counts = SetCounts(plan.skipped)
     for number in range(len(layout.split_of)):
         data = stats_path(output_dir / SHARD_NAME.format(number)).read_bytes()
@@ -77,6 +85,7 @@ def summarise(
 
 
 def filtered_name(metadata: list[Path]) -> str:
+    """Name of the file of filtered metadata."""
     is_usual = len(metadata) == 1 and metadata[0].name.lower() == METADATA_NAME
     return "cambrian737k_filtered.json" if is_usual else "metadata_filtered.json"
 
@@ -89,7 +98,15 @@ def make_stats(
     run: dict[str, Any],
     counts: SetCounts,
 ) -> dict[str, Any]:
-    """What stats.json holds. Without times, folders and worker counts: equal data and settings give an equal file."""
+    """What stats.json holds. Equal data and settings give an equal file, so it has no times, folders or worker counts.
+
+    plan: Which entries are written.
+    layout: In which order.
+    metadata: Files of the metadata.
+    tars: The tars of the data folder.
+    run: What run.json holds.
+    counts: Of all shards.
+    """
     sources = count_sources(plan, layout, counts)
     totals = {
         name: sum(source[name] for source in sources.values()) for name in ("read", "copies", "thinned", "written")

@@ -79,12 +79,12 @@ class Header(NamedTuple):
 
 
 def walk_tar(stream: BinaryIO, length: int | None) -> Iterator[Member]:
-    """The members of a tar, and of tars that were joined to it. Raises DamagedTar where a header is wrong or the end is
-    missing.
+    """The members of a tar, and of tars that were joined to it.
 
-    Args:
-        stream: The tar. It is only ever moved forwards.
-        length: Bytes of the stream, if known.
+    stream: The tar. It is only moved forwards.
+    length: Bytes of the stream. None: unknown.
+
+    Raises DamagedTar if a header is wrong or the end is missing.
     """
     length = MAXIMUM_BYTES if length is None else length
     offset, extension, begin, edges = 0, Extension(), 0, b""
@@ -116,8 +116,12 @@ def walk_tar(stream: BinaryIO, length: int | None) -> Iterator[Member]:
 
 
 def skip_zeros(stream: BinaryIO, offset: int) -> tuple[bytes, int]:
-    """Past the end mark whose first block lies at an offset: the next block that has more than zeros in it and its
-    offset, or b"" and the end of the stream."""
+    """Reads past an end mark. Returns the next block that is not zeros and its offset, or b"" and the end of the
+    stream.
+
+    stream: The tar.
+    offset: Of the first block of the end mark, bytes.
+    """
     block = ZEROS
     while block == ZEROS:
         offset += BLOCK
@@ -132,13 +136,14 @@ def check_joined(block: bytes, offset: int) -> None:
 
 
 def check_end(begin: int, zeros: int, end: int, edges: bytes) -> None:
-    """Raises DamagedTar where a file, which was made in its whole size before it was filled, is not filled to its end.
+    """Checks that a tar that was made in its whole size before it was filled is filled to its end.
 
-    Args:
-        begin: Offset of the last of the tars that were joined, bytes.
-        zeros: Where the zeros behind it begin.
-        end: Where they end.
-        edges: First and last bytes of its last file.
+    begin: Offset of the last of the tars that were joined, bytes.
+    zeros: Where the zeros behind it begin, bytes.
+    end: Where they end, bytes.
+    edges: First and last bytes of its last file.
+
+    Raises DamagedTar if it is not.
     """
     is_cut = edges.startswith(IMAGE_BEGINNINGS) and edges.endswith(bytes(64))  # none of these images ends so
     fills_record = any((end - begin) % size == 0 and end - zeros < size + 2 * BLOCK for size in RECORDS)

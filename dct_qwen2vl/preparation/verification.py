@@ -68,6 +68,9 @@ class ShardCheck:
 def verify(output_dir: Path, num_workers: int) -> list[str]:
     """Reads a set back and prints what has been read. Returns a line for each problem, none for a sound set.
 
+    output_dir: The folder of shards.
+    num_workers: Processes that read.
+
     Raises PreparationError for a folder without shards.
     """
     shards = sorted(output_dir.glob(SHARD_FILES))

@@ -80,7 +80,9 @@ def refuse_frame_size(height: int, width: int) -> None:
 def probe_video(data: bytes, everything: bool = False) -> Probe:
     """Reads all packets of a video and decodes a first, a middle and a last part.
 
-    everything: decodes all frames.
+    data: The file.
+    everything: Whether all frames are decoded.
+
     Raises UnusableSample and FFmpeg's errors.
     """
     refuse_cut_file(data)
@@ -269,9 +271,12 @@ def frame_interval(stream: Any) -> Fraction:
 
 
 def refuse_other_times(before: tuple[bytes, Probe], after: tuple[bytes, Probe]) -> None:
-    """Raises UnusableSample where a new container changes what training reads of a video.
+    """Checks that a new container does not change what training reads of a video.
 
-    That is another number of frames, or another duration. Each side: the file and what it holds.
+    before: The file and what it holds.
+    after: The new file and what it holds.
+
+    Raises UnusableSample for another number of frames, or another duration.
     """
     counts = [media_shape("video", data, VideoSampling())[2] for data, _ in (before, after)]
     seconds = [probe.seconds for _, probe in (before, after)]
@@ -281,7 +286,12 @@ def refuse_other_times(before: tuple[bytes, Probe], after: tuple[bytes, Probe]) 
 
 
 def mux_jpegs(files: list[bytes], height: int, width: int) -> bytes:
-    """JPEG files of one size -> an mp4 of FRAMES_PER_SECOND that holds them as they are (Motion JPEG)."""
+    """An mp4 file that holds JPEG files as they are (Motion JPEG), at FRAMES_PER_SECOND.
+
+    files: JPEG files of one size.
+    height: Of the JPEGs, pixels.
+    width: Of the JPEGs, pixels.
+    """
     import av
 
     with new_video("mp4") as (output, target):

@@ -75,12 +75,12 @@ class WorkerPool:
     ) -> Iterator[Any]:
         """The results of function(task, count), in the order of the tasks.
 
-        tasks: built when a worker is about to be free.
-        advance: gets what the tasks count.
+        function: Called in a worker. `count` is a function that passes numbers on to `advance`.
+        tasks: Built when a worker is about to be free.
+        advance: Called with the numbers that the tasks count.
 
         After a failure no new task starts, and those that run are finished. Then the failure of the first failed task
-        is
-        raised, as it would be without processes.
+        is raised, as it would be without processes.
         """
         if self.pool is None:
             with warnings.catch_warnings():
@@ -90,12 +90,18 @@ class WorkerPool:
         try:
             yield from self.map_in_processes(function, iter(tasks), advance)
         except BrokenProcessPool as error:
-            why = "a worker process died, perhaps for want of memory; try fewer --num-workers"
+            why = "a worker process died, perhaps because the memory was full; try fewer --num-workers"
             raise PreparationError(f"{why}; what is finished stays") from error
 
     def map_in_processes(
         self, function: Callable, tasks: Iterator[Any], advance: Callable[[int], Any]
     ) -> Iterator[Any]:
+        """As `map`, for a pool of processes.
+
+        function: As in `map`.
+        tasks: As in `map`.
+        advance: As in `map`.
+        """
         running: dict[Future, int] = {}
         done: dict[int, Future] = {}
         submitted, yielded, failed = 0, 0, False
@@ -116,6 +122,7 @@ class WorkerPool:
             yield done[number].result()  # raises what the first failed task raised
 
     def pass_progress_on(self, advance: Callable[[int], Any]) -> None:
+        """Calls `advance` with what the workers have counted since the last call."""
         with self.progress.get_lock():
             steps, self.progress.value = self.progress.value, 0
         if steps:

@@ -35,7 +35,11 @@ FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 
 
 def draw_loss(metrics: Path, output: Path) -> Path:
-    """Training and validation loss against optimizer steps."""
+    """Draws training and validation loss over optimizer steps. Returns `output`.
+
+    metrics: metrics.jsonl of a run.
+    output: Figure to write, .png.
+    """
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -59,13 +63,22 @@ def draw_loss(metrics: Path, output: Path) -> Path:
 
 
 def write_table(accuracy: Path, output: Path) -> Path:
-    """The accuracies as text."""
+    """Writes the accuracies as text. Returns `output`.
+
+    accuracy: accuracy.json of an evaluation.
+    output: File to write.
+    """
     output.write_text(table(json.loads(accuracy.read_text(encoding="utf-8"))) + "\n", encoding="utf-8")
     return output
 
 
 def tokens_per_image(pixel_model: Path, dct_model: Path, shards: Path) -> dict[str, float]:
-    """Mean number of language-model tokens of an image of the val split, for the pixel and the DCT processor."""
+    """Mean number of language-model tokens of an image of the val split, with the pixel and with the DCT processor.
+
+    pixel_model: Hugging Face directory of the pixel model.
+    dct_model: Hugging Face directory in the coefficient form.
+    shards: Prepared folder of shards.
+    """
     processors = {
         "pixels": Qwen2VLImageProcessor.from_pretrained(pixel_model),
         "dct": DCTImageProcessor.from_pretrained(dct_model),
@@ -82,9 +95,15 @@ def tokens_per_image(pixel_model: Path, dct_model: Path, shards: Path) -> dict[s
 
 
 def draw_samples(model_dir: Path, shards: Path, output: Path, count: int = 8) -> Path:
-    """A sheet of `count` val samples: the image before, what its tokens decode to with the token grid, and its text.
+    """Draws a sheet of val samples: the image before, the decoded tokens with the token grid, and the text. Returns
+    `output`.
 
-    The learned part of the text is green. Videos show one frame of each step of time.
+    model_dir: Hugging Face directory in the coefficient form.
+    shards: Prepared folder of shards.
+    output: Figure to write, .png.
+    count: Samples to draw.
+
+    The learned part of the text is green. Videos show one frame of each time step.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     processor = DCTImageProcessor.from_pretrained(model_dir)

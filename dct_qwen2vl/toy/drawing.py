@@ -151,7 +151,12 @@ def draw_scene(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws a scene in random cells of a grid in the middle of the image.
 
-    transparent: the image is opaque only in the cells that show something.
+    rng: Random numbers for places, colours and the background.
+    scene: What to draw.
+    height: Of the image, pixels.
+    width: Of the image, pixels.
+    transparent: Whether the image is opaque only in the cells that show something.
+
     Returns the image, uint8 [H, W, 3], and where it is opaque, bool [H, W].
     """
     import numpy as np
@@ -188,9 +193,13 @@ def _draw_thing(rng: np.random.Generator, canvas: np.ndarray, scene: Scene, top:
 
 
 def draw_video(rng: np.random.Generator, scene: Scene, frames: int) -> np.ndarray:
-    """One shape that moves in `scene.motion` at even speed, uint8 [T, H, W, 3].
+    """Draws one shape that moves in the direction `scene.motion` at even speed, uint8 [T, H, W, 3].
 
-    The middle of its path is that of the image, give or take VIDEO_JITTER.
+    rng: Random numbers for place, speed, colours and the background.
+    scene: What to draw.
+    frames: Number of frames.
+
+    The middle of its path is the middle of the image, off by at most VIDEO_JITTER.
     """
     import numpy as np
 
@@ -230,8 +239,9 @@ VIDEO_FORMS = ((4, 8), (4, 12), (2, 8), (8, 16))  # (frames per second, frames):
 def encode_image(rng: np.random.Generator, pixels: np.ndarray, kind: str, orientation: int, mask: np.ndarray) -> bytes:
     """The file of an image.
 
+    rng: Random numbers that some kinds of files need.
     pixels: uint8 [H, W, 3], as a viewer should see them.
-    kind: one of FILE_KINDS, or "jpeg".
+    kind: One of FILE_KINDS, or "jpeg".
     orientation: EXIF value of an "exif_jpeg".
     mask: bool [H, W], False where an "rgba_png" is transparent.
     """
@@ -298,9 +308,13 @@ def _save_rotated(image: Image.Image, orientation: int) -> bytes:
 
 
 def encode_video(frames: np.ndarray, frames_per_second: int, codec: str) -> bytes:
-    """An mp4 of frames uint8 [T, H, W, 3], the same bytes every time.
+    """An mp4 file, with the same bytes every time.
 
-    There is one thread, no code of x264 that rounds otherwise on another CPU, and no date.
+    frames: uint8 [T, H, W, 3].
+    frames_per_second: Frame rate.
+    codec: Name of FFmpeg's encoder.
+
+    It uses one thread, no code of x264 that rounds differently on another CPU, and no date.
     """
     import av
 

@@ -113,8 +113,9 @@ def build_config(tokenizer):
 def write_checkpoint(texts: Iterable[str], folder: Path, seed: int) -> int:
     """Trains the tokenizer, draws the weights and saves both. Returns the number of parameters.
 
-    texts: that the tokenizer is trained on.
-    seed: of the weights.
+    texts: What the tokenizer is trained on.
+    folder: Hugging Face directory to write.
+    seed: Of the weights.
     """
     import torch
     from transformers import GenerationConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor, Qwen2VLProcessor

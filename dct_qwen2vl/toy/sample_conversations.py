@@ -46,7 +46,11 @@ SYSTEM_TURNS = ("Answer with one word.", "You look at pictures and answer briefl
 
 
 def choose_turns(rng: np.random.Generator, item: Item) -> list[tuple[str, str, str]]:
-    """(question type, question, answer) of each turn, in random order."""
+    """(question type, question, answer) of each turn, in random order.
+
+    rng: Random numbers for order and phrasing.
+    item: What is drawn.
+    """
     answers = item.scene.answers()
     if item.file_kind in COLOURLESS:
         del answers["colour"]
@@ -65,7 +69,9 @@ def make_entry(
 ) -> dict[str, Any]:
     """One entry of the JSON file.
 
-    names: of its image, images or video.
+    rng: Random numbers for phrasing.
+    item: What is drawn.
+    names: Of its image, images or video.
     turns: (question type, question, answer) each.
     """
     is_video = item.scene.motion is not None
@@ -90,6 +96,11 @@ def make_entry(
 
 
 def text_only_entry(rng: np.random.Generator, number: int) -> dict[str, Any]:
+    """An entry without media.
+
+    rng: Random numbers for the choice of the question.
+    number: Of the entry, part of its id.
+    """
     question, answer = TEXT_ONLY[rng.integers(len(TEXT_ONLY))]
     return {
         "id": f"text-{number:06d}",

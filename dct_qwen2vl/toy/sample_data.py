@@ -303,7 +303,8 @@ def publish(staged: Path, output_dir: Path) -> None:
 def print_summary(summary: dict[str, Any], output_dir: Path) -> None:
     """Says what has been written."""
     unreadable = ", ".join(f"{kind} {count}" for kind, count in summary["unreadable"].items())
-    print(f"{output_dir}: {summary['entries']} entries, {summary['readable']} readable; on purpose not: {unreadable}")
+    counts = f"{summary['entries']} entries, {summary['readable']} readable"
+    print(f"{output_dir}: {counts}; unreadable on purpose: {unreadable}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,11 @@ class Item:
 
 
 def plan_items(rng: np.random.Generator, total: int) -> list[Item]:
-    """Decides what to draw. Answers are balanced, and every kind of file and conversation is there."""
+    """Decides what to draw. Answers are balanced, and every kind of file and conversation is included.
+
+    rng: Random numbers for the order.
+    total: Items with media.
+    """
     product = itertools.product
     videos, digits = round(total * VIDEO_SHARE / 1000), round(total * DIGIT_SHARE / 1000)
     shapes = total - videos - digits
@@ -95,4 +99,9 @@ def _eligible_for_pairs(
 
 
 def shuffle(rng: np.random.Generator, values: list) -> list:
+    """The values in random order.
+
+    rng: Random numbers.
+    values: Any values.
+    """
     return [values[i] for i in rng.permutation(len(values))]

@@ -59,11 +59,15 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 class QwenAutoModel(HFAutoModelForImageTextToText):
     """Qwen2-VL or Qwen2.5-VL as a LightningModule that takes `QwenBatch`es.
 
-    model_dir: HF directory. freeze: parts that are not trained ("vision" is the tower without its projector).
-    max_gradient_norm: 0 for no clipping. pixel_bounds: min_pixels, max_pixels and skip_db of this run where they are
-    not those of model_dir; the processor that is saved with the weights gets them. lora: adapters in place of the
-    language model's weights. guard: stops at a loss or gradient that is no number; None for a model that is not
-    trained. sampling: of videos, saved as pixel_bounds are.
+    Args:
+        model_dir: Hugging Face directory.
+        freeze: Parts that are not trained. "vision" is the tower without its projector.
+        max_gradient_norm: 0 for no clipping.
+        processor_settings: min_pixels, max_pixels and skip_db of this run, where they are not those of `model_dir`.
+            They are saved with the weights.
+        lora: Adapters in place of the language model's weights.
+        guard: Stops at a loss or gradient that is not finite. None for a model that is not trained.
+        sampling: Fields of `VideoSampling`. They are saved with the weights, too.
     """
 
     def __init__(
@@ -71,13 +75,13 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         model_dir: Path,
         freeze: tuple[str, ...] = (),
         max_gradient_norm: float = 1.0,
-        pixel_bounds: dict[str, Any] | None = None,
+        processor_settings: dict[str, Any] | None = None,
         lora: LoRA | None = None,
         guard: StepGuard | None = None,
         sampling: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(model_name=str(model_dir))
-        self.pixel_bounds = pixel_bounds or {}
+        self.processor_settings = processor_settings or {}
         self.sampling = sampling
         self.model_dir = model_dir
         self.freeze = (*freeze, "language") if lora else freeze
@@ -185,14 +189,14 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         state_dict: dict[str, torch.Tensor] | None = None,
         dtypes: dict[str, torch.dtype] | None = None,
     ) -> None:
-        """A complete HF directory: weights, config, tokenizer, and processor with this run's pixel bounds. Atomic.
+        """A complete HF directory: weights, config, tokenizer, and processor with this run's settings. Atomic.
 
         state_dict: the model's own if None; adapters in it are merged.
         dtypes: of the weights in the file; None: as they are trained, in float32.
         """
         temporary = output_dir.with_name(f".{output_dir.name}.tmp")
         copy_all_but_weights(self.model_dir, temporary)
-        write_reading(temporary, self.pixel_bounds, self.sampling)
+        write_reading(temporary, self.processor_settings, self.sampling)
         weights = self.model.state_dict() if state_dict is None else state_dict
         weights = merged_hf(weights, self.lora)
         if self.model.config.tie_word_embeddings:
@@ -323,7 +327,14 @@ def run(
     merge_size: int,
     extra_callbacks: list[Callback],
 ) -> None:
-    """Fine-tunes, resuming from the newest checkpoint, and writes the form that was trained into the run folder."""
+    """Fine-tunes, from the newest checkpoint if there is one, and writes the form that was trained into the run folder.
+
+    config: Resolved for this engine.
+    info: The checkpoint's token format.
+    data: Loaders.
+    merge_size: Side of the square of vision tokens that become one token of the language model.
+    extra_callbacks: Called besides this engine's own.
+    """
     module = QwenAutoModel(
         config.model_dir,
         config.freeze,

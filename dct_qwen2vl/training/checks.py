@@ -37,8 +37,8 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
     info = ModelInfo(dct["name"] if dct else "none", dct)
     unfolded = unfolded_format(model_dir)
     if unfolded and wanted != "none":
-        raise RunError(f"{model_dir} is the stock form of a DCT model ({unfolded['name']}), training takes its "
-                       f"coefficient form: a run's hf_dct, or python convert_checkpoint.py --to dct --model-dir "
+        raise RunError(f"{model_dir} is the stock form of a DCT model ({unfolded['name']}), but training needs its "
+                       f"coefficient form: give a run's hf_dct, or python convert_checkpoint.py --to dct --model-dir "
                        f"{model_dir} --output-dir {model_dir}-dct")  # fmt: skip
     if info.dct_name == "none" and wanted != "none" and reads_larger_patches(read_config(model_dir)):
         raise RunError(f"{model_dir} reads pixels, not DCT tokens; if it is the stock form of a DCT model: python "
@@ -102,8 +102,8 @@ def check_data(config: TrainingConfig) -> None:
     samples = count_samples(data_dir, splits["train"])
     if samples < loaders:
         raise RunError(
-            f"the train split of {data_dir} holds {samples} samples, fewer than {config.data_parallel} processes "
-            f"have loader processes ({loaders}): lower --num-workers or --devices"
+            f"the train split of {data_dir} holds {samples} samples, fewer than there are loader processes "
+            f"({loaders}): lower --num-workers or --devices"
         )
 
 
@@ -144,8 +144,8 @@ def check_numbers(config: TrainingConfig) -> None:
             f"{config.data_parallel} processes = {per_step}: change --global-batch-size or --micro-batch-size"
         )
     if config.sharding != "none" and config.world_size == 1:
-        raise RunError(f"--sharding {config.sharding} spreads a model over processes and there is one: raise --devices "
-                       "or leave --sharding out")  # fmt: skip
+        raise RunError(f"--sharding {config.sharding} divides a model among processes, but there is one: raise "
+                       "--devices or leave --sharding out")  # fmt: skip
     if os.environ.get("WORLD_SIZE") and int(os.environ["WORLD_SIZE"]) != config.world_size:
         raise RunError(
             f"torchrun started {os.environ['WORLD_SIZE']} processes, --devices {config.devices} x --num-nodes "
@@ -167,8 +167,10 @@ def check_lora(config: TrainingConfig) -> None:
     """Raises RunError for adapters that cannot be."""
     rank, size = config.lora_rank, config.tensor_parallel
     if rank and "language" in config.freeze:
-        raise RunError(f"--lora-rank {rank} trains adapters of the language model, --freeze language nothing of it: "
-                       "leave one of them out (with adapters its own weights are frozen anyway)")  # fmt: skip
+        raise RunError(
+            f"--lora-rank {rank} trains adapters of the language model, but --freeze language trains nothing of it: "
+            "leave one of them out (with adapters its own weights are frozen anyway)"
+        )
     if rank and config.pipeline_parallel > 1:  # it wants weights with and without decay in every stage
         raise RunError(f"Megatron-core cannot resume --lora-rank {rank} under --pipeline-parallel "
                        f"{config.pipeline_parallel}: use --tensor-parallel")  # fmt: skip
@@ -237,14 +239,25 @@ def choose_engine(config: TrainingConfig) -> str:
 
 
 def refuse_flags_of(engine: str, config: TrainingConfig, why: str) -> None:
-    """Raises RunError where a setting that only this engine knows is not at its default. why: ends the message."""
+    """Checks that settings that only one engine knows have their defaults.
+
+    engine: The engine that is not used.
+    config: The settings.
+    why: End of the message.
+
+    Raises RunError.
+    """
     for each in fields(config):
         if each.metadata["engine"] == engine and getattr(config, each.name) not in (each.default, 0):
-            raise RunError(f"{flag_of(each.name)} is of the {engine} engine{why}")
+            raise RunError(f"{flag_of(each.name)} belongs to the {engine} engine{why}")
 
 
 def choose_precision(config: TrainingConfig, engine: str) -> str:
-    """What is asked for, or else what suits the engine and the device."""
+    """The precision that was asked for. Otherwise what suits the engine and the device.
+
+    config: The settings.
+    engine: "automodel" or "megatron".
+    """
     if config.precision:
         return config.precision
     import torch

@@ -12,10 +12,11 @@ from typing import Any
 
 from dct_qwen2vl.common import settings
 from dct_qwen2vl.common.scripts import UserError
-from dct_qwen2vl.common.settings import add_flags, from_flags, setting_of
+from dct_qwen2vl.common.settings import DefaultsFormatter, add_flags, from_flags, setting_of
 from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
 
 PARTS = ("vision", "projector", "language")
+GROUPS = {"what": "model and data", "how": "optimization", "where": "machine, speed and output"}  # of the flags
 SEQUENCE_TOKENS, SEQUENCES_PER_STEP = 8192, 16  # of packed sequences, where the command line does not say
 
 # What a resumed run may do with a setting. It repeats the samples and losses of an uninterrupted run only if the
@@ -54,15 +55,16 @@ def setting(
     resume: what a resumed run may do with it.
     flag: what messages call it (default: its own flag).
     recorded: whether run.json holds it.
-    group, default, help, options: as `common.settings.setting` has them.
+    group: name in GROUPS of the flag's group; None for no flag.
+    default, help, options: as `common.settings.setting` has them.
     """
     more = {"engine": engine, "resume": resume, "flag": flag, "recorded": recorded}
-    return settings.setting(group, default, help, **more, **options)
+    return settings.setting(group and GROUPS[group], default, help, **more, **options)
 
 
 def _video_setting(name: str) -> Any:
     """A field of `VideoSampling`."""
-    more = {"group": "what", "engine": None, "resume": DATA, "flag": None, "recorded": True}
+    more = {"group": GROUPS["what"], "engine": None, "resume": DATA, "flag": None, "recorded": True}
     return setting_of(VideoSampling, name, PREFIX, **more)
 
 
@@ -75,12 +77,13 @@ class TrainingConfig:
 
     model_dir: Path = setting("what", MISSING, "Hugging Face directory from convert_checkpoint.py")
     data_dir: Path = setting("what", MISSING, "folder of shards after `energon prepare`", resume=DATA)
-    output_dir: Path = setting("what", Path("experiments"), "holds one folder for each experiment", resume=FREE)
+    output_dir: Path = setting("what", Path("experiments"), "gets one folder for each experiment", resume=FREE)
     experiment_name: str = setting("what", "qwen2vl_dct", "name of the run's folder", resume=FREE)
     dct: str | None = setting(
         "what",
         None,
-        "refuse a checkpoint of another token format: exact, x4, x16, FILE.json, or none to train a pixel model",
+        "token format that the checkpoint must have: exact, x4, x16, FILE.json, or none for a pixel model (default: "
+        "any but none)",
         resume=FREE,
     )
     min_pixels: int | None = setting(
@@ -101,7 +104,7 @@ class TrainingConfig:
     video_min_frames: int = _video_setting("min_frames")
     video_max_frames: int = _video_setting("max_frames")
     video_total_pixels: int = _video_setting("total_pixels")
-    seq_length: int = setting("what", 2048, "longer samples are skipped and counted, tokens", at_least=1, resume=DATA)
+    seq_length: int = setting("what", 2048, "most tokens of a sample; longer ones are skipped", at_least=1, resume=DATA)
 
     max_steps: int = setting("how", 1000, "optimizer steps", at_least=1)
     micro_batch_size: int | None = setting(
@@ -121,9 +124,9 @@ class TrainingConfig:
     lr: float = setting("how", 1e-5, "peak learning rate", over=0)
     min_lr: float = setting("how", 1e-6, "learning rate at the end of the cosine", at_least=0, not_over="lr")
     warmup_steps: int = setting("how", 30, "steps of linear warm-up", at_least=0)
-    weight_decay: float = setting("how", 0.05, "of weight matrices", at_least=0)
-    adam_beta2: float = setting("how", 0.98, "AdamW's second momentum", at_least=0, below=1)
-    max_gradient_norm: float = setting("how", 1.0, "gradients are clipped to it; 0: not clipped", at_least=0)
+    weight_decay: float = setting("how", 0.05, "AdamW's, for weight matrices only", at_least=0)
+    adam_beta2: float = setting("how", 0.98, "AdamW's beta2", at_least=0, below=1)
+    max_gradient_norm: float = setting("how", 1.0, "gradients are clipped to this norm; 0: not clipped", at_least=0)
     freeze: tuple[str, ...] = setting("how", (), "parts that are not trained", choices=PARTS, nargs="*")
     lora_rank: int = setting(
         "how",
@@ -132,14 +135,14 @@ class TrainingConfig:
         at_least=0,
     )
     lora_alpha: int = setting(
-        "how", 32, "what the adapters add is multiplied by it and divided by --lora-rank", at_least=1
+        "how", 32, "scale of adapters: what they add is multiplied by it and divided by --lora-rank", at_least=1
     )
-    seed: int = setting("how", 42, "of shuffling and of adapters", resume=DATA)
+    seed: int = setting("how", 42, "for shuffling and for new adapters", resume=DATA)
 
     engine: str = setting(
         "where",
         "auto",
-        "auto: megatron where it can run, else automodel",
+        "auto: megatron if it can run, otherwise automodel",
         choices=("auto", "automodel", "megatron"),
         resume=FREE,
     )
@@ -156,24 +159,30 @@ class TrainingConfig:
     pack_vision_tokens: int | None = setting(
         "where",
         None,
-        "megatron: and so many tokens of the vision tower (default: twice --pack-tokens)",
+        "megatron: most tokens of the vision tower in a packed sequence (default: twice --pack-tokens)",
         engine="megatron",
         resume=DATA,
     )
-    packing_buffer: int = setting("where", 512, "samples among which a loader chooses to pack", at_least=1, resume=DATA)
+    packing_buffer: int = setting(
+        "where", 512, "samples from which a loader process fills packed sequences", at_least=1, resume=DATA
+    )
     tensor_parallel: int = setting(
         "where", 1, "megatron: processes that share each layer", at_least=1, engine="megatron", resume=FREE
     )
     pipeline_parallel: int = setting(
-        "where", 1, "megatron: processes that share the layers", at_least=1, engine="megatron", resume=FREE
+        "where", 1, "megatron: processes that divide the layers among them", at_least=1, engine="megatron", resume=FREE
     )
     recompute: bool = setting(
-        "where", False, "megatron: less memory, a third more arithmetic", engine="megatron", resume=FREE
+        "where",
+        False,
+        "megatron: compute activations again in the backward pass: less memory, a third more arithmetic",
+        engine="megatron",
+        resume=FREE,
     )
     sharding: str = setting(
         "where",
         "none",
-        "automodel: fsdp2 spreads weights, gradients and optimizer over the processes, none gives each a copy",
+        "automodel: fsdp2 divides weights, gradients and optimizer among the processes, none gives each process a copy",
         choices=("none", "fsdp2"),
         engine="automodel",
         resume=FREE,
@@ -190,12 +199,14 @@ class TrainingConfig:
     devices: int = setting("where", 1, "processes of one node", at_least=1, resume=FREE)
     num_nodes: int = setting("where", 1, "nodes", at_least=1, resume=FREE)
     precision: str | None = setting(
-        "where", None, "default: 32 on a CPU, bf16-mixed on a GPU", choices=("32", "bf16-mixed")
+        "where", None, "of the arithmetic (default: 32 on a CPU, bf16-mixed on a GPU)", choices=("32", "bf16-mixed")
     )
-    num_workers: int = setting("where", 2, "loader processes of one process", at_least=0, resume=DATA)
-    shuffle_buffer: int = setting("where", 1000, "samples among which a worker shuffles", at_least=1, resume=DATA)
+    num_workers: int = setting("where", 2, "loader processes of each process", at_least=0, resume=DATA)
+    shuffle_buffer: int = setting(
+        "where", 1000, "samples among which a loader process shuffles", at_least=1, resume=DATA
+    )
     max_bad_in_a_row: int = setting(
-        "where", 100, "consecutive unusable samples that stop the run", at_least=1, resume=FREE
+        "where", 100, "so many unusable samples in a row stop the run", at_least=1, resume=FREE
     )
     val_interval: int = setting("where", 200, "steps between validations", at_least=1, resume=FREE)
     val_batches: int | None = setting(
@@ -204,7 +215,7 @@ class TrainingConfig:
     save_interval: int = setting(
         "where", 200, "steps between checkpoints; 0: none are written", at_least=0, resume=FREE
     )
-    keep: int = setting("where", 2, "newest checkpoints that are kept", at_least=1, resume=FREE)
+    keep: int = setting("where", 2, "how many of the newest checkpoints are kept", at_least=1, resume=FREE)
     compare_samples: int = setting(
         "where",
         3,
@@ -217,7 +228,7 @@ class TrainingConfig:
     restart_data: bool = setting(
         "where",
         False,
-        "resume weights and optimizer, and begin the data again: its settings may then differ from before",
+        "resume weights and optimizer, but begin the data from the start; settings of the data may then change",
         resume=FREE,
     )
     wandb_project: str | None = setting("where", None, "log to this Weights & Biases project as well", resume=FREE)
@@ -229,6 +240,7 @@ class TrainingConfig:
 
     @property
     def run_dir(self) -> Path:
+        """The run's folder."""
         return self.output_dir / self.experiment_name
 
     @property
@@ -245,6 +257,7 @@ class TrainingConfig:
 
     @property
     def world_size(self) -> int:
+        """Processes of all nodes."""
         return self.devices * self.num_nodes
 
     @property
@@ -258,7 +271,11 @@ class TrainingConfig:
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
 
     def resolved(self, engine: str, precision: str) -> "TrainingConfig":
-        """For this engine, with what was left open of micro-batch, packed sequence and step."""
+        """The settings for one engine. Micro-batch, packed sequence and step get numbers where none were given.
+
+        engine: "automodel" or "megatron".
+        precision: "32" or "bf16-mixed".
+        """
         packs = engine == "megatron" and self.micro_batch_size is None
         pack_tokens = _given(self.pack_tokens, SEQUENCE_TOKENS if packs else 0)
         sequences = -(-SEQUENCES_PER_STEP // self.data_parallel) * self.data_parallel
@@ -293,11 +310,14 @@ def metadata_of(kind: type[TrainingConfig]) -> dict[str, dict[str, Any]]:
 
 
 def parse_arguments(argv: list[str] | None, kind: type[TrainingConfig] = TrainingConfig) -> TrainingConfig:
-    """kind: `TrainingConfig`, or one with more fields."""
+    """The settings on the command line.
+
+    argv: Arguments. None: those of the process.
+    kind: `TrainingConfig`, or a subclass with more fields.
+    """
     parser = argparse.ArgumentParser(
-        description="Fine-tunes a (converted) Qwen2-VL on prepared shards with NeMo. Started by qwen_launch.sh through "
-        "torchrun.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Fine-tunes a Qwen2-VL on prepared shards with NeMo. qwen_launch.sh starts it through torchrun.",
+        formatter_class=DefaultsFormatter,
     )
     add_flags(parser, kind)
     config = from_flags(kind, parser.parse_args(argv))

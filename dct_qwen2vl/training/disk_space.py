@@ -17,9 +17,12 @@ ADAPTED = tuple(f".{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", 
 
 
 def check_space(config: TrainingConfig, forms: int) -> None:
-    """Raises RunError where the disk is known to have too little room.
+    """Checks that the disk has room for the run.
 
-    forms: in which the model is written at the end, 2 for a DCT model.
+    config: Resolved for an engine.
+    forms: Forms in which the model is written at the end, 2 for a DCT model.
+
+    Raises RunError if the disk is known to have too little room.
     """
     free = free_bytes(config.run_dir)
     weights, trained, saved = count_numbers(config)

@@ -19,14 +19,20 @@ REHEARSAL = ".rehearsal"  # in the run folder while it lasts
 
 
 def trained_folder(parent: Path, info: ModelInfo) -> Path:
-    """Where the form that was trained goes."""
+    """The folder of the form that was trained.
+
+    parent: The run's folder.
+    info: The checkpoint's token format.
+    """
     return parent / ("hf_dct" if info.dct else "hf")
 
 
 def write_stock_form(info: ModelInfo, parent: Path, complete: bool = True) -> None:
-    """parent/hf from the coefficient form in parent/hf_dct. A pixel model has no other form.
+    """Writes parent/hf from the coefficient form in parent/hf_dct. A pixel model has no other form.
 
-    complete: whether all weights are there.
+    info: The checkpoint's token format.
+    parent: The run's folder.
+    complete: Whether all weights are there.
     """
     from dct_qwen2vl.checkpoints.stock_form import to_stock
 
@@ -70,8 +76,8 @@ def rehearsal_folder(config: TrainingConfig) -> Iterator[Path]:
     except Exception as error:
         told = " ".join(str(error).replace(f"{folder}/", "").split())
         raise RunError(
-            f"{config.model_dir} loads, but what is trained from it cannot be saved ({told[:MOST_TOLD]}): change that "
-            "there; no step was made"
+            f"{config.model_dir} loads, but what is trained from it cannot be saved ({told[:MOST_TOLD]}): "
+            "correct that there; no step was made"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -82,6 +82,11 @@ def language_flops(config, lengths: torch.Tensor, heads: int | None = None) -> f
 
 
 def training_flops(config, grids: torch.Tensor, lengths: torch.Tensor, heads: int | None = None) -> float:
-    """Forward and backward pass of a micro-batch. config: Qwen2VLConfig. grids int64 [M, 3] of its media, lengths int64
-    [S] of its samples, heads: positions at which logits are computed (None: all)."""
+    """Floating-point operations of the forward and backward pass of a micro-batch.
+
+    config: transformers' Qwen2VLConfig.
+    grids: int64 [M, 3]. (t, h, w) of its media.
+    lengths: int64 [S]. Tokens of its samples.
+    heads: Positions at which logits are computed. None: all.
+    """
     return 3 * (vision_flops(config.vision_config, grids) + language_flops(config, lengths, heads))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 
 from dct_qwen2vl.common.scripts import INTERRUPTED_CODE
-from dct_qwen2vl.training.processes import INTERRUPTED
+from dct_qwen2vl.training.processes import CONTINUE, INTERRUPTED
 
 PROGRAM = "qwen_launch.sh"
 
@@ -54,7 +54,7 @@ def tell_signal(number: int) -> int:
     if number == signal.SIGINT:
         tell(INTERRUPTED)
     else:
-        tell(f"ended by {signal.Signals(number).name}; the same command goes on from the newest checkpoint")
+        tell(f"ended by {signal.Signals(number).name}; {CONTINUE}")
     return 128 + number
 
 
@@ -68,8 +68,7 @@ def tell_failure(failures: Iterable) -> int:
         return first.exitcode
     name = signal.Signals(-first.exitcode).name
     why = " (is the machine's memory full?)" if name == "SIGKILL" else ""
-    tell(f"process {first.local_rank} (pid {first.pid}) was ended by {name}{why}; the same command goes on from the "
-         "newest checkpoint")  # fmt: skip
+    tell(f"process {first.local_rank} (pid {first.pid}) was ended by {name}{why}; {CONTINUE}")
     return 128 - first.exitcode
 
 

@@ -168,9 +168,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class TrainingLog(pl.Callback):
-    """Sums every micro-batch over an optimizer step and over the processes; process 0 writes.
+    """Sums every micro-batch over an optimizer step and over the processes. Process 0 writes.
 
-    max_steps: of the whole run. log_interval: steps between progress lines. merge_size: of the vision tower.
+    run_dir: The run's folder.
+    max_steps: Optimizer steps of the whole run.
+    log_interval: Steps between progress lines.
+    merge_size: Of the vision tower.
     """
 
     def __init__(self, run_dir: Path, max_steps: int, log_interval: int, merge_size: int) -> None:
@@ -183,6 +186,7 @@ class TrainingLog(pl.Callback):
         self._skipped: Counter[str] = Counter()  # by this process; the first one's begin with those of earlier starts
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins the log at the step from which the run starts, and makes up for a missed validation."""
         if trainer.is_global_zero:
             self.metrics.start_from(trainer.global_step)
         self._start_step = trainer.global_step
@@ -209,6 +213,7 @@ class TrainingLog(pl.Callback):
         return {"skipped": dict(self._skipped_by_all())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the count of skipped samples in the first process."""
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         self._skipped = Counter(state_dict["skipped"] if first else {})
 
@@ -326,17 +331,26 @@ class ValidationSum:
         self.samples = 0
 
     def begin(self, device: torch.device | str) -> None:
+        """Starts a validation with sums of zero."""
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def add(self, loss_sum: torch.Tensor, tokens: torch.Tensor | int, samples: int) -> None:
-        """A micro-batch; one without samples is a blank and counts nothing."""
+        """Adds a micro-batch. A micro-batch without samples is a blank and counts nothing.
+
+        loss_sum: float scalar. Sum of the losses of its learned tokens.
+        tokens: How many tokens were learned.
+        samples: How many samples it has.
+        """
         if samples:
             self.sums[0] += loss_sum.double()
             self.sums[1] += tokens
             self.sums[2] += samples
 
     def end(self, counts: bool = True) -> None:
-        """Collective. counts: this process's micro-batches are not those of another, too."""
+        """Sums over the processes. Collective.
+
+        counts: Whether this process's micro-batches are its own, and not those of another process, too.
+        """
         if not counts:
             self.sums.zero_()
         if torch.distributed.is_initialized():

@@ -21,7 +21,12 @@ MEGATRON_LAYERS = {"self_attention": ("linear_qkv", "linear_proj"), "mlp": ("lin
 
 
 class LoRA(NamedTuple):
-    """rank: R. alpha: the adapters' weight, divided by R. seed: of every A."""
+    """The adapters of a run (arXiv 2106.09685).
+
+    rank: R.
+    alpha: What the adapters add is multiplied by alpha / rank.
+    seed: Of every A.
+    """
 
     rank: int
     alpha: int
@@ -49,7 +54,11 @@ def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) 
 
 
 def adapt_hf(model: torch.nn.Module, lora: LoRA) -> None:
-    """Puts adapters into a Qwen2VLForConditionalGeneration."""
+    """Puts adapters into a Qwen2VLForConditionalGeneration.
+
+    model: Changed in place.
+    lora: Rank, scale and seed of the adapters.
+    """
     for name, layer in list(model.named_modules()):
         if name.startswith("model.layers.") and name.endswith(HF_LAYERS):
             patch_linear_module(layer, lora.rank, lora.alpha)
@@ -67,7 +76,11 @@ def adapted_weights(adapters: dict[str, torch.Tensor]) -> list[str]:
 
 
 def merged_hf(state: dict[str, torch.Tensor], lora: LoRA | None) -> dict[str, torch.Tensor]:
-    """Weights of `adapt_hf`'s model -> of the plain model that computes the same."""
+    """The weights of the plain model that computes the same as a model with adapters.
+
+    state: Weights of a model that `adapt_hf` has changed.
+    lora: Rank, scale and seed of the adapters. None: there are none.
+    """
     adapters = adapters_of(state)
     plain = {name: tensor for name, tensor in state.items() if name not in adapters}
     for name in adapted_weights(adapters):
@@ -91,7 +104,11 @@ class AdaptedLinear(LoRALinear):
 
 
 def adapt_megatron(model: torch.nn.Module, lora: LoRA) -> None:
-    """Puts adapters into this process's part of a `PackedQwen2VL`."""
+    """Puts adapters into this process's part of a `PackedQwen2VL`.
+
+    model: Changed in place.
+    lora: Rank, scale and seed of the adapters.
+    """
     for block in model.language_model.decoder.layers:
         for part, names in MEGATRON_LAYERS.items():
             module = getattr(block, part)
@@ -122,8 +139,12 @@ def _adapted(linear: torch.nn.Module, name: str, initial: str, lora: LoRA) -> Ad
 
 
 def merged_megatron(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """This process's part of a parameter, the adapter of its layer added where there is one. Collective over
-    tensor-parallel processes."""
+    """This process's part of a parameter, with the adapter of its layer added. Collective over tensor-parallel
+    processes.
+
+    model: `PackedQwen2VL` with adapters.
+    name: Of the parameter. One without an adapter is returned as it is.
+    """
     weight = model.get_parameter(name).detach()
     if not name.endswith(".to_wrap.weight"):
         return weight

@@ -11,7 +11,11 @@ MEDIA = (
 
 
 def blank_image(model: torch.nn.Module, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The smallest image the tower takes, all zeros: its tokens [merge * merge, K] and its grid [1, 3]."""
+    """The smallest image that the tower accepts, all zeros: its tokens [merge * merge, K] and its grid [1, 3].
+
+    model: Qwen2VLForConditionalGeneration, or Qwen2.5-VL's.
+    device: Of the result.
+    """
     vision = model.config.vision_config
     merge = vision.spatial_merge_size
     floats = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -22,11 +26,13 @@ def blank_image(model: torch.nn.Module, device: torch.device) -> tuple[torch.Ten
 def embed_media(model: torch.nn.Module, arguments: tuple, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """A forward pre-hook that puts the embeddings of text, images and videos in place of the pixels.
 
+    model: Qwen2VLForConditionalGeneration, or Qwen2.5-VL's.
+    arguments: Positional arguments of the model's forward.
+    inputs: Keyword arguments of the model's forward, with position_ids.
+
     The model itself calls its tower once for images and once for videos, and not at all for text. Each call gathers
     sharded weights from all processes, so all of them must make the same calls in the same order. Here the tower is
-    called exactly once, before the language model; a text-only micro-batch gives it one blank image.
-
-    inputs: keyword arguments of the model's forward, with position_ids.
+    called exactly once, before the language model. A text-only micro-batch gives it one blank image.
     """
     kinds = [kind for kind in MEDIA if inputs.get(kind[0]) is not None]
     ids = inputs.pop("input_ids")

@@ -403,7 +403,7 @@ def run(
         hf_config=module.hf_config,
         budget=(config.pack_tokens, config.pack_vision_tokens),
     )
-    edit = partial(write_reading, bounds=config.processor_settings, sampling=vars(VideoSampling.of(config)))
+    edit = partial(write_reading, settings=config.processor_settings, sampling=vars(VideoSampling.of(config)))
     callbacks = [
         RehearseSave(config, info, partial(rehearse_hf, config.model_dir, edit=edit)),
         log,

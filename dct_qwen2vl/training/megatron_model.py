@@ -241,8 +241,14 @@ class PackedQwen2VL(MCoreQwen2VLModel):
     """Qwen2-VL over one packed sequence. In a pipeline the first stage holds the vision tower and the embedding."""
 
     def forward(self, batch: PackedBatch, return_logits: bool = False) -> torch.Tensor:
-        """-> loss of each learned token, float32 [T]; with `return_logits` the logits [T, vocabulary] there (its part
-        on this process under tensor parallelism); hidden states [L, 1, hidden] in stages before the last."""
+        """The loss of each learned token, float32 [T].
+
+        batch: A packed sequence.
+        return_logits: Whether to return the logits [T, vocabulary] instead. Under tensor parallelism, this process's
+            part.
+
+        Pipeline stages before the last return hidden states [L, 1, hidden].
+        """
         language = self.language_model
         hidden = language.decoder(
             hidden_states=self._embed(batch) if self.pre_process else None,
@@ -283,10 +289,13 @@ def model_config(
     layers: Layers | None = None,
     **options: Any,
 ) -> PackedQwen2VLConfig:
-    """transformers' Qwen2VLConfig, of pixels or of DCT tokens -> NeMo's.
+    """NeMo's configuration of a model, from transformers'.
 
-    seq_length: tokens of the longest sequence. layers: TransformerEngine's if None. options: further fields of
-    Megatron-core's TransformerConfig, for all three parts.
+    hf_config: Qwen2VLConfig, of pixels or of DCT tokens.
+    seq_length: Tokens of the longest sequence.
+    dtype: Of the weights.
+    layers: Classes of the layers. None: TransformerEngine's.
+    options: Further fields of Megatron-core's TransformerConfig, for all three parts.
     """
     layers = layers or transformer_engine_layers()
     numbers = {

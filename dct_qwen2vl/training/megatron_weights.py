@@ -28,8 +28,13 @@ ROWS, COLUMNS, WHOLE = 0, 1, None  # the axis that tensor parallelism splits
 
 @dataclass(frozen=True)
 class Rule:
-    """target: pattern of a Megatron name, {} the layer; sources: of the checkpoint's names. axis: ROWS, COLUMNS or
-    WHOLE. kind: "plain", "qkv", "fused_qkv" (one source holding Q, K, V), "gated", "patch" (a Conv3d as a matrix)."""
+    """How a parameter of Megatron is made of a checkpoint's tensors.
+
+    target: Pattern of the Megatron name. {} is the layer.
+    sources: Patterns of the checkpoint's names.
+    axis: Along which it is split under tensor parallelism: ROWS, COLUMNS or WHOLE.
+    kind: "plain", "qkv", "fused_qkv" (one source holding Q, K, V), "gated" or "patch" (a Conv3d as a matrix).
+    """
 
     target: str
     sources: tuple[str, ...]
@@ -91,9 +96,12 @@ class Source:
 
 
 def sources_of(model, hf_config) -> dict[str, Source]:
-    """Of every parameter of this process's part of the model but adapters. Raises KeyError for one that no rule knows.
+    """Where each parameter of this process's part of the model comes from. Adapters are left out.
 
-    model: `PackedQwen2VL`. With tied embeddings the output layer of a last pipeline stage is the embedding's copy.
+    model: `PackedQwen2VL`. With tied embeddings, the output layer of a last pipeline stage is the embedding's copy.
+    hf_config: transformers' Qwen2VLConfig.
+
+    Raises KeyError for a parameter that no rule knows.
     """
     offsets = {
         "vision_model": 0,
@@ -146,8 +154,14 @@ def _part(tensor: torch.Tensor, axis: int | None, rank: int, size: int) -> torch
 
 
 def load_hf(model, hf_config, model_dir: Path) -> None:
-    """Fills this process's part of the model, in its data type. Raises KeyError for a tensor that is missing, and
-    ValueError for one whose shape does not fit."""
+    """Fills this process's part of the model, in its data type.
+
+    model: `PackedQwen2VL`.
+    hf_config: transformers' Qwen2VLConfig.
+    model_dir: Hugging Face directory.
+
+    Raises KeyError for a missing tensor, and ValueError for a tensor of another shape.
+    """
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     read = open_tensors(model_dir)
@@ -224,10 +238,13 @@ def gather_hf(model, hf_config) -> dict[str, torch.Tensor]:
 
 
 def save_hf(model, hf_config, model_dir: Path, output_dir: Path, edit: Callable[[Path], None] | None = None) -> None:
-    """Writes a complete Hugging Face directory: every other file from `model_dir`, the weights from the model, one
-    safetensors file for each pipeline stage. Atomic; collective over all processes.
+    """Writes a complete Hugging Face directory, or nothing. Collective over all processes.
 
-    edit: called with the folder before it gets its name.
+    model: `PackedQwen2VL`.
+    hf_config: transformers' Qwen2VLConfig.
+    model_dir: Hugging Face directory. All files but the weights are copied from it.
+    output_dir: The directory to write. One safetensors file for each pipeline stage.
+    edit: Called with the folder before it gets its name.
     """
     temporary = output_dir.with_name(f".{output_dir.name}.tmp")
     stage, stages = (
@@ -250,7 +267,12 @@ def save_hf(model, hf_config, model_dir: Path, output_dir: Path, edit: Callable[
 
 
 def rehearse_hf(model_dir: Path, output_dir: Path, edit: Callable[[Path], None] | None = None) -> None:
-    """`save_hf` with one weight, as `model_dir` has it. Not collective."""
+    """As `save_hf`, but with one weight, as `model_dir` has it. Not collective.
+
+    model_dir: As in `save_hf`.
+    output_dir: As in `save_hf`.
+    edit: As in `save_hf`.
+    """
     temporary = output_dir.with_name(f".{output_dir.name}.tmp")
     copy_all_but_weights(model_dir, temporary)
     _write_tensors({PATCH_EMBEDDING: open_tensors(model_dir)(PATCH_EMBEDDING)}, temporary, 0, 1)

@@ -12,7 +12,8 @@ from dct_qwen2vl.common.scripts import UserError
 TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for the processes that it starts
 FROM_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 PEER_ENDED = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of another process
-INTERRUPTED = "interrupted; the same command goes on from the newest checkpoint"
+CONTINUE = "run the same command again to continue from the newest checkpoint"
+INTERRUPTED = f"interrupted; {CONTINUE}"
 
 
 class Interrupted(BaseException):

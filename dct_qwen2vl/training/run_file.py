@@ -47,7 +47,7 @@ def check_run_folder(config: TrainingConfig) -> None:
     if begun_with and not config.restart_data and begun_with != fingerprint_of_shards(config.data_dir):
         raise RunError(
             f"the train shards in {config.data_dir} are not those that {config.run_dir} was started with: add "
-            "--restart-data to go on with these from their beginning, or take another --experiment-name"
+            "--restart-data to begin them from the start, or take another --experiment-name"
         )
 
 
@@ -60,6 +60,11 @@ def count_data_restarts(config: TrainingConfig) -> int:
 
 
 def write_run_file(config: TrainingConfig, info: ModelInfo) -> None:
+    """Writes run.json: the settings, the numbers derived from them, and the token format.
+
+    config: Resolved for an engine.
+    info: The checkpoint's token format.
+    """
     recorded = {each.name for each in fields(config) if each.metadata["recorded"]}
     values = {name: value for name, value in asdict(config).items() if name in recorded}
     values |= {name: getattr(config, name) for name in DERIVED}

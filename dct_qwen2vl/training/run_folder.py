@@ -20,7 +20,13 @@ CHECKPOINT_NAME = re.compile(r"step(\d{6,})")
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Every `interval` optimizer steps and at the end; keeps the last `keep`. saved: called after each."""
+    """Saves every `interval` optimizer steps and at the end.
+
+    folder: Gets the checkpoints.
+    interval: Optimizer steps between them.
+    keep: How many of the newest are kept.
+    saved: Called after each.
+    """
 
     FILE_EXTENSION = ""
 
@@ -59,7 +65,11 @@ class StepCheckpoint(ModelCheckpoint):
 
 
 def step_checkpoints(config: TrainingConfig, saved: Callable[[], None]) -> list[StepCheckpoint]:
-    """The callback that saves, or none where --save-interval is 0. saved: called after each checkpoint."""
+    """The callback that saves checkpoints, in a list. An empty list where --save-interval is 0.
+
+    config: The settings.
+    saved: Called after each checkpoint.
+    """
     if not config.save_interval:
         return []
     return [StepCheckpoint(config.run_dir / "checkpoints", config.save_interval, config.keep, saved)]
@@ -115,9 +125,10 @@ def agree_on_checkpoint(folder: Path, store: torch.distributed.Store, rank: int,
 
 
 def trainer_options(config: TrainingConfig, validates: bool = True) -> dict[str, Any]:
-    """Of NeMo's Trainer: how long, and that this repository's own callbacks show and save.
+    """Options of NeMo's Trainer: how long it runs. This repository's own callbacks show progress and save.
 
-    validates: there is a val split.
+    config: The settings.
+    validates: Whether there is a val split.
     """
     return {
         "devices": config.devices,
@@ -145,10 +156,16 @@ def sync_files(folder: Path) -> None:
 
 
 def count_batches_of_whole_steps(checkpoint: dict, accumulate: int) -> None:
-    """Lightning tells by the batches it has counted where accumulation begins, when to validate and when to end. A
-    loaded checkpoint gets those of its steps at `accumulate` batches each: before --restart-data they may have been
-    others. It is also one short: Lightning saves inside on_train_batch_end, before it counts that batch as completed,
-    and a resumed run starts from the completed ones."""
+    """Corrects the batches that Lightning has counted in a loaded checkpoint, in place.
+
+    checkpoint: Lightning's.
+    accumulate: Micro-batches of one process in one optimizer step of this run.
+
+    From these counts, Lightning tells where accumulation begins, when to validate and when to end. They become those of
+    the checkpoint's steps at `accumulate` batches each: before --restart-data they may have been others. The saved
+    count is also one short: Lightning saves inside on_train_batch_end, before it counts that batch as completed, and a
+    resumed run starts from the completed ones.
+    """
     batches = checkpoint["global_step"] * accumulate
     for counts in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
         if isinstance(counts, dict):
@@ -156,6 +173,7 @@ def count_batches_of_whole_steps(checkpoint: dict, accumulate: int) -> None:
 
 
 def build_loggers(config: TrainingConfig) -> nl.NeMoLogger:
+    """TensorBoard, and Weights & Biases if a project is named."""
     wandb = None
     if config.wandb_project:
         wandb = WandbLogger(project=config.wandb_project, name=config.experiment_name, save_dir=config.run_dir)

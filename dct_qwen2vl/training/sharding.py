@@ -20,7 +20,11 @@ from dct_qwen2vl.training.media_embedding import embed_media
 
 
 def shard(model: torch.nn.Module, mesh: DeviceMesh) -> None:
-    """Leaves this process its share of a Qwen2VLForConditionalGeneration, or of a Qwen2.5-VL. Collective."""
+    """Leaves this process its share of a model. Collective.
+
+    model: Qwen2VLForConditionalGeneration or Qwen2.5-VL's. Changed in place.
+    mesh: The processes that share it.
+    """
     name = type(model).__name__
     for unit in (*model.model.layers, *model.visual.blocks):
         fully_shard(unit, mesh=mesh)
@@ -103,6 +107,7 @@ class ShardedStrategy(ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": state})
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """As in Lightning, without gathering: `whole` has done it."""
         super(ModelParallelStrategy, self).save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:

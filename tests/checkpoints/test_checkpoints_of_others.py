@@ -472,12 +472,12 @@ REFUSED = {
     "a damaged tokenizer": (lambda f: (f / "tokenizer.json").write_text('{"model": 1}'), "the tokenizer of "),
     "other pixels": (
         lambda f: edit_json(f / PROCESSOR, do_normalize=False),
-        "has do_normalize False, tokens are made of",
+        "has do_normalize False, but DCT tokens need",
     ),
     "pixels of 0..255": (lambda f: edit_json(f / PROCESSOR, image_mean=[127.5] * 3), "which are not of pixels in 0..1"),
     "shards of two saves": (
         another_save_beside,
-        "stands in model-00001-of-00002.safetensors and in model-00001-of-0000",
+        "is in model-00001-of-00002.safetensors and in model-00001-of-0000",
     ),
     "another model": (
         lambda f: edit_json(f / "config.json", model_type="qwen2_5_omni"),

@@ -288,7 +288,7 @@ def test_forms_that_are_there_already(trained, stock, qwen2vl_directory, tmp_pat
         (stock("x4"), ("--to", "stock"), "is the stock form of x4 already: use it as it is"),
         (qwen2vl_directory, ("--to", "stock"), "reads pixels: it is a stock Qwen2-VL: use it as it is"),
         (trained("x4"), ("--to", "dct"), "is the coefficient form of x4 already: use it as it is"),
-        (stock("x4"), (), "is the stock form of a DCT model (x4): its coefficient form is made with --to dct"),
+        (stock("x4"), (), "is the stock form of a DCT model (x4): add --to dct to make its coefficient form"),
     )
     for folder, options, message in cases:
         capture = run(folder, tmp_path / "out", *options)
@@ -371,7 +371,7 @@ def test_damaged_directories(message, copy_of, tmp_path, one_line_error):
         (("--to", "stock", "--dct", "x4"), "not allowed with --to stock"),
         (("--to", "stock", "--block", "2", "28", "28"), "not allowed with --to stock"),
         (("--to", "dct", "--detail-gain", "2"), "argument --detail-gain: not allowed with --to dct"),
-        (("--to", "dct", *OWN[:4], "--order", "weighted"), "argument --order: weighted is of a pixel model's patch"),
+        (("--to", "dct", *OWN[:4], "--order", "weighted"), "argument --order: weighted needs a pixel model"),
         (("--to", "pixels"), "argument --to: invalid choice"),
     ],
 )

@@ -36,7 +36,7 @@ run_program("tool.py", main)
     [
         ("never", 3, ""),
         ("before", 130, "tool.py: interrupted\n"),
-        ("within", 130, "tool.py: interrupted; the same command goes on\n"),
+        ("within", 130, "tool.py: interrupted; run the same command again to continue\n"),
         ("after", 130, "tool.py: interrupted\n"),
         ("end", 3, ""),  # nothing of Python is left that could answer
     ],

@@ -1,12 +1,20 @@
 """Settings from words of another program, and one dataclass whose flags several programs have."""
 
 import argparse
+import re
 from dataclasses import dataclass
 
 import pytest
 
 from dct_qwen2vl.common.scripts import UserError
-from dct_qwen2vl.common.settings import add_flags, check_ranges, from_words, setting, setting_of
+from dct_qwen2vl.common.settings import (
+    DefaultsFormatter,
+    add_flags,
+    check_ranges,
+    from_words,
+    setting,
+    setting_of,
+)
 from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
 
 
@@ -30,6 +38,17 @@ def test_words_become_settings():
 def test_a_word_of_another_type_is_refused():
     with pytest.raises(UserError, match=r"^video_max_frames must be int, got '2\.5'$"):
         from_words(VideoSampling, {"video_max_frames": "2.5"}, PREFIX)
+
+
+def test_help_names_each_default_once():
+    parser = argparse.ArgumentParser(formatter_class=DefaultsFormatter)
+    parser.add_argument("--zero", default=0, help="a number")
+    parser.add_argument("--none", help="a word")
+    parser.add_argument("--off", action="store_true", help="a switch")
+    parser.add_argument("--many", nargs="*", default=[], help="words")
+    parser.add_argument("--said", default=5, help="a number (default: five)")
+    shown = [re.split(" {2,}", line)[-1] for line in parser.format_help().splitlines() if line.startswith("  --")]
+    assert shown == ["a number (default: 0)", "a word", "a switch", "words", "a number (default: five)"]
 
 
 def test_flags_can_be_told_another_default():

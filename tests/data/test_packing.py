@@ -258,7 +258,7 @@ def test_a_state_of_other_processes_is_refused_unless_data_begin_anew(prepared):
     with pytest.raises(ValueError, match=r"loader states of 2 processes, this run has 1: .* --restart-data"):
         packed_data(prepared, num_workers=0).load_state_dict(state)
     data = packed_data(prepared, num_workers=0)
-    data.start_anew = True
+    data.restart_data = True
     data.load_state_dict(state)
     assert next(iter(data.train_dataloader())).keys
 
@@ -273,7 +273,7 @@ def test_a_state_of_other_shards_names_the_flag_that_helps(num_workers, prepared
     energon_prepare(folder, "1,0,0", ("train",), 1)
     again = packed_data(replace(prepared, shards=folder), num_workers)
     again.load_state_dict(state)
-    with pytest.raises(LoaderStateError, match=r"cannot go on in the shards of .*: add --restart-data"):
+    with pytest.raises(LoaderStateError, match=r"does not fit the shards of .*: add --restart-data"):
         again.train_dataloader()
 
 
@@ -288,4 +288,4 @@ def test_a_state_of_before_data_were_begun_anew_is_not_restored(prepared, capsys
         again.load_state_dict(state)
         sequence = next(iter(again.train_dataloader()))
         assert (sequence.keys == begin) is not goes_on and sequence.keys not in ([], following)
-        assert ("before --restart-data: the data begin again" in capsys.readouterr().out) is not goes_on
+        assert ("before --restart-data: the data begin from the start" in capsys.readouterr().out) is not goes_on

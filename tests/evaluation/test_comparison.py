@@ -134,5 +134,6 @@ def test_a_training_run_goes_on_whatever_comes_of_the_comparison(prepared, tmp_p
     assert (only["media"][0]["a"]["height"], only["media"][0]["b"]["width"]) == (56, 56)
     monkeypatch.setattr(comparison, "MOST_BYTES", 1)
     comparison.compare_for_run(tmp_path / "large", prepared.model, None, prepared.shards, 1)
-    assert "as the model has 0 GiB: python evaluate_qwen2vl.py --compare does it" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "because the model has 0 GiB; to compare them: python evaluate_qwen2vl.py --compare" in said
     assert not (tmp_path / "large").exists()

@@ -543,7 +543,7 @@ def go_on(prepared, tmp_path, monkeypatch):
 def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(go_on, interrupted, whole, capsys, left, answered):
     assert go_on(left(interrupted)) == (whole, 18 - answered)
     said = capsys.readouterr()
-    assert (f"Going on after the {answered} questions answered in" in said.out) is (answered > 0)
+    assert (f"Continuing after the {answered} questions answered in" in said.out) is (answered > 0)
     assert "starting again" not in said.err
 
 

@@ -256,7 +256,7 @@ def test_another_split(many, tmp_path, capsys):
 
 def test_a_split_that_the_dialogue_would_cut_otherwise(many, tmp_path, capsys):
     assert run(many, tmp_path / "shards", "--split", "7,2,1") == 0
-    assert "Next: the same command with --energon-prepare" in capsys.readouterr().out
+    assert "Next: run the same command with --energon-prepare" in capsys.readouterr().out
 
 
 def test_weights_of_sources(many, tmp_path):
@@ -425,7 +425,7 @@ def test_plain_files_are_looked_at_again(tmp_path, capsys, change):
     assert run(data, output, "--split", "1,0,0") == 0
     before = all_files(output)
     assert run(data, output, "--split", "1,0,0") == 0
-    assert "is complete already" in capsys.readouterr().out
+    assert "is complete, nothing is left to do" in capsys.readouterr().out
     if change == "removed":
         (data / "folder" / "3.jpg").unlink()
     else:
@@ -463,7 +463,7 @@ def test_the_report_is_written_once(raw_set, tmp_path, capsys, monkeypatch):
         return output_dir / "report.html"
 
     monkeypatch.setattr(writing, "write_report", write_report)
-    for said in (f"Report: {tmp_path / 'shards' / 'report.html'}", "is complete already"):
+    for said in (f"Report: {tmp_path / 'shards' / 'report.html'}", "is complete, nothing is left to do"):
         assert run(raw_set, tmp_path / "shards", report=True) == 0
         assert said in capsys.readouterr().out
 
@@ -474,7 +474,7 @@ def test_a_complete_set_is_left_alone(raw_set, tmp_path, capsys):
     files, times = all_files(output), {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
     capsys.readouterr()
     assert run(raw_set, output) == 0
-    assert "is complete already" in capsys.readouterr().out
+    assert "is complete, nothing is left to do" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == times
     (output / "pretrain-000004.tar").unlink()
     assert run(raw_set, output) == 0

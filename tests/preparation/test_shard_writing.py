@@ -165,7 +165,7 @@ def test_a_reader_keeps_few_files_open_and_closes_them(tmp_path):
 def test_what_cannot_be_read_any_more(tmp_path):
     (tmp_path / "short").write_bytes(b"12345")
     with closing(SourceReader()) as reader:
-        with pytest.raises(PreparationError, match=r"short changed while it was read; .*the same command goes on"):
+        with pytest.raises(PreparationError, match=r"short changed while it was read; .*run the same command again"):
             reader.read(str(tmp_path / "short"), 2, 10)
         with pytest.raises(PreparationError, match=r"gone was there and cannot be opened any more \(No such file"):
             reader.read(str(tmp_path / "gone"), 0, 1)
@@ -289,7 +289,7 @@ def test_a_full_disk(raw_set, whole, tmp_path, monkeypatch, capsys):
         patch.setattr(os, "writev", writev)
         assert run(raw_set, output, *SMALL_SHARDS) == 1
     message = one_error(capsys)
-    assert "could not be written (No space left on device)" in message and "the same command goes on" in message
+    assert "could not be written (No space left on device)" in message and "run the same command again" in message
     finished = assert_finished_shards_are_sound(output, whole)
     assert 0 < finished < 20 and not list(output.glob("*.tmp"))
     assert run(raw_set, output, *SMALL_SHARDS, workers=2) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dct_qwen2vl.training import checks, run_file
-from dct_qwen2vl.training.config import DATA, TrainingConfig, parse_arguments, setting
+from dct_qwen2vl.training.config import DATA, GROUPS, TrainingConfig, parse_arguments, setting
 
 KNOWN = ["--model-dir", "models/x4", "--data-dir", "/data/shards"]
 INFO = checks.ModelInfo("x4", None)
@@ -29,10 +29,12 @@ def typed(*words: str) -> LargerConfig:
 def test_a_new_field_has_a_flag(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--help"], LargerConfig)
-    what, how, where = capsys.readouterr().out.split("options:")[1].split("\n\n")[1:]
-    assert "--frame-jitter FRAME_JITTER\n" in what and "frames moved at most (default: None)" in what
+    shown = capsys.readouterr().out
+    what, how, where = shown.split("options:")[1].split("\n\n")[1:]
+    assert "--frame-jitter FRAME_JITTER\n" in what and what.endswith(" frames moved at most")
     assert "--label-smoothing LABEL_SMOOTHING\n" in how and "what the labels lose (default: 0.0)" in how
-    assert "--overlap OVERLAP" in where
+    assert "--overlap OVERLAP" in where and "(default: None)" not in shown
+    assert [group.split(":")[0] for group in (what, how, where)] == list(GROUPS.values())
     assert (typed().label_smoothing, typed().frame_jitter) == (0.0, None)
     found = typed("--label-smoothing", "0.25", "--frame-jitter", "4")
     assert (found.label_smoothing, found.frame_jitter) == (0.25, 4)
@@ -59,7 +61,9 @@ def test_a_new_field_has_bounds(words, said):
 
 
 def test_a_new_field_can_belong_to_one_engine():
-    with pytest.raises(checks.RunError, match="--overlap is of the megatron engine, but --engine automodel was asked"):
+    with pytest.raises(
+        checks.RunError, match="--overlap belongs to the megatron engine, but --engine automodel was asked"
+    ):
         checks.choose_engine(typed("--engine", "automodel", "--overlap", "2"))
     assert checks.choose_engine(typed("--engine", "automodel", "--overlap", "1")) == "automodel"
 
@@ -155,7 +159,9 @@ def test_the_flag_of_one_engine_is_refused_by_the_other(monkeypatch):
     for engine in ("megatron", "auto"):
         with pytest.raises(checks.RunError) as refusal:
             checks.choose_engine(typed("--engine", engine, "--sharding", "fsdp2"))
-        assert str(refusal.value) == ("--sharding is of the automodel engine: add --engine automodel, or leave it out")
+        assert str(refusal.value) == (
+            "--sharding belongs to the automodel engine: add --engine automodel, or leave it out"
+        )
     assert checks.choose_engine(typed("--sharding", "none")) == "megatron"
     assert checks.choose_engine(typed("--engine", "automodel", "--sharding", "fsdp2")) == "automodel"
 
@@ -172,7 +178,7 @@ def test_sharding_may_change_when_a_run_goes_on(tmp_path):
 
 def test_one_process_has_nothing_to_share():
     checks.check_numbers(typed("--devices", "2", "--sharding", "fsdp2").resolved("automodel", "32"))
-    with pytest.raises(checks.RunError, match=r"--sharding fsdp2 spreads a model over processes and there is one"):
+    with pytest.raises(checks.RunError, match=r"--sharding fsdp2 divides a model among processes, but there is one"):
         checks.check_numbers(typed("--sharding", "fsdp2").resolved("automodel", "32"))
 
 

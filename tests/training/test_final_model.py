@@ -38,9 +38,9 @@ def rehearsal_of(engine: str, settings: config.TrainingConfig):
 
     info = checks.check_model(settings.model_dir, None)
     if engine == "megatron":
-        edit = partial(write_reading, bounds=settings.pixel_bounds, sampling=SAMPLING)
+        edit = partial(write_reading, settings=settings.processor_settings, sampling=SAMPLING)
         return RehearseSave(settings, info, partial(rehearse_hf, settings.model_dir, edit=edit))
-    module = QwenAutoModel(settings.model_dir, pixel_bounds=settings.pixel_bounds, sampling=SAMPLING)
+    module = QwenAutoModel(settings.model_dir, processor_settings=settings.processor_settings, sampling=SAMPLING)
     module.configure_model()
     return RehearseSave(settings, info, module.rehearse_save)
 
@@ -76,7 +76,7 @@ def test_what_transformers_refuses_to_write_is_refused_before_the_first_step(mod
         rehearse("automodel", settings_of(model_dir, tmp_path))
     line = str(raised.value)
     assert line.startswith(f"{model_dir} loads, but what is trained from it cannot be saved (") and "\n" not in line
-    assert "`temperature`" in line and line.endswith("change that there; no step was made")
+    assert "`temperature`" in line and line.endswith("correct that there; no step was made")
     assert list((tmp_path / "e").iterdir()) == []
 
 

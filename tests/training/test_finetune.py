@@ -342,7 +342,10 @@ def test_the_two_forms_are_compared_before_and_after(launched, request):
 def test_a_stock_form_is_not_trained_on(one_process, prepared, tmp_path):
     folder = one_process["output"] / "whole" / "hf"
     line = refused(prepared, tmp_path, MODEL_DIR=str(folder)).rstrip()
-    assert "is the stock form of a DCT model (x4), training takes its coefficient form: a run's hf_dct, or " in line
+    assert (
+        "is the stock form of a DCT model (x4), but training needs its coefficient form: give a run's hf_dct, or "
+        in line
+    )
     assert line.endswith(f"python convert_checkpoint.py --to dct --model-dir {folder} --output-dir {folder}-dct")
     assert checks.check_model(folder, "none").dct is None
 
@@ -391,7 +394,7 @@ def test_data_begun_anew_in_other_batches_come_in_whole_steps(restarted):
 def test_data_begun_anew_begin_anew_once_more_after_a_kill_before_a_checkpoint(restarted):
     before, after = restarted["before"], metrics(restarted["run_dir"])
     assert len(re.findall(r"Resuming from .*step000016", restarted["log"])) == 2
-    assert restarted["log"].count("The checkpoint is of before --restart-data: the data begin again") == 1
+    assert restarted["log"].count("The checkpoint was saved before --restart-data: the data begin from the start") == 1
     assert before and figures(after[: len(before)]) == figures(before)
 
 
@@ -458,8 +461,8 @@ def test_indivisible_batch_is_refused(prepared, tmp_path):
 
 def test_flags_of_the_other_engine_are_refused(prepared, tmp_path):
     line = refused(prepared, tmp_path, PP="2")
-    assert "--pipeline-parallel is of the megatron engine, but --engine megatron needs" in line
-    assert "--pack-tokens is of the megatron engine" in refused(prepared, tmp_path, PACK_TOKENS="512", MBS="")
+    assert "--pipeline-parallel belongs to the megatron engine, but --engine megatron needs" in line
+    assert "--pack-tokens belongs to the megatron engine" in refused(prepared, tmp_path, PACK_TOKENS="512", MBS="")
 
 
 @pytest.mark.parametrize(
@@ -500,7 +503,10 @@ def test_numbers_of_the_megatron_engine_that_do_not_fit(typed, said):
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (["--freeze", "vision", "language"], "--lora-rank 4 trains adapters of the language model, --freeze language "),
+        (
+            ["--freeze", "vision", "language"],
+            "--lora-rank 4 trains adapters of the language model, but --freeze language ",
+        ),
         (["--tensor-parallel", "8"], "--lora-rank 4 is not divisible by --tensor-parallel 8: change one of them"),
         (
             ["--pipeline-parallel", "2"],
@@ -530,7 +536,7 @@ def test_adapters_that_cannot_be(typed, said):
         (["--experiment-name", ".."], "--experiment-name must name a folder below --output-dir, got '..'"),
         (["--experiment-name", "/tmp"], "--experiment-name must name a folder below --output-dir, got '/tmp'"),
         (["--experiment-name", ""], "--experiment-name must name a folder below --output-dir, got ''"),
-        (["--num-workers", "255"], "holds 254 samples, fewer than 1 processes have loader processes (255): lower"),
+        (["--num-workers", "255"], "holds 254 samples, fewer than there are loader processes (255): lower"),
         (["--num-workers", "-1"], "--num-workers must be at least 0, got -1"),
         (["--weight-decay", "inf"], "--weight-decay must be at least 0, got inf"),
         (["--lr", "nan"], "--lr must be over 0, got nan"),
@@ -539,8 +545,8 @@ def test_adapters_that_cannot_be(typed, said):
         (["--min-lr", "1"], "--min-lr 1.0 is over --lr 1e-05: change one of them"),
         (["--video-min-frames", "800"], "--video-min-frames 800 is over --video-max-frames 768"),
         (["--profile", "2000"], "--profile 2000 is over --max-steps 1000"),
-        (["--devices", "2"], "2 processes are torchrun's to start: bash qwen_launch.sh"),
-        (["--recompute"], "--recompute is of the megatron engine, but --engine automodel was asked for"),
+        (["--devices", "2"], "2 processes must be started by torchrun: bash qwen_launch.sh"),
+        (["--recompute"], "--recompute belongs to the megatron engine, but --engine automodel was asked for"),
         (["--freeze", "vision", "language", "--freeze", "projector"], "leaves nothing to train"),
     ],
 )
@@ -718,13 +724,13 @@ def test_skipping_needs_tokens_that_can_be_skipped(prepared, tmp_path):
 @pytest.mark.parametrize(("skip_db", "saved"), [(None, 36.0), (38.0, 38.0), (0.0, None)])
 def test_the_processor_that_is_saved_says_what_was_skipped(prepared, tmp_path, skip_db, saved):
     """Trained further without the setting, a checkpoint keeps its own; 0 turns it off."""
-    from dct_qwen2vl.checkpoints.hf_folder import write_pixel_bounds
+    from dct_qwen2vl.checkpoints.hf_folder import write_processor_settings
 
     model = shutil.copytree(prepared.model, tmp_path / "model")
     edit_json(model / "preprocessor_config.json", skip_db=36.0)
     settings = config.TrainingConfig(model_dir=model, data_dir=prepared.shards, skip_db=skip_db)
     _, processor = finetune_qwen2vl.load_processor(settings, checks.check_model(model, None))
-    write_pixel_bounds(model, settings.processor_settings)
+    write_processor_settings(model, settings.processor_settings)
     assert processor.skip_db == saved == json.loads((model / "preprocessor_config.json").read_text()).get("skip_db")
 
 

@@ -24,7 +24,7 @@ from dct_qwen2vl.training import processes, run_file
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the megatron engine's CPU form")
 ENGINES = ["automodel", pytest.param("megatron", marks=cpu_only)]
 LEFT_OVER = {"WORLD_SIZE": "8", "RANK": "3", "LOCAL_RANK": "3", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}
-GOES_ON = "the same command goes on from the newest checkpoint"
+GOES_ON = "run the same command again to continue from the newest checkpoint"
 
 
 @pytest.fixture(scope="module")

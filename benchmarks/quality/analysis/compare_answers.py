@@ -31,6 +31,7 @@ from benchmarks.quality.analysis.paired import (
     spread,
     verdict_over_seeds,
 )
+from benchmarks.quality.settings import parser_of
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.common.scripts import UserError, run_main
 
@@ -210,10 +211,7 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--answers", type=pair, nargs="+", required=True, metavar="VARIANT=DIR", help="the --output_path of lmms-eval")
     add("--metric", type=pair, nargs="+", default=[], metavar="TASK=NAME", help="a task's score (default: known ones)")

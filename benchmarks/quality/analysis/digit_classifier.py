@@ -23,6 +23,7 @@ from benchmarks.quality.analysis.run_results import level_accuracy, levels_of
 from benchmarks.quality.analysis.scoring import by_level
 from benchmarks.quality.result_files import Output, Result
 from benchmarks.quality.runs import chosen_device, environment
+from benchmarks.quality.settings import parser_of
 from benchmarks.quality.tasks.cells import DIGITS, TOKEN
 from benchmarks.quality.tasks.reading import Reading
 from benchmarks.quality.tasks.registry import Source, make_task
@@ -178,10 +179,7 @@ def table(results: list[Result]) -> list[str]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--variants", nargs="+", default=["exact", "x4", "x4-corner", "quarter"], help="(default: %(default)s)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and samples (default: %(default)s)")

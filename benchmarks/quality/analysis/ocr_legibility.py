@@ -32,6 +32,7 @@ from benchmarks.quality.ocr.errors import bootstrap, compared, edit_distance, er
 from benchmarks.quality.ocr.pages import Manuals, Sheet
 from benchmarks.quality.ocr.shown import VIEWS, coloured, colours, compressed, visual_tokens
 from benchmarks.quality.result_files import Output, Result
+from benchmarks.quality.settings import parser_of
 from dct_qwen2vl.common.scripts import run_main
 
 INKS = ("black", "coloured", "equal-luma")
@@ -125,10 +126,7 @@ def environment_of(commit: str) -> dict[str, str]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="PATH", help="FILE.jsonl, or FOLDER for FOLDER/ocr.jsonl")
     default = Path("/usr/share/R/doc/manual")

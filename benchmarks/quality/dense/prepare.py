@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.quality.dense.dinov2 import read_onnx
 from benchmarks.quality.dense.pages import build
+from benchmarks.quality.settings import parser_of
 from dct_qwen2vl.common.scripts import UserError, run_main
 
 WEIGHTS = "dinov2_vit_s.safetensors"
@@ -33,10 +34,7 @@ def write_weights(focus: Path, output: Path) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     add("--focus", type=Path, default=Path("vit_s_focus.onnx"), help="the ViT, .onnx (default: %(default)s)")

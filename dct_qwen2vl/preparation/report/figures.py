@@ -78,7 +78,11 @@ class Figure:
 
 
 def draw_figures(data: Data, folder: Path) -> list[Figure]:
-    """Draws what the set has data for and removes the files of other figures. Returns those drawn."""
+    """Draws the figures that the set has data for, and removes the files of the others. Returns those drawn.
+
+    data: What the figures show.
+    folder: Gets the figures.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [figure for figure in FIGURES if has_data(figure, data.statistics)]
     for figure in FIGURES:
@@ -100,6 +104,11 @@ def has_data(figure: Figure, statistics: Statistics) -> bool:
 
 
 def figure_path(folder: Path, figure: Figure) -> Path:
+    """The file of a figure.
+
+    folder: Of the figures.
+    figure: The figure.
+    """
     return folder / f"{figure.name}.png"
 
 

@@ -62,12 +62,24 @@ class ShownSample:
 
 
 def choose_samples(statistics: Statistics, count: int, seed: int) -> list[int]:
-    """Numbers of `count` samples of the set, ascending; of all where there are fewer."""
+    """Numbers of random samples of the set, ascending. All samples if there are fewer.
+
+    statistics: Of the set.
+    count: Samples to choose.
+    seed: Of the choice.
+    """
     return sorted(random.Random(seed).sample(range(len(statistics)), min(count, len(statistics))))
 
 
 def read_shown_samples(output_dir: Path, statistics: Statistics, positions: list[int]) -> Iterator[ShownSample]:
-    """The samples with these numbers, ascending. Raises PreparationError where a shard lacks one."""
+    """Reads samples from the shards.
+
+    output_dir: The folder of shards.
+    statistics: Of the set.
+    positions: Numbers of the samples, ascending.
+
+    Raises PreparationError if a shard lacks one.
+    """
     firsts = np.array([shard.first for shard in statistics.shards])
     for number, group in groupby(positions, lambda p: int(np.searchsorted(firsts, p, side="right")) - 1):
         shard = statistics.shards[number]
@@ -115,7 +127,13 @@ def read_parts(path: Path, wanted: list[int]) -> list[tuple[str, dict[str, bytes
 
 
 def read_conversations(output_dir: Path, statistics: Statistics) -> Iterator[list[list[Turn]]]:
-    """The turns of all samples, a list for each shard."""
+    """The turns of all samples, a list for each shard.
+
+    output_dir: The folder of shards.
+    statistics: Of the set.
+
+    Raises PreparationError if a shard has another number of samples.
+    """
     for shard in statistics.shards:
         path = output_dir / shard.name
         with open_shard(path) as tar:

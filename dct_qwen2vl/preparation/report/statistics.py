@@ -214,7 +214,13 @@ def check_sources(statistics: Statistics, path: Path) -> None:
 
 
 def read_examples(output_dir: Path, skipped: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """The first line of skipped.jsonl for each reason that `skipped` counts entries of."""
+    """The first line of skipped.jsonl for each reason.
+
+    output_dir: The folder of shards.
+    skipped: Entries left out, by reason. Reasons without entries are left out.
+
+    Raises PreparationError if the file is missing or has no line for a reason.
+    """
     path, found = output_dir / SKIPPED_NAME, {}
     missing = {reason for reason, count in skipped.items() if count}
     try:

@@ -56,7 +56,13 @@ class Lengths:
 
 
 def measure_lengths(statistics: Statistics, text: np.ndarray | None, min_pixels: int, max_pixels: int) -> Lengths:
-    """text: counted text tokens, int64 [N]; None to estimate them. min_pixels, max_pixels: training's bounds of H*W."""
+    """Text and visual tokens of each sample, for each preset.
+
+    statistics: Of the set.
+    text: int64 [N]. Counted text tokens. None: they are estimated.
+    min_pixels: Least pixels of an image in training.
+    max_pixels: Most pixels of an image in training.
+    """
     frames, bounds = sampled_frames(statistics.frames, statistics.seconds, min_pixels, max_pixels)
     in_time, visual = -(-frames // FRAMES_OF_A_TOKEN), {}
     refused = np.zeros(len(statistics), bool)
@@ -93,15 +99,13 @@ def target_sizes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`image_sizes_dct.target_size` over arrays, for millions of media. A test holds the two equal.
 
-    Args:
-        height: int [M]. Pixels.
-        width: int [M]. Pixels.
-        factor: Both sides become multiples of it, pixels.
-        min_pixels: Of an image or frame.
-        max_pixels: int [M]. Of an image or frame.
+    height: int [M]. Pixels.
+    width: int [M]. Pixels.
+    factor: Both sides become multiples of it, pixels.
+    min_pixels: Least pixels of an image or frame.
+    max_pixels: int [M]. Most pixels of an image or frame.
 
-    Returns:
-        Heights and widths, int64 [M] each; 0 where `target_size` refuses.
+    Returns heights and widths, int64 [M] each; 0 where `target_size` refuses.
     """
     sizes = np.stack([height, width]).astype(np.int64)
     changing = np.arange(sizes.shape[1])
@@ -161,7 +165,11 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
 
 
 def count_text_tokens(shards: Iterator[list[list[Turn]]], tokenizer: "Tokenizer") -> np.ndarray:
-    """int64 [N]: tokens of each conversation but for the visual ones. shards: the conversations, a list for each."""
+    """Text tokens of each conversation, int64 [N], without the visual ones.
+
+    shards: Conversations, a list for each shard.
+    tokenizer: Of the model.
+    """
     meant = match_meant(token.content for token in tokenizer.get_added_tokens_decoder().values())
     counts: list[int] = []
     for conversations in shards:

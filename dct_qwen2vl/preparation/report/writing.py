@@ -32,9 +32,14 @@ def write_report(
 ) -> Path:
     """Writes report.html and the figures of a prepared set. Returns the page's path.
 
+    output_dir: The folder of shards.
+    num_samples: Samples to show.
+    seed: Of their choice.
+    seq_lengths: Token limits for which the share of samples that fit is shown.
     pixel_bounds: min_pixels and max_pixels of training.
-    tokenizer_dir: a Hugging Face directory whose tokenizer counts the text tokens. None: they are estimated.
-    Raises OSError, and PreparationError where a file of the set is missing or contradicts another one.
+    tokenizer_dir: Hugging Face directory whose tokenizer counts text tokens. None: they are estimated.
+
+    Raises PreparationError for a set that is not complete.
     """
     from dct_qwen2vl.common.files import replacing
     from dct_qwen2vl.preparation.output_folder import REPORT_FOLDER
@@ -85,14 +90,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--min-pixels",
         type=int,
         metavar="N",
-        help=f"training's lower bound of an image (default: {low}, or --max-pixels where that is lower)",
+        help=f"least pixels of an image in training (default: {low}, or --max-pixels if that is lower)",
     )
     add(
         "--max-pixels",
         type=int,
         default=high,
         metavar="N",
-        help="training's upper bound of an image (default: %(default)s)",
+        help="most pixels of an image in training (default: %(default)s)",
     )
     add("--num-samples", type=int, default=NUM_SAMPLES, metavar="N", help="samples shown (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of their choice (default: %(default)s)")
