@@ -77,10 +77,11 @@ def read_config(model_dir: Path) -> dict[str, Any]:
 
 
 def where_it_is(model_dir: Path, form: str = "hf_dct", flag: str = "--model-dir") -> str | None:
-    """What to do about a directory without a config.json, None where that is not known.
+    """What to type instead of a directory without a config.json. None if that is not known.
 
-    form: which folder of a run is wanted.
-    flag: that was given the directory.
+    model_dir: The directory that was given.
+    form: Which folder of a run is wanted, "hf_dct" or "hf".
+    flag: The flag that was given the directory.
     """
     if not model_dir.parent.exists() and HUB_NAME.fullmatch(str(model_dir)):
         return f"fetch it (git lfs install; git clone https://huggingface.co/{model_dir}) and give {flag} its folder"
@@ -210,9 +211,13 @@ def own_pixel_bounds(model_dir: Path) -> tuple[int, int]:
 
 
 def chosen_bounds(model_dir: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> tuple[int, int]:
-    """min_pixels and max_pixels: those given, else the checkpoint's. Its min_pixels gives way to a lower max_pixels.
+    """min_pixels and max_pixels: those given, otherwise the checkpoint's.
 
-    Raises CheckpointError.
+    model_dir: Hugging Face directory.
+    min_pixels: Least pixels of an image, or None. The checkpoint's is lowered to `max_pixels` if it is above it.
+    max_pixels: Most pixels of an image, or None.
+
+    Raises CheckpointError for bounds that contradict each other.
     """
     try:
         return pixel_bounds(min_pixels, max_pixels, *own_pixel_bounds(model_dir))
@@ -221,7 +226,14 @@ def chosen_bounds(model_dir: Path, min_pixels: int | None = None, max_pixels: in
 
 
 def notes_on_bounds(model_dir: Path, min_pixels: int | None, max_pixels: int | None) -> tuple[str, ...]:
-    """A line where the checkpoint's min_pixels gives way in `chosen_bounds`. Raises CheckpointError."""
+    """A line if `chosen_bounds` lowers the checkpoint's min_pixels.
+
+    model_dir: Hugging Face directory.
+    min_pixels: As given, or None.
+    max_pixels: As given, or None.
+
+    Raises CheckpointError.
+    """
     own, _ = own_pixel_bounds(model_dir)
     if min_pixels is not None or max_pixels is None or own <= max_pixels:
         return ()

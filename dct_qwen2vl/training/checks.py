@@ -62,7 +62,7 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
 
 
 def choose_min_pixels(config: TrainingConfig) -> int | None:
-    """What was given. The checkpoint's own gives way to a lower --max-pixels, as in conversion.
+    """The value that was given. A --max-pixels below the checkpoint's own lowers that, as in conversion.
 
     Raises CheckpointError for bounds that leave no room for an image.
     """
