@@ -219,8 +219,9 @@ def chosen_bounds(model_dir: Path, min_pixels: int | None = None, max_pixels: in
 
     Raises CheckpointError for bounds that contradict each other.
     """
+    own = own_pixel_bounds(model_dir)
     try:
-        return pixel_bounds(min_pixels, max_pixels, *own_pixel_bounds(model_dir))
+        return pixel_bounds(min_pixels, max_pixels, *own)
     except ValueError as error:
         raise CheckpointError(f"{error}: change --min-pixels or --max-pixels") from error
 
