@@ -577,8 +577,14 @@ def enter_candidates(places: Places, candidates: list[tuple[int, str]], indexes:
 
 
 def find_neighbour(name: str, data_dir: Path, sources: list[TarSource]) -> str:
-    """What is there in place of a name that leads to no file: a file of another ending, else a member of a tar, else
-    any file of the folder; "" where there is nothing."""
+    """A file that is there, to show beside a name that leads to no file. "" if there is none.
+
+    name: As the entry has it.
+    data_dir: Folder of the raw data.
+    sources: The tars in it.
+
+    A file with another ending comes first, then a member of a tar, then any file of the folder.
+    """
     wanted = data_dir / name
     folder = next(path for path in wanted.parents if path.is_dir())
     inside = [] if folder == data_dir else sorted(path for path in folder.iterdir() if path.is_file())
