@@ -14,6 +14,7 @@ compares two forms of a model (comparison.py): logits and greedy answers on a fe
 """
 
 import argparse
+import math
 import sys
 from collections import Counter
 from dataclasses import fields
@@ -58,6 +59,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="most questions (default: all; to compare: 4)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered at a time")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer, tokens")
+    parser.add_argument("--skip-db", type=float, metavar="DB", help="leave out cells that a kept cell already shows "
+                        "with this PSNR, 0: none (default: as the model was trained)")  # fmt: skip
     as_trained = parser.add_argument_group("videos", "defaults: as the model was trained, according to its files")
     add_flags(as_trained, VideoSampling, PREFIX, default=None)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -73,12 +76,15 @@ def check(arguments: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UserError(f"{flag_of(name)} must be at least 1, got {value}")
     check_ranges(VideoSampling(**given_sampling(arguments)), PREFIX)
+    check_skipping(arguments)
     for model_dir in arguments.compare or [arguments.model_dir]:
         if not (model_dir / "config.json").is_file():
             flag = "--compare" if arguments.compare else "--model-dir"
             where = where_it_is(model_dir, "hf", flag) or f"give {flag} a run's hf folder"
             raise UserError(f"no model in {model_dir} (no config.json): {where}")
-        check_checkpoint(model_dir)
+        dct = check_checkpoint(model_dir)
+        if arguments.skip_db and dct is None:
+            raise UserError(f"--skip-db needs DCT tokens, {model_dir} reads pixels: give --model-dir the run's hf_dct")
         check_directory(model_dir)
         if note := note_on_old_code(model_dir):
             print(f"Note: {note}")
@@ -86,6 +92,21 @@ def check(arguments: argparse.Namespace) -> None:
     if not read_splits(arguments.data_dir, (arguments.split,))[arguments.split]:
         raise UserError(f"the {arguments.split} split of {arguments.data_dir} holds no shard: choose another --split")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def check_skipping(arguments: argparse.Namespace) -> None:
+    """Raises UserError for a --skip-db that cannot be."""
+    if arguments.skip_db is None:
+        return
+    if arguments.compare:
+        raise UserError("--skip-db does not go with --compare, which reads all cells: leave one out")
+    if not 0 <= arguments.skip_db < math.inf:
+        raise UserError(f"--skip-db must be at least 0, got {arguments.skip_db:g}")
+
+
+def skipping_of(arguments: argparse.Namespace) -> dict[str, float | None]:
+    """What the image processor has otherwise than the model's files say."""
+    return {} if arguments.skip_db is None else {"skip_db": arguments.skip_db or None}
 
 
 def sampling_of(model_dir: Path, arguments: argparse.Namespace) -> VideoSampling:
@@ -112,6 +133,8 @@ def describe_settings(arguments: argparse.Namespace) -> dict[str, dict[str, Any]
     }
     sampling = {PREFIX + name: value for name, value in vars(sampling_of(arguments.model_dir, arguments)).items()}
     options = {flag_of(name): {**vars(arguments), **sampling}[name] for name in OPTIONS}
+    if arguments.skip_db is not None:
+        options["--skip-db"] = arguments.skip_db
     return {"options": options, "files": files, "others": {"version": ANSWERS_VERSION, "device": device, **versions}}
 
 
@@ -145,7 +168,8 @@ def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> No
     """Ask what has not been answered yet, with one progress bar: every question has two answers, seeing and blind."""
     from tqdm import tqdm
 
-    answerer = Answerer(arguments.model_dir, arguments.max_new_tokens, sampling_of(arguments.model_dir, arguments))
+    sampling, skipping = sampling_of(arguments.model_dir, arguments), skipping_of(arguments)
+    answerer = Answerer(arguments.model_dir, arguments.max_new_tokens, sampling, **skipping)
     source = (arguments.data_dir, arguments.split, arguments.limit)
     questions = read_questions(*source, answerer.media.read, answerer.text_tokens.stay_text, reading)
     most, begun = arguments.limit and 2 * arguments.limit, 2 * len(file.answers)
@@ -163,6 +187,7 @@ def summarise(arguments: argparse.Namespace, answers: list[dict[str, Any]], read
     return {
         "model_dir": str(arguments.model_dir),
         "split": arguments.split,
+        **skipping_of(arguments),
         "questions": len(answers),
         "entries_read": reading.entries_read,
         "entries_asked": reading.entries,

@@ -27,8 +27,11 @@ from dct_qwen2vl.training.processes import (
     Interrupted,
     forget_what_torchrun_has_not_set,
     interruptible,
+    let_others_begin,
+    wait_for_first,
 )
 from dct_qwen2vl.training.run_file import count_data_restarts, write_run_file
+from dct_qwen2vl.training.sequence_size import as_begun, choose_size, leaves_size_open
 
 
 def load_processor(config: TrainingConfig, info: ModelInfo):
@@ -102,6 +105,7 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
     engine = config.chosen_engine
     if config.rank == 0:
         run_lock.lock(config.run_dir)
+        let_others_begin()
         write_run_file(config, info)
         print(f"Engine {engine}, token format {info.dct_name}, {config.world_size} process(es), GBS "
               f"{config.global_batch_size}, run folder {config.run_dir}", flush=True)  # fmt: skip
@@ -110,6 +114,8 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
                   "ends before the learning rate falls again", flush=True)  # fmt: skip
         if not (config.run_dir / "comparison" / "before" / "comparison.json").is_file():
             compare_forms(config, info, "before", config.model_dir)
+    else:
+        wait_for_first()
     import lightning.pytorch as pl
 
     from dct_qwen2vl.training.final_model import write_stock_form
@@ -193,11 +199,14 @@ def run_or_tell(config: TrainingConfig, interrupts: list[int]) -> int:
 
 def run(config: TrainingConfig) -> int:
     """Checks, trains, and says where the model is. Returns the exit status."""
-    check_ranges(config)
-    engine = choose_engine(config)
-    config = config.resolved(engine, choose_precision(config, engine))
-    config = replace(config, min_pixels=choose_min_pixels(config))
-    info = check(config)
+    try:
+        check_ranges(config)
+        config, info, note = check_and_size(config, choose_engine(config))
+    except UserError as error:
+        if config.rank:
+            wait_for_first()  # which says the same
+            error.told = os.environ.get("LOCAL_RANK", "0") != "0"  # one of a node is enough, where it alone has it
+        raise
     shards = fingerprint_of_shards(config.data_dir)
     config = replace(config, data_restarts=count_data_restarts(config), train_shards=shards)
     if config.check:
@@ -207,14 +216,31 @@ def run(config: TrainingConfig) -> int:
     if config.world_size > 1 and TORCHRUN not in os.environ:
         raise RunError(f"{config.world_size} processes must be started by torchrun: bash qwen_launch.sh")
     if (config.run_dir / "finished").is_file():
-        print(f"{config.run_dir} is finished: its model is in {config.run_dir / 'hf'}")
+        if config.rank == 0:
+            print(f"{config.run_dir} is finished: its model is in {config.run_dir / 'hf'}", flush=True)
         return 0
+    if note and config.rank == 0:
+        print(note, flush=True)
     train(config, info)
     if config.rank == 0:
         (config.run_dir / "finished").touch()
         further = f", in the stock form; to train it further: {config.run_dir / 'hf_dct'}" if info.dct else ""
         print(f"Done: the fine-tuned model is in {config.run_dir / 'hf'}{further}")
     return 0
+
+
+def check_and_size(config: TrainingConfig, engine: str) -> tuple[TrainingConfig, ModelInfo, str | None]:
+    """Resolves and checks the settings. The size of packed sequences, where it is left open, is that of the run that
+    goes on, or what fits the device; a line says what was chosen. Raises UserError."""
+    precision = choose_precision(config, engine)
+    config = replace(config, min_pixels=choose_min_pixels(config))
+    if leaves_size_open(config, engine):
+        config = as_begun(config)
+    info = check(config.resolved(engine, precision))
+    note = None
+    if leaves_size_open(config, engine):
+        config, note = choose_size(config)
+    return config.resolved(engine, precision), info, note
 
 
 def tell(error: BaseException) -> int:

@@ -35,14 +35,15 @@ MASTER_PORT=${MASTER_PORT:-29500}
 
 TP=${TP:-1}                      # tensor parallelism: processes that share each layer (megatron engine)
 PP=${PP:-1}                      # pipeline parallelism: processes that share the layers (megatron engine)
-PACK_TOKENS=${PACK_TOKENS:-}     # most tokens of a packed sequence, which is a micro-batch; empty: 8192 with the megatron engine
+PACK_TOKENS=${PACK_TOKENS:-}     # most tokens of a packed sequence, a micro-batch of the megatron engine; empty: what the device's memory holds
 PACK_VISION_TOKENS=${PACK_VISION_TOKENS:-}  # most tokens of the vision tower in it; empty: twice PACK_TOKENS
 MBS=${MBS:-}                     # micro-batch size: samples of one forward pass of one process, instead of packed sequences
-GBS=${GBS:-}                     # global batch size: packed sequences of one optimizer step (default 16), or samples (32)
+GBS=${GBS:-}                     # global batch size: samples of one optimizer step (32), or packed sequences (of 131072 tokens together)
 SEQ_LENGTH=${SEQ_LENGTH:-2048}   # tokens; longer samples are skipped and counted
 MINPIXELS=${MINPIXELS:-}         # least pixels of an image; empty: what the checkpoint says
 MAXPIXELS=${MAXPIXELS:-}         # most pixels of an image; empty: what the checkpoint says
 SKIP_DB=${SKIP_DB:-}             # leaves out cells that a kept cell already shows with this PSNR, dB (38); empty: what the checkpoint says, usually none
+SKIP_NOISE_FLOOR=${SKIP_NOISE_FLOOR:-}  # 1: with SKIP_DB, also cells that differ by no more than the noise of the video
 MAX_STEPS=${MAX_STEPS:-5000}
 LR=${LR:-1e-5}
 MIN_LR=${MIN_LR:-1e-6}
@@ -76,6 +77,7 @@ if [ -n "$GBS" ]; then arguments+=(--global-batch-size "$GBS"); fi
 if [ -n "$MINPIXELS" ]; then arguments+=(--min-pixels "$MINPIXELS"); fi
 if [ -n "$MAXPIXELS" ]; then arguments+=(--max-pixels "$MAXPIXELS"); fi
 if [ -n "$SKIP_DB" ]; then arguments+=(--skip-db "$SKIP_DB"); fi
+if [ -n "$SKIP_NOISE_FLOOR" ]; then arguments+=(--skip-noise-floor); fi
 arguments+=("$@")
 
 # Packed sequences differ in length; without this the freed pieces of the device's memory do not fit the next one.
@@ -84,9 +86,6 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 if [ "$NUM_PROC_PER_NODE" != 1 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
 # NeMo requires it, and PyTorch warns of it in every process.
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore:The pynvml package is deprecated:FutureWarning}
-
-# What cannot work is refused here, once and in one line, before any process starts.
-"$PYTHON" finetune_qwen2vl.py "${arguments[@]}" --check
 
 if [ "$NNODES" = 1 ]; then
   rendezvous=(--standalone)

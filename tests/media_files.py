@@ -58,15 +58,17 @@ def insert_segment(jpeg: bytes, marker: int, content: bytes) -> bytes:
     return jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content + jpeg[2:]
 
 
-def video_file(container: str = "mp4", codec: str = "libx264", frames: int = 12, rotation: int = 0, **options) -> bytes:
-    """A video of 96 x 64 px (height, width): blocks of random grey levels, 8 frames a second."""
+def video_file(
+    container: str = "mp4", codec: str = "libx264", frames: int = 12, rotation: int = 0, equal: int = 1, **options
+) -> bytes:
+    """A video of 96 x 64 px (height, width): blocks of random grey levels, 8 frames a second, each `equal` times."""
     stream = io.BytesIO()
     with av.open(stream, "w", format=container) as target:
         video = target.add_stream(codec, rate=Fraction(8), width=64, height=96)
         video.pix_fmt = "yuv420p"
         video.options = {name: str(value) for name, value in options.items()}
         for number in range(frames):
-            levels = np.random.default_rng(number).integers(0, 256, (6, 4, 1), dtype=np.uint8)
+            levels = np.random.default_rng(number // equal).integers(0, 256, (6, 4, 1), dtype=np.uint8)
             pixels = levels.repeat(16, axis=0).repeat(16, axis=1).repeat(3, axis=2)
             target.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         target.mux(video.encode())

@@ -4,7 +4,7 @@
 Megatron-core's model, gradients, distributed optimizer and checkpoints, tensor, pipeline and data parallelism (over
 gloo). Replaced is what has no CPU form: the name of the device, TransformerEngine's layers (by those of
 tests/megatron_cpu.py) and its Adam, and the refusal to start. With FAULT_STEP=N a gradient of step N is NaN
-(tests/faulty_gradient.py).
+(tests/faulty_gradient.py). With ROOM_FOR=N the memory is full at a packed sequence of more than N tokens.
 """
 
 import os
@@ -87,6 +87,22 @@ def replace_layers() -> None:
     nemo.lightning.io.pl._fix_tensors_device = lambda checkpoint: checkpoint  # asserts that CUDA is there
 
 
+def limit_memory(most: int) -> None:
+    """The model fails at longer packed sequences, as on a device whose memory is full."""
+    import torch
+
+    from dct_qwen2vl.training.megatron_model import PackedQwen2VL
+
+    forward = PackedQwen2VL.forward
+
+    def limited(self, batch, *arguments, **options):
+        if len(batch.input_ids) > most:
+            raise torch.OutOfMemoryError(f"{len(batch.input_ids)} tokens are over {most}")
+        return forward(self, batch, *arguments, **options)
+
+    PackedQwen2VL.forward = limited
+
+
 def fine_tune(arguments: list[str]) -> int:
     """Imports come late: a process that Megatron-core starts for a checkpoint imports this file, too."""
     import finetune_qwen2vl
@@ -98,6 +114,8 @@ def fine_tune(arguments: list[str]) -> int:
         replace_device()
         replace_optimizer()
         replace_layers()
+        if "ROOM_FOR" in os.environ:
+            limit_memory(int(os.environ["ROOM_FOR"]))
         if "FAULT_STEP" in os.environ:
             from faulty_gradient import break_gradient
 

@@ -18,6 +18,8 @@ CASES = {
     "adapters": (0, ["--lora-rank", "4", "--freeze", "projector"]),
     "language": (0, ["--freeze", "vision", "projector"]),
     "vision": (0, ["--freeze", "language"]),
+    "skipping": (0, ["--skip-db", "30"]),
+    "skipping_2_5": (1, ["--skip-db", "30"]),
 }
 # How each goes on from the middle of another, or from the start.
 RUNS = {
@@ -29,8 +31,8 @@ RUNS = {
 }
 
 
-def micro_batches(model_dir: Path, rank: int) -> list:
-    """Two of a step, different in each process."""
+def micro_batches(model_dir: Path, rank: int, skip_db: float | None = None) -> list:
+    """Two of a step, different in each process. With skip_db, some cells of images and videos have no token."""
     from media_files import encode, quadrants, video_file
     from samples_by_hand import answer, conversation_sample
     from transformers import AutoTokenizer
@@ -38,8 +40,9 @@ def micro_batches(model_dir: Path, rank: int) -> list:
     from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
     from task_encoder import QwenTaskEncoder
 
-    encoder = QwenTaskEncoder(AutoTokenizer.from_pretrained(model_dir), DCTImageProcessor.from_pretrained(model_dir))
-    image, video = encode(quadrants("rgbw", 112, 168), "PNG"), video_file()
+    processor = DCTImageProcessor.from_pretrained(model_dir, skip_db=skip_db)
+    encoder = QwenTaskEncoder(AutoTokenizer.from_pretrained(model_dir), processor)
+    image, video = encode(quadrants("rgbw", 112, 224), "PNG"), video_file(equal=12 if skip_db else 1)
     text_only = conversation_sample(answer("How many squares are there?", "There are three squares."))
     both = answer("<image>\n<video>\nWhat colour is the circle?", "The circle is red.")
     with_media = [
@@ -85,7 +88,7 @@ def train(model_dir: Path, folder: Path, typed: list[str], checkpoint: Path | No
     )
     build_optimizer(config).connect(module)
     trainer = build_trainer(config, module, [figures, *step_checkpoints(config, lambda: None)], validates=True)
-    batches = micro_batches(model_dir, trainer.global_rank)
+    batches = micro_batches(model_dir, trainer.global_rank, config.skip_db)
     loaders = [DataLoader(batches * STEPS, batch_size=None), DataLoader(batches, batch_size=None)]
     trainer.fit(module, *loaders, ckpt_path=checkpoint)
     seen = {name: getattr(figures, name) for name in ("losses", "norms", "validations")}

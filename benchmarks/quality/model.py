@@ -20,6 +20,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_
 
 from benchmarks.quality.settings import LANGUAGE_HEAD, VISION_HEAD, ModelSize
 from benchmarks.quality.tasks.cells import TOKEN, WORDS
+from dct_qwen2vl.data.kept_cells import given_positions
+from dct_qwen2vl.data.media_embedding import embed_media
 
 # Qwen2-VL's base of 1,000,000 turns the width part of the position by 1/1000 rad a token and less at this size of head,
 # and small models then do not find the place that is asked for; with 10 it is 1/10 to 1/4 rad.
@@ -175,21 +177,32 @@ class Layout:
 
 
 def vision_layer(
-    block: nn.Module, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, steps: int
+    block: nn.Module,
+    states: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    steps: int,
+    seen: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A block of the vision tower, by its own modules, attention batched within each time step: [B, N, E] -> same."""
+    """A block of the vision tower, by its own modules, attention batched within each time step: [B, N, E] -> same.
+
+    seen: bool [B * steps, 1, 1, N / steps], the tokens that are attended to; None: all."""
     heads = block.attn.num_heads
     q, k, v = block.attn.qkv(block.norm1(states)).unflatten(-1, (3, heads, -1)).unbind(2)
     q, k = apply_rotary_pos_emb_vision(q, k, cos, sin)
     q, k, v = (part.unflatten(1, (steps, -1)).flatten(0, 1).transpose(1, 2) for part in (q, k, v))
-    mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+    mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     states = states + block.attn.proj(mixed.transpose(1, 2).reshape(states.shape))
     return states + block.mlp(block.norm2(states))
 
 
-def language_layer(layer: nn.Module, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """A layer of the language model on whole sequences, causal: [B, L, D] -> same."""
-    return layer(states, position_embeddings=(cos, sin))[0]
+def language_layer(
+    layer: nn.Module, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A layer of the language model on whole sequences, causal: [B, L, D] -> same.
+
+    seen: bool [B, 1, L, L], which token attends to which; None: each to all before."""
+    return layer(states, attention_mask=seen, position_embeddings=(cos, sin))[0]
 
 
 @dataclass(frozen=True)
@@ -212,14 +225,39 @@ def compiled_layers() -> Layers:
 
 
 def encode_vision(
-    model: Qwen2VLForConditionalGeneration, tokens: torch.Tensor, layout: Layout, layers: Layers = PLAIN
+    model: Qwen2VLForConditionalGeneration,
+    tokens: torch.Tensor,
+    layout: Layout,
+    layers: Layers = PLAIN,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The vision tower on tokens [B, N, K] -> [B, V, D]."""
-    tower = model.visual
+    """The vision tower on tokens [B, N, K] -> [B, V, D]. kept: bool [B, V], cells that attention sees; None: all.
+
+    What it gives of cells that are left out means nothing."""
+    tower, steps = model.visual, layout.grid[0]
     states = nn.functional.linear(tokens, tower.patch_embed.proj.weight.flatten(1))
+    seen = None if kept is None else seen_in_steps(kept, steps)
     for block in tower.blocks:
-        states = layers.vision(block, states, layout.vision_cos, layout.vision_sin, layout.grid[0])
+        states = layers.vision(block, states, layout.vision_cos, layout.vision_sin, steps, seen)
     return tower.merger(states).view(len(tokens), layout.visual_tokens, -1)
+
+
+def seen_in_steps(kept: torch.Tensor, steps: int) -> torch.Tensor:
+    """Cells bool [B, V] -> tokens that are attended to within each step, bool [B * steps, 1, 1, N / steps]. A step that
+    keeps nothing sees all of it, since attention to nothing is not defined."""
+    by_step = kept.unflatten(1, (steps, -1)).flatten(0, 1)
+    by_step = by_step | ~by_step.any(dim=1, keepdim=True)
+    return by_step.repeat_interleave(4, dim=1)[:, None, None]
+
+
+def seen_in_sequence(kept: torch.Tensor, before: int, length: int) -> torch.Tensor:
+    """Cells bool [B, V] that follow `before` tokens in a sequence of `length` -> which token attends to which, bool
+    [B, 1, L, L]: to itself and to those before that are no cell left out."""
+    present = kept.new_ones(len(kept), length)
+    present[:, before : before + kept.shape[1]] = kept
+    place = torch.arange(length, device=kept.device)
+    causal = place[:, None] >= place
+    return ((present[:, None] & causal) | (place[:, None] == place))[:, None]
 
 
 def answer_logits(
@@ -229,19 +267,52 @@ def answer_logits(
     question: torch.Tensor,
     answer: torch.Tensor,
     layers: Layers = PLAIN,
+    tower_kept: torch.Tensor | None = None,
+    language_kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits for each token of the answer and the end after it, given those before: [B, A + 1, vocabulary].
 
-    tokens: float [B, N, K]; question, answer: int64 [B, Q], [B, A]."""
+    tokens: float [B, N, K]; question, answer: int64 [B, Q], [B, A]. tower_kept, language_kept: bool [B, V], the cells
+    that the vision tower and the language model see; None: all."""
     language, count = model.model, len(tokens)
-    vision = encode_vision(model, tokens, layout, layers)
+    vision = encode_vision(model, tokens, layout, layers, tower_kept)
     before = language.embed_tokens(layout.prefix).expand(count, -1, -1)
     after = language.embed_tokens(torch.cat([layout._tail(question), answer], dim=1))
     states = torch.cat([before, vision.to(before.dtype), after], dim=1)
     cos, sin = language.rotary_emb(states, layout.positions[:, :, :-1])
+    seen = None
+    if language_kept is not None:
+        seen = seen_in_sequence(language_kept, len(layout.prefix), states.shape[1])
     for layer in language.layers:
-        states = layers.language(layer, states, cos, sin)
+        states = layers.language(layer, states, cos, sin, seen)
     return model.lm_head(language.norm(states[:, -answer.shape[1] - 1 :]))
+
+
+@torch.no_grad()
+def generate_skipping(
+    model: Qwen2VLForConditionalGeneration,
+    layout: Layout,
+    tokens: torch.Tensor,
+    kept: torch.Tensor,
+    question: torch.Tensor,
+    length: int,
+) -> torch.Tensor:
+    """As `generate`, of samples whose cells are really left out, one after the other. kept: bool [B, V]."""
+    names = ("pixel_values_videos", "video_grid_thw", "video_kept")
+    if not layout.video:
+        names = ("pixel_values", "image_grid_thw", "image_kept")
+    grid, before = torch.tensor([layout.grid], device=tokens.device), len(layout.prefix)
+    said = []
+    for sample, cells, prompt in zip(tokens, kept, layout.prompt(question)):
+        present = torch.ones_like(prompt, dtype=torch.bool)
+        present[before : before + len(cells)] = cells
+        ids = prompt[present][None]
+        media = dict(zip(names, (sample[cells.repeat_interleave(4)], grid, cells)))
+        inputs = embed_media(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **media})
+        with given_positions(model, layout.positions[:, :, : len(prompt)][:, :, present]):
+            new = model.generate(**inputs, max_new_tokens=length, do_sample=False, use_cache=True)
+        said.append(nn.functional.pad(new, (0, length - new.shape[1]), value=TOKEN["<|endoftext|>"]))
+    return torch.cat(said)
 
 
 @torch.no_grad()

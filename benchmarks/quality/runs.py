@@ -139,7 +139,7 @@ def start_weights(settings: Settings, output: Output) -> dict[str, torch.Tensor]
 
 def describe(trainer: Trainer, commit: str, alone: bool) -> Result:
     """The head of a result."""
-    settings, encoder = trainer.settings, trainer.encoder
+    settings, encoder, kept = trainer.settings, trainer.encoder, trainer.kept_share()
     return {
         "name": settings.name,
         "finished": False,
@@ -151,7 +151,7 @@ def describe(trainer: Trainer, commit: str, alone: bool) -> Result:
         "alone": alone,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "patches": encoder.tokens,
-        "visual_tokens": trainer.layout.visual_tokens,
+        "visual_tokens": round(kept * trainer.layout.visual_tokens),
         "floats_per_token": trainer.num_floats,
         "live_floats_per_token": trainer.live_floats,
         "chance": trainer.task.chance,
@@ -170,6 +170,8 @@ def finish(trainer: Trainer, result: Result, spent: "Spent") -> None:
     """Adds the final test."""
     with spent.on("test"):
         right, level = trainer.test(trainer.settings.test)
+        if (asked := trainer.asked_otherwise(trainer.settings.test)) is not None:
+            result["asked"] = asked
     result.update(accuracies(right, level, trainer.task.hard))
     result["by_level"] = by_level(right, level)
     result["by_image"] = by_image(right, level, trainer.task.hard)

@@ -23,6 +23,11 @@ BUDGETS = ("quarter", "x4", "exact", "sixteenth", "x16", "pixels")
 # were not tried.
 STILLS = {"texture": 1000, "words": 2000, "numbers": 4000, "counting": 1500, "odd-one": 4000, "chart": 1000}
 VIDEOS = {"motion": 1500, "order": 2000, "flashes": 2000, "ticker": 4000}
+SKIPPING_TASKS = ("still-ticker", "still-flashes", "still-order", "still-motion", "page-reading")
+SKIPPING = ("x4", "x4-skip", "x4-slow", "x4-small", "x4-evs")
+# A sample has five times the tokens of one of the other suites.
+SKIPPING_SETTINGS = {"batch": 128, "size": ModelSize(vision_layers=3), "probe": 64, "generated": 4}
+SKIPPING_START = 3  # times the steps of fine-tuning that the model takes which it starts from
 TUNING_RATE = 2e-3  # of fine-tuning; docs/experiment_log.md has what `rates` said
 HIGHEST_RATE = 4e-3  # at which reading still gains; other tasks break
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -168,9 +173,46 @@ def cost(plan: Plan) -> tuple[Settings, ...]:
     return tuple(replace(short.base(variant=variant), **COST) for variant in VARIANTS)
 
 
+def _skipping_base(plan: Plan, task: str, **changes: Any) -> Settings:
+    shared = {} if plan.tiny else {**SKIPPING_SETTINGS, **({"batch": plan.batch} if plan.batch else {})}
+    return replace(plan.base(task), **{**shared, **changes})
+
+
+def _skipping_variants(task: str) -> tuple[str, ...]:
+    """An image has no frame rate."""
+    return tuple(name for name in SKIPPING if name != "x4-slow" or task != "page-reading")
+
+
+def skipping(plan: Plan) -> tuple[Settings, ...]:
+    """Does skipping hold? Against all cells and the usual ways to have as few tokens, fine-tuned from one model of all
+    cells for each task."""
+    runs: list[Settings] = []
+    for task in SKIPPING_TASKS:
+        start = _skipping_base(plan, task, variant="x4", steps=SKIPPING_START * plan.steps, save=True)
+        tuned = replace(start, steps=plan.steps, save=False, start_from=start.name)
+        runs += [start, *_runs(tuned, _skipping_variants(task))]
+    return tuple(runs)
+
+
+def skipping_scratch(plan: Plan) -> tuple[Settings, ...]:
+    """As skipping, each model from scratch."""
+    return tuple(run for task in SKIPPING_TASKS for run in _runs(_skipping_base(plan, task), _skipping_variants(task)))
+
+
 SUITES: dict[str, Callable[[Plan], tuple[Settings, ...]]] = {
     suite.__name__: suite
-    for suite in (warm, real, first, fidelity, speed, speed_rates, formats, tokens, rates, gains, stills, videos, cost)
+    for suite in (
+        *(warm, real, first, fidelity, speed, speed_rates, formats, tokens, rates, gains, stills, videos, cost),
+        *(skipping, skipping_scratch),
+    )
 }
 STEPS = dict.fromkeys(SUITES, 3000)
-STEPS |= {"speed": 1500, "speed_rates": 1500, "stills": 2000, "videos": 2000, "real": 2000}
+STEPS |= {
+    "speed": 1500,
+    "speed_rates": 1500,
+    "stills": 2000,
+    "videos": 2000,
+    "real": 2000,
+    "skipping": 600,
+    "skipping_scratch": 1500,
+}

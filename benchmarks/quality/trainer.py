@@ -23,19 +23,22 @@ from benchmarks.quality.model import (
     build_model,
     compiled_layers,
     generate,
+    generate_skipping,
     scale_patch_embedding,
     set_patch_embedding,
     zero_columns,
 )
 from benchmarks.quality.settings import Settings
+from benchmarks.quality.skipping import BASE, LEFT_OUT, NAMES, SkippingEncoder, make_encoder
+from benchmarks.quality.tasks import fixed_camera
 from benchmarks.quality.tasks.cells import NOT_SCORED
 from benchmarks.quality.tasks.registry import Source, make_task
-from benchmarks.quality.variants import FRAMES, Encoder, Variant, make_variant, unfold_patch_embedding
+from benchmarks.quality.variants import FRAMES, Variant, unfold_patch_embedding
 from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.dct.folding import fold_patch_embedding
 
-STARTS = ("pixels", "exact")  # variants whose models others can start from
+STARTS = ("pixels", "exact", BASE)  # variants whose models others can start from
 DRAWN_AT_ONCE = 64  # test samples; which they are depends on it
 TESTED_AT_ONCE = 256
 GENERATE_AT_ONCE = 16  # samples; the stock vision tower compares all patches of a batch with each other
@@ -52,17 +55,17 @@ class Trainer:
         self.settings, self.device = settings, torch.device(device)
         self.task = make_task(settings.task, settings.knobs)
         self.source = Source(self.task, self.device)
-        weight = None if start is None else pixel_embedding(start, settings.patch)
-        variant = make_variant(settings.variant, settings.patch, weight)
-        self.encoder = Encoder(variant, (self.task.size, self.task.size), self.task.frames, self.device)
+        weight = None if start is None or is_of_tokens(start) else pixel_embedding(start, settings.patch)
+        self.encoder = make_encoder(settings.variant, self.task, self.device, settings.patch, weight, self._fit_frames)
         self.encoder.fit(self._fit_frames())
         example = self.encoder.encode(next(self._fit_frames()))
         self.live_floats = int((example.flatten(0, 1).std(dim=0) > 1e-6).sum())
         self.num_floats = example.shape[-1]
         self.model = self._build_model(start, weight, example)
         self.layout = Layout.build(
-            self.model, self.encoder.grid, self.task.frames > 1, self.task.question_length, self.task.answer_length
+            self.model, self.encoder.grid, self.task.duration > 1, self.task.question_length, self.task.answer_length
         )
+        self._choosers: dict[str, SkippingEncoder] = {}
         self.optimizer = self._build_optimizer()
         self.layers = PLAIN
         self.scored = torch.tensor(self.task.scored, device=self.device)
@@ -81,7 +84,12 @@ class Trainer:
                 zero_columns(model, ~self.encoder.in_patch(self.settings.patch, self.num_floats))
             scale_patch_embedding(model, example)
         else:
-            embedding = start_embedding(self.encoder.variant, weight).to(self.device)
+            embedding = start[PATCH_EMBEDDING] if weight is None else start_embedding(self.encoder.variant, weight)
+            if weight is None and self.settings.variant not in (BASE, *NAMES):
+                raise UserError(
+                    f"variant {self.settings.variant} cannot start from a model of x4: choose pixels or exact"
+                )
+            embedding = embedding.to(self.device)
             set_patch_embedding(model, embedding)
             model.load_state_dict({**start, PATCH_EMBEDDING: embedding})
         model.generation_config.eos_token_id = model.config.eos_token_id
@@ -89,14 +97,14 @@ class Trainer:
         return model
 
     def pixel_state(self) -> dict[str, torch.Tensor]:
-        """The weights, on the CPU, of what is a model of pixels in the variants STARTS: in `exact` with its patch
-        embedding over normalised pixels again."""
+        """The weights, on the CPU, of what others start from: a model of pixels, in `exact` with its patch embedding
+        over normalised pixels again. Of `x4` the model itself, for variants with its tokens."""
         config, state = (
             self.encoder.variant.config,
             {name: value.cpu() for name, value in self.model.state_dict().items()},
         )
         embedding = state[PATCH_EMBEDDING]
-        if config is not None:
+        if config is not None and self.settings.variant != BASE:
             embedding = unfold_patch_embedding(embedding, config)
         return {**state, PATCH_EMBEDDING: embedding.reshape(len(embedding), -1, 1, 1, 1)}
 
@@ -123,19 +131,41 @@ class Trainer:
         """bf16 on CUDA, fp32 elsewhere. Without its cache of cast weights, which a CUDA graph must not keep."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False)
 
+    def cells(self, tokens: torch.Tensor, variant: str | None = None) -> tuple[torch.Tensor, ...]:
+        """Which cells of tokens [B, N, K] the vision tower and the language model see, bool [B, V] each; () for all.
+
+        variant: one that leaves out others of the same tokens; None: the run's.
+        """
+        name = variant or self.settings.variant
+        if name not in LEFT_OUT:
+            return ()
+        if name not in self._choosers:
+            self._choosers[name] = SkippingEncoder(name, self.encoder.variant, self.task, self.device)
+        kept = self._choosers[name].choose(tokens)
+        return kept.tower, kept.language
+
+    def kept_share(self) -> float:
+        """Of the cells of the fit images, those that the language model sees."""
+        if self.settings.variant not in LEFT_OUT:
+            return 1.0
+        kept = [self.cells(self.encoder.encode(frames))[1] for frames in self._fit_frames()]
+        return torch.cat(kept).float().mean().item()
+
     def _targets(self, answer: torch.Tensor) -> torch.Tensor:
         """int64 [B, A + 1]: the answer and the end after it."""
         return torch.cat([answer, self.layout.end.expand(len(answer), -1)], dim=1)
 
-    def _loss(self, tokens: torch.Tensor, question: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    def _loss(
+        self, tokens: torch.Tensor, question: torch.Tensor, answer: torch.Tensor, *cells: torch.Tensor
+    ) -> torch.Tensor:
         with self.autocast():
-            logits = answer_logits(self.model, self.layout, tokens, question, answer, self.layers)
+            logits = answer_logits(self.model, self.layout, tokens, question, answer, self.layers, *cells)
         return cross_entropy(logits.float().flatten(0, 1), self._targets(answer).flatten())
 
-    def _optimize(self, tokens: torch.Tensor, question: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-        """One step; returns the loss. Asks the device for nothing."""
+    def _optimize(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """One step; returns the loss. Asks the device for nothing. inputs: as of `_loss`."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(tokens, question, answer)
+        loss = self._loss(*inputs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimizer.step()
@@ -154,7 +184,8 @@ class Trainer:
         Raises RuntimeError if the captured step does not compute what the plain step computes.
         """
         batch = self.source.batch("train", self.settings.seed, 0, self.settings.batch)
-        self.inputs = (self.encoder.encode(batch.frames), batch.question.clone(), batch.answer.clone())
+        tokens = self.encoder.encode(batch.frames)
+        self.inputs = (tokens, batch.question.clone(), batch.answer.clone(), *self.cells(tokens))
         with torch.no_grad():
             plain = self._loss(*self.inputs).item()
         self.layers = compiled_layers()
@@ -191,12 +222,13 @@ class Trainer:
         batch = self.source.batch("train", self.settings.seed, number, self.settings.batch)
         marks.mark("draw")
         tokens = self.encoder.encode(batch.frames)
+        inputs = (tokens, batch.question, batch.answer, *self.cells(tokens))
         marks.mark("encode")
         self._set_rate(self.settings.rate(number))
         if self.graph is None:
-            self.loss = self._optimize(tokens, batch.question, batch.answer)
+            self.loss = self._optimize(*inputs)
         else:
-            for static, value in zip(self.inputs, (tokens, batch.question, batch.answer)):
+            for static, value in zip(self.inputs, inputs):
                 static.copy_(value)
             self.graph.replay()
         marks.mark("train")
@@ -214,13 +246,14 @@ class Trainer:
             yield tuple(torch.cat(parts) for parts in zip(*drawn))
 
     @torch.no_grad()
-    def test(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def test(self, count: int, asked: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Teacher-forced on the first `count` test samples: right bool [count, S], level int64 [count, S], NOT_SCORED
-        where an answer does not count."""
+        where an answer does not count. asked: with the cells of this variant (`cells`)."""
         right, levels = [], []
         for tokens, question, answer, level in self._test_samples(count):
             with self.autocast():
-                logits = answer_logits(self.model, self.layout, tokens, question, answer)
+                cells = self.cells(tokens, asked)
+                logits = answer_logits(self.model, self.layout, tokens, question, answer, PLAIN, *cells)
             said = logits[:, :-1].argmax(dim=-1)
             right.append((said == answer)[:, self.scored])
             levels.append(level)
@@ -230,14 +263,14 @@ class Trainer:
     def test_generation(self, count: int) -> dict[str, float] | None:
         """Real greedy answers to the first `count` test samples: the accuracy, and how often the same token is right or
         wrong when teacher-forced."""
-        if not count:
+        if not count or self.settings.variant == "x4-evs":  # nothing but a mask leaves out cells after the tower
             return None
         self.model.eval()
         right = []
         for tokens, question, answer, _ in self._test_samples(count):
             for some in zip(*(part.split(GENERATE_AT_ONCE) for part in (tokens, question, answer))):
                 with self.autocast():
-                    said = generate(self.model, self.layout, *some[:2], answer.shape[1])
+                    said = self._generated(*some)
                 right.append((said == some[2])[:, self.scored])
         right = torch.cat(right).cpu()
         self.model.train()
@@ -245,6 +278,24 @@ class Trainer:
         counts = level != NOT_SCORED
         agreement = (right == forced)[counts].float().mean().item()
         return {"samples": count, "accuracy": share(right, counts), "agrees_with_forced": agreement}
+
+    def _generated(self, tokens: torch.Tensor, question: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        """Greedy answers; cells that the tower does not see have no tokens."""
+        cells, length = self.cells(tokens), answer.shape[1]
+        if not cells:
+            return generate(self.model, self.layout, tokens, question, length)
+        return generate_skipping(self.model, self.layout, tokens, cells[0], question, length)
+
+    def asked_otherwise(self, count: int) -> dict[str, float] | None:
+        """Accuracy on the first `count` test samples with all cells, and with those left out that `x4-skip` leaves out,
+        whichever the model was trained with. None for a task or variant without such a choice."""
+        if type(self.task) not in fixed_camera.TASKS or self.settings.variant not in (BASE, *LEFT_OUT):
+            return None
+        found = {}
+        for asked in (BASE, "x4-skip"):
+            right, level = self.test(count, asked)
+            found[asked] = share(right, level != NOT_SCORED)
+        return found
 
 
 class StepClock:
@@ -273,6 +324,12 @@ class StepClock:
             for (_, start), (part, end) in pairwise(marks):
                 times.setdefault(part, []).append(start.elapsed_time(end) if self.cuda else 1000 * (end - start))
         return {part: sorted(values)[len(values) // 2] for part, values in times.items()}
+
+
+def is_of_tokens(state: dict[str, torch.Tensor]) -> bool:
+    """Whether a saved model reads the tokens of `x4`, not pixels: it is saved with their 3/2 floats."""
+    floats = state[PATCH_EMBEDDING].shape[1]
+    return floats % (3 * FRAMES) != 0 or math.isqrt(floats // (3 * FRAMES)) ** 2 * 3 * FRAMES != floats
 
 
 def pixel_embedding(state: dict[str, torch.Tensor], patch: int) -> torch.Tensor:

@@ -7,11 +7,12 @@ and in memory, in the layout that the loader gives. An optimizer step sees the s
 
     videos     16 frames of 448 x 448 and 256 tokens of text, half of them learned
     mix       images of several sizes and conversations of several lengths, one in ten without an image
+    camera, screens, pages   drawn, of which --skip-db leaves out cells (scenes.py); a page has 128 tokens of text
 
     stock 1   NeMo's model on pixels, one sample a micro-batch: the recipe as it ships, but with all weights trained
     stock N   the same at the micro-batch that is fastest
     none      this repository's engine on pixels: packed sequences up to two budgets of tokens
-    exact, x4, x16   the same on DCT tokens
+    exact, x4, x16   the same on DCT tokens; with --skip-db also each without the cells that a kept cell already shows
 
 MFU counts the matrix products that a way has to do (flops.py) against the device's dense bf16 peak; busy is the share
 of a step in which some kernel runs, by torch's profiler. --kernels prints what the step's time goes to. The ratios are
@@ -24,7 +25,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,10 +33,14 @@ import numpy as np
 import torch
 
 from benchmarks.speed.kernels import busy_seconds, longest, record, shares
+from benchmarks.speed.scenes import WORKS as SCENES
+from benchmarks.speed.scenes import kept_in
 
 TEXT_TOKENS, LEARNED_SHARE = 256, 0.5
+PAGE_TEXT = 128  # tokens
 PIXEL_BLOCK, PIXEL_WIDTH = (2, 14, 14), 3 * 2 * 14 * 14  # frames, height, width of a pixel patch; its floats
 WIDTH = 10  # of a way's name
+FP8_TOKENS = 128  # tokens of a sequence are a multiple of it for all recipes
 STOCK_IMAGE, STOCK_VIDEO = -200, -300  # NeMo's ids of visual tokens
 IMAGE_ID, VIDEO_ID = 151655, 151656
 PROFILED = 2  # micro-batches of stock in which kernels are recorded; it launches tens of thousands in each
@@ -45,18 +50,23 @@ Step = Callable[[], float]
 
 @dataclass(frozen=True)
 class Work:
-    """A sample before a token format is chosen. frames 0: text only."""
+    """A sample before a token format is chosen. frames 0: text only. scene: what is drawn, for skipping."""
 
     frames: int
     height: int
     width: int
     text: int
     learned: int
+    scene: str = ""
 
 
 def make_work(name: str, count: int, seed: int) -> list[Work]:
     if name == "videos":
         return [Work(16, 448, 448, TEXT_TOKENS, int(TEXT_TOKENS * LEARNED_SHARE))] * count
+    if name in SCENES:
+        frames, height, width, text = (1, 1120, 784, PAGE_TEXT) if name == "pages" else (60, 448, 672, TEXT_TOKENS)
+        scenes = [SCENES[name][number % len(SCENES[name])] for number in range(count)]
+        return [Work(frames, height, width, text, int(text * LEARNED_SHARE), scene) for scene in scenes]
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(count):
@@ -99,34 +109,41 @@ def real_config(width: int | None = None):
     )
 
 
-def make_samples(works: list[Work], block: tuple[int, int, int], width: int, seed: int) -> list:
-    """EncodedSamples with random ids and tokens."""
-    from dct_qwen2vl.data.positions import mrope_positions
+def make_samples(
+    works: list[Work], block: tuple[int, int, int], width: int, seed: int, preset: str = "", skip_db: float = 0.0
+) -> list:
+    """EncodedSamples with random ids and tokens. skip_db: dB, of the cells that have tokens of this preset; 0: all."""
+    from dct_qwen2vl.data.positions import KeptRun, mrope_positions
     from dct_qwen2vl.data.samples import IGNORE_INDEX, EncodedSample
 
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for number, work in enumerate(works):
         grid = grid_of(work, block) if work.frames else None
-        visual = int(np.prod(grid)) // 4 if grid else 0
+        cells = (grid[0], grid[1] // 2, grid[2] // 2) if grid else (0, 0, 0)
+        kept = kept_in(work.scene, preset, skip_db) if skip_db and work.scene else np.ones(cells, bool)
+        visual = int(kept.sum())
         kind = VIDEO_ID if work.frames > 1 else IMAGE_ID
         before = work.text - work.learned
         text = torch.randint(0, 150000, (work.text,), generator=generator)
         ids = torch.cat([text[: before // 2], torch.full((visual,), kind), text[before // 2 :]])
         labels = ids.clone()
         labels[: len(ids) - work.learned] = IGNORE_INDEX
-        merged = [(grid[0], grid[1] // 2, grid[2] // 2)] if grid else []
+        merged = [KeptRun(cells, kept) if skip_db else cells] if grid else []
         positions = mrope_positions([before // 2, *merged, work.text - before // 2])
         tokens = torch.randn(4 * visual, width, generator=generator)
         grids = torch.tensor([grid] if grid else [], dtype=torch.int64).reshape(-1, 3)
         none = torch.zeros(0, 3, dtype=torch.int64)
         video = work.frames > 1
+        mask, empty = torch.from_numpy(kept.ravel()), torch.ones(0, dtype=torch.bool)
+        masks = {"image_kept": empty if video else mask, "video_kept": mask if video else empty}
         samples.append(
             EncodedSample(
                 __key__=str(number), __restore_key__=(), __subflavor__=None, __subflavors__={},
                 input_ids=ids, labels=labels, position_ids=torch.from_numpy(positions),
                 pixel_values=tokens[:0] if video else tokens, image_grid_thw=none if video else grids,
                 pixel_values_videos=tokens if video else tokens[:0], video_grid_thw=grids if video else none,
+                **(masks if skip_db else {}),
             )
         )  # fmt: skip
     return samples
@@ -238,24 +255,44 @@ def size_of(sample) -> tuple[int, int]:
     return len(sample.input_ids), len(sample.pixel_values) + len(sample.pixel_values_videos)
 
 
-def sequences_of(name: str, works: list[Work], budget: tuple[int, int], seed: int) -> tuple:
-    """The configuration of a 2B model of this token format, and the samples as packed sequences in pinned memory."""
+def sequences_of(name: str, works: list[Work], budget: tuple[int, int], seed: int, skip_db: float = 0.0) -> tuple:
+    """The configuration of a 2B model of this token format, and the samples as packed sequences, in pinned memory if
+    there is a GPU. skip_db: dB, 0 for all cells."""
     from dct_qwen2vl.data.packing import fit_sequences, pack
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
 
     config = None if name == "none" else DCTConfig.preset(name)
     block, width = (config.block, config.num_coefficients) if config else (PIXEL_BLOCK, PIXEL_WIDTH)
-    samples = make_samples(works, block, width, seed)
+    samples = make_samples(works, block, width, seed, name, skip_db)
     sequences = fit_sequences([size_of(sample) for sample in samples], budget)
     ids = (IMAGE_ID, VIDEO_ID)
     packed = [pack([samples[n] for n in chosen], 2, width, torch.bfloat16, ids) for chosen in sequences]
-    return real_config(width if config else None), [batch.pin_memory() for batch in packed]
+    if torch.cuda.is_available():
+        packed = [batch.pin_memory() for batch in packed]
+    return real_config(width if config else None), packed
 
 
-def packed_training(hf_config) -> Training:
+def pad(batch, multiple: int = FP8_TOKENS):
+    """A packed sequence whose tokens are a multiple of this; those that are added are a sample without losses."""
+    missing = -len(batch.input_ids) % multiple
+    if not missing:
+        return batch
+    ends = torch.tensor([len(batch.input_ids) + missing], dtype=torch.int32)
+    return replace(
+        batch,
+        input_ids=torch.nn.functional.pad(batch.input_ids, (0, missing)),
+        position_ids=torch.nn.functional.pad(batch.position_ids, (0, missing)),
+        sample_starts=torch.cat([batch.sample_starts, ends]),
+        longest_sample=max(batch.longest_sample, missing),
+    )
+
+
+def packed_training(hf_config, fp8: str | None = None) -> Training:
+    """fp8: TransformerEngine's recipe for the language model's linear layers, as Megatron-core names it."""
     from dct_qwen2vl.training.megatron_model import fuse_gradient_accumulation, model_config
 
-    model = model_config(hf_config, 65536).configure_model()
+    language = {"fp8": "hybrid", "fp8_recipe": fp8} if fp8 else None
+    model = model_config(hf_config, 65536, language=language).configure_model()
     fuse_gradient_accumulation(model)
     return Training(model)
 
@@ -336,18 +373,31 @@ def measure_stock(works: list[Work], sizes: list[int], seed: int, repeats: int) 
     return lines
 
 
-def measure_packed(name: str, works: list[Work], budget: tuple[int, int], seed: int, repeats: int) -> dict:
+def measure_packed(
+    name: str,
+    works: list[Work],
+    budget: tuple[int, int],
+    seed: int,
+    repeats: int,
+    skip_db: float = 0.0,
+    fp8: str | None = None,
+) -> dict:
+    """skip_db: as `sequences_of` has it. fp8: as `packed_training` has it."""
     from dct_qwen2vl.training.flops import training_flops
 
-    hf_config, batches = sequences_of(name, works, budget, seed)
-    flops = sum(training_flops(hf_config, b.grid_thw, b.sample_starts.diff(), len(b.learned)) for b in batches)
+    hf_config, batches = sequences_of(name, works, budget, seed, skip_db)
+    if fp8:
+        batches = [pad(batch).pin_memory() for batch in batches]
+    flops = sum(training_flops(hf_config, b.step_grids(), b.sample_starts.diff(), len(b.learned)) for b in batches)
     visual = sum(len(batch.visual) for batch in batches)
-    training = packed_training(hf_config)
+    training = packed_training(hf_config, fp8)
     step = partial(training.step, forward=packed_forward)
-    line = measure(name, step, batches, works, flops, visual, repeats)
+    called = " ".join([name, *(["skip"] if skip_db else []), *(["fp8"] if fp8 else [])])
+    line = measure(called, step, batches, works, flops, visual, repeats)
     del training, step
     free()
-    return {**line, "sequences": len(batches), "budget": budget}
+    cells = sum(int(batch.grid_thw.prod(dim=1).sum()) // 4 for batch in batches)
+    return {**line, "sequences": len(batches), "budget": budget, "kept_share": visual / cells, "skip_db": skip_db}
 
 
 def print_kinds(lines: list[dict]) -> None:
@@ -384,20 +434,32 @@ def print_ratios(lines: list[dict]) -> None:
         print(f"{line['way']:<{WIDTH}}{ratios[0]:12.2f}{ratios[1]:12.2f}")
 
 
+def print_skipping(lines: list[dict]) -> None:
+    """What skipping brings: samples/s over those of the same way with all cells."""
+    whole = {line["way"]: line for line in lines}
+    for line in lines:
+        if line.get("skip_db"):
+            ratio = line["samples_per_second"] / whole[line["way"].replace(" skip", "")]["samples_per_second"]
+            print(f"{line['way']:<{WIDTH}} {line['kept_share']:.0%} of the cells, samples/s x {ratio:.2f}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        "--work", nargs="+", choices=("videos", "mix"), default=["videos", "mix"], help="what is trained on"
+        "--work", nargs="+", choices=("videos", "mix", *SCENES), default=["videos", "mix"], help="what is trained on"
     )
     parser.add_argument("--ways", nargs="+", default=["stock", "none", "exact", "x4", "x16"], help="what is measured")
     parser.add_argument("--samples", type=int, default=32, help="samples of an optimizer step")
     parser.add_argument("--stock-sizes", nargs="+", type=int, default=[1, 2, 4, 8], help="micro-batches of stock")
     parser.add_argument("--pack-tokens", type=int, default=16384, help="most tokens of a packed sequence")
     parser.add_argument("--pack-vision-tokens", type=int, default=32768, help="and most vision tokens")
+    parser.add_argument("--skip-db", type=float, default=0.0, help="dB, of drawn work: each way again with skipping")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps; the median counts")
     parser.add_argument("--seed", type=int, default=0, help="of tokens and of the mix")
+    parser.add_argument("--fp8", choices=("delayed", "tensorwise", "blockwise"), help="each way once more with this "
+                        "recipe in the language model's linear layers")  # fmt: skip
     parser.add_argument("--kernels", action="store_true", help="print what a step's time goes to")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args(argv)
@@ -416,10 +478,16 @@ def main(argv: list[str] | None = None) -> int:
             if way == "stock":
                 lines += measure_stock(works, arguments.stock_sizes, arguments.seed, 1)
             else:
-                lines.append(measure_packed(way, works, budget, arguments.seed, arguments.repeats))
+                drawn = way != "none" and work in SCENES and arguments.skip_db
+                for skip_db in (0.0, arguments.skip_db) if drawn else (0.0,):
+                    for fp8 in dict.fromkeys((None, arguments.fp8)):
+                        lines.append(
+                            measure_packed(way, works, budget, arguments.seed, arguments.repeats, skip_db, fp8)
+                        )
             if arguments.json:
                 arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print_ratios(lines)
+        print_skipping(lines)
         if arguments.kernels:
             print_kinds(lines)
     return 0

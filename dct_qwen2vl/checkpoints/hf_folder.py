@@ -26,8 +26,8 @@ def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **settings
 
     model_dir: Hugging Face directory.
     dct: The checkpoint's token format as `inspection.token_format` gives it. None for pixels.
-    settings: min_pixels, max_pixels (pixels of an image) and skip_db (dB) in place of the checkpoint's. The
-        checkpoint's min_pixels is lowered to a lower max_pixels.
+    settings: min_pixels, max_pixels (pixels of an image), skip_db (dB) and skip_noise_floor in place of the
+        checkpoint's. The checkpoint's min_pixels is lowered to a lower max_pixels.
 
     Raises CheckpointError for a token format that contradicts itself.
     """
@@ -94,7 +94,7 @@ def write_processor_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Changes settings in the preprocessor_config.json of a Hugging Face directory.
 
     folder: Hugging Face directory. Nothing happens if it has no such file.
-    settings: min_pixels, max_pixels and skip_db of the run, as far as they were given. None takes a setting out.
+    settings: min_pixels, max_pixels and skipping of the run, as far as they were given. None takes a setting out.
     """
     path = folder / PROCESSOR
     if settings and path.is_file():

@@ -88,7 +88,8 @@ class MediaEncoder:
         """What `encode` gives of several media -> the same with the tokens of kept cells alone, and for each which
         cells these are, bool [t, h/m, w/m]."""
         config = self.image_processor.dct_config
-        masks = [kept_cells(tokens, grid, config, self.skip_db) for _, tokens, grid in media]
+        floor = self.image_processor.skip_noise_floor
+        masks = [kept_cells(tokens, grid, config, self.skip_db, floor) for _, tokens, grid in media]
         return [(kind, keep_tokens(tokens, kept), grid) for (kind, tokens, grid), kept in zip(media, masks)], masks
 
     def expected_grid(self, kind: str, content: Any) -> Grid:

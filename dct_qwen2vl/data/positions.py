@@ -49,6 +49,25 @@ def step_lengths(grid: Grid, merge_size: int, kept: np.ndarray | None = None) ->
     return (kept.reshape(steps, -1).sum(axis=1) * merge_size**2).tolist()
 
 
+def window_order(kept: np.ndarray, side: int) -> tuple[np.ndarray, list[int]]:
+    """The order of Qwen2.5-VL's windowed attention: time steps, then windows row by row, then the cells of a window row
+    by row (transformers 4.51.3, modeling_qwen2_5_vl.py, `get_window_index`).
+
+    Windows are parts of the whole grid. One of which nothing is kept is left out.
+
+    kept: bool [t, r, c], the merge cells that have tokens.
+    side: of a window, cells.
+
+    Returns the numbers of the kept cells in that order, int64 [kept cells], and how many cells each window has.
+    """
+    step, row, column = kept.nonzero()
+    across = -(-kept.shape[2] // side)
+    window = (step * -(-kept.shape[1] // side) + row // side) * across + column // side
+    order = np.argsort(window, kind="stable")
+    _, lengths = np.unique(window, return_counts=True)
+    return order, lengths.tolist()
+
+
 @dataclass(frozen=True, eq=False)
 class KeptRun:
     """The visual run of a medium of which only some cells have tokens.

@@ -137,7 +137,7 @@ class QwenBatch(Batch):
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """Keyword arguments of Qwen2VLForConditionalGeneration.forward, without labels; absent media are left out. With
-        skipping, `kept_cells.embed_media` has to embed the media first."""
+        skipping, `media_embedding.embed_media` has to embed the media first."""
         inputs = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "position_ids")}
         if len(self.image_grid_thw):
             inputs.update(pixel_values=self.pixel_values, image_grid_thw=self.image_grid_thw)

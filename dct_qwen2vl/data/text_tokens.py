@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
 MEDIUM_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 STAY_TEXT = (*TURN_TOKENS, *MEDIUM_TOKENS, "<|endoftext|>")
+SHORT, MOST_MET = 64, 4096  # characters of a text whose ids are kept, and how many of these are
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # an id of the model that the tokenizer has no token for
 
 
@@ -48,6 +49,7 @@ class TextTokens:
         self.stay_text = tuple(token for token in dict.fromkeys((*STAY_TEXT, *own)) if token in self._added)
         self._meant = match_meant(self._added, self.stay_text)
         self._silent = {self._added[token] for token in self.stay_text}
+        self._met: dict[str, list[int]] = {}  # ids of short texts
 
     @cached_property
     def _known(self) -> set[int]:
@@ -62,7 +64,13 @@ class TextTokens:
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+        """A tokenizer's call takes longer than its work on a short text, and most of these come again and again."""
+        if text not in self._met:
+            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+            if len(text) > SHORT or len(self._met) >= MOST_MET:
+                return ids
+            self._met[text] = ids
+        return [*self._met[text]]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of an answer, with its grounding tokens and without those that end turns; UNKNOWN for an id without a

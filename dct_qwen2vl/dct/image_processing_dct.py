@@ -53,6 +53,7 @@ class DCTImageProcessor(BaseImageProcessor):
     do_convert_rgb: turn off to have PIL images refused that are neither RGB nor grey.
     skip_db: dB, None for no skipping. Which cells the model was trained without (skipping_dct.py). This repository's
         training and evaluation follow it. The processor itself always gives all tokens, which stock models expect.
+    skip_noise_floor: bool. Whether the noise of a video was measured and added to that threshold.
 
     Images are PIL, numpy or torch; grey ([H, W], or one channel), RGB or RGBA; channels first or last; uint8, uint16
     (0..65535), bool, other whole numbers in 0..255, or floats. Transparent images are composed with white, as files
@@ -79,6 +80,7 @@ class DCTImageProcessor(BaseImageProcessor):
         do_convert_rgb: bool = True,
         size: dict[str, int] | None = None,
         skip_db: float | None = None,
+        skip_noise_floor: bool | None = None,
         **kwargs: Any,
     ) -> None:
         config = DCTConfig.resolve(dct)
@@ -99,6 +101,7 @@ class DCTImageProcessor(BaseImageProcessor):
             setattr(self, name, value)
         self.dct = config.to_dict()
         self.skip_db = None if skip_db is None else check_skip_db(skip_db)
+        self.skip_noise_floor = bool(skip_noise_floor)
         self._tokenizers: dict[torch.device, DCTTokenizer] = {}
 
     @property
@@ -143,6 +146,8 @@ class DCTImageProcessor(BaseImageProcessor):
         del values["_tokenizers"]
         if self.skip_db is None:
             values.pop("skip_db", None)  # transformers 5 leaves out what is None
+        if not self.skip_noise_floor:
+            values.pop("skip_noise_floor", None)
         if "AutoImageProcessor" in values.get("auto_map", {}):  # transformers 4.52 and later ask for both
             name = values["auto_map"]["AutoImageProcessor"].replace("ImageProcessor", "VideoProcessor")
             values["auto_map"] = {**values["auto_map"], "AutoVideoProcessor": name}

@@ -87,6 +87,12 @@ def _measures(config: DCTConfig) -> _Measures:
     )
 
 
+def error_weights(config: DCTConfig) -> torch.Tensor:
+    """What the squared difference in each number of a token adds to the error of a block (`block_errors`), float32
+    [K]."""
+    return _measures(config).weights
+
+
 def block_errors(tokens: torch.Tensor, others: torch.Tensor, config: DCTConfig) -> torch.Tensor:
     """Error of each block when the other one is shown in its place, float32 [N], in levels of 0..255, squared.
 

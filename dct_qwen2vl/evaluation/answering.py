@@ -78,7 +78,8 @@ class Answerer:
         """New tokens, int64 [B, new], where some cells have no token. generate() gives these alone for embeddings."""
         import torch
 
-        from dct_qwen2vl.data.kept_cells import embed_media, given_positions
+        from dct_qwen2vl.data.kept_cells import given_positions
+        from dct_qwen2vl.data.media_embedding import embed_media
 
         positions = inputs.pop("position_ids")
         with torch.no_grad(), given_positions(self.model, positions):
@@ -117,20 +118,31 @@ class Answerer:
                 if masks:
                     inputs[KEPT_INPUTS[kind]] = stack_kept(kind, media, masks)
         if self.media.skip_db is not None:
-            inputs["position_ids"] = self._positions(inputs, masks)
+            inputs["position_ids"] = self._positions(inputs, [kind for kind, *_ in media], masks)
         return inputs
 
-    def _positions(self, inputs: dict[str, "torch.Tensor"], masks: list["torch.Tensor"]) -> "torch.Tensor":
-        """M-RoPE positions int64 [3, B, L]. masks: of all media in order, bool [t, r, c]."""
+    def _positions(
+        self, inputs: dict[str, "torch.Tensor"], kinds: list[str], masks: list["torch.Tensor"]
+    ) -> "torch.Tensor":
+        """M-RoPE positions int64 [3, B, L]. kinds, masks: of all media in order; a mask is bool [t, r, c]."""
         import numpy as np
         import torch
 
         from dct_qwen2vl.data.kept_cells import find_positions
+        from dct_qwen2vl.data.positions import KeptRun
 
         pads = {self.model.config.image_token_id, self.model.config.video_token_id}
-        media = iter([(tuple(mask.shape), mask.numpy()) for mask in masks])
+        steps = {"image": 1.0, "video": self._time_step()}
+        media = iter([KeptRun(tuple(mask.shape), mask.numpy(), steps[kind]) for kind, mask in zip(kinds, masks)])
         sequences = zip(inputs["input_ids"].numpy(), inputs["attention_mask"].bool().numpy())
         return torch.from_numpy(np.stack([find_positions(ids, mask, pads, media) for ids, mask in sequences], axis=1))
+
+    def _time_step(self) -> float:
+        """Of a video's positions, as training has it."""
+        from dct_qwen2vl.checkpoints.inspection import time_step
+
+        temporal = self.processor.image_processor.temporal_patch_size
+        return time_step(self.model.config.to_dict(), temporal, self.media.sampling.fps)
 
     def _expand(self, prompt: str, media: list["Encoded"]) -> str:
         """A prompt with as many pads for each medium as the language model has tokens of it. Raises UserError."""

@@ -211,7 +211,7 @@ def fresh_folder(folder: Path) -> None:
 
 def losses(run_dir: Path) -> dict[str, float]:
     """First, last and validation loss of a run."""
-    from dct_qwen2vl.training.log import read_metrics
+    from dct_qwen2vl.training.metrics_file import read_metrics
 
     lines = read_metrics(run_dir / "metrics.jsonl")
     training = [line["loss"] for line in lines if "loss" in line]

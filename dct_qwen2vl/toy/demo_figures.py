@@ -1,22 +1,23 @@
 """What the demo leaves to look at: loss curve, a sheet of samples as the model receives them, table of accuracies."""
 
 import json
+import math
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
 from dct_qwen2vl.data.media import as_array
+from dct_qwen2vl.data.media_encoder import MediaEncoder
 from dct_qwen2vl.data.samples import IGNORE_INDEX, ConversationSample, EncodedSample, read_samples
 from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.evaluation.scoring import table
-from dct_qwen2vl.training.log import read_metrics
+from dct_qwen2vl.training.metrics_file import read_metrics
 from task_encoder import QwenTaskEncoder
 
 CELL = 232  # px, the side of an image on the sheet
@@ -79,19 +80,14 @@ def tokens_per_image(pixel_model: Path, dct_model: Path, shards: Path) -> dict[s
     dct_model: Hugging Face directory in the coefficient form.
     shards: Prepared folder of shards.
     """
-    processors = {
-        "pixels": Qwen2VLImageProcessor.from_pretrained(pixel_model),
-        "dct": DCTImageProcessor.from_pretrained(dct_model),
-    }
-    counts: dict[str, list[int]] = {name: [] for name in processors}
-    for sample in read_samples(shards, "val"):
-        for kind, content in sample.media:
-            if kind == "image":
-                image = as_array(kind, content, VideoSampling())
-                for name, processor in processors.items():
-                    grid = processor(images=image, return_tensors="np")["image_grid_thw"][0]
-                    counts[name].append(int(np.prod(grid)) // processor.merge_size**2)
-    return {name: sum(values) / len(values) for name, values in counts.items()}
+    processors = (Qwen2VLImageProcessor.from_pretrained(pixel_model), DCTImageProcessor.from_pretrained(dct_model))
+    encoders = dict(zip(("pixels", "dct"), map(MediaEncoder, processors)))
+    images = [content for sample in read_samples(shards, "val") for kind, content in sample.media if kind == "image"]
+
+    def tokens(encoder: MediaEncoder, content: bytes) -> int:
+        return math.prod(encoder.expected_grid("image", content)) // encoder.image_processor.merge_size**2
+
+    return {name: sum(tokens(encoder, image) for image in images) / len(images) for name, encoder in encoders.items()}
 
 
 def draw_samples(model_dir: Path, shards: Path, output: Path, count: int = 8) -> Path:

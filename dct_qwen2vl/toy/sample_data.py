@@ -25,7 +25,9 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +62,7 @@ UNREADABLE = ("missing", "zero_byte", "truncated", "garbage", "broken_video")
 # height, width; mostly two cells by two, the others wide and tall
 IMAGE_SIZES = ((112, 112),) * 8 + ((112, 168), (168, 112))
 PARTS = ("data", "model", "summary.json")
+CHUNK = 100  # items that a process draws at a time
 
 
 @dataclass
@@ -76,6 +79,12 @@ class DataSet:
     def add_file(self, name: str, content: bytes) -> None:
         self.files.setdefault(name.split("/", 1)[0], []).append((name, content))
 
+    def add(self, other: DataSet) -> None:
+        """What follows."""
+        self.entries += other.entries
+        for name, members in other.files.items():
+            self.files.setdefault(name, []).extend(members)
+
 
 def draw_data_set(seed: int, total: int) -> DataSet:
     """All entries, in random order, and all files.
@@ -85,12 +94,26 @@ def draw_data_set(seed: int, total: int) -> DataSet:
     import numpy as np
 
     rng = np.random.default_rng([seed, 0])
-    data = DataSet()
     items = plan_items(rng, total)
-    for item in items:
-        add_item(data, seed, item)
+    data = draw_items(seed, items)
     add_extras(data, seed, total, first_number=len(items))
     data.entries = shuffle(rng, data.entries)
+    return data
+
+
+def draw_items(seed: int, items: list[Item]) -> DataSet:
+    """Files and entries of all items, in order. A process for each core draws: an item's random numbers are its own."""
+    data, chunks = DataSet(), [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for part in pool.map(draw_chunk, repeat(seed), chunks):
+            data.add(part)
+    return data
+
+
+def draw_chunk(seed: int, items: list[Item]) -> DataSet:
+    data = DataSet()
+    for item in items:
+        add_item(data, seed, item)
     return data
 
 

@@ -32,15 +32,14 @@ from transformers import AutoModelForImageTextToText
 from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read, write_reading
 from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING, open_tensors, read_json, safetensors_files
 from dct_qwen2vl.common.files import write_json
-from dct_qwen2vl.data.kept_cells import embed_media
 from dct_qwen2vl.data.loader import EnergonDataModule, energon_state_classes
+from dct_qwen2vl.data.media_embedding import blank_image, embed_media
 from dct_qwen2vl.data.samples import IGNORE_INDEX, QwenBatch
 from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
 from dct_qwen2vl.training.final_model import RehearseSave, trained_folder
 from dct_qwen2vl.training.log import NON_FINITE, StepGuard, TrainingLog, ValidationSum
 from dct_qwen2vl.training.lora import LoRA, adapt_hf, adapted_weights, adapters_of, merged_hf
-from dct_qwen2vl.training.media_embedding import blank_image
 from dct_qwen2vl.training.parts import is_frozen
 from dct_qwen2vl.training.run_folder import (
     build_loggers,
@@ -63,7 +62,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         model_dir: Hugging Face directory.
         freeze: Parts that are not trained. "vision" is the tower without its projector.
         max_gradient_norm: 0 for no clipping.
-        processor_settings: min_pixels, max_pixels and skip_db of this run, where they are not those of `model_dir`.
+        processor_settings: min_pixels, max_pixels and skipping of this run, where they are not those of `model_dir`.
             They are saved with the weights.
         lora: Adapters in place of the language model's weights.
         guard: Stops at a loss or gradient that is not finite. None for a model that is not trained.
@@ -92,6 +91,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         self.gradient_of_ones = 1.0
         self.last_learning_rate = 0.0
         self.validation = ValidationSum()
+        self._learned: torch.Tensor | None = None  # of the micro-batch: positions whose logits are wanted
         self._step: list[tuple[torch.Tensor, torch.Tensor, list[str]]] = []  # loss, tokens, keys of its micro-batches
 
     def configure_model(self) -> None:
@@ -107,15 +107,21 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
             adapt_hf(self.model, self.lora)
         patches = self.model.visual.patch_embed
         patches.forward = MethodType(embed_patches, patches)
+        self.model.lm_head.register_forward_pre_hook(self._choose_positions)
         if self.device_mesh is not None:
             mesh = self.device_mesh["data_parallel"]
             shard(self.model, mesh)
             self.gradient_of_ones = gradient_of_ones(mesh)
 
-    def forward(self, batch: QwenBatch) -> torch.Tensor:
-        """-> logits [B, L, vocabulary]."""
+    def _choose_positions(self, head: torch.nn.Module, hidden: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        """The vocabulary is projected to where a token is learned only: [B, L, hidden] -> [T, hidden]."""
+        return hidden if self._learned is None else (hidden[0][self._learned],)
+
+    def forward(self, batch: QwenBatch, learned: torch.Tensor | None = None) -> torch.Tensor:
+        """-> logits [B, L, vocabulary], or [T, vocabulary] where `learned`, bool [B, L], is true."""
+        self._learned = learned
         inputs = batch.model_inputs()
-        if batch.image_kept is not None:
+        if batch.image_kept is not None and self.device_mesh is None:  # a sharded model does it by itself
             inputs = embed_media(self.model, inputs)
         return self.model(**inputs, use_cache=False).logits
 
@@ -135,9 +141,9 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         return {"loss": loss, "loss_sum": loss_sum.detach(), "tokens": tokens}
 
     def _loss(self, batch: QwenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.forward(batch)
         learned = batch.labels != IGNORE_INDEX
-        loss_sum = functional.cross_entropy(logits[learned].float(), batch.labels[learned], reduction="sum")
+        logits = self.forward(batch, learned)
+        loss_sum = functional.cross_entropy(logits.float(), batch.labels[learned], reduction="sum")
         return loss_sum, learned.sum()
 
     def _idle_vision(self) -> torch.Tensor:
@@ -344,7 +350,7 @@ def run(
         StepGuard(config.run_dir / NON_FINITE),
         vars(VideoSampling.of(config)),
     )
-    log = TrainingLog(config.run_dir, config.max_steps, config.log_interval, merge_size)
+    log = TrainingLog(config.run_dir, config.max_steps, config.log_interval, merge_size, data.task_encoder.skips)
     callbacks = [
         RehearseSave(config, info, module.rehearse_save),
         log,

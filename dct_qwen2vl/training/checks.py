@@ -13,6 +13,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     notes_on_bounds,
     read_config,
     read_json,
+    read_processor,
     reads_larger_patches,
     unfolded_format,
     where_it_is,
@@ -23,7 +24,6 @@ from dct_qwen2vl.common.settings import flag_of
 from dct_qwen2vl.data.energon_files import count_samples, read_splits, refuse_other_data
 from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig
 from dct_qwen2vl.training.disk_space import check_space
-from dct_qwen2vl.training.processes import TORCHRUN
 from dct_qwen2vl.training.run_file import check_run_folder
 
 
@@ -68,7 +68,7 @@ def choose_min_pixels(config: TrainingConfig) -> int | None:
     """
     chosen_bounds(config.model_dir, config.min_pixels, config.max_pixels)
     notes = notes_on_bounds(config.model_dir, config.min_pixels, config.max_pixels)
-    if TORCHRUN not in os.environ:  # else the launcher's check has said it
+    if config.rank == 0:
         for note in notes:
             print(f"Note: {note}", flush=True)
     return config.max_pixels if notes else config.min_pixels
@@ -76,17 +76,19 @@ def choose_min_pixels(config: TrainingConfig) -> int | None:
 
 def check_skipping(config: TrainingConfig, info: ModelInfo) -> None:
     """Raises RunError where cells are to be skipped that cannot be."""
+    if config.skip_noise_floor and not _skip_db(config):
+        raise RunError(
+            f"--skip-noise-floor goes with --skip-db, and {config.model_dir} skips no cells: add --skip-db 38"
+        )
     if not config.skip_db:
         return
     if info.dct is None:
         raise RunError(f"--skip-db {config.skip_db:g} needs DCT tokens, {config.model_dir} reads pixels: leave it out")
-    model_type = read_config(config.model_dir)["model_type"]
-    if model_type != "qwen2_vl":  # whose tower sees windows of whole grids
-        raise RunError(
-            f"--skip-db {config.skip_db:g} needs a Qwen2-VL, {config.model_dir} is {model_type}: leave it out"
-        )
-    if config.sharding != "none":  # its media are embedded in another way: media_embedding.py
-        raise RunError(f"--skip-db {config.skip_db:g} does not go with --sharding {config.sharding}: leave one out")
+
+
+def _skip_db(config: TrainingConfig) -> float | None:
+    """Of this run: the command line's, or else the checkpoint's."""
+    return read_processor(config.model_dir).get("skip_db") if config.skip_db is None else config.skip_db
 
 
 def check_data(config: TrainingConfig) -> None:

@@ -18,6 +18,7 @@ from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
 PARTS = ("vision", "projector", "language")
 GROUPS = {"what": "model and data", "how": "optimization", "where": "machine, speed and output"}  # of the flags
 SEQUENCE_TOKENS, SEQUENCES_PER_STEP = 8192, 16  # of packed sequences, where the command line does not say
+STEP_TOKENS = SEQUENCE_TOKENS * SEQUENCES_PER_STEP  # about as many where the device's memory sets their size
 
 # What a resumed run may do with a setting. It repeats the samples and losses of an uninterrupted run only if the
 # settings under SAME and DATA are what they were.
@@ -100,6 +101,12 @@ class TrainingConfig:
         at_least=0,
         resume=DATA,
     )
+    skip_noise_floor: bool = setting(
+        "what",
+        False,
+        "with --skip-db: measure the noise between steps of a video and let cells go that differ by no more",
+        resume=DATA,
+    )
     video_fps: float = _video_setting("fps")
     video_min_frames: int = _video_setting("min_frames")
     video_max_frames: int = _video_setting("max_frames")
@@ -117,7 +124,8 @@ class TrainingConfig:
     global_batch_size: int | None = setting(
         "how",
         None,
-        f"samples of one optimizer step, or packed sequences (default: 32 and {SEQUENCES_PER_STEP})",
+        f"samples of one optimizer step, or packed sequences (default: 32 samples, or sequences of about {STEP_TOKENS} "
+        "tokens together)",
         at_least=1,
         resume=DATA,
     )
@@ -152,7 +160,7 @@ class TrainingConfig:
         "where",
         None,
         "megatron: a micro-batch is one packed sequence with at most so many tokens; 0: a sequence of "
-        f"--micro-batch-size samples (default: {SEQUENCE_TOKENS}, or 0 where --micro-batch-size is given)",
+        "--micro-batch-size samples (default: what the device's memory holds, or 0 where --micro-batch-size is given)",
         engine="megatron",
         resume=DATA,
     )
@@ -162,6 +170,15 @@ class TrainingConfig:
         "megatron: most tokens of the vision tower in a packed sequence (default: twice --pack-tokens)",
         engine="megatron",
         resume=DATA,
+    )
+    memory_limit: float | None = setting(
+        "where",
+        None,
+        "megatron: take no more of each device's memory, GiB (default: all that is free)",
+        over=0,
+        engine="megatron",
+        resume=FREE,
+        recorded=False,
     )
     packing_buffer: int = setting(
         "where", 512, "samples from which a loader process fills packed sequences", at_least=1, resume=DATA
@@ -237,6 +254,8 @@ class TrainingConfig:
     rank: int = setting(None, 0, resume=FREE)  # of this process, from torchrun
     data_restarts: int = setting(None, 0, resume=FREE)
     train_shards: str | None = setting(None, None, resume=FREE, recorded=False)  # fingerprint
+    # Which of pack_tokens and pack_vision_tokens were chosen for the device's memory, and are to be tried there.
+    chosen_sizes: tuple[str, ...] = setting(None, (), resume=FREE, recorded=False)
 
     @property
     def run_dir(self) -> Path:
@@ -252,8 +271,15 @@ class TrainingConfig:
     @property
     def processor_settings(self) -> dict[str, Any]:
         """What the image processor has otherwise than the checkpoint's, now and where it is saved."""
-        skipping = {} if self.skip_db is None else {"skip_db": self.skip_db or None}
-        return {**self.pixel_bounds, **skipping}
+        return {**self.pixel_bounds, **self._skipping}
+
+    @property
+    def _skipping(self) -> dict[str, Any]:
+        """A threshold that is given brings its own noise floor, on or off."""
+        floor = {"skip_noise_floor": self.skip_noise_floor or None}
+        if self.skip_db is None:
+            return floor if self.skip_noise_floor else {}
+        return {"skip_db": self.skip_db or None, **floor}
 
     @property
     def world_size(self) -> int:
@@ -278,7 +304,8 @@ class TrainingConfig:
         """
         packs = engine == "megatron" and self.micro_batch_size is None
         pack_tokens = _given(self.pack_tokens, SEQUENCE_TOKENS if packs else 0)
-        sequences = -(-SEQUENCES_PER_STEP // self.data_parallel) * self.data_parallel
+        wanted = -(-STEP_TOKENS // pack_tokens) if self.chosen_sizes else SEQUENCES_PER_STEP
+        sequences = -(-wanted // self.data_parallel) * self.data_parallel
         return replace(
             self,
             chosen_engine=engine,
@@ -309,13 +336,17 @@ def metadata_of(kind: type[TrainingConfig]) -> dict[str, dict[str, Any]]:
     return {**{each.name: dict(each.metadata) for each in fields(kind)}, **DERIVED}
 
 
-def parse_arguments(argv: list[str] | None, kind: type[TrainingConfig] = TrainingConfig) -> TrainingConfig:
+def parse_arguments(
+    argv: list[str] | None, kind: type[TrainingConfig] = TrainingConfig, program: str | None = None
+) -> TrainingConfig:
     """The settings on the command line.
 
     argv: Arguments. None: those of the process.
     kind: `TrainingConfig`, or a subclass with more fields.
+    program: Its name in messages. None: that of the file that runs.
     """
     parser = argparse.ArgumentParser(
+        prog=program,
         description="Fine-tunes a Qwen2-VL on prepared shards with NeMo. qwen_launch.sh starts it through torchrun.",
         formatter_class=DefaultsFormatter,
     )

@@ -11,12 +11,17 @@ import sys
 from collections.abc import Iterable
 
 from dct_qwen2vl.common.scripts import INTERRUPTED_CODE
+from dct_qwen2vl.training.config import parse_arguments
 from dct_qwen2vl.training.processes import CONTINUE, INTERRUPTED
 
 PROGRAM = "qwen_launch.sh"
+SCRIPT = "finetune_qwen2vl.py"
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if SCRIPT in argv:  # a flag that there is not, or --help, is answered once
+        parse_arguments(argv[argv.index(SCRIPT) + 1 :], program=SCRIPT)
     try:
         return launch(argv)
     except KeyboardInterrupt:  # before there are processes

@@ -18,11 +18,10 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed
 
-from dct_qwen2vl.common.files import write_text
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.samples import IGNORE_INDEX, QwenBatch
 from dct_qwen2vl.training.flops import device_peak, training_flops
-from dct_qwen2vl.training.run_lock import RunFolderError
+from dct_qwen2vl.training.metrics_file import MetricsFile, read_metrics
 
 NON_FINITE = "non_finite_step.json"  # in the run folder: the samples of a step that was refused
 SUMMED = (
@@ -31,6 +30,7 @@ SUMMED = (
     "flops",
     "samples",
     "visual_tokens",
+    "cells",
     "text_tokens",
     "learned_tokens",
     "padding",
@@ -114,6 +114,15 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def count_cells(grids: torch.Tensor, merge_size: int) -> int:
+    """Merge cells of whole media: their visual tokens without skipping.
+
+    grids: int64 [M, 3]. (t, h, w) of the media.
+    merge_size: Of the vision tower.
+    """
+    return int(grids.prod(dim=1).sum()) // merge_size**2
+
+
 def count_tokens(batch: QwenBatch, merge_size: int) -> dict[str, float]:
     """What is in a micro-batch, by the names of `SUMMED`."""
     visual = int(batch.step_grids(merge_size).prod(dim=1).sum()) // merge_size**2
@@ -121,6 +130,7 @@ def count_tokens(batch: QwenBatch, merge_size: int) -> dict[str, float]:
     return {
         "samples": len(batch.keys),
         "visual_tokens": visual,
+        "cells": count_cells(torch.cat([batch.image_grid_thw, batch.video_grid_thw]), merge_size),
         "text_tokens": present - visual,
         "learned_tokens": int((batch.labels != IGNORE_INDEX).sum()),
         "padding": batch.attention_mask.numel() - present,
@@ -135,38 +145,6 @@ def validate(trainer: pl.Trainer) -> None:
     trainer.training = True
 
 
-class MetricsFile:
-    """Appends JSON lines; keeps what is older than the step that a run starts from."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def start_from(self, step: int) -> None:
-        """Drops lines of later steps, and one that a killed run left half-written."""
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def append(self, line: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl, [] where there is none. Raises RunFolderError for one that is broken."""
-    if not path.exists():
-        return []
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise RunFolderError(f"{path} is broken in line {number}: take that line out, or move the file away")
-        lines.append(line)
-    return lines
-
-
 class TrainingLog(pl.Callback):
     """Sums every micro-batch over an optimizer step and over the processes. Process 0 writes.
 
@@ -174,13 +152,15 @@ class TrainingLog(pl.Callback):
     max_steps: Optimizer steps of the whole run.
     log_interval: Steps between progress lines.
     merge_size: Of the vision tower.
+    skips: Whether some cells of media have no token. The log then has the share of cells that have one.
     """
 
-    def __init__(self, run_dir: Path, max_steps: int, log_interval: int, merge_size: int) -> None:
+    def __init__(self, run_dir: Path, max_steps: int, log_interval: int, merge_size: int, skips: bool = False) -> None:
         self.metrics = MetricsFile(run_dir / "metrics.jsonl")
         self.max_steps = max_steps
         self.log_interval = log_interval
         self.merge_size = merge_size
+        self.skips = skips
         self.peak_flops = device_peak()
         self._sums = dict.fromkeys(SUMMED, 0.0)
         self._skipped: Counter[str] = Counter()  # by this process; the first one's begin with those of earlier starts
@@ -222,8 +202,8 @@ class TrainingLog(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch: QwenBatch, batch_index: int) -> None:
         grids = batch.step_grids(self.merge_size)
-        flops = training_flops(pl_module.model.config, grids, batch.attention_mask.sum(dim=1))
         loss, learned = float(outputs["loss_sum"]), int(outputs["tokens"])
+        flops = training_flops(pl_module.model.config, grids, batch.attention_mask.sum(dim=1), learned)
         self.add(loss=loss, loss_weight=learned, flops=flops, **count_tokens(batch, self.merge_size))
         self._skipped.update(batch.skipped)
         if (batch_index + 1) % trainer.accumulate_grad_batches == 0:
@@ -255,19 +235,26 @@ class TrainingLog(pl.Callback):
             "data_wait_share": min(1.0, sums["wait"] / trainer.world_size / seconds),
             "tflops": sums["flops"] / seconds / 1e12,
         }
+        if self.skips and sums["cells"]:
+            line["kept_share"] = sums["visual_tokens"] / sums["cells"]
         if sums["sequences"]:
             line["sequence_fill"] = sums["sequence_fill"] / sums["sequences"]
         if self.peak_flops:
             line["mfu"] = sums["flops"] / seconds / (self.peak_flops * trainer.world_size)
         if torch.cuda.is_available():
             line["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        pl_module.log_dict(
-            {f"train/{name}": float(value) for name, value in line.items() if name != "step"}, rank_zero_only=True
-        )
         if trainer.is_global_zero:
+            self._give_to_loggers(trainer, line)
             self.metrics.append(line)
             if trainer.global_step % self.log_interval == 0 or trainer.global_step in (1, self.max_steps):
                 print(self._progress(line), flush=True)
+
+    @staticmethod
+    def _give_to_loggers(trainer: pl.Trainer, line: dict[str, Any]) -> None:
+        """Under the names and numbers that `log_dict` would give them, which takes a twentieth of a small step."""
+        values = {f"train/{name}": float(value) for name, value in line.items() if name != "step"}
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
 
     @staticmethod
     def _over_processes(trainer: pl.Trainer, values: dict[str, float]) -> dict[str, float]:
@@ -290,6 +277,7 @@ class TrainingLog(pl.Callback):
             f"grad norm {line['gradient_norm']:.2f}",
             f"{line['samples'] / seconds:.1f} samples/s",
             f"{line['visual_tokens'] / seconds:.0f} visual + {line['text_tokens'] / seconds:.0f} text tokens/s",
+            *([f"cells kept {line['kept_share']:.0%}"] if "kept_share" in line else []),
             filled,
             f"data wait {line['data_wait_share']:.0%}",
             *([f"MFU {line['mfu']:.1%}"] if "mfu" in line else []),

@@ -39,7 +39,8 @@ from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
 from dct_qwen2vl.training.final_model import RehearseSave, trained_folder
 from dct_qwen2vl.training.flops import training_flops
-from dct_qwen2vl.training.log import NON_FINITE, OutOfMemory, StepGuard, TrainingLog, ValidationSum
+from dct_qwen2vl.training.full_sequence import TryFullSequence
+from dct_qwen2vl.training.log import NON_FINITE, OutOfMemory, StepGuard, TrainingLog, ValidationSum, count_cells
 from dct_qwen2vl.training.lora import LoRA, adapt_megatron
 from dct_qwen2vl.training.megatron_model import PackedQwen2VL, fuse_gradient_accumulation, model_config
 from dct_qwen2vl.training.megatron_weights import load_hf, rehearse_hf, save_hf, sources_of
@@ -52,6 +53,7 @@ from dct_qwen2vl.training.run_folder import (
     sync_files,
     trainer_options,
 )
+from dct_qwen2vl.training.sequence_size import limit_memory
 
 os.environ.setdefault("NEMO_LOG_TRAIN_LOSS", "0")  # TrainingLog has it, without a message between stages
 
@@ -262,6 +264,7 @@ class PackedTrainingLog(TrainingLog):
             "flops": training_flops(self.hf_config, sequence.step_grids(), lengths, len(sequence.learned)),
             "samples": len(sequence.keys),
             "visual_tokens": visual,
+            "cells": count_cells(sequence.grid_thw, self.merge_size),
             "text_tokens": tokens - visual,
             "learned_tokens": len(sequence.learned),
             "padding": 0,
@@ -379,6 +382,7 @@ def run(
 ) -> None:
     """Fine-tunes, resuming from the newest checkpoint, and writes the form that was trained into the run folder. Raises
     OutOfMemory."""
+    limit_memory(config.memory_limit)
     sequence_tokens = max(config.seq_length * config.micro_batch_size, config.pack_tokens)
     module = QwenMegatronModel(
         config.model_dir,
@@ -400,12 +404,14 @@ def run(
         config.max_steps,
         config.log_interval,
         merge_size,
+        skips=data.task_encoder.skips,
         hf_config=module.hf_config,
         budget=(config.pack_tokens, config.pack_vision_tokens),
     )
     edit = partial(write_reading, settings=config.processor_settings, sampling=vars(VideoSampling.of(config)))
     callbacks = [
         RehearseSave(config, info, partial(rehearse_hf, config.model_dir, edit=edit)),
+        TryFullSequence(config, info, data, log),
         log,
         *step_checkpoints(config, log.restart_clock),
         SaveHF(trained_folder(config.run_dir, info), edit),

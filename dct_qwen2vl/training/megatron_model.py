@@ -287,6 +287,7 @@ def model_config(
     seq_length: int,
     dtype: torch.dtype = torch.bfloat16,
     layers: Layers | None = None,
+    language: dict[str, Any] | None = None,
     **options: Any,
 ) -> PackedQwen2VLConfig:
     """NeMo's configuration of a model, from transformers'.
@@ -295,6 +296,7 @@ def model_config(
     seq_length: Tokens of the longest sequence.
     dtype: Of the weights.
     layers: Classes of the layers. None: TransformerEngine's.
+    language: Further fields of Megatron-core's TransformerConfig, for the language model alone.
     options: Further fields of Megatron-core's TransformerConfig, for all three parts.
     """
     layers = layers or transformer_engine_layers()
@@ -309,7 +311,9 @@ def model_config(
         **options,
     }
     return PackedQwen2VLConfig(
-        language_transformer_config=_language_config(hf_config, seq_length, layers.language, numbers),
+        language_transformer_config=_language_config(
+            hf_config, seq_length, layers.language, {**numbers, **(language or {})}
+        ),
         vision_transformer_config=_vision_config(hf_config.vision_config, layers.vision, numbers),
         vision_projection_config=_projection_config(hf_config.vision_config, layers.projector, numbers),
         rope_sections=list(hf_config.rope_scaling["mrope_section"]),

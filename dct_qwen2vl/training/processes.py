@@ -65,6 +65,34 @@ def interruptible() -> Iterator[list[int]]:
             signal.signal(signal.SIGINT, before)
 
 
+def let_others_begin() -> None:
+    """The first process has passed all checks and holds the run folder."""
+    if _has_others():
+        _checks_store().set("passed", "yes")
+
+
+def wait_for_first() -> None:
+    """Until the first process lets the others begin. Where it refuses to, the launcher ends the ones that wait, so a
+    refusal is told once. Raises UserError where the first process, on another node, has ended."""
+    if not _has_others():
+        return
+    try:
+        _checks_store().get("passed")
+    except (RuntimeError, OSError) as error:  # of the store
+        raise UserError("the first process of this run has ended, so this one ends as well") from error
+
+
+def _has_others() -> bool:
+    return TORCHRUN in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def _checks_store():
+    import torch.distributed
+
+    store, _, _ = next(torch.distributed.rendezvous("env://"))
+    return torch.distributed.PrefixStore("checks", store)
+
+
 def raise_in_all(error: UserError | None) -> None:
     """Collective. The first process's error, if any, is raised in every process, and told by the first alone. So none
     waits for the others, and none shows a traceback about one that has ended."""

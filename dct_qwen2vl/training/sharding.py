@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from dct_qwen2vl.training.media_embedding import embed_media
+from dct_qwen2vl.data.media_embedding import embed_media
 
 
 def shard(model: torch.nn.Module, mesh: DeviceMesh) -> None:
@@ -30,7 +30,15 @@ def shard(model: torch.nn.Module, mesh: DeviceMesh) -> None:
         fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh)
     type(model).__name__ = name  # it now derives from the model's class; save_pretrained writes the name to config.json
-    model.register_forward_pre_hook(embed_media, with_kwargs=True)
+    model.register_forward_pre_hook(embed_first, with_kwargs=True)
+
+
+def embed_first(model: torch.nn.Module, arguments: tuple, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A forward pre-hook. All processes call the tower once, before the language model, whatever media they have.
+
+    The model's own forward pass calls it once for images and once for videos, and not at all for text.
+    """
+    return arguments, embed_media(model, inputs)
 
 
 def gradient_of_ones(mesh: DeviceMesh) -> float:

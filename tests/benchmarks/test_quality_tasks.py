@@ -27,6 +27,7 @@ from benchmarks.quality.tasks.cells import (
 from benchmarks.quality.tasks.drawing import PHASES, GlyphAtlas
 from benchmarks.quality.tasks.reading import LETTERS, Reading
 from benchmarks.quality.tasks.registry import TASKS, Source, make_task
+from dct_qwen2vl.common.scripts import UserError
 
 LUMA = torch.tensor([0.299, 0.587, 0.114])
 # Without grain, and large enough for the simple ways in which this file reads.
@@ -42,6 +43,12 @@ CLEAR = {
     "order": {"noise": 0.0},
     "flashes": {"diameters": [6], "noise": 0.0},
     "ticker": {"heights": [10], "noise": 0.0},
+    # The event is the whole of the video, the print that of the page.
+    "still-motion": {"speeds": [1.0, 2.0, 3.0], "noise": 0.0, "whole": 84, "seconds": 4},
+    "still-order": {"noise": 0.0, "whole": 84, "seconds": 4},
+    "still-flashes": {"diameters": [6], "noise": 0.0, "whole": 56, "seconds": 8},
+    "still-ticker": {"heights": [10], "noise": 0.0, "whole": 84, "seconds": 4},
+    "page-reading": {"heights": [6, 9, 12], "noise": 3.0, "whole": 112},
 }
 
 
@@ -237,9 +244,15 @@ READERS = {
     "order": orders,
     "flashes": count_flashes,
     "ticker": read_tickers,
+    "still-motion": motions,
+    "still-order": orders,
+    "still-flashes": count_flashes,
+    "still-ticker": read_tickers,
+    "page-reading": read_digits,
 }
 # Share that the simple ways read right; backgrounds mislead them now and then.
 READ = {"reading": 0.97, "words": 0.9, "ticker": 0.9, "odd-one": 0.9, "motion": 0.9, "numbers": 0.9}
+READ |= {"still-ticker": 0.9, "still-motion": 0.9, "still-order": 0.9}
 
 
 def test_the_answer_is_what_is_drawn(source):
@@ -272,7 +285,7 @@ def test_rows_whose_odd_place_is_empty_do_not_count():
 
 def test_shapes_levels_and_words_of_a_batch(source):
     task, batch = source.task, source.batch("train", 0, 0, 3)
-    assert batch.frames.shape == (3, task.frames, task.size, task.size, 3) and batch.frames.dtype == torch.uint8
+    assert batch.frames.shape == (3, task.duration, task.side, task.side, 3) and batch.frames.dtype == torch.uint8
     assert batch.answer.shape == (3, task.answer_length) and batch.question.shape == (3, task.question_length)
     assert batch.level.shape == (3, len(task.scored))
     names = set(range(task.answer_length)) - set(task.scored)
@@ -358,3 +371,32 @@ def test_words_are_spelt_with_the_letters_of_the_atlas():
 def test_a_task_that_cannot_be_is_refused(name, knobs, word):
     with pytest.raises(ValueError, match=word):
         make_task(name, knobs)
+
+
+@pytest.mark.parametrize(("name", "stays"), [("still-motion", False), ("still-order", True)])
+def test_before_a_fixed_camera_an_event_has_its_time_and_place(name, stays):
+    """Outside of them the video stands still; afterwards what has appeared is gone, or stays."""
+    task = make_task(name, {"noise": 0.0})
+    frames = luma(Source(task, "cpu").batch("train", 0, 0, 24).frames)
+    assert frames.shape[1:] == (24, 112, 112)
+    moving = (frames[:, 1:] - frames[:, :-1]).abs() > 20
+    assert not moving[:, :, :9].any() and not moving[:, :, 93:].any() and moving[:, :, 9:93, 9:93].any()
+    times = moving.flatten(2).any(2)
+    first, last = times.float().argmax(1), 22 - times.flip(1).float().argmax(1)
+    assert (last - first < 9).all() and len(set(first.tolist())) > 2
+    begun_and_ended = (first > 0) & (last < 22)
+    assert begun_and_ended.any()
+    same = ((frames[:, 0] - frames[:, -1]).abs() < 20).flatten(1).all(1)
+    assert same[begun_and_ended].all() if not stays else not same.any()
+
+
+def test_a_page_has_white_margins():
+    frames = luma(Source(make_task("page-reading"), "cpu").batch("train", 0, 0, 4).frames[:, 0])
+    for page in frames:
+        margin = torch.cat([page[:28].flatten(), page[:, :28].flatten(), page[140:].flatten()])
+        assert margin.min() == margin.max() > 230 and page[28:140, 28:140].min() < 180
+
+
+def test_a_video_that_does_not_hold_its_event_is_refused():
+    with pytest.raises(UserError, match="a video of 6 frames of 112 px must hold an event of 8 frames of 84 px"):
+        make_task("still-motion", {"seconds": 3})

@@ -1,8 +1,15 @@
-"""What the training benchmark makes of a profile."""
+"""What the training benchmark makes of a profile, and of drawn material with and without skipping."""
 
+import socket
+from dataclasses import replace
+
+import numpy as np
 import pytest
+import torch
 
 from benchmarks.speed.kernels import busy_seconds, kind_of, longest, shares
+from benchmarks.speed.scenes import WORKS, kept_in
+from benchmarks.speed.training import make_work, print_skipping, sequences_of
 
 SPANS = [("nvjet_sm90_tst_128x248", 0.0, 4e5), ("nvjet_sm90_tst_128x248", 3e5, 6e5), ("Memcpy HtoD", 7e5, 8e5)]
 
@@ -34,3 +41,82 @@ def test_kernels_side_by_side_are_busy_once():
 def test_shares_are_of_the_whole_step():
     assert shares(SPANS, 1.0) == pytest.approx({"matrix products": 0.7, "copies": 0.1, "gaps": 0.3})
     assert [(line["kernel"], line["calls"]) for line in longest(SPANS, 1.0)] == [(SPANS[0][0], 2), ("Memcpy HtoD", 1)]
+
+
+@pytest.mark.parametrize(("work", "most", "ratio"), [("camera", 0.2, 3), ("screens", 0.2, 3), ("pages", 0.6, 1.4)])
+def test_skipping_leaves_drawn_material_fewer_tokens_and_less_arithmetic(work, most, ratio):
+    from dct_qwen2vl.training.flops import training_flops
+
+    works, counts = make_work(work, 2, seed=0), []
+    for skip_db in (0.0, 38.0):
+        config, batches = sequences_of("x4", works, (16384, 32768), 0, skip_db)
+        visual = sum(len(batch.visual) for batch in batches)
+        assert visual * 4 == sum(len(batch.tokens) for batch in batches)
+        flops = sum(training_flops(config, b.step_grids(), b.sample_starts.diff(), len(b.learned)) for b in batches)
+        counts.append((visual, flops))
+    masks = [kept_in(one.scene, "x4", 38.0) for one in works]
+    assert [counts[0][0], counts[1][0]] == [sum(mask.size for mask in masks), sum(int(mask.sum()) for mask in masks)]
+    assert np.mean([mask.mean() for mask in masks]) < most and counts[0][1] / counts[1][1] > ratio
+
+
+def test_without_skipping_samples_are_those_of_before():
+    """The same ids, positions and tokens, whether or not something is drawn."""
+    works = make_work("pages", 1, seed=0)
+    (drawn,), (plain,) = (
+        sequences_of("x4", each, (4096, 8192), 3)[1] for each in (works, [replace(works[0], scene="")])
+    )
+    for name in ("input_ids", "position_ids", "tokens", "step_starts"):
+        assert torch.equal(getattr(drawn, name), getattr(plain, name))
+
+
+def test_a_tiny_model_learns_from_the_sequences_of_all_scenes():
+    """Megatron-core's model on the CPU."""
+    from megatron.core import parallel_state
+    from megatron_cpu import CPU_OPTIONS, plain_layers
+
+    from dct_qwen2vl.training.megatron_model import model_config
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    try:
+        for work in WORKS:
+            config, batches = sequences_of("x4", make_work(work, 1, seed=0), (16384, 32768), 0, skip_db=38.0)
+            config.update({"num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": 128})
+            config.update({"num_attention_heads": 1, "num_key_value_heads": 1})
+            config.vision_config.update({"depth": 1, "embed_dim": 80, "num_heads": 1, "hidden_size": 128})
+            model = model_config(config, 16384, torch.float32, plain_layers(), **CPU_OPTIONS).configure_model()
+            (batch,) = batches
+            losses = model.float()(replace(batch, tokens=batch.tokens.float()))
+            losses.sum().backward()
+            assert len(losses) == len(batch.learned) and losses.isfinite().all()
+            assert model.vision_model.conv1.weight.grad.abs().sum() > 0
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def test_the_gain_is_over_the_same_way_with_all_cells(capsys):
+    lines = [
+        {"way": "x4", "samples_per_second": 4.0, "skip_db": 0.0, "kept_share": 1.0},
+        {"way": "x4 skip", "samples_per_second": 10.0, "skip_db": 38.0, "kept_share": 0.25},
+    ]
+    print_skipping(lines)
+    assert "x4 skip    25% of the cells, samples/s x 2.50" in capsys.readouterr().out
+
+
+def test_a_sequence_is_padded_by_a_sample_that_learns_nothing(converted):
+    import torch
+    from transformers import Qwen2VLConfig
+
+    from benchmarks.speed.training import pad
+    from dct_qwen2vl.training.full_sequence import full_sequence
+
+    sequence = full_sequence(Qwen2VLConfig.from_pretrained(converted("x4")), (300, 400), seq_length=150)
+    padded = pad(sequence)
+    assert padded.input_ids.shape == (384,) and padded.position_ids.shape == (3, 384)
+    assert padded.sample_starts.tolist() == [0, 150, 300, 384] and padded.longest_sample == 150
+    assert torch.equal(padded.learned, sequence.learned) and torch.equal(padded.input_ids[:300], sequence.input_ids)
+    assert pad(padded) is padded

@@ -1,32 +1,57 @@
-"""Hugging Face's Qwen2-VL over kept cells: as transformers where nothing is skipped, else against plain arithmetic."""
+"""Hugging Face's Qwen2-VL and Qwen2.5-VL over kept cells: as transformers where nothing is skipped, else against plain
+arithmetic."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from samples_by_hand import answer, conversation_sample
-from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
-from dct_qwen2vl.data.kept_cells import embed_media, find_positions, given_positions, kept_by_medium, visual_features
-from dct_qwen2vl.data.positions import vision_positions
+from dct_qwen2vl.checkpoints.conversion import convert
+from dct_qwen2vl.checkpoints.inspection import time_step
+from dct_qwen2vl.data.kept_cells import find_positions, given_positions, kept_by_medium
+from dct_qwen2vl.data.media_embedding import embed_media, visual_features
+from dct_qwen2vl.data.positions import KeptRun, vision_positions
 from dct_qwen2vl.data.samples import QwenBatch
+from dct_qwen2vl.data.videos import VideoSampling
+from dct_qwen2vl.dct.configuration_dct import DCTConfig
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from task_encoder import QwenTaskEncoder
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
-@pytest.fixture(scope="module")
-def model(converted) -> Qwen2VLForConditionalGeneration:
-    return Qwen2VLForConditionalGeneration.from_pretrained(converted("x4")).eval()
+SAMPLING = VideoSampling(fps=2)
+
+
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl"])
+def folder(request, converted, qwen2_5_vl_directory, tmp_path_factory) -> Path:
+    """Of a tiny model over x4 tokens."""
+    if request.param == "qwen2_vl":
+        return converted("x4")
+    folder = tmp_path_factory.mktemp("qwen2_5_vl") / "x4"
+    convert(qwen2_5_vl_directory, folder, DCTConfig.preset("x4"))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def new_batch(converted, natural_frames, image_file, video_file):
+def model(folder) -> PreTrainedModel:
+    return AutoModelForImageTextToText.from_pretrained(folder, torch_dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def step_of_time(model) -> float:
+    """Between steps of a video."""
+    return time_step(model.config.to_dict(), 2, SAMPLING.fps)
+
+
+@pytest.fixture(scope="module")
+def new_batch(folder, step_of_time, natural_frames, image_file, video_file):
     """new_batch(skip_db): an image beside a video in which a corner moves, then text alone."""
-    processor = DCTImageProcessor.from_pretrained(converted("x4"))
-    tokenizer = AutoTokenizer.from_pretrained(converted("x4"))
+    processor, tokenizer = DCTImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     frames = natural_frames(1, 112, 168, 5).repeat(12, axis=0)
     frames[6:, :56, 112:] = 255 - frames[6:, :56, 112:]
     page = np.full((112, 112, 3), 255, np.uint8)
@@ -39,7 +64,7 @@ def new_batch(converted, natural_frames, image_file, video_file):
 
     def make(skip_db: float | None, samples: int = 2) -> QwenBatch:
         processor.skip_db = skip_db
-        encoder = QwenTaskEncoder(tokenizer, processor)
+        encoder = QwenTaskEncoder(tokenizer, processor, video_sampling=SAMPLING, time_step=step_of_time)
         return encoder.batch([encoder.encode(conversation) for conversation in conversations[:samples]])
 
     return make
@@ -48,7 +73,8 @@ def new_batch(converted, natural_frames, image_file, video_file):
 @torch.no_grad()
 def test_logits_are_those_of_transformers_where_nothing_is_skipped(model, new_batch):
     expected = model(**new_batch(None).model_inputs()).logits
-    assert torch.equal(model(**embed_media(model, new_batch(math.inf).model_inputs())).logits, expected)
+    found = model(**embed_media(model, new_batch(math.inf).model_inputs())).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # images and videos in one call of the tower
 
 
 def test_steps_that_keep_some_or_nothing(new_batch):
@@ -59,15 +85,40 @@ def test_steps_that_keep_some_or_nothing(new_batch):
 
 
 @torch.no_grad()
-def test_features_are_those_of_the_stock_tower_with_positions_by_hand(model, new_batch, monkeypatch):
-    """Its attention runs over rows x columns of each step: steps of 1 x n tokens are the kept ones."""
-    batch, visual = new_batch(30.0), model.visual
-    found = visual_features(visual, batch.pixel_values_videos, batch.video_grid_thw, batch.video_kept)
-    moved = [[0, 4], [0, 5], [1, 4], [1, 5]]  # row and column of the four tokens of the cell that moves
-    positions = torch.tensor([*vision_positions((1, 4, 6), 2).tolist(), *moved])
-    monkeypatch.setattr(visual, "rot_pos_emb", lambda grid: visual.rotary_pos_emb(6)[positions].flatten(1))
-    expected = visual(batch.pixel_values_videos, grid_thw=torch.tensor([[1, 1, 24], [1, 1, 4]]))
-    assert torch.equal(found, expected) and len(found) == 7
+def test_features_are_those_of_masked_attention(model):
+    """Each token attends to the kept tokens of its step, and in Qwen2.5-VL to those of its window of 4 x 4 cells."""
+    visual, random = model.visual, torch.Generator().manual_seed(3)
+    grid, cells = (2, 12, 20), (2, 6, 10)
+    kept = torch.rand(cells, generator=random) < 0.4
+    kept[0, 0, 0], kept[1, :, 4:8], kept[1, 4:, 8:] = True, False, False  # a window of the second step keeps nothing
+    step, row, column = (np.repeat(part, 4) for part in kept.numpy().nonzero())
+    windows = torch.tensor(step * 100 + row // 4 * 10 + column // 4)
+    positions = torch.from_numpy(vision_positions(grid, 2)[np.repeat(kept.numpy(), 4)])
+    floats = visual.patch_embed.proj.weight[0].numel()
+    tokens = torch.randn(len(positions), floats, generator=random)
+    hidden = visual.patch_embed(tokens)
+    angles = visual.rotary_pos_emb(20)[positions].flatten(1).repeat(1, 2)
+    for number, block in enumerate(visual.blocks):
+        is_full = number in getattr(visual, "fullatt_block_indexes", range(len(visual.blocks)))
+        groups = torch.tensor(step) if is_full else windows
+        hidden = hidden + attended(block.attn, block.norm1(hidden), angles, groups[:, None] == groups)
+        hidden = hidden + block.mlp(block.norm2(hidden))
+    found = visual_features(visual, tokens, torch.tensor([grid]), kept.flatten())
+    torch.testing.assert_close(found, visual.merger(hidden), rtol=1e-4, atol=1e-4)
+    assert len(found) == kept.sum()
+
+
+def attended(attention, hidden: torch.Tensor, angles: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """seen: bool [N, N]."""
+    query, key, value = attention.qkv(hidden).unflatten(-1, (3, attention.num_heads, -1)).permute(1, 2, 0, 3)
+    query, key = (part * angles.cos() + half_turned(part) * angles.sin() for part in (query, key))
+    scores = (query @ key.transpose(1, 2) / query.shape[-1] ** 0.5).masked_fill(~seen, -math.inf)
+    return attention.proj((scores.softmax(-1) @ value).transpose(0, 1).flatten(1))
+
+
+def half_turned(values: torch.Tensor) -> torch.Tensor:
+    first, second = values.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
 
 
 @torch.no_grad()
@@ -89,7 +140,7 @@ def test_features_stand_where_their_ids_stand(model, new_batch):
         (model.config.video_token_id, batch.pixel_values_videos, batch.video_grid_thw, batch.video_kept),
     ):
         features = visual_features(model.visual, tokens, grids, kept)
-        assert torch.equal(inputs["inputs_embeds"][batch.input_ids == pad], features)
+        torch.testing.assert_close(inputs["inputs_embeds"][batch.input_ids == pad], features, rtol=1e-5, atol=1e-5)
     text = batch.input_ids < model.config.vision_start_token_id
     assert torch.equal(inputs["inputs_embeds"][text], model.get_input_embeddings()(batch.input_ids[text]))
 
@@ -101,13 +152,11 @@ def test_gradients_reach_the_tower(model, new_batch):
 
 
 @pytest.mark.parametrize("skip_db", [30.0, math.inf])
-def test_positions_found_are_those_of_the_task_encoder(model, new_batch, skip_db):
+def test_positions_found_are_those_of_the_task_encoder(model, new_batch, step_of_time, skip_db):
     batch, pads = new_batch(skip_db), {model.config.image_token_id, model.config.video_token_id}
-    masks = [
-        *kept_by_medium(batch.image_grid_thw, batch.image_kept, 2),
-        *kept_by_medium(batch.video_grid_thw, batch.video_kept, 2),
-    ]
-    media = iter([(mask.shape, mask) for mask in masks])
+    (image,) = kept_by_medium(batch.image_grid_thw, batch.image_kept, 2)
+    (video,) = kept_by_medium(batch.video_grid_thw, batch.video_kept, 2)
+    media = iter([KeptRun(image.shape, image), KeptRun(video.shape, video, step_of_time)])
     for ids, mask, expected in zip(batch.input_ids, batch.attention_mask.bool(), batch.position_ids.unbind(1)):
         found = find_positions(ids.numpy(), mask.numpy(), pads, media)
         np.testing.assert_array_equal(found[:, mask], expected[:, mask])
@@ -128,6 +177,8 @@ def left_padded(batch: QwenBatch) -> dict[str, torch.Tensor]:
 def test_generation_is_that_of_transformers_where_nothing_is_skipped(model, new_batch):
     plain = left_padded(new_batch(None))
     plain.pop("position_ids")
+    if model.config.model_type == "qwen2_5_vl":
+        plain["second_per_grid_ts"] = [2 / SAMPLING.fps]
     expected = model.generate(**plain, max_new_tokens=8, output_logits=True, return_dict_in_generate=True, **GREEDY)
     inputs = left_padded(new_batch(math.inf))
     positions = inputs.pop("position_ids")
@@ -136,7 +187,7 @@ def test_generation_is_that_of_transformers_where_nothing_is_skipped(model, new_
             **embed_media(model, inputs), max_new_tokens=8, output_logits=True, return_dict_in_generate=True, **GREEDY
         )
     assert torch.equal(found.sequences, expected.sequences[:, plain["input_ids"].shape[1] :])
-    assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-5, atol=1e-5)
     assert "get_rope_index" not in vars(model), "as it was"
 
 

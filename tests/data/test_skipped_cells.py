@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,3 +198,16 @@ def test_labels_are_learned_as_ever(new_encoder, conversations):
     sample = new_encoder(30.0).encode(conversations[2])
     encoder = new_encoder(30.0)
     assert encoder.tokenizer.decode(sample.labels[sample.labels != IGNORE_INDEX]) == "Three.<|im_end|>"
+
+
+def test_the_noise_floor_is_the_processor_s_to_ask_for(new_encoder, natural_frames):
+    """A video of one photograph under noise of sigma 6: by the threshold alone nearly every cell is kept."""
+    noise = np.random.default_rng(0).normal(0, 6, (8, 112, 168, 3))
+    frames = (natural_frames(1, 112, 168, 5) * 0.5 + 60 + noise).clip(0, 255).astype(np.uint8)
+    video = SimpleNamespace(frames=torch.from_numpy(frames).permute(0, 3, 1, 2), info={"video_fps": 2})
+    sample = conversation_sample(answer("<video>What is this?", "A square."), ("video", video))
+    encoder, shares = new_encoder(38.0), {}
+    for floor in (False, True):
+        encoder.image_processor.skip_noise_floor = floor
+        shares[floor] = float(encoder.encode(sample).video_kept.float().mean())
+    assert shares[False] == 1 and shares[True] < 0.5

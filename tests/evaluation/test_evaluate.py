@@ -444,6 +444,52 @@ def test_numbers_below_one_are_refused(prepared, tmp_path, one_line_error, flag)
     assert f"{flag} must be at least 1, got 0" in one_line_error()
 
 
+@pytest.mark.parametrize(
+    ("trained", "typed", "asked"), [(36.0, [], 36.0), (36.0, ["0"], None), (None, ["15"], 15.0), (36.0, ["20"], 20.0)]
+)
+def test_a_model_is_asked_with_another_skipping_than_it_was_trained(
+    prepared, tmp_path, monkeypatch, trained, typed, asked
+):
+    """What was read says so, and answers of the other way are not gone on from."""
+    model = shutil.copytree(prepared.model, tmp_path / "model")
+    processor = json.loads((model / "preprocessor_config.json").read_text())
+    (model / "preprocessor_config.json").write_text(json.dumps(processor | ({"skip_db": trained} if trained else {})))
+    used = []
+
+    class Seen(Answerer):
+        def answer(self, chosen: list[Question]) -> list[str]:
+            used.append(self.media.skip_db)
+            return super().answer(chosen)
+
+    monkeypatch.setattr(evaluate_qwen2vl, "Answerer", Seen)
+    words = ["--model-dir", str(model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path / "out")]
+    flag = ["--skip-db", *typed] if typed else []
+    assert evaluate_qwen2vl.main([*words, "--limit", "2", "--max-new-tokens", "2", *flag]) == 0
+    assert set(used) == {asked}
+    written = json.loads((tmp_path / "out" / "accuracy.json").read_text())
+    assert ("skip_db" in written) == bool(typed) and written.get("skip_db", asked) == asked
+    arguments = evaluate_qwen2vl.parse_arguments([*words, *flag])
+    assert evaluate_qwen2vl.describe_settings(arguments)["options"].get("--skip-db") == (
+        float(*typed) if typed else None
+    )
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        (["--skip-db", "-1", "--model-dir", "MODEL"], "--skip-db must be at least 0, got -1"),
+        (["--skip-db", "38", "--compare", "MODEL", "MODEL"], "--skip-db does not go with --compare"),
+        (["--skip-db", "38", "--model-dir", "PIXELS"], "--skip-db needs DCT tokens"),
+    ],
+)
+def test_skipping_that_cannot_be_is_one_line(prepared, tmp_path, one_line_error, typed, says):
+    folders = {"MODEL": str(prepared.model), "PIXELS": str(prepared.pixel_model)}
+    words = [folders.get(word, word) for word in typed]
+    given = [*words, "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path / "out")]
+    assert evaluate_qwen2vl.main(given) == 1
+    assert says in one_line_error()
+
+
 def test_an_output_folder_that_cannot_be_is_refused_before_anything_is_asked(prepared, tmp_path, one_line_error):
     (tmp_path / "file").touch()
     output = tmp_path / "file" / "out"

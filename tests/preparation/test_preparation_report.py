@@ -19,11 +19,16 @@ from PIL import Image
 from prepared_set import StoredSample, write_json, write_set
 
 import data_preparation
+from dct_qwen2vl.data.reading import MediaError
 from dct_qwen2vl.data.text_tokens import TextTokens
+from dct_qwen2vl.dct.configuration_dct import DCTConfig
 from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS
+from dct_qwen2vl.dct.skipping_dct import kept_cells
+from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 from dct_qwen2vl.preparation.entries import read_turns
 from dct_qwen2vl.preparation.report import writing
 from dct_qwen2vl.preparation.report.figures import DPI, FIGURES, HEIGHT, WIDTH
+from dct_qwen2vl.preparation.report.kept import choose_by_source, count_kept, measure_kept
 from dct_qwen2vl.preparation.report.samples import (
     choose_samples,
     make_thumbnail,
@@ -286,6 +291,48 @@ def test_sizes_and_tokens_are_shown(seen):
     assert seen["facts"][0].endswith("280 x 420 px · 90 characters · visual tokens: pixels, exact 150; x4 40; x16 8")
     assert "112 x 168 px · 12 frames, 3.0 s" in seen["facts"][8]
     assert "280 x 420 px · 620 x 310 px" in seen["facts"][7]
+
+
+def test_the_share_kept_with_skipping_is_shown_by_source(seen):
+    """Images of one colour keep one cell of 40, 20 and 66; the video is a still photograph of two frames a token."""
+    table = seen["tables"]["table-kept"]
+    assert table[0] == ["source", "images", "videos"]
+    rows = {row[0]: row[1:] for row in table[1:]}
+    assert rows["coco"] == ["2 % of 4", ""] and rows["gqa"][0].endswith(" of 3") and rows["hmdb"][0] == ""
+    assert re.fullmatch(r"\d+ % of 1", rows["hmdb"][1]) and "text" not in rows
+    assert any(note.startswith("With --skip-db 38 and x4, measured on up to 6 samples") for note in seen["notes"])
+
+
+def test_a_few_samples_with_media_of_each_source_are_measured(prepared_set):
+    statistics = read_statistics(prepared_set)
+    chosen = choose_by_source(statistics, 0)
+    assert chosen["coco"] == [0, 1, 2, 3, 10] and "text" not in chosen and len(chosen) == 5
+    long = statistics.seconds.copy()
+    long[statistics.is_video] = 31
+    assert "hmdb" not in choose_by_source(replace(statistics, seconds=long), 0)
+    many = replace(statistics, source=np.zeros_like(statistics.source))
+    one, other = (choose_by_source(many, seed)[statistics.sources[0]] for seed in (0, 1))
+    assert len(one) == 6 and one == sorted(one) and one != other and 9 not in one  # which has no media
+
+
+def test_shares_are_those_of_training(natural_frames, image_file):
+    """Of the file as training reads it; and a medium that cannot be read is not counted."""
+    page = np.full((560, 448, 3), 255, np.uint8)
+    page[200:300, 100:300] = natural_frames(1, 100, 200)[0]
+    kept, cells = count_kept("image", image_file(page, "PNG"), *PIXEL_BOUNDS)
+    config = DCTConfig.preset("x4")
+    tokens, grid = DCTTokenizer(config).encode(page[None])
+    assert (kept, cells) == (int(kept_cells(tokens, grid, config, 38.0).sum()), 80) and kept < 40
+    with pytest.raises(MediaError):
+        count_kept("image", b"no image", *PIXEL_BOUNDS)
+
+
+def test_what_cannot_be_measured_is_said(prepared_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    assert measure_kept(prepared_set, PIXEL_BOUNDS, 0).fault == "its process ended early"
+    shutil.copytree(prepared_set, tmp_path / "set")
+    page = write_report(tmp_path / "set").read_text(encoding="utf-8")
+    assert "Not measured: " in page and 'id="table-kept"' not in page
 
 
 def test_hostile_text_is_shown_and_not_run(seen):

@@ -75,6 +75,7 @@ def test_the_model_reads_kept_cells(skip_db, converted, natural_frames, video_fi
     else:
         assert logits[skip_db].shape[1] == logits[None].shape[1] - 12
         assert counts[skip_db]["visual_tokens"] == 4 and counts[None]["visual_tokens"] == 16
+        assert counts[skip_db]["cells"] == counts[None]["cells"] == 16
         assert counts[skip_db]["text_tokens"] == counts[None]["text_tokens"]
 
 

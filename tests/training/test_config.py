@@ -120,7 +120,7 @@ OLD_RUN_FILE = """{
   "run_dir": "experiments/old", "pixel_bounds": {"max_pixels": 12544}, "data_parallel": 4,
   "chosen_engine": "automodel", "data_restarts": 1, "accumulate": 8, "token_format": "x4"
 }"""
-SINCE_THEN = {"sharding": "none", "skip_db": None}
+SINCE_THEN = {"sharding": "none", "skip_db": None, "skip_noise_floor": False}
 OLD_MEGATRON_RUN = {
     "max_pixels": None, "global_batch_size": 16, "freeze": [], "lora_rank": 0, "engine": "auto", "pack_tokens": 8192,
     "pack_vision_tokens": 16384, "tensor_parallel": 2, "recompute": True, "profile": 3, "precision": "bf16-mixed",

@@ -715,10 +715,15 @@ def test_skipping_needs_tokens_that_can_be_skipped(prepared, tmp_path):
     assert "--skip-db must be at least 0, got -1.0" in refused(prepared, tmp_path, SKIP_DB="-1")
     model = shutil.copytree(prepared.model, tmp_path / "other")
     info, values = checks.check_model(model, None), {"model_dir": model, "data_dir": prepared.shards}
-    checks.check_skipping(config.TrainingConfig(**values, skip_db=38.0), info)
+    checks.check_skipping(config.TrainingConfig(**values, skip_db=38.0, skip_noise_floor=True), info)
+    with pytest.raises(config.RunError, match="--skip-noise-floor goes with --skip-db"):
+        checks.check_skipping(config.TrainingConfig(**values, skip_noise_floor=True), info)
+    with pytest.raises(config.RunError, match="--skip-noise-floor goes with --skip-db"):
+        checks.check_skipping(config.TrainingConfig(**values, skip_db=0.0, skip_noise_floor=True), info)
+    edit_json(model / "preprocessor_config.json", skip_db=36.0)
+    checks.check_skipping(config.TrainingConfig(**values, skip_noise_floor=True), info)
     edit_json(model / "config.json", model_type="qwen2_5_vl")
-    with pytest.raises(config.RunError, match=r"--skip-db 38 needs a Qwen2-VL, .* is qwen2_5_vl"):
-        checks.check_skipping(config.TrainingConfig(**values, skip_db=38.0), info)
+    checks.check_skipping(config.TrainingConfig(**values, skip_db=38.0, sharding="fsdp2"), info)
 
 
 @pytest.mark.parametrize(("skip_db", "saved"), [(None, 36.0), (38.0, 38.0), (0.0, None)])
@@ -731,7 +736,28 @@ def test_the_processor_that_is_saved_says_what_was_skipped(prepared, tmp_path, s
     settings = config.TrainingConfig(model_dir=model, data_dir=prepared.shards, skip_db=skip_db)
     _, processor = finetune_qwen2vl.load_processor(settings, checks.check_model(model, None))
     write_processor_settings(model, settings.processor_settings)
+    assert not processor.skip_noise_floor
     assert processor.skip_db == saved == json.loads((model / "preprocessor_config.json").read_text()).get("skip_db")
+
+
+@pytest.mark.parametrize(
+    ("skip_db", "typed", "floor"), [(None, False, True), (38.0, False, False), (38.0, True, True), (None, True, True)]
+)
+def test_a_threshold_that_is_given_brings_its_own_noise_floor(prepared, tmp_path, skip_db, typed, floor):
+    """The checkpoint has both. What is saved says it where it is on, and nothing where it is off."""
+    from dct_qwen2vl.checkpoints.hf_folder import write_processor_settings
+
+    model = shutil.copytree(prepared.model, tmp_path / "model")
+    edit_json(model / "preprocessor_config.json", skip_db=36.0, skip_noise_floor=True)
+    folders = {"model_dir": model, "data_dir": prepared.shards}
+    settings = config.TrainingConfig(**folders, skip_db=skip_db, skip_noise_floor=typed)
+    _, processor = finetune_qwen2vl.load_processor(settings, checks.check_model(model, None))
+    write_processor_settings(model, settings.processor_settings)
+    saved = json.loads((model / "preprocessor_config.json").read_text())
+    assert bool(processor.skip_noise_floor) == floor == saved.get("skip_noise_floor", False)
+    processor.save_pretrained(tmp_path)
+    again = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert again.get("skip_noise_floor", False) == floor and (floor or "skip_noise_floor" not in again)
 
 
 @pytest.mark.launch
@@ -749,6 +775,9 @@ def test_a_run_with_skipping_is_evaluated_with_skipping(prepared, tmp_path):
         lines = [line for line in metrics(tmp_path / name) if "loss" in line]
         assert [line["samples"] for line in lines] == [8, 8]
         visual[name] = sum(line["visual_tokens"] for line in lines)
+        shares = [line["kept_share"] for line in lines if "kept_share" in line]
+        assert all(0 < share < 1 for share in shares) and len(shares) == (2 if skip_db else 0)
+        assert ("| cells kept " in log) == bool(skip_db)
     assert 0 < visual["skips"] < visual["plain"]
     assert json.loads((tmp_path / "skips" / "run.json").read_text())["skip_db"] == 15
     assert Answerer(tmp_path / "skips" / "hf_dct", 4).media.skip_db == 15

@@ -76,7 +76,8 @@ def test_sequences_are_counted_as_they_are(converted, tmp_path):
     counts = log._count(one)
     assert counts.pop("flops") == training_flops(config, one.grid_thw, torch.tensor([15, 25]), 5)
     assert counts == {
-        "samples": 2, "visual_tokens": 8, "text_tokens": 32, "learned_tokens": 5, "padding": 0, "positions": 40
+        "samples": 2, "visual_tokens": 8, "cells": 8, "text_tokens": 32, "learned_tokens": 5, "padding": 0,
+        "positions": 40,
     }  # fmt: skip
 
 

@@ -202,7 +202,7 @@ def test_logits_and_losses_are_those_of_transformers(name, sequence, directory, 
 
 def test_skipped_cells_give_the_logits_of_transformers_over_kept_cells(directory, natural_frames, video_file, entries):
     """A video in which one corner moves, once: two steps of five keep nothing, one keeps a cell."""
-    from dct_qwen2vl.data.kept_cells import embed_media
+    from dct_qwen2vl.data.media_embedding import embed_media
 
     folder, frames = directory("x4"), natural_frames(1, 112, 168, 5).repeat(10, axis=0)
     frames[6:, :56, 112:] = 255 - frames[6:, :56, 112:]

@@ -268,6 +268,45 @@ def test_adapters_go_on_in_two_tensor_parallel_processes_and_are_merged(environm
     assert "visual.patch_embed.proj.weight" in changed and not any("merger" in name for name in changed)
 
 
+@cpu_only
+def test_the_size_that_fits_is_chosen_tried_kept_and_gone_on_with(environment, whole, tmp_path):
+    """The run sees what a run sees that was given the size. The device is full at the first sizes that are tried."""
+    run_dir, limit = tmp_path / "sized", ["--memory-limit", "1.05614"]
+    environment_of = functools.partial(environment, PACK_TOKENS="")
+    log = launch(environment_of(run_dir, PACK_VISION_TOKENS=2 * PACK_TOKENS, ROOM_FOR=300), *limit)
+    lines = [line for line in log.splitlines() if "packed sequence" in line.lower()]
+    assert lines[0] == (
+        "Packed sequences of up to 768 tokens, 512 vision tokens: expected to take 0.0 of 1.1 GiB, model and optimizer "
+        "0.0"
+    )
+    full = "The device's memory is full at a packed sequence of {} tokens, 512 vision tokens"
+    fits = "A full packed sequence fits: 256 tokens, 512 vision tokens"
+    assert lines[1:] == [full.format(768), full.format(512), fits]
+    settings = json.loads((run_dir / "run.json").read_text())
+    assert (settings["pack_tokens"], settings["pack_vision_tokens"], settings["global_batch_size"]) == (256, 512, 4)
+    assert_equal_steps(run_dir, whole)
+    copy_run(run_dir, tmp_path / "again", STEPS // 2)
+    log = launch(environment_of(tmp_path / "again", GBS=""), "--memory-limit", "1.2")
+    assert "Resuming from" in log and "acked sequence" not in log
+    assert_equal_steps(tmp_path / "again", whole)
+
+
+@cpu_only
+def test_data_parallel_processes_shrink_together(environment, trained, tmp_path):
+    """Two nodes of a process each, of which each says alone whether its memory is full."""
+    settings = {**LAYOUTS["DP"], "PACK_TOKENS": "", "PACK_VISION_TOKENS": 2 * PACK_TOKENS, "ROOM_FOR": 300}
+    log = launch(environment(tmp_path / "sized", **settings), "--memory-limit", "1.05614")
+    assert log.count("The device's memory is full at a packed sequence of 768 tokens") == 1
+    assert log.count("A full packed sequence fits: 256 tokens, 512 vision tokens") == 1
+    assert_equal_steps(tmp_path / "sized", trained("DP"))
+
+
+def assert_equal_steps(found: Path, wanted: Path) -> None:
+    names = ("step", "loss", "gradient_norm", "samples", "sequence_fill")
+    ours, theirs = ([[line[name] for name in names] for line in steps_of(folder)] for folder in (found, wanted))
+    assert ours == theirs
+
+
 @gpu_only
 def test_killed_run_goes_on_with_the_same_samples(environment, whole, tmp_path):
     run_dir = tmp_path / "killed"

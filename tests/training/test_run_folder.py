@@ -47,7 +47,7 @@ def test_wandb_is_written_if_asked_for(project, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("broken", ["{", "[]", '{"loss": 1.0}', "\0\0"])
 def test_a_broken_line_of_metrics_is_named(broken, tmp_path):
-    from dct_qwen2vl.training.log import read_metrics
+    from dct_qwen2vl.training.metrics_file import read_metrics
 
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 2}}\n{{"st')

@@ -21,7 +21,8 @@ from test_finetune import (
     whole_lines,
 )
 
-from dct_qwen2vl.training.media_embedding import blank_image, embed_media
+from dct_qwen2vl.data.media_embedding import blank_image, embed_media
+from dct_qwen2vl.training.sharding import embed_first
 
 TOLERANCE = (
     1e-5  # relative, float32: the two strategies add the gradients of processes and micro-batches in other order
@@ -127,6 +128,19 @@ def shapes(state: dict) -> tuple:
     return state.keys(), [group["params"] for group in optimizer["param_groups"]], moments, adapters
 
 
+@pytest.mark.parametrize("process", [0, 1])
+def test_cells_are_left_out_where_that_is_tried(process, models):
+    from sharding_process import micro_batches
+
+    whole, kept = (micro_batches(models[0], process, skip_db) for skip_db in (None, 30.0))
+    assert whole[0].image_kept is None
+    batch = kept[process]  # the one with media
+    assert not batch.image_kept.all() and (process == 1 or not batch.video_kept.all())
+    if process == 0:
+        assert batch.video_kept.view(batch.video_grid_thw[0, 0], -1).any(dim=1).tolist() == [True, False]
+    assert batch.input_ids.shape[1] < whole[process].input_ids.shape[1]
+
+
 @pytest.mark.parametrize("model", [0, 1], ids=["qwen2_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("process", [0, 1])
 def test_one_call_of_the_tower_computes_what_the_model_s_own_calls_do(process, model, models):
@@ -135,7 +149,7 @@ def test_one_call_of_the_tower_computes_what_the_model_s_own_calls_do(process, m
 
     own = AutoModelForImageTextToText.from_pretrained(models[model], torch_dtype=torch.float32).eval()
     once = AutoModelForImageTextToText.from_pretrained(models[model], torch_dtype=torch.float32).eval()
-    once.register_forward_pre_hook(embed_media, with_kwargs=True)
+    once.register_forward_pre_hook(embed_first, with_kwargs=True)
     calls = []
     once.visual.register_forward_hook(lambda *arguments: calls.append(1))
     for number, batch in enumerate(micro_batches(models[model], process), start=1):
@@ -152,7 +166,7 @@ def test_a_medium_without_its_tokens_is_an_error(models):
     pixels, grid = blank_image(model, torch.device("cpu"))
     inputs = {"input_ids": torch.tensor([[5, 6]]), "pixel_values": pixels, "image_grid_thw": grid}
     with pytest.raises(RuntimeError, match="split_with_sizes"):
-        embed_media(model, (), inputs)
+        embed_media(model, inputs)
 
 
 @pytest.fixture(scope="module")

@@ -130,6 +130,13 @@ def end(process: subprocess.Popen, log: Path, act) -> tuple[int, list[str]]:
     return code, [line for line in log.read_text()[size:].splitlines() if line and not line.startswith("step ")]
 
 
+def test_a_flag_that_there_is_not_is_told_once_before_any_process_starts(variables, tmp_path):
+    done = run(command_of(variables("automodel", tmp_path), "--no-such-flag"), check=False)
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "run").exists()
+    assert done.stderr.count("usage: finetune_qwen2vl.py") == 1
+    assert done.stderr.endswith("finetune_qwen2vl.py: error: unrecognized arguments: --no-such-flag\n")
+
+
 @pytest.mark.launch
 @pytest.mark.parametrize("engine", ENGINES)
 def test_ctrl_c_ends_in_one_line(engine, variables, tmp_path):

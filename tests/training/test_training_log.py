@@ -30,13 +30,13 @@ def trainer_at(step: int, **changes) -> SimpleNamespace:
         **{
             "global_step": step, "is_global_zero": True, "world_size": 1, "accumulate_grad_batches": 1,
             "datamodule": SimpleNamespace(train_loader=loader), "strategy": strategy, "val_check_interval": 10,
-            "enable_validation": True,
+            "enable_validation": True, "loggers": [], "current_epoch": 0,
             **changes,
         }
     )  # fmt: skip
 
 
-MODULE = SimpleNamespace(last_learning_rate=1e-3, gradient_norm=1.0, log_dict=lambda *_, **options: None)
+MODULE = SimpleNamespace(last_learning_rate=1e-3, gradient_norm=1.0)
 
 
 def test_writing_a_checkpoint_is_not_part_of_the_next_step(tmp_path, monkeypatch):
@@ -55,6 +55,40 @@ def test_writing_a_checkpoint_is_not_part_of_the_next_step(tmp_path, monkeypatch
         log._end_step(trainer_at(step), MODULE)
         saving._save_checkpoint(trainer_at(step), "step")
     assert [json.loads(line)["seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_the_share_of_cells_kept_is_written_and_shown_where_some_are_left_out(skips, tmp_path, capsys):
+    logged = []
+    logger = SimpleNamespace(log_metrics=lambda values, step: logged.append(values))
+    log = TrainingLog(tmp_path, 3, 1, 2, skips)
+    log.on_train_start(trainer_at(0), MODULE)
+    log.add(visual_tokens=3, cells=8, samples=1)
+    log.add(visual_tokens=1, cells=2, samples=1)
+    log._end_step(trainer_at(1, loggers=[logger]), MODULE)
+    log.add(text_tokens=5, samples=1)  # no media: no share
+    log._end_step(trainer_at(2, loggers=[logger]), MODULE)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("kept_share") for line in lines] == ([0.4, None] if skips else [None, None])
+    assert [values.get("train/kept_share") for values in logged] == ([0.4, None] if skips else [None, None])
+    assert ("text tokens/s | cells kept 40% |" in capsys.readouterr().out) == skips
+
+
+def test_loggers_get_every_step_under_its_number_from_zero(tmp_path):
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path, name="tensorboard", version="")
+    log = TrainingLog(tmp_path, 3, 1, 2)
+    log.on_train_start(trainer_at(0), MODULE)
+    for step in (1, 2):
+        log.add(loss=6.0 * step, loss_weight=2)
+        log._end_step(trainer_at(step, loggers=[logger]), MODULE)
+    logger.finalize("success")
+    found = EventAccumulator(logger.log_dir).Reload()
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(0, 3.0), (1, 6.0)]
+    assert [event.step for event in found.Scalars("epoch")] == [0, 1]
+    assert "train/step" not in found.Tags()["scalars"] and "train/seconds" in found.Tags()["scalars"]
 
 
 @pytest.mark.parametrize(

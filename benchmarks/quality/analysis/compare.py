@@ -72,10 +72,26 @@ PAIRS = (
     ("pixels-unit", "pixels"),
     ("exact", "pixels"),
     ("x16", "sixteenth"),
+    *(("x4-skip", other) for other in ("x4", "x4-slow", "x4-small", "x4-evs")),
+    ("x4-skip-ring", "x4"),
+    ("x4-skip-refresh", "x4"),
 )
 LIMITED = "reading"  # the task that digit_classifier.py reads
 LEVEL_PAIRS = (("x4", "quarter"), ("x4", "x4-corner"), ("x16", "sixteenth"))  # level by level, too
 MARKS = (50, 80, 90, 95, 98)  # percent right, of which the steps to them are told
+
+
+def asked_table(variants: Variants) -> list[str]:
+    """Markdown lines: accuracy in percent with and without skipping, whichever a variant was trained with."""
+    asked = {name: [run["asked"] for run in runs if "asked" in run] for name, runs in variants.items()}
+    lines = [
+        f"| {name} | {spread([one['x4'] for one in runs])} | {spread([one['x4-skip'] for one in runs])} |"
+        for name, runs in asked.items()
+        if runs
+    ]
+    return (
+        ["| trained as | asked with all cells | asked with skipping |", "| --- | --- | --- |", *lines] if lines else []
+    )
 
 
 def untimed(variants: Variants, times: Times) -> list[str]:
@@ -254,7 +270,17 @@ def compare(arguments: argparse.Namespace) -> int:
         tested = [len(runs[0]["by_image"]["right"]) for runs in variants.values()]
         chance = 100 * next(iter(variants.values()))[0]["chance"]
         print(f"\n{title(name)}; {tested[0]} test samples, chance {chance:.0f} %")
-        tables = ["", *table(variants, times), "", *level_table(variants), "", *learning_table(variants), ""]
+        tables = [
+            "",
+            *table(variants, times),
+            "",
+            *level_table(variants),
+            "",
+            *asked_table(variants),
+            "",
+            *learning_table(variants),
+            "",
+        ]
         print("\n".join([*tables, *untimed(variants, times), *tests(variants)]))
         if arguments.figures:
             draw(name, number, variants, times, limits, arguments.figures)

@@ -41,6 +41,7 @@ TILTS = ("rising", "falling")
 QUESTIONS = (
     *("reading", "numbers", "words", "odd-one", "counting", "texture", "chart"),
     *("motion", "order", "flashes", "ticker"),
+    *("still-motion", "still-order", "still-flashes", "still-ticker", "page-reading"),
 )
 CELL_NAMES = tuple(f"cell{number}" for number in range(MOST_CELLS))
 WORDS = tuple(dict.fromkeys((*SPECIAL, *DIGITS, "blank", *CELL_NAMES, *SHORT_WORDS, *DIRECTIONS, *PLACES, *TILTS)))
@@ -94,6 +95,16 @@ class CellTask:
     def cell(self) -> int:
         """Side of a cell in pixels; what is left over is empty."""
         return self.size // self.cells
+
+    @property
+    def side(self) -> int:
+        """Of the image as it is seen, pixels."""
+        return self.size
+
+    @property
+    def duration(self) -> int:
+        """Frames of the video as it is seen; 1 for an image."""
+        return self.frames
 
     @property
     def hard(self) -> tuple[int, ...]:

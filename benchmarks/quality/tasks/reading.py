@@ -37,7 +37,7 @@ class PrintTask(CellTask):
 
     def prepare(self, device: torch.device | str) -> Tools:
         """What `draw` needs, made once; backgrounds last."""
-        return GlyphAtlas(self.characters, self.heights, device), Backgrounds((self.size, self.size), device)
+        return GlyphAtlas(self.characters, self.heights, device), Backgrounds((self.side, self.side), device)
 
     def filled(self, random: Random, count: int) -> torch.Tensor:
         """Which cells are not left empty: bool [B, C]."""
@@ -53,7 +53,7 @@ class PrintTask(CellTask):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prints glyphs int64 [B, C, length], an index into `characters`, in a line in each cell, where `shown` [B, C].
         Returns frames uint8 [B, 1, H, W, 3] and heights in pixels, int64 [B, C]."""
-        atlas, backgrounds = tools
+        atlas = tools[0]
         count, device = len(glyphs), random.device
         height = random.integers(len(self.heights), count, self.count)
         pixels = constant(self.heights, device)[height]
@@ -69,8 +69,12 @@ class PrintTask(CellTask):
             masks = masks * shown[..., None].expand(glyphs.shape).flatten(1)[..., None, None]
         coverage = torch.zeros(count, self.size, self.size, device=device)
         paint(coverage, masks, top, left)
-        ground, lightness = backgrounds.draw(random, count)
-        return compose(random, ground, coverage[:, None], ink_on(random, lightness), self.noise), pixels
+        return self.finish(tools, random, coverage[:, None]), pixels
+
+    def finish(self, tools: Tools, random: Random, coverage: torch.Tensor) -> torch.Tensor:
+        """Coverage [B, T, H, W] in ink on backgrounds, with grain: uint8 [B, T, H, W, 3]."""
+        ground, lightness = tools[-1].draw(random, len(coverage))
+        return compose(random, ground, coverage, ink_on(random, lightness), self.noise)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.quality.tasks import fixed_camera
 from benchmarks.quality.tasks.cells import Batch, CellTask
 from benchmarks.quality.tasks.drawing import Random, generator_for
 from benchmarks.quality.tasks.reading import Numbers, OddOne, Reading, ShortWords
@@ -18,7 +19,10 @@ from dct_qwen2vl.common.scripts import UserError
 
 TASKS: dict[str, type[CellTask]] = {
     task.name: task
-    for task in (Reading, Numbers, ShortWords, OddOne, Counting, Texture, Chart, Motion, Order, Flashes, Ticker)
+    for task in (
+        *(Reading, Numbers, ShortWords, OddOne, Counting, Texture, Chart, Motion, Order, Flashes, Ticker),
+        *fixed_camera.TASKS,
+    )
 }
 
 

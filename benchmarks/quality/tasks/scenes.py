@@ -16,7 +16,7 @@ class SceneTask(CellTask):
 
     def prepare(self, device: torch.device | str) -> Tools:
         """What `draw` needs, made once."""
-        return (Backgrounds((self.size, self.size), device),)
+        return (Backgrounds((self.side, self.side), device),)
 
     def finish(self, tools: Tools, random: Random, coverage: torch.Tensor) -> torch.Tensor:
         """Coverage [B, T, H, W] in ink on backgrounds, with grain: uint8 [B, T, H, W, 3]."""

@@ -16,6 +16,12 @@ import numpy as np
 
 from dct_qwen2vl.preparation.data_splits import SPLITS
 from dct_qwen2vl.preparation.report.figures import DPI, HEIGHT, WIDTH, Figure, figure_path
+from dct_qwen2vl.preparation.report.kept import (
+    MOST_SECONDS,
+    MOST_SOURCES,
+    SAMPLES_OF_A_SOURCE,
+    KeptShares,
+)
 from dct_qwen2vl.preparation.report.samples import MOST_MEDIA, ShownSample, Thumbnail
 from dct_qwen2vl.preparation.report.statistics import Statistics
 from dct_qwen2vl.preparation.report.tokens import CHARACTERS_OF_A_TOKEN, TEMPLATE_TOKENS, Lengths
@@ -39,6 +45,7 @@ class Findings:
     examples: the first skipped entry for each reason.
     samples: a random choice.
     figures: those drawn, in `folder`.
+    kept: what skipping keeps of a few samples; None for a set without media.
     """
 
     statistics: Statistics
@@ -49,6 +56,7 @@ class Findings:
     samples: list[ShownSample]
     figures: list[Figure]
     folder: Path
+    kept: KeptShares | None
 
 
 def write_page(findings: Findings) -> bytes:
@@ -345,7 +353,31 @@ def tokens_section(findings: Findings) -> Element:
         distribution_table("tokens", values),
         node("h3", "Samples longer than a sequence length"),
         table("sequence-lengths", ("tokens", *lengths.visual), longer),
+        *kept_parts(findings.kept),
     )
+
+
+def kept_parts(kept: KeptShares | None) -> list[Element]:
+    """What skipping would keep of the visual tokens, by source."""
+    if kept is None:
+        return []
+    title = node("h3", "Expected share of visual tokens kept with skipping")
+    if kept.fault:
+        return [title, node("p", "Not measured: ", foreign(kept.fault), class_="note")]
+    note = (
+        f"With --skip-db {kept.skip_db:g} and x4, measured on up to {SAMPLES_OF_A_SOURCE} samples of each of the "
+        f"{MOST_SOURCES} largest sources, videos of up to {MOST_SECONDS} s. So few say roughly what to expect."
+    )
+    rows = [
+        (foreign(name), *(share_kept(*counts[kind]) for kind in ("image", "video")))
+        for name, counts in kept.by_source.items()
+    ]
+    return [title, node("p", note, class_="note"), table("kept", ("source", "images", "videos"), rows)]
+
+
+def share_kept(kept: int, cells: int, media: int) -> str:
+    """Percent of the cells, and of how many images or videos; empty for none."""
+    return f"{100 * kept / cells:.0f} % of {media}" if media else ""
 
 
 def token_note(findings: Findings) -> str:

@@ -113,7 +113,11 @@ def iterate_members(tar: tarfile.TarFile) -> Iterator[tuple[int, str, str, tarfi
 
 
 def read_parts(path: Path, wanted: list[int]) -> list[tuple[str, dict[str, bytes]]]:
-    """Key and parts by file ending of the samples with these numbers, ascending. No others are read, only passed."""
+    """Key, and parts by file ending, of some samples of a shard. No others are read, only passed.
+
+    path: The shard.
+    wanted: Numbers of the samples in the shard, ascending.
+    """
     found: dict[int, tuple[str, dict[str, bytes]]] = {}
     with open_shard(path) as tar:
         for number, key, ending, member in iterate_members(tar):

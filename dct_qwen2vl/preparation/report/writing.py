@@ -44,6 +44,7 @@ def write_report(
     from dct_qwen2vl.common.files import replacing
     from dct_qwen2vl.preparation.output_folder import REPORT_FOLDER
     from dct_qwen2vl.preparation.report.figures import Data, draw_figures
+    from dct_qwen2vl.preparation.report.kept import measure_kept
     from dct_qwen2vl.preparation.report.page import Findings, write_page
     from dct_qwen2vl.preparation.report.samples import choose_samples, read_conversations, read_shown_samples
     from dct_qwen2vl.preparation.report.statistics import read_examples, read_statistics
@@ -68,6 +69,7 @@ def write_report(
         list(read_shown_samples(output_dir, statistics, choose_samples(statistics, num_samples, seed))),
         draw_figures(Data(statistics, lengths, limits), folder),
         folder,
+        measure_kept(output_dir, pixel_bounds, seed) if statistics.media.any() else None,
     )
     path = output_dir / REPORT_NAME
     with replacing(path) as stream:

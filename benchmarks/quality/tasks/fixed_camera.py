@@ -1,0 +1,142 @@
+"""Tasks for skipping: what happens, happens in a part of the frame and for a while; a page has margins.
+
+The video tasks, before a fixed camera: an event in a window of a longer and larger video of a still photograph, under a
+sensor's noise. And reading on a page: digits in a part of white paper.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from benchmarks.quality.tasks.drawing import Random, compose, ink_on
+from benchmarks.quality.tasks.reading import Reading, Tools
+from benchmarks.quality.tasks.scenes import SceneTask
+from benchmarks.quality.tasks.videos import Flashes, Motion, Order, Ticker
+from dct_qwen2vl.common.scripts import UserError
+
+START_STEP = 4  # frames; events begin at a multiple of it
+
+
+def placed(part: torch.Tensor, side: int) -> torch.Tensor:
+    """Coverage [B, T, s, s] in larger frames, a third of the margin above and left of it: [B, T, side, side].
+
+    The place is not random: models find what happens where the question names it, as in the other tasks.
+    """
+    margin = side - part.shape[-1]
+    first, last = margin // 3, margin - margin // 3
+    return torch.nn.functional.pad(part, (first, last, first, last))
+
+
+class FixedCamera(SceneTask):
+    """Base of these video tasks; `size` and `frames` are those of the event, of which a video shows one.
+
+    whole: side of a frame, pixels.
+    seconds: half frames of the video, at two frames a second.
+    noise: standard deviation of the sensor's noise, of 255, independent in every pixel, colour and frame.
+    stays: what the event has drawn stays afterwards.
+    """
+
+    stays: ClassVar[bool] = False
+    size: int
+    whole: int
+    seconds: int
+    noise: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.whole < self.size or self.duration < self.frames:
+            raise UserError(
+                f"{self.name}: a video of {self.duration} frames of {self.whole} px must hold an event of "
+                f"{self.frames} frames of {self.size} px"
+            )
+
+    @property
+    def side(self) -> int:
+        return self.whole
+
+    @property
+    def duration(self) -> int:
+        return 2 * self.seconds
+
+    def finish(self, tools: Tools, random: Random, coverage: torch.Tensor) -> torch.Tensor:
+        """Coverage [B, T, s, s] of the event -> uint8 [B, duration, whole, whole, 3]."""
+        covered = placed(self._in_time(coverage, random), self.whole)
+        ground, lightness = tools[-1].draw(random, len(covered))
+        ink = ink_on(random, lightness)
+        mixed = torch.lerp(ground[:, None], ink[:, None, None, None], covered[..., None])
+        mixed += self.noise * random.normal(*mixed.shape)
+        return mixed.round_().clamp_(0, 255).to(torch.uint8)
+
+    def _in_time(self, coverage: torch.Tensor, random: Random) -> torch.Tensor:
+        """The event begins at some time: [B, T, s, s] -> [B, duration, s, s]."""
+        count, frames = coverage.shape[:2]
+        begin = START_STEP * random.integers((self.duration - frames) // START_STEP + 1, count)
+        since = torch.arange(self.duration, device=coverage.device) - begin[:, None]
+        seen = (since >= 0) & ((since < frames) | self.stays)
+        sample = torch.arange(count, device=coverage.device)[:, None]
+        return coverage[sample, since.clamp(0, frames - 1)] * seen[..., None, None]
+
+
+@dataclass(frozen=True)
+class StillMotion(FixedCamera, Motion):
+    """`Motion` of groups that are seen for 8 frames of the video."""
+
+    name: ClassVar[str] = "still-motion"
+    whole: int = 112
+    seconds: int = 12
+    noise: float = 2.0
+
+
+@dataclass(frozen=True)
+class StillOrder(FixedCamera, Order):
+    """`Order` of dots that appear within 8 frames of the video, and stay."""
+
+    name: ClassVar[str] = "still-order"
+    stays: ClassVar[bool] = True
+    cells: int = 3
+    whole: int = 112
+    seconds: int = 12
+    noise: float = 2.0
+
+
+@dataclass(frozen=True)
+class StillFlashes(FixedCamera, Flashes):
+    """`Flashes` within 16 frames of the video."""
+
+    name: ClassVar[str] = "still-flashes"
+    cells: int = 2
+    whole: int = 112
+    seconds: int = 12
+    noise: float = 2.0
+
+
+@dataclass(frozen=True)
+class StillTicker(FixedCamera, Ticker):
+    """`Ticker` that runs for 8 frames of the video."""
+
+    name: ClassVar[str] = "still-ticker"
+    whole: int = 112
+    seconds: int = 12
+    noise: float = 2.0
+
+
+@dataclass(frozen=True)
+class Page(Reading):
+    """`Reading` in a part of a page of white paper, `whole` px high and wide."""
+
+    name: ClassVar[str] = "page-reading"
+    whole: int = 196
+    noise: float = 0.0
+
+    @property
+    def side(self) -> int:
+        return self.whole
+
+    def finish(self, tools: Tools, random: Random, coverage: torch.Tensor) -> torch.Tensor:
+        level = random.uniform(235, 255, len(coverage))
+        paper = level[:, None, None, None].expand(-1, self.whole, self.whole, 3)
+        return compose(random, paper, placed(coverage, self.whole), ink_on(random, level), self.noise)
+
+
+TASKS = (StillMotion, StillOrder, StillFlashes, StillTicker, Page)

@@ -1,0 +1,41 @@
+"""What the benchmark of start-up makes of a launch, and what a process notes of its imports."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.speed import memory, start_up
+
+
+def test_every_second_of_a_launch_has_one_part():
+    trace = {"begun": 102.0, "imports": [["torch", 102.5, 105.5], ["other", 107.0, 108.0], ["late", 120.0, 130.0]]}
+    seen = {"engine": 106.0, "compared": 109.0, "step": 115.0}
+    found = start_up.parts(100.0, seen, trace, {"seconds": 3.0, "data_wait_share": 0.5})
+    assert found == pytest.approx({
+        "launcher": 2.0, "imports": 4.0, "comparison": 2.0, "loader": 1.5, "step": 1.5, "rest": 4.0, "total": 15.0,
+        "import torch": 3.0, "import other": 1.0,
+    })  # fmt: skip
+
+
+def test_a_process_notes_the_imports_that_no_other_waits_for(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(start_up.TRACE), "IMPORT_TRACE": str(tmp_path), "RANK": "0"}
+    code = "import sys, os\nif os.fork(): os.wait()\nimport numpy.linalg"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    (file,) = tmp_path.iterdir()
+    trace = start_up.read_trace(tmp_path)
+    assert trace == json.loads(file.read_text()) and trace["rank"] == "0"
+    ((name, begun, ended),) = [each for each in trace["imports"] if each[0].startswith("numpy")]
+    assert name == "numpy.linalg" and trace["begun"] <= begun < ended
+
+
+def test_without_a_device_the_memory_of_cards_is_expected_only(capsys, monkeypatch):
+    monkeypatch.setattr(memory.torch.cuda, "is_available", lambda: False)
+    assert memory.main(["--cards", "24", "80"]) == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert len(lines) == 4 and lines[0].startswith("24 GB (21.4 GiB), all") and lines[0].endswith("does not fit")
+    assert "vision tokens, recompute" in lines[2] and "expected" in lines[3]
+    assert "nothing is measured" in said.err
