@@ -236,7 +236,7 @@ sys.exit(finetune_qwen2vl.main())
 
 @pytest.mark.parametrize(("moment", "status"), [("within", 130), ("last", 130), ("restored", 130), ("never", 0)])
 def test_ctrl_c_in_the_last_instant_of_a_check_is_told(moment, status):
-    """qwen_launch.sh starts no processes after a check that was interrupted."""
+    """A script that goes on after a check stops where the check was interrupted."""
     known = ["--model-dir", "no-model", "--data-dir", "no-data", "--check"]
     done = run([sys.executable, "-c", LAST_INSTANT, *known, moment], check=False)
     said = f"finetune_qwen2vl.py: interrupted; {GOES_ON}\n" if status else ""
