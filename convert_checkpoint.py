@@ -17,7 +17,6 @@ this repository. The coefficient form is what is trained (checkpoints/stock_form
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from dct_qwen2vl.checkpoints.conversion import convert, patch_embedding
 from dct_qwen2vl.checkpoints.inspection import CheckpointError
 from dct_qwen2vl.checkpoints.source import Source
 from dct_qwen2vl.checkpoints.stock_form import to_dct, to_stock
-from dct_qwen2vl.common.scripts import UserError, run_main
+from dct_qwen2vl.common.scripts import UserError, run_main, run_program
 
 if TYPE_CHECKING:
     import torch
@@ -212,4 +211,4 @@ def convert_and_say(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program("convert_checkpoint.py", main)

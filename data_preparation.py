@@ -20,7 +20,6 @@ plan.py, data_splits.py). Then workers write the shards (shards.py, conversion.p
 """
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,7 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dct_qwen2vl.common.files import read_json, remove
-from dct_qwen2vl.common.scripts import UserError, run_main
+from dct_qwen2vl.common.scripts import UserError, run_main, run_program
 from dct_qwen2vl.preparation import data_splits
 from dct_qwen2vl.preparation.config import PreparationConfig, parse_arguments
 from dct_qwen2vl.preparation.conversion import ConversionOptions
@@ -282,4 +281,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program("data_preparation.py", main)

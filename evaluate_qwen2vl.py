@@ -22,10 +22,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dct_qwen2vl.checkpoints.inspection import check_checkpoint, note_on_old_code
+from dct_qwen2vl.checkpoints.inspection import check_checkpoint, note_on_old_code, where_it_is
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.files import write_bytes, write_json
-from dct_qwen2vl.common.scripts import UserError, run_main
+from dct_qwen2vl.common.scripts import UserError, run_main, run_program
 from dct_qwen2vl.common.settings import DefaultsFormatter, add_flags, check_ranges, flag_of
 from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
 from dct_qwen2vl.data.energon_files import read_splits
@@ -80,7 +80,8 @@ def check(arguments: argparse.Namespace) -> None:
     for model_dir in arguments.compare or [arguments.model_dir]:
         if not (model_dir / "config.json").is_file():
             flag = "--compare" if arguments.compare else "--model-dir"
-            raise UserError(f"no model in {model_dir} (no config.json): give {flag} a run's hf folder")
+            where = where_it_is(model_dir, "hf", flag) or f"give {flag} a run's hf folder"
+            raise UserError(f"no model in {model_dir} (no config.json): {where}")
         dct = check_checkpoint(model_dir)
         if arguments.skip_db and dct is None:
             raise UserError(f"--skip-db needs DCT tokens, {model_dir} reads pixels: give --model-dir the run's hf_dct")
@@ -222,4 +223,4 @@ def answer(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program("evaluate_qwen2vl.py", main)

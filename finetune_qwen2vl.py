@@ -14,17 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from dct_qwen2vl.checkpoints.inspection import read_config, time_step
-from dct_qwen2vl.common.scripts import UserError
+from dct_qwen2vl.common.scripts import INTERRUPTED_CODE, UserError, leave
 from dct_qwen2vl.data.energon_files import fingerprint_of_shards
 from dct_qwen2vl.training import run_lock
-from dct_qwen2vl.training.checks import check, check_ranges, choose_engine, choose_precision
+from dct_qwen2vl.training.checks import check, check_ranges, choose_engine, choose_min_pixels, choose_precision
 from dct_qwen2vl.training.config import ModelInfo, RunError, TrainingConfig, parse_arguments
 from dct_qwen2vl.training.processes import (
     CONTINUE,
     INTERRUPTED,
-    INTERRUPTED_CODE,
     PEER_ENDED,
     TORCHRUN,
+    Interrupted,
     forget_what_torchrun_has_not_set,
     interruptible,
     let_others_begin,
@@ -168,17 +168,33 @@ def explain(error: Exception) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     forget_what_torchrun_has_not_set(os.environ)
     config = replace(parse_arguments(argv), rank=int(os.environ.get("RANK", 0)))
-    with interruptible() as interrupts:
-        try:
-            return run(config)
-        except BaseException as error:
-            if config.debug:
-                raise
-            if not interrupts:
-                return tell(error)
+    try:
+        with interruptible() as interrupts:
+            status = run_or_tell(config, interrupts)
+            if config.check and argv is None:  # it holds nothing that Python's own end would close
+                leave(status)
+        return status
+    except Interrupted:
+        if config.debug:
+            raise
     if TORCHRUN not in os.environ:  # else the launcher says it
         print(f"finetune_qwen2vl.py: {INTERRUPTED}", file=sys.stderr)
     return INTERRUPTED_CODE
+
+
+def run_or_tell(config: TrainingConfig, interrupts: list[int]) -> int:
+    """Returns the exit status. Raises Interrupted after Ctrl-C, whatever a library has made of it.
+
+    interrupts: what `interruptible` gives.
+    """
+    try:
+        return run(config)
+    except BaseException as error:
+        if config.debug or isinstance(error, Interrupted):
+            raise
+        if interrupts:
+            raise Interrupted from error
+        return tell(error)
 
 
 def run(config: TrainingConfig) -> int:
@@ -217,6 +233,7 @@ def check_and_size(config: TrainingConfig, engine: str) -> tuple[TrainingConfig,
     """Resolves and checks the settings. The size of packed sequences, where it is left open, is that of the run that
     goes on, or what fits the device; a line says what was chosen. Raises UserError."""
     precision = choose_precision(config, engine)
+    config = replace(config, min_pixels=choose_min_pixels(config))
     if leaves_size_open(config, engine):
         config = as_begun(config)
     info = check(config.resolved(engine, precision))

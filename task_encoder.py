@@ -1,17 +1,15 @@
 """Energon task encoder for Qwen2-VL: shards of conversations and media -> batches of ids, labels, positions, tokens.
 
     cook    the parts of a crude sample (json, jpg, mp4, ...), raw or already decoded by Energon -> ConversationSample
-    encode  conversation -> ids by segments, labels, M-RoPE positions; media -> DCT tokens -> EncodedSample
+    encode  conversation and media -> ids, labels, positions, DCT tokens of one sample (data/sample_encoder.py)
     batch   right padding, labels shifted by one -> QwenBatch
 
 Letters used for shapes in this file:
 
     B L    samples of a batch, tokens of its longest sample
     N K    vision tokens of all media of a batch, floats of one token
-    M      media (images, or videos) of a sample or a batch
 """
 
-import math
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,12 +26,10 @@ from megatron.energon import (
     stateless,
 )
 
-from dct_qwen2vl.data.conversations import DEFAULT_SYSTEM, Message, put_first
 from dct_qwen2vl.data.media import BadSample
-from dct_qwen2vl.data.media_encoder import Encoded, MediaEncoder, stack_kept, stack_media
 from dct_qwen2vl.data.packing import HeldSamples, MeasuredSample, PackedBatch, fit_sequences, pack
-from dct_qwen2vl.data.positions import Grid, KeptRun, Run, mrope_positions
 from dct_qwen2vl.data.reading import MediaError
+from dct_qwen2vl.data.sample_encoder import SampleEncoder
 from dct_qwen2vl.data.samples import (
     IGNORE_INDEX,
     ConversationSample,
@@ -41,10 +37,7 @@ from dct_qwen2vl.data.samples import (
     QwenBatch,
     TooManyBadSamples,
     cook,
-    parse_entry,
-    parse_messages,
 )
-from dct_qwen2vl.data.text_tokens import TextTokens
 from dct_qwen2vl.data.videos import VideoSampling
 
 
@@ -73,27 +66,17 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         time_step: float = 1.0,
     ) -> None:
         super().__init__()
-        self.time_step = time_step
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.seq_length = seq_length
-        self.video_sampling = video_sampling or VideoSampling()
         self.max_bad_in_a_row = max_bad_in_a_row
+        self.samples = SampleEncoder(tokenizer, image_processor, seq_length, video_sampling, time_step)
         self._begin_counting()
-        names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-        ids = tokenizer.convert_tokens_to_ids(list(names))
-        missing = [name for name, token_id in zip(names, ids) if token_id is None or token_id == tokenizer.unk_token_id]
-        if missing:
-            raise ValueError(f"the tokenizer lacks Qwen2-VL's special tokens {', '.join(missing)}")
-        self._text_tokens = TextTokens(tokenizer)
-        self._media = MediaEncoder(image_processor, self.video_sampling)
-        self._im_start, self._im_end, self._vision_start, self._vision_end, *pads = ids
-        self._pad = {"image": pads[0], "video": pads[1]}
 
     @property
     def skips(self) -> bool:
         """Whether some cells get no token."""
-        return self._media.skip_db is not None
+        return self.samples.skips
 
     def _begin_counting(self) -> None:
         self.skipped: Counter[str] = Counter()
@@ -120,22 +103,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
     def blank_batch(self) -> "QwenBatch":
         """A batch of no sample, for a process that has no more of them while others still have some. It has two text
         tokens, one of them learned, and no keys."""
-        return replace(self.batch([self._blank_sample()]), keys=[], skipped={})
-
-    def _blank_sample(self) -> EncodedSample:
-        return EncodedSample(
-            __key__="blank",
-            __subflavor__=None,
-            __subflavors__={},
-            __restore_key__=(),
-            input_ids=torch.tensor([self._im_start, self._im_end]),
-            labels=torch.tensor([IGNORE_INDEX, self._im_end]),
-            position_ids=torch.arange(2).expand(3, 2),
-            **self._stack("image", [], "pixel_values", "image_grid_thw"),
-            **self._stack("video", [], "pixel_values_videos", "video_grid_thw"),
-            image_kept=self._stack_kept("image", [], []),
-            video_kept=self._stack_kept("video", [], []),
-        )
+        return replace(self.batch([self.samples.blank()]), keys=[], skipped={})
 
     @stateless
     def cook_crude_sample(self, sample: CrudeSample) -> ConversationSample:
@@ -176,118 +144,11 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
 
     def encode(self, sample: ConversationSample) -> EncodedSample:
         """As `encode_sample`, but without counting failures. Raises BadSample or MediaError."""
-        messages = self._messages(sample)
-        media = [self._encode_media(kind, content) for kind, content in sample.media]
-        masks = [None] * len(media)
-        if self.skips:
-            media, masks = self._media.skip(media)
-        ids, learned, runs = self._segments(
-            messages, [(kind, grid, mask) for (kind, _, grid), mask in zip(media, masks)]
-        )
-        input_ids = torch.tensor(ids, dtype=torch.int64)
-        return EncodedSample.derive_from(
-            sample,
-            input_ids=input_ids,
-            labels=input_ids.masked_fill(~torch.tensor(learned), IGNORE_INDEX),
-            position_ids=torch.from_numpy(mrope_positions(runs)),
-            **self._stack("image", media, "pixel_values", "image_grid_thw"),
-            **self._stack("video", media, "pixel_values_videos", "video_grid_thw"),
-            image_kept=self._stack_kept("image", media, masks),
-            video_kept=self._stack_kept("video", media, masks),
-        )
+        return self.samples.encode(sample)
 
     def measure(self, sample: ConversationSample) -> tuple[int, int]:
-        """Tokens of the sample and vision tokens of its media, without decoding these, nor with skipping. Raises as
-        `encode`."""
-        grids = [(kind, self._media.expected_grid(kind, content), None) for kind, content in sample.media]
-        ids, _, _ = self._segments(self._messages(sample), grids)
-        return len(ids), sum(math.prod(grid) for _, grid, _ in grids)
-
-    def _messages(self, sample: ConversationSample) -> list[Message]:
-        messages = parse_messages(parse_entry(sample.entry), bool(sample.media))
-        return self._place_media(messages, [kind for kind, _ in sample.media])
-
-    @staticmethod
-    def _place_media(messages: list[Message], kinds: list[str]) -> list[Message]:
-        """Checks that placeholders and media agree; media that no turn mentions go before the first question."""
-        placed = [kind for message in messages for kind in message.pieces[1::2]]
-        if not placed and kinds:
-            first = next(i for i, message in enumerate(messages) if message.role == "user")
-            return [
-                *messages[:first],
-                Message("user", put_first(kinds, messages[first].pieces)),
-                *messages[first + 1 :],
-            ]
-        if placed != kinds:
-            raise BadSample("placeholder_mismatch", f"placeholders {placed}, media {kinds}: they must agree")
-        return messages
-
-    def _encode_media(self, kind: str, content: Any) -> tuple[str, torch.Tensor, tuple[int, int, int]]:
-        """-> kind, tokens [N, K], grid (t, h, w)."""
-        # A loader process has one thread for torch; decoders in it get no more.
-        frames = self._media.read(kind, content, torch.get_num_threads())
-        return kind, *self._media.encode(kind, frames)
-
-    def _segments(
-        self, messages: list[Message], media: list[tuple[str, Grid, torch.Tensor | None]]
-    ) -> tuple[list[int], list[bool], list[Run]]:
-        """-> ids, whether each is learned, runs for `mrope_positions`. media: kind, grid, kept cells (None: all).
-
-        The sequence is the one of Qwen2-VL's chat template: `<|im_start|>role\\n text <|im_end|>\\n` for each turn.
-        Raises BadSample if it is over seq_length.
-        """
-        ids: list[int] = []
-        learned: list[bool] = []
-        runs: list[Run] = []
-
-        def add(segment: list[int], learn: bool = False, run: Run | None = None) -> None:
-            ids.extend(segment)
-            learned.extend([learn] * len(segment))
-            runs.append(run or len(segment))
-
-        remaining = iter(media)
-        if messages[0].role != "system":
-            messages = [Message("system", [DEFAULT_SYSTEM]), *messages]
-        for role, pieces, is_learned in messages:
-            add([self._im_start])
-            if role == "assistant":
-                add(self._ids("assistant\n"))
-                add([*self._ids(pieces[0]), self._im_end], learn=is_learned)
-            else:
-                add(self._ids(f"{role}\n{pieces[0]}"))
-                for piece in pieces[2::2]:
-                    kind, grid, kept = next(remaining)
-                    add([self._vision_start])
-                    add([self._pad[kind]] * self._cells(grid, kept), run=self._visual_run(kind, grid, kept))
-                    add([self._vision_end, *self._ids(piece)])
-                add([self._im_end])
-            add(self._ids("\n"))
-        if len(ids) > self.seq_length:
-            raise BadSample("too_long", f"{len(ids)} tokens, the limit is {self.seq_length}")
-        return ids, learned, runs
-
-    def _cells(self, grid: Grid, kept: torch.Tensor | None) -> int:
-        """Tokens of the language model of a medium."""
-        return math.prod(grid) // self.image_processor.merge_size**2 if kept is None else int(kept.sum())
-
-    def _visual_run(self, kind: str, grid: Grid, kept: torch.Tensor | None) -> Run:
-        cells = (grid[0], grid[1] // self.image_processor.merge_size, grid[2] // self.image_processor.merge_size)
-        time_step = 1 if kind == "image" else self.time_step
-        if kept is not None:
-            return KeptRun(cells, kept.numpy(), time_step)
-        return cells if time_step == 1 else (*cells, time_step)
-
-    def _ids(self, text: str) -> list[int]:
-        """Of a text in which turns and media are plain text: `TextTokens`."""
-        return self._text_tokens.encode(text)
-
-    def _stack(self, kind: str, media: list, tokens_name: str, grid_name: str) -> dict[str, torch.Tensor]:
-        """Tokens [N, K] and grids [M, 3] of all media of a kind, empty tensors if there are none."""
-        return dict(zip((tokens_name, grid_name), stack_media(kind, media)))
-
-    def _stack_kept(self, kind: str, media: list[Encoded], masks: list) -> torch.Tensor | None:
-        """Cells of all media of a kind that have tokens, bool [cells]; None without skipping."""
-        return stack_kept(kind, media, masks) if self.skips else None
+        """Tokens of the sample and vision tokens of its media: `SampleEncoder.measure`."""
+        return self.samples.measure(sample)
 
     @stateless
     def batch(self, samples: list[EncodedSample]) -> QwenBatch:
@@ -389,29 +250,20 @@ class PackingTaskEncoder(QwenTaskEncoder):
         return pack(
             samples,
             merge_size=self.image_processor.merge_size,
-            token_width=self._token_width,
+            token_width=self.samples.token_width,
             token_dtype=self.token_dtype,
-            visual_ids=tuple(self._pad.values()),
+            visual_ids=tuple(self.samples.pads.values()),
             skipped=self.take_skipped(),
         )
 
     def blank_batch(self) -> PackedBatch:
         """A sequence of no sample: `QwenTaskEncoder.blank_batch`."""
-        return replace(self.make_sequence([self._blank_sample()]), keys=[], skipped={})
+        return replace(self.make_sequence([self.samples.blank()]), keys=[], skipped={})
 
     def for_validation(self) -> "PackingTaskEncoder":
         """The same encoder with counters of its own. One that chooses samples from a buffer gets them a buffer at a
         time."""
         return self._copied(BufferPackingTaskEncoder if any(self.budget) else type(self))
-
-    @property
-    def _token_width(self) -> int:
-        """K: floats of a vision token."""
-        config = getattr(self.image_processor, "dct_config", None)
-        if config is not None:
-            return config.num_coefficients
-        processor = self.image_processor
-        return 3 * processor.temporal_patch_size * processor.patch_size**2
 
 
 class BufferPackingTaskEncoder(PackingTaskEncoder):

@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from benchmarks import fuzzing
-from benchmarks.fuzzing import Finding, Result, Run, Target, mutate, mutate_json, quiet
+from benchmarks.fuzzing import JSON_WORDS, Finding, Result, Run, Target, mutate, mutate_json, quiet
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.images import decode_image
 from dct_qwen2vl.data.reading import MediaError
@@ -55,6 +55,13 @@ ENTRY_REASONS = {
     "placeholder_in_system", "placeholder_mismatch", "media_names_disagree", "nothing_learned", "embedded_media",
     "missing_media",
 }  # fmt: skip
+WORDS = (
+    *JSON_WORDS,
+    *(b'"<|object_ref_start|>the cat<|object_ref_end|>"', b'"<|box_start|>(1,2),(3,4)<|box_end|>"', b'"<|im_end|>"'),
+    *(b'"<|vision_start|><|image_pad|><|vision_end|>"', b'"<img>a.jpg</img>"', b'"data:image/png;base64,iVBORw0KGgo="'),
+    *(b'"[{\\"from\\": \\"human\\", \\"value\\": \\"?\\"}]"', b'"[{}]"', b'{"data": ', b'"data"', b'"messages"'),
+    *(b'"https://a.b/c.jpg"', b'"file://a.jpg"', b'{"path": "a.jpg", "bytes": null}', b'"weight"', b'"loss"', b"0.5"),
+)
 SMALL = 56, 84  # height and width to which what is stored is resized
 
 
@@ -119,7 +126,22 @@ def image_files() -> list[bytes]:
         encode(grey16, "TIFF"),
         encode(image, "TIFF", compression="tiff_adobe_deflate", **more),
         encode(image, "PPM"),
+        *large_pngs(image, alpha),
     ]
+
+
+def large_pngs(*images: Image.Image) -> list[bytes]:
+    """With a history of edits and with a printer's profile, each over 1 MB."""
+    made = []
+    for image in images:
+        history = PngImagePlugin.PngInfo()
+        history.add_text("Comment", "history " * 200_000)
+        packed = PngImagePlugin.PngInfo()
+        packed.add_itxt("XML:com.adobe.xmp", "history " * 200_000, zip=True)
+        profile = np.random.default_rng(0).bytes(1_500_000)
+        made += [encode(image, "PNG", pnginfo=history), encode(image, "PNG", pnginfo=packed)]
+        made += [encode(image, "PNG", icc_profile=profile)]
+    return made
 
 
 @cache
@@ -132,22 +154,41 @@ def video_files() -> list[bytes]:
         ("mpeg", "mpeg2video", {}), ("flv", "libx264", {}), ("flv", "flv1", {}), ("ogg", "libvpx", {}),
         ("asf", "wmv2", {}),
     ]  # fmt: skip
-    return [video for video in (encode_video(*kind) for kind in kinds) if video]
+    videos = [encode_video(*kind) for kind in kinds]
+    videos += [encode_video(container, "libx264", {}, cover=True) for container in ("mp4", "mov", "matroska")]
+    for codec in ("libx264", "mpeg2video"):
+        parts = [encode_video("mpegts", codec, {"g": "6"}, size=size) for size in ((48, 64), (96, 64), (48, 64))]
+        videos += [b"".join(parts[:2]), b"".join(parts)] if all(parts) else []
+    return [video for video in videos if video]
 
 
-def encode_video(container: str, codec: str, options: dict[str, str]) -> bytes | None:
-    """14 frames; None where this FFmpeg has no such encoder."""
+def encode_video(
+    container: str, codec: str, options: dict[str, str], size: tuple[int, int] = (48, 64), cover: bool = False
+) -> bytes | None:
+    """14 frames; None where this FFmpeg has no such encoder.
+
+    size: height and width, px.
+    cover: puts an attached picture before the film.
+    """
     import av
+    from av.stream import Disposition
 
     stream, rng = io.BytesIO(), np.random.default_rng(0)
+    height, width = size
     try:
         with av.open(stream, "w", format=container) as target:
+            picture = target.add_stream("mjpeg", rate=25, width=96, height=96) if cover else None
+            if picture:
+                picture.pix_fmt, picture.disposition = "yuvj420p", Disposition.attached_pic
             video = target.add_stream(
-                codec, rate=Fraction(25), width=64, height=48, options={**options, "threads": "1"}
+                codec, rate=Fraction(25), width=width, height=height, options={**options, "threads": "1"}
             )
             video.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            if picture:
+                target.mux(picture.encode(av.VideoFrame.from_ndarray(draw(rng, 96, 96), format="rgb24")))
+                target.mux(picture.encode())
             for _ in range(14):
-                target.mux(video.encode(av.VideoFrame.from_ndarray(draw(rng), format="rgb24")))
+                target.mux(video.encode(av.VideoFrame.from_ndarray(draw(rng, height, width), format="rgb24")))
             target.mux(video.encode())
     except (av.FFmpegError, ValueError):
         return None
@@ -187,7 +228,7 @@ def entry(number: int, **fields: Any) -> dict[str, Any]:
 
 @cache
 def json_files() -> list[bytes]:
-    """A list and JSON lines, with every style of turns and of media."""
+    """Two lists, JSON lines and a list in an object, with every style of turns and of media."""
     entries = [entry(0), entry(1, image="coco/0.jpg"), entry(2, image=["a.jpg"]), entry(3, video="a.mp4")]
     entries += [{**entry(4, image="a.jpg"), "video": ["1.jpg", "2.jpg"]}, {"id": 5, "conversations": []}]
     parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
@@ -206,8 +247,31 @@ def json_files() -> list[bytes]:
         {"id": 10, "conversations": [{"from": "human", "value": "<img>a.jpg</img>?"}, {"from": "gpt", "value": "1"}]}
     ]
     entries += [{"id": 11, "image": {"path": "a.jpg", "bytes": None}, "conversations": json.dumps(turns), "system": ""}]
+    entries += newer_entries(turns)
     lines = b"".join(json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in entries)
-    return [json.dumps(entries, indent=1).encode(), json.dumps(entries, ensure_ascii=False).encode(), lines]
+    return [
+        json.dumps(entries, indent=1).encode(),
+        json.dumps(entries, ensure_ascii=False).encode(),
+        lines,
+        json.dumps({"data": entries}).encode(),
+    ]
+
+
+def newer_entries(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Grounding tokens, turns as JSON text, media in place of their names, shares of turns, addresses."""
+    box = "<|object_ref_start|>the cat<|object_ref_end|><|box_start|>(110,220),(330,440)<|box_end|>"
+    asked = [{"from": "human", "value": f"<image>\nWhere is {box}?"}, {"from": "gpt", "value": box, "weight": 0.5}]
+    embedded, address = "data:image/png;base64,iVBORw0KGgo=", "https://a.b/c.jpg"
+    part = [{"type": "image_url", "image_url": {"url": embedded}}, {"type": "text", "text": "What?"}]
+    return [
+        {"id": 12, "image": "a.jpg", "conversations": asked, "box": [1, 2.5, [3, 4]]},
+        {"id": 13, "messages": json.dumps([{"role": "user", "content": "Why?"}, turns[1]])},
+        {**entry(14, image=embedded)},
+        {"id": 15, "messages": [{"role": "user", "content": part}, turns[1]]},
+        {**entry(16, image=address), "system": None},
+        {**entry(17), "image": {"bytes": "iVBORw0KGgo=", "path": None}},
+        {**entry(18), "image": "", "video": [None]},
+    ]
 
 
 def correct_png(data: bytes) -> bytes:
@@ -283,7 +347,7 @@ def read_stored(medium: str, data: bytes) -> tuple[int, int]:
         raise Finding(f"read as {frames.shape}")
     seen: list[tuple[int, int]] = []
     decode_video(data, VideoSampling(max_frames=2), lambda *size: seen.append(size[:2]) or SMALL, threads=1)
-    return seen[0]
+    return seen[-1]  # an attempt by time stamps may have been given up
 
 
 def find_again(medium: str, data: bytes, error: MediaError) -> str:
@@ -297,8 +361,8 @@ def find_again(medium: str, data: bytes, error: MediaError) -> str:
 
 def run_json(rng: random.Random) -> str:
     """A file of metadata, entry by entry. All are accounted for, or the file is refused in one line."""
-    *lists, lines = json_files()
-    data = mutate_json(rng, rng.choice([*lists, lines, lines]), lists[0])
+    indented, compact, lines, in_object = json_files()
+    data = mutate_json(rng, rng.choice([indented, compact, lines, lines, lines, in_object]), indented, WORDS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "metadata.json"
         path.write_bytes(data)
@@ -393,7 +457,7 @@ def write_set(rng: random.Random, data: Path) -> None:
     for name in rng.sample(sorted(files), 2):
         files[name] = mutate(rng, files[name], files["a.tar"])
         files[name] = correct_tar(files[name]) if name.endswith("tar") and rng.random() < 0.7 else files[name]
-    metadata = mutate_json(rng, metadata, json_files()[0]) if rng.random() < 0.4 else metadata
+    metadata = mutate_json(rng, metadata, json_files()[0], WORDS) if rng.random() < 0.4 else metadata
     for name, content in {**files, "cambrian737k.json": metadata}.items():
         (data / name).write_bytes(content)
 

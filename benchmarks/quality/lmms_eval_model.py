@@ -20,6 +20,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from dct_qwen2vl.checkpoints.inspection import notes_on_bounds
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.common.settings import check_ranges, from_words
@@ -59,8 +60,10 @@ class Qwen2VLWithDCT(lmms):
         self._rank, self._world_size = self.accelerator.local_process_index, self.accelerator.num_processes
         from dct_qwen2vl.evaluation.answering import Answerer
 
-        bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        bounds = {name: int(value) for name, value in bounds.items() if value}
+        low, high = (int(value) if value else None for value in (min_pixels, max_pixels))
+        for note in notes_on_bounds(Path(pretrained), low, high):
+            print(f"Note: {note}")
+        bounds = {name: value for name, value in (("min_pixels", low), ("max_pixels", high)) if value}
         self.answerer = Answerer(Path(pretrained), MAX_NEW_TOKENS, sampling, **bounds)
         self.batch_size = int(batch_size)
 

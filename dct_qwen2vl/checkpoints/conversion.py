@@ -21,8 +21,11 @@ from dct_qwen2vl.checkpoints.inspection import (
     PROCESSOR,
     STOCK_FORM,
     CheckpointError,
-    own_pixel_bounds,
+    chosen_bounds,
+    notes_on_bounds,
+    patch_of,
     read_json,
+    reads_larger_patches,
     reads_pixel_patches,
     unfolded_format,
     with_patch,
@@ -31,7 +34,6 @@ from dct_qwen2vl.checkpoints.source import Source, opened
 from dct_qwen2vl.checkpoints.video_sampling import write_sampling
 from dct_qwen2vl.checkpoints.weights import Stored
 from dct_qwen2vl.common.files import write_json
-from dct_qwen2vl.dct.image_sizes_dct import pixel_bounds
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +69,10 @@ def read_config(model_dir: Path) -> dict:
     if not reads_pixel_patches(config) and unfolded:
         raise CheckpointError(f"{model_dir} is the stock form of a DCT model ({unfolded['name']}): add --to dct to "
                               "make its coefficient form")  # fmt: skip
+    if reads_larger_patches(config):
+        patch = "x".join(map(str, patch_of(config)))
+        raise CheckpointError(f"{model_dir / 'config.json'} reads patches of {patch} px: if it is the stock form of "
+                              "a DCT model, add --to dct")  # fmt: skip
     if not reads_pixel_patches(config):
         raise CheckpointError(f"{model_dir / 'config.json'} does not read 2x14x14 pixel patches: is it converted "
                               "already? Use it as it is")  # fmt: skip
@@ -191,21 +197,6 @@ def own_colours(folder: Path, dct):
     return replace(dct, **colours)
 
 
-def chosen_bounds(folder: Path, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
-    """min_pixels and max_pixels: those given, otherwise the source's.
-
-    folder: Hugging Face directory of the source.
-    min_pixels: Least pixels of an image, or None. The source's is lowered to `max_pixels` if it is above it.
-    max_pixels: Most pixels of an image, or None.
-
-    Raises CheckpointError for bounds that contradict each other.
-    """
-    try:
-        return pixel_bounds(min_pixels, max_pixels, *own_pixel_bounds(folder))
-    except ValueError as error:
-        raise CheckpointError(f"{error}: change --min-pixels or --max-pixels") from error
-
-
 def make_processor(folder: Path, dct, min_pixels: int | None, max_pixels: int | None):
     """A DCTImageProcessor for the converted model.
 
@@ -275,7 +266,17 @@ def convert(
             write_sampling(temporary)
             tensors = changed_tensors(source, lambda weight: fold_patch_embedding(weight, dct))
             total = write_shards(tensors, temporary, shard_bytes)
-        return Converted(dct, total, notes=source.notes)
+        return Converted(dct, total, notes=all_notes(source, min_pixels, max_pixels))
+
+
+def all_notes(source: Source, min_pixels: int | None, max_pixels: int | None) -> tuple[str, ...]:
+    """What was corrected in the source, and whether its least pixels were lowered.
+
+    source: The checked source.
+    min_pixels: As given, or None.
+    max_pixels: As given, or None.
+    """
+    return (*source.notes, *notes_on_bounds(source.folder, min_pixels, max_pixels))
 
 
 def check_merge(model_dir: Path, config: dict, dct) -> None:

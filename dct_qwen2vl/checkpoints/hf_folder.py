@@ -10,6 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from dct_qwen2vl.checkpoints.inspection import (
     PROCESSOR,
     CheckpointError,
+    chosen_bounds,
     read_json,
     read_processor,
     remedy,
@@ -26,11 +27,14 @@ def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **settings
     model_dir: Hugging Face directory.
     dct: The checkpoint's token format as `inspection.token_format` gives it. None for pixels.
     settings: min_pixels, max_pixels (pixels of an image), skip_db (dB) and skip_noise_floor in place of the
-        checkpoint's.
+        checkpoint's. The checkpoint's min_pixels is lowered to a lower max_pixels.
 
     Raises CheckpointError for a token format that contradicts itself.
     """
     processor_class = Qwen2VLImageProcessor if dct is None else DCTImageProcessor
+    given = {name: settings[name] for name in ("min_pixels", "max_pixels") if name in settings}
+    if given:
+        settings |= dict(zip(("min_pixels", "max_pixels"), chosen_bounds(model_dir, **given), strict=True))
     try:
         return processor_class.from_pretrained(model_dir, **settings)
     except ValueError as error:

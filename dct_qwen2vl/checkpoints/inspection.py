@@ -12,7 +12,7 @@ from typing import Any
 
 from dct_qwen2vl.common.files import read_object
 from dct_qwen2vl.common.scripts import UserError
-from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS
+from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS, pixel_bounds
 
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 PROCESSOR = "preprocessor_config.json"
@@ -58,11 +58,15 @@ def read_json(path: Path, advice: str = "get the file again") -> dict[str, Any]:
         raise
 
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # of a model of Hugging Face, in place of a folder
+
+
 def read_config(model_dir: Path) -> dict[str, Any]:
     """config.json of a Qwen2-VL, with its vision_config. Raises CheckpointError."""
     path = model_dir / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"no config.json in {model_dir}: {_where_it_is(model_dir)}")
+        where = where_it_is(model_dir) or "give --model-dir a Hugging Face Qwen2-VL directory"
+        raise CheckpointError(f"no config.json in {model_dir}: {where}")
     config = read_json(path)
     if str(config.get("model_type")) not in MODEL_TYPES:
         raise CheckpointError(f"{path} is of model_type {config.get('model_type')!r}, only {' and '.join(MODEL_TYPES)} "
@@ -72,17 +76,24 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     return config
 
 
-def _where_it_is(model_dir: Path) -> str:
-    """What to give in place of a directory without a config.json."""
+def where_it_is(model_dir: Path, form: str = "hf_dct", flag: str = "--model-dir") -> str | None:
+    """What to type instead of a directory without a config.json. None if that is not known.
+
+    model_dir: The directory that was given.
+    form: Which folder of a run is wanted, "hf_dct" or "hf".
+    flag: The flag that was given the directory.
+    """
+    if not model_dir.parent.exists() and HUB_NAME.fullmatch(str(model_dir)):
+        return f"fetch it (git lfs install; git clone https://huggingface.co/{model_dir}) and give {flag} its folder"
     if (model_dir / ADAPTER).is_file():
         return how_to_merge(model_dir)
     if (model_dir / "config.json").is_symlink():
         return "it is a link to a file that is not there; download the model again, or copy it with cp -rL"
     inside = sorted(path.parent for pattern in ("*/config.json", "snapshots/*/config.json")
                     for path in model_dir.glob(pattern))  # fmt: skip
-    if inside:
-        return f"give --model-dir {inside[-1]}"
-    return "give --model-dir a Hugging Face Qwen2-VL directory"
+    if not inside:
+        return None
+    return f"give {flag} {model_dir / form if model_dir / form in inside else inside[-1]}"
 
 
 def how_to_merge(model_dir: Path) -> str:
@@ -151,6 +162,12 @@ def reads_pixel_patches(config: dict[str, Any]) -> bool:
     return patch_of(config) == (2, 14, 14)
 
 
+def reads_larger_patches(config: dict[str, Any]) -> bool:
+    """Whether the patch embedding is over larger patches of pixels, as that of a stock form is."""
+    side = patch_of(config)[1]
+    return isinstance(side, int) and side > 14
+
+
 def patch_of(config: dict[str, Any]) -> tuple[int, int, int]:
     """Frames, rows and columns of what the patch embedding reads; Qwen2-VL's where config.json says nothing."""
     vision = config["vision_config"]
@@ -191,6 +208,37 @@ def own_pixel_bounds(model_dir: Path) -> tuple[int, int]:
     """min_pixels and max_pixels of the processor; Qwen2-VL's where it leaves them open. Raises CheckpointError."""
     saved = saved_pixel_bounds(model_dir)
     return saved["min_pixels"] or PIXEL_BOUNDS[0], saved["max_pixels"] or PIXEL_BOUNDS[1]
+
+
+def chosen_bounds(model_dir: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> tuple[int, int]:
+    """min_pixels and max_pixels: those given, otherwise the checkpoint's.
+
+    model_dir: Hugging Face directory.
+    min_pixels: Least pixels of an image, or None. The checkpoint's is lowered to `max_pixels` if it is above it.
+    max_pixels: Most pixels of an image, or None.
+
+    Raises CheckpointError for bounds that contradict each other.
+    """
+    own = own_pixel_bounds(model_dir)
+    try:
+        return pixel_bounds(min_pixels, max_pixels, *own)
+    except ValueError as error:
+        raise CheckpointError(f"{error}: change --min-pixels or --max-pixels") from error
+
+
+def notes_on_bounds(model_dir: Path, min_pixels: int | None, max_pixels: int | None) -> tuple[str, ...]:
+    """A line if `chosen_bounds` lowers the checkpoint's min_pixels.
+
+    model_dir: Hugging Face directory.
+    min_pixels: As given, or None.
+    max_pixels: As given, or None.
+
+    Raises CheckpointError.
+    """
+    own, _ = own_pixel_bounds(model_dir)
+    if min_pixels is not None or max_pixels is None or own <= max_pixels:
+        return ()
+    return (f"--max-pixels {max_pixels} is below the checkpoint's min_pixels {own}, which becomes {max_pixels}",)
 
 
 def safetensors_files(model_dir: Path) -> list[Path]:

@@ -56,6 +56,7 @@ QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "video"}, {
 PLACES = re.compile(r"<\|vision_start\|>(<\|image_pad\|>|<\|video_pad\|>)<\|vision_end\|>|What\?")
 COPY_TOKENIZER = "copy tokenizer.json and tokenizer_config.json from the Qwen2-VL that it was made from"
 POSITIVE = ("rms_norm_eps", "rope_theta")
+MOST = 2**53  # of a number with decimals; torch takes no integer of 2**63 in its place
 NUMBERS = ("mlp_ratio", "tokens_per_second")  # whose default is whole, but need not be
 
 
@@ -137,11 +138,11 @@ def _check_types(path: Path, config: PretrainedConfig, defaults: Mapping[str, An
         if isinstance(default, bool):
             right = isinstance(value, bool)
         elif name in NUMBERS:
-            right = type(value) in (int, float) and 0 < value < math.inf
+            right = type(value) in (int, float) and 0 < value < MOST
         elif isinstance(default, int):
             right = (type(value) is int and 0 < value < 2**31) or (value is None and name == "sliding_window")
         elif isinstance(default, float):
-            right = type(value) in (int, float) and 0 <= value < math.inf and (value > 0 or name not in POSITIVE)
+            right = type(value) in (int, float) and 0 <= value < MOST and (value > 0 or name not in POSITIVE)
         elif isinstance(default, str):
             right = isinstance(value, str)
         elif isinstance(default, list):

@@ -81,6 +81,8 @@ def read_source(model_dir: Path, folder: Path, complete: bool = True) -> Source:
 
     Raises CheckpointError.
     """
+    if not model_dir.is_dir():
+        inspection.read_config(model_dir)  # says so
     check_no_pointers(model_dir)
     method = quantisation(inspection.read_config(model_dir))
     files, notes = source_files(model_dir)

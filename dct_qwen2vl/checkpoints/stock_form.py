@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from dct_qwen2vl.checkpoints.conversion import (
     SHARD_BYTES,
     Converted,
+    all_notes,
     changed_tensors,
-    chosen_bounds,
     converted_config,
     copy_other_files,
     make_processor,
@@ -31,6 +31,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     STOCK_FORM,
     CheckpointError,
     check_format,
+    chosen_bounds,
     patch_of,
     read_config,
     read_json,
@@ -98,7 +99,7 @@ def to_stock(
             _write_processors(source.folder, folder, dct, bounds)
             write_json(folder / STOCK_FORM, {"patch_embedding_dtype": dtype, "dct": dct.to_dict()})
             total = write_shards(changed_tensors(source, unfold), folder, shard_bytes)
-        return Converted(dct, total, notes=source.notes)
+        return Converted(dct, total, notes=all_notes(source, min_pixels, max_pixels))
 
 
 def _normalised(
@@ -119,7 +120,7 @@ def _normalised(
         if unfolded.is_file():
             write_json(folder / STOCK_FORM, read_json(unfolded))
         total = write_shards(read_tensors(source.tensors), folder, shard_bytes)
-    return Converted(None, total, notes=source.notes)
+    return Converted(None, total, notes=all_notes(source, min_pixels, max_pixels))
 
 
 def to_dct(
@@ -167,7 +168,7 @@ def to_dct(
             write_sampling(folder)
             tensors = changed_tensors(source, lambda weight: fold_block_embedding(weight, dct, dtype=dtype))
             total = write_shards(tensors, folder, shard_bytes)
-        return Converted(dct, total, left_out, source.notes)
+        return Converted(dct, total, left_out, all_notes(source, min_pixels, max_pixels))
 
 
 def stock_config(config: dict[str, Any], dct) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-# Speakers of LLaVA (`from`) and OpenAI (`role`) -> roles of Qwen2-VL's chat template
+# Speakers of LLaVA (`from`), OpenAI (`role`) and ShareGPT -> roles of Qwen2-VL's chat template
 ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
+    **{"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant"},
     **{"system": "system", "developer": "system"},
 }
 DEFAULT_SYSTEM = "You are a helpful assistant."  # what the chat template inserts when there is no system turn
@@ -72,7 +73,14 @@ def system_beside(entry: dict[str, Any]) -> Any:
 def own_system(turns: list[Any]) -> Any:
     """What the first turn says, where it is the system's; None otherwise."""
     first = turns[0] if isinstance(turns[0], dict) else {}
-    return content_of(first) if ROLES.get(str(first.get("from", first.get("role")))) == "system" else None
+    return content_of(first) if role_of(first.get("from", first.get("role"))) == "system" else None
+
+
+def role_of(speaker: Any) -> str | None:
+    """The role of who speaks, whatever the letter case; None for a speaker that ROLES does not name."""
+    if not isinstance(speaker, str):
+        return None
+    return ROLES.get(speaker) or ROLES.get(speaker.strip().lower())
 
 
 def is_blank(value: Any) -> bool:
@@ -119,11 +127,17 @@ def name_in(part: dict[str, Any]) -> Any:
     """What a part says of its medium's file: a name, or a list of them for a video's frames; None where it says none.
 
     {"type": "image", "image": name}, {"type": "image_url", "image_url": {"url": name}}, {"type": "video", "video":
-    name}. A `data:` URL is no name: it is the image itself.
+    name}, or the name under `path` or `url`. A `data:` URL is no name: it is the image itself.
     """
-    value = part.get(part["type"])
+    value = medium_in(part)
     names = [name for name in list_names(value) if not is_data_url(name)]
     return names if isinstance(value, list) and names else next(iter(names), None)
+
+
+def medium_in(part: dict[str, Any]) -> Any:
+    """What a part has of its medium, under its type or, as transformers writes it, under `path` or `url`."""
+    value = part.get(part["type"])
+    return value if list_names(value) else next((part[name] for name in NAME_FIELDS if part.get(name)), value)
 
 
 def list_names(value: Any) -> list[Any]:
@@ -157,7 +171,7 @@ def strip_scheme(name: Any) -> Any:
 
 def holds_medium(part: dict[str, Any]) -> bool:
     """Whether a part has the medium itself in place of a name."""
-    return any(map(is_data_url, flatten_names(part.get(part["type"]))))
+    return any(map(is_data_url, flatten_names(medium_in(part))))
 
 
 def is_data_url(name: Any) -> bool:
@@ -171,7 +185,7 @@ def list_named_images(entry: dict[str, Any]) -> list[str]:
     names = []
     for turn in turns if isinstance(turns, list) else ():
         speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
-        text = text_of(content_of(turn)) if isinstance(speaker, str) and ROLES.get(speaker) == "user" else None
+        text = text_of(content_of(turn)) if role_of(speaker) == "user" else None
         names += named_images(text) if text else []
     return names
 

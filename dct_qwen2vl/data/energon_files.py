@@ -11,6 +11,7 @@ from typing import Any
 from dct_qwen2vl.common.scripts import UserError
 
 FOLDER = ".nv-meta"
+METADATA_NAME = "cambrian737k.json"  # of raw data, in any letter case
 DATASET, SPLIT, INFO = "dataset.yaml", "split.yaml", ".info.yaml"
 
 
@@ -26,6 +27,7 @@ def read_splits(data_dir: Path, wanted: Iterable[str]) -> dict[str, list[str]]:
 
     Raises PreparedSetError unless all that Energon reads of them is there and complete.
     """
+    refuse_other_data(data_dir)
     for name in (DATASET, SPLIT, INFO):
         if not (data_dir / FOLDER / name).is_file():
             raise PreparedSetError(f"{data_dir} is not prepared (no {FOLDER}/{name}): {prepare_again(data_dir)}")
@@ -37,6 +39,17 @@ def read_splits(data_dir: Path, wanted: Iterable[str]) -> dict[str, list[str]]:
         raise broken(data_dir, INFO, f"has no shard_counts of {uncounted[0]}, which is in {SPLIT}")
     check_files(data_dir, dict.fromkeys(name for names in shards.values() for name in names))
     return shards
+
+
+def refuse_other_data(data_dir: Path) -> None:
+    """Raises PreparedSetError for one shard in place of its folder, and for raw data."""
+    if data_dir.is_file():
+        raise PreparedSetError(f"{data_dir} is a file: give --data-dir the folder that it lies in, {data_dir.parent}")
+    if data_dir.is_dir() and not (data_dir / "stats.json").exists() and not (data_dir / FOLDER).exists():
+        raw = next((path.name for path in data_dir.iterdir() if path.name.lower() == METADATA_NAME), None)
+        if raw:
+            raise PreparedSetError(f"{data_dir} holds raw data ({raw}), not a prepared set: python data_preparation.py "
+                                   f"--data-dir {data_dir} --output-dir SHARDS --energon-prepare")  # fmt: skip
 
 
 def check_files(data_dir: Path, names: Iterable[str]) -> None:

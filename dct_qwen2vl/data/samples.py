@@ -32,12 +32,12 @@ from megatron.energon.savable_loader import BasicDataLoader
 
 from dct_qwen2vl.data.conversations import (
     LONE_SURROGATE,
-    ROLES,
     Message,
     content_of,
     is_share,
     learning_of,
     names_media,
+    role_of,
     split_turns,
     text_of,
     turns_of,
@@ -212,7 +212,7 @@ def parse_messages(entry: Any, has_media: bool) -> list[Message]:
 
 def check_turn(turn: Any) -> str:
     """The role of a turn. Raises BadSample for a turn without a known role or text."""
-    role = ROLES.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
+    role = role_of(turn.get("from", turn.get("role"))) if isinstance(turn, dict) else None
     text = text_of(content_of(turn)) if role else None
     if text is None or LONE_SURROGATE.search(text):
         raise BadSample("bad_turn", f"a turn needs a known role and text, got {str(turn)[:80]!r}")

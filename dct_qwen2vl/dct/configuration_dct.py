@@ -403,7 +403,7 @@ class DCTConfig:
         """Inverse of `to_dict`. Raises ValueError when a field is missing, unknown or of another type."""
         known = set(cls.__dataclass_fields__)
         if not isinstance(values, dict) or not {"block", "chroma", "kept", "scale"} <= set(values) <= known:
-            given = sorted(values) if isinstance(values, dict) else type(values).__name__
+            given = ", ".join(sorted(values))[:100] if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"a DCT configuration has the fields {', '.join(sorted(known))}, got {given}")
         for name, value in values.items():
             _check_field(name, value)
@@ -415,11 +415,14 @@ class DCTConfig:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "DCTConfig":
-        """Reads what `save` wrote. Raises ValueError naming the file, and OSError."""
+        """Reads what `save` wrote, or a file of a model that holds it under `dct`: preprocessor_config.json,
+        dct_format.json. Raises ValueError naming the file, and OSError."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not a JSON file: {error}") from error
+        if isinstance(values, dict) and isinstance(values.get("dct"), dict):
+            values = values["dct"]
         try:
             return cls.from_dict(values)
         except ValueError as error:

@@ -32,7 +32,7 @@ class Answerer:
     max_new_tokens: Longest answer, tokens.
     sampling: Frames that are read of a video.
     dtype: Of the weights. None: bfloat16 on a GPU, float32 on a CPU.
-    pixel_bounds: min_pixels and max_pixels in place of the checkpoint's.
+    settings: min_pixels, max_pixels and skip_db in place of the checkpoint's. skip_db=None reads all cells.
 
     Raises CheckpointError.
     """
@@ -43,7 +43,7 @@ class Answerer:
         max_new_tokens: int,
         sampling: "VideoSampling | None" = None,
         dtype: "torch.dtype | None" = None,
-        **pixel_bounds: int,
+        **settings: Any,
     ) -> None:
         import torch
         from transformers import AutoModelForImageTextToText
@@ -55,7 +55,7 @@ class Answerer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
         self.model = AutoModelForImageTextToText.from_pretrained(model_dir, torch_dtype=dtype).to(device).eval()
-        self.processor = load_processor(model_dir, **pixel_bounds)
+        self.processor = load_processor(model_dir, **settings)
         self.text_tokens = TextTokens(self.processor.tokenizer)
         self.media = MediaEncoder(self.processor.image_processor, sampling)
         self.max_new_tokens = max_new_tokens

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dct_qwen2vl.checkpoints.inspection import own_pixel_bounds
+from dct_qwen2vl.checkpoints.inspection import chosen_bounds, read_processor
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.files import write_bytes, write_json
 from dct_qwen2vl.common.scripts import UserError
@@ -39,6 +39,7 @@ SCANNED = 256  # questions among which some are chosen
 NEW_TOKENS = 16
 MOST_BYTES = 20 << 30  # of weights that a training run compares by itself: other processes wait, and it takes float32
 FORMS = ("a", "b")
+ALL_CELLS = {"skip_db": None}  # read by either form: a stock form cannot leave cells out
 Media = tuple[tuple[str, "Frames"], ...]
 
 
@@ -115,10 +116,11 @@ def compare(
     """
     split = split or first_split(data_dir)
     samplings = [VideoSampling(**{**saved_sampling(model), **(sampling or {})}) for model in models]
-    samples = read_all(models, samplings, data_dir, split, limit, bounds or {})
+    settings = {**(bounds or {}), **ALL_CELLS}
+    samples = read_all(models, samplings, data_dir, split, limit, settings)
     if not samples:
         raise UserError(f"the {split} split of {data_dir} has no questions to ask: choose another --split")
-    passes = ask_all(models, samplings, samples, max_new_tokens, bounds or {})
+    passes = ask_all(models, samplings, samples, max_new_tokens, settings)
     lines = [line_of(sample, *answers) for sample, answers in zip(samples, passes)]
     return Comparison(summary_of(models, split, lines), lines)
 
@@ -149,9 +151,10 @@ def compare_for_run(
         print(f"Note: coefficient form and stock form were not compared ({told})", flush=True)
         return
     *_, verdict = conclusions(found.summary)
+    whole = "".join(f" {line}." for line in say_skipping(found.summary))
     print(f"{model_dir} and its stock form on {len(found.lines)} samples, largest difference of logits: "
           f"{found.summary['same']['largest']:.1e} on the same pixels, {found.summary['own']['largest']:.1e} as either "
-          f"form reads them. {verdict}. Details: {folder}", flush=True)  # fmt: skip
+          f"form reads them.{whole} {verdict}. Details: {folder}", flush=True)  # fmt: skip
 
 
 @contextmanager
@@ -188,13 +191,17 @@ def read_all(
     data_dir: Path,
     split: str,
     limit: int,
-    bounds: dict[str, int],
+    settings: dict[str, Any],
 ) -> list[Sample]:
-    """Chosen questions with their media as either form reads them; what cannot be read is passed over."""
+    """Chosen questions with their media as either form reads them; what cannot be read is passed over.
+
+    settings: of both image processors.
+    """
+    from dct_qwen2vl.checkpoints.hf_folder import load_processor
     from dct_qwen2vl.data.media_encoder import MediaEncoder
     from dct_qwen2vl.data.text_tokens import TextTokens
 
-    processors = [load_whole(model, bounds) for model in models]
+    processors = [load_processor(model, **settings) for model in models]
     encoders = [MediaEncoder(each.image_processor, sampling) for each, sampling in zip(processors, samplings)]
     samples: list[Sample] = []
     for question in choose(data_dir, split, limit, TextTokens(processors[0].tokenizer).stay_text):
@@ -258,7 +265,7 @@ def ask_all(
     samplings: list[VideoSampling],
     samples: list[Sample],
     max_new_tokens: int,
-    bounds: dict[str, int],
+    settings: dict[str, Any],
 ) -> list[tuple[dict[str, "Pass"], dict[str, "Pass"]]]:
     """For each sample the passes of either form, on the "same" pixels and on its "own" reading. Both follow the first
     form's answer."""
@@ -270,9 +277,8 @@ def ask_all(
     found: list[list[dict[str, Pass]]] = [[] for _ in samples]
     for form, model, sampling in zip(FORMS, models, samplings):
         with exact_products():
-            answerer = Answerer(model, max_new_tokens, sampling, torch.float32, **bounds)
-            answerer.media.image_processor.skip_db = None  # as in load_whole
-            ask_model(answerer, form, first_encoder(models[0], model, samplings[0], bounds), samples, found)
+            answerer = Answerer(model, max_new_tokens, sampling, torch.float32, **settings)
+            ask_model(answerer, form, first_encoder(models[0], model, samplings[0], settings), samples, found)
         del answerer
         gc.collect()
         if torch.cuda.is_available():
@@ -280,22 +286,15 @@ def ask_all(
     return [tuple(passes) for passes in found]
 
 
-def load_whole(model: Path, bounds: dict[str, int]):
-    """The processor of a model, made to read all cells: the stock form of a model that skips some cannot skip."""
-    from dct_qwen2vl.checkpoints.hf_folder import load_processor
-
-    processor = load_processor(model, **bounds)
-    processor.image_processor.skip_db = None
-    return processor
-
-
-def first_encoder(first: Path, model: Path, sampling: VideoSampling, bounds: dict[str, int]) -> "MediaEncoder":
+def first_encoder(first: Path, model: Path, sampling: VideoSampling, settings: dict[str, Any]) -> "MediaEncoder":
     """A model's own, with the bounds and the sampling of the first form, so that nothing of what that one reads is
     resized."""
+    from dct_qwen2vl.checkpoints.hf_folder import load_processor
     from dct_qwen2vl.data.media_encoder import MediaEncoder
 
-    own = dict(zip(("min_pixels", "max_pixels"), own_pixel_bounds(first)))
-    return MediaEncoder(load_whole(model, {**own, **bounds}).image_processor, sampling)
+    names = "min_pixels", "max_pixels"
+    bounds = dict(zip(names, chosen_bounds(first, *map(settings.get, names))))
+    return MediaEncoder(load_processor(model, **{**settings, **bounds}).image_processor, sampling)
 
 
 def ask_model(
@@ -353,6 +352,7 @@ def summary_of(models: tuple[Path, Path], split: str, lines: list[dict[str, Any]
     from dct_qwen2vl.evaluation.forward_passes import SAME
 
     summary: dict[str, Any] = {"models": [str(model) for model in models], "split": split, "questions": len(lines)}
+    summary["skip_db"] = [read_processor(model).get("skip_db") for model in models]
     for reading in ("same", "own"):
         found = [line[reading] for line in lines]
         worst = max(found, key=lambda each: each["largest"])
@@ -401,9 +401,15 @@ def say_decibels(value: float | None) -> str:
     return "equal" if value == math.inf else f"{value:.0f}"
 
 
+def say_skipping(summary: dict[str, Any]) -> list[str]:
+    """A line where a model leaves cells out when it is used."""
+    skips = [f"{form.upper()} skips at {value:g} dB" for form, value in zip(FORMS, summary["skip_db"]) if value]
+    return [f"All cells were read in both, although {' and '.join(skips)}"] if skips else []
+
+
 def conclusions(summary: dict[str, Any]) -> list[str]:
     asked = summary["questions"]
-    said = []
+    said = say_skipping(summary)
     for reading, name in (("same", "Same pixels"), ("own", "Own reading")):
         found = summary[reading]
         said.append(

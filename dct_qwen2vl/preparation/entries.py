@@ -3,7 +3,8 @@
 Turns are LLaVA's (`from`, `value`) or OpenAI's (`role`, `content`) and lie under `conversations` or `messages`; the
 names of the media under `image` and `video`, or `images` and `videos`, one name or a list of them. Where none is there,
 the names are those in the parts of turns that are lists, in reading order: `{"type": "image", "image": name}`,
-`{"type": "image_url", "image_url": {"url": name}}` and `{"type": "video", "video": name}`.
+`{"type": "image_url", "image_url": {"url": name}}` and `{"type": "video", "video": name}`; `path` or `url` may stand in
+place of the second key.
 
 A name may lie in an object (`{"path": name, "bytes": null}`) or in lists of lists, and may begin with `file://`; "" and
 null name nothing. A question without any of these may name its images itself, as Qwen-VL's data do: `<img>NAME</img>`.
@@ -72,6 +73,7 @@ from typing import Any, NamedTuple
 from dct_qwen2vl.data.conversations import (
     LEARNED_FIELDS,
     LONE_SURROGATE,
+    MEDIA_FIELDS,
     ROLES,
     SYSTEM_FIELDS,
     content_of,
@@ -89,6 +91,7 @@ from dct_qwen2vl.data.conversations import (
     named_images,
     names_media,
     own_system,
+    role_of,
     split_turns,
     strip_scheme,
     system_beside,
@@ -198,6 +201,7 @@ def check_entry(entry: Any) -> CheckedEntry:
     turns = check_roles(leave_out_turns(given, repairs))
     check_texts(turns)
     turns = learn_whole_turns(turns, repairs)
+    refuse_lost_media(entry, turns, media)
     placed, media = place_media(turns, media, repairs)
     compare_names(turns, media)
     if placed is not given:
@@ -320,7 +324,11 @@ def clean_name(name: Any) -> str:
     given, name = name, strip_scheme(name)
     if not isinstance(name, str) or (not name.isascii() and LONE_SURROGATE.search(name)):
         raise UnusableSample("malformed_entry", f"{name!r:.100} is not the name of a media file")
-    if name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/")):
+    if name.startswith("/"):
+        raise UnusableSample(
+            "unsafe_path", f"{given!r:.300} is an absolute path: write it as it lies below the data folder"
+        )
+    if "\0" in name or (".." in name and ".." in name.split("/")):
         raise UnusableSample("unsafe_path", f"{given!r:.300} is not a path below the data folder")
     name = posixpath.normpath(name)
     if name == ".":
@@ -340,11 +348,19 @@ def read_turns(entry: dict) -> list[Turn]:
     turns = turns_of(entry)
     if not isinstance(turns, list) or not turns:
         keys = f"; its fields are {', '.join(map(str, entry))[:100]}" if isinstance(entry, dict) and entry else ""
-        raise UnusableSample("no_conversations", f"neither conversations nor messages is a list of turns{keys}")
+        raise UnusableSample("no_conversations", f"neither conversations nor messages is a list of turns{keys}"
+                             f"{say_inner_list(entry)}")  # fmt: skip
     read = [check_turn(number, turn) for number, turn in enumerate(turns)]
     contents = [(role, content_of(turn)) for (role, _), turn in zip(read, turns)]
     split = split_turns(contents, names_media(entry))
     return [Turn(*both, turn, pieces) for both, turn, pieces in zip(read, turns, split)]
+
+
+def say_inner_list(entry: Any) -> str:
+    """What to do where the entries are in a list of this object, "" for an entry of its own."""
+    fields = entry.items() if isinstance(entry, dict) else ()
+    lists = [name for name, value in fields if isinstance(value, list) and value and isinstance(value[0], dict)]
+    return f"; if {lists[0]} holds the entries, write that list to a file of its own" if lists else ""
 
 
 def check_turn(number: int, turn: Any) -> tuple[str, str]:
@@ -352,15 +368,28 @@ def check_turn(number: int, turn: Any) -> tuple[str, str]:
     speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
     text = text_of(content_of(turn)) if isinstance(speaker, str) else None
     if text is None:
-        raise UnusableSample("malformed_turn", f"turn {number} has neither from and value nor role and content")
-    if speaker not in ROLES:
+        raise UnusableSample("malformed_turn", f"turn {number} {what_is_no_text(turn, speaker)}")
+    role = role_of(speaker)
+    if role is None:
         raise UnusableSample("unknown_role", f"turn {number} is by {speaker!r:.100}; known are {', '.join(ROLES)}")
     if not text.isascii() and LONE_SURROGATE.search(text):
         raise UnusableSample("broken_text", f"turn {number} has half a surrogate pair in it")
-    if ROLES[speaker] == "assistant" and not is_share(learning_of(turn)):
+    if role == "assistant" and not is_share(learning_of(turn)):
         said = f"turn {number} is to be learned by {learning_of(turn)!r:.100}"
         raise UnusableSample("malformed_turn", f"{said}, which is neither true nor false nor a weight from 0 on")
-    return ROLES[speaker], text
+    return role, text
+
+
+def what_is_no_text(turn: Any, speaker: Any) -> str:
+    """What to say of a turn whose speaker or text is missing."""
+    content = content_of(turn) if isinstance(turn, dict) else None
+    if content is None or not isinstance(speaker, str):
+        return "has neither from and value nor role and content"
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    odd = next((part.get("type") for part in parts if text_of([part]) is None), None)
+    if isinstance(odd, str) and odd != "text":
+        return f"has a part of type {odd!r:.100}, which is no text, image or video"
+    return f"has {content!r:.100} in place of its text"
 
 
 def read_turns_as_text(entry: dict, repairs: list[str]) -> dict:
@@ -481,6 +510,14 @@ def place_media(turns: list[Turn], media: list[Medium], repairs: list[str]) -> t
         raise UnusableSample("placeholder_mismatch", f"{count_kinds(placed)} in the turns for {count_kinds(kinds)}")
     of_kind = {kind: iter([medium for medium in media if medium.kind == kind]) for kind in ("image", "video")}
     return turns, [next(of_kind[kind]) for kind in placed]
+
+
+def refuse_lost_media(entry: dict, turns: list[Turn], media: list[Medium]) -> None:
+    """Raises UnusableSample for placeholders in questions of an entry that names no medium."""
+    placed = [] if media else list_placeholders(turns)
+    if placed:
+        said = f"{count_kinds(placed)} in the turns, and no medium in {', '.join(MEDIA_FIELDS)} or in a part"
+        raise UnusableSample("placeholder_mismatch", f"{said}; its fields are {', '.join(map(str, entry))[:100]}")
 
 
 def refuse_other_markers(turns: list[Turn]) -> None:

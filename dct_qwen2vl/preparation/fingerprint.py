@@ -21,7 +21,7 @@ from dct_qwen2vl.preparation.metadata import MetadataReader
 from dct_qwen2vl.preparation.output_folder import RUN_NAME, STATS_NAME, TOOL, is_finished, read_run
 from dct_qwen2vl.preparation.plan import Plan
 
-SET_VERSION = 4  # raised when other bytes would be written from the same data and settings
+SET_VERSION = 5  # raised when other bytes would be written from the same data and settings
 
 
 def list_settings(config: PreparationConfig) -> dict[str, Any]:

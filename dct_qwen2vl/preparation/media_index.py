@@ -576,6 +576,24 @@ def enter_candidates(places: Places, candidates: list[tuple[int, str]], indexes:
     places.repair[rows] = repair
 
 
+def find_neighbour(name: str, data_dir: Path, sources: list[TarSource]) -> str:
+    """A file that is there, to show beside a name that leads to no file. "" if there is none.
+
+    name: As the entry has it.
+    data_dir: Folder of the raw data.
+    sources: The tars in it.
+
+    A file with another ending comes first, then a member of a tar, then any file of the folder.
+    """
+    wanted = data_dir / name
+    folder = next(path for path in wanted.parents if path.is_dir())
+    inside = [] if folder == data_dir else sorted(path for path in folder.iterdir() if path.is_file())
+    alike = [path for path in inside if wanted.name in (path.stem, f"{path.stem}{wanted.suffix}")]
+    if not alike and (member := find_nearest(name, sources)):
+        return member
+    return next((str(path.relative_to(data_dir)) for path in alike or inside), "")
+
+
 def find_nearest(name: str, sources: list[TarSource]) -> str:
     """The member of a tar that shares the longest end of a name, as "1.jpg in coco.tar". Otherwise any member, or ""
     without one.

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from dct_qwen2vl.common.scripts import UserError
+from dct_qwen2vl.data.energon_files import METADATA_NAME
 from dct_qwen2vl.preparation.entries import DECODER, UnusableSample
 from dct_qwen2vl.preparation.file_kinds import name_kind
 
-METADATA_NAME = "cambrian737k.json"
+OWN_SHARDS = "pretrain-*.stats.json"
 READ_BYTES = 1 << 19  # some 500 entries: small enough that small sets keep all workers busy
 MAXIMUM_ENTRY_BYTES = 64 << 20  # an entry of Cambrian737k has 1 KB, a long conversation 1 MB
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it first
@@ -70,6 +71,8 @@ def find_metadata(data_dir: Path, names: list[Path] | None = None) -> list[Path]
     if names:
         return [find_named(data_dir, name) for name in names]
     found = sorted(path for path in data_dir.iterdir() if path.name.lower() == METADATA_NAME)
+    if not found and any(data_dir.glob(OWN_SHARDS)):
+        raise PreparationError(f"{data_dir} holds shards that this tool has written: give --data-dir the raw data")
     if not found:
         others = ", ".join(sorted(path.name for path in data_dir.glob("*.json*"))[:3]) or "FILE"
         raise PreparationError(f"{data_dir} holds no {METADATA_NAME}; name the metadata: --metadata {others}")
@@ -120,7 +123,7 @@ def cut_file(path: Path, digest: Any) -> Iterator[tuple[bool, np.ndarray, np.nda
         offset = len(block) - len(text)
         kinds = {b"[": ListCutter, b"{": LineCutter}
         if text[:1] not in kinds:
-            hint = name_kind(text) or f"it begins with {text[:20]!r}"
+            hint = (name_kind(text) or f"it begins with {text[:20]!r}") if text else "it is empty"
             raise PreparationError(f"{path} is neither a JSON list nor JSON lines: {hint}")
         cutter = kinds[text[:1]](path, offset)
         while block:
@@ -280,7 +283,8 @@ def parse_entries(ranges: EntryRanges) -> Iterator[tuple[bytes, Any]]:
                 if ranges.is_list or number == 0:
                     kind = "a JSON list of entries" if ranges.is_list else "JSON lines (an entry a line)"
                     where = f"in entry {number}, which begins at byte {start}"
-                    raise PreparationError(f"{ranges.path} is not {kind}: {error}, {where}") from error
+                    more = "" if ranges.is_list else "; if it is one object, write the list in it to a file of its own"
+                    raise PreparationError(f"{ranges.path} is not {kind}: {error}, {where}{more}") from error
                 yield data, UnusableSample("malformed_entry", f"not JSON: {error}")
     finally:
         os.close(descriptor)

@@ -30,7 +30,7 @@ from dct_qwen2vl.preparation.media_index import (
     digest_folded,
     digest_name,
     digest_of,
-    find_nearest,
+    find_neighbour,
     locate,
 )
 from dct_qwen2vl.preparation.metadata import EntryRanges, MetadataReader, PreparationError, parse_entries, read_entry
@@ -418,7 +418,7 @@ class MissingMedia:
         if (self.data_dir / name).is_dir():
             return f"{name} is a folder: name the files in it"
         why = self.refused.get(name, "in no tar and no folder")
-        nearest = find_nearest(name, self.tars) if self.is_first else ""
+        nearest = find_neighbour(name, self.data_dir, self.tars) if self.is_first else ""
         self.is_first = False
         return f"{name} is {why}" + (f"; there is {nearest}" if nearest else "")
 

@@ -9,16 +9,20 @@ from typing import Any
 from dct_qwen2vl.checkpoints.inspection import (
     FORMAT_DEFAULTS,
     check_checkpoint,
+    chosen_bounds,
     note_on_old_code,
+    notes_on_bounds,
+    read_config,
     read_json,
     read_processor,
-    saved_pixel_bounds,
+    reads_larger_patches,
     unfolded_format,
+    where_it_is,
 )
 from dct_qwen2vl.common import settings
 from dct_qwen2vl.common.files import read_json as read_file
 from dct_qwen2vl.common.settings import flag_of
-from dct_qwen2vl.data.energon_files import count_samples, read_splits
+from dct_qwen2vl.data.energon_files import count_samples, read_splits, refuse_other_data
 from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig
 from dct_qwen2vl.training.disk_space import check_space
 from dct_qwen2vl.training.run_file import check_run_folder
@@ -30,8 +34,8 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
     """Reads what the checkpoint's token format is. Raises RunError or CheckpointError if it is missing, cannot be
     loaded or is not the wanted one."""
     if not (model_dir / "config.json").is_file():
-        raise RunError(f"no model in {model_dir} (no config.json): python convert_checkpoint.py --model-dir "
-                       f"QWEN2_VL --output-dir {model_dir}")  # fmt: skip
+        make_it = f"python convert_checkpoint.py --model-dir QWEN2_VL --output-dir {model_dir}"
+        raise RunError(f"no model in {model_dir} (no config.json): {where_it_is(model_dir) or make_it}")
     dct = check_checkpoint(model_dir)
     info = ModelInfo(dct["name"] if dct else "none", dct)
     unfolded = unfolded_format(model_dir)
@@ -39,6 +43,10 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
         raise RunError(f"{model_dir} is the stock form of a DCT model ({unfolded['name']}), but training needs its "
                        f"coefficient form: give a run's hf_dct, or python convert_checkpoint.py --to dct --model-dir "
                        f"{model_dir} --output-dir {model_dir}-dct")  # fmt: skip
+    if info.dct_name == "none" and wanted != "none" and reads_larger_patches(read_config(model_dir)):
+        raise RunError(f"{model_dir} reads pixels, not DCT tokens; if it is the stock form of a DCT model: python "
+                       f"convert_checkpoint.py --to dct --model-dir {model_dir} "
+                       f"--output-dir {model_dir}-dct")  # fmt: skip
     if info.dct_name == "none" and wanted != "none":
         raise RunError(f"{model_dir} reads pixels, not DCT tokens: python convert_checkpoint.py --model-dir "
                        f"{model_dir} --output-dir {model_dir}-x4, or --dct none to train on pixels")  # fmt: skip
@@ -46,7 +54,8 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
         return info
     if wanted.endswith(".json"):
         given = read_json(Path(wanted), "give --dct a file that DCTConfig.save wrote")
-        same = {**FORMAT_DEFAULTS, **given} == info.dct
+        inner = given.get("dct")  # as a model's files hold it
+        same = {**FORMAT_DEFAULTS, **(inner if isinstance(inner, dict) else given)} == info.dct
     else:
         same = wanted == info.dct_name
     if not same:
@@ -55,13 +64,17 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
     return info
 
 
-def check_pixel_bounds(config: TrainingConfig) -> None:
-    """The command line's bounds, and the checkpoint's where it gives none, must leave room for an image. Raises
-    RunError, or CheckpointError for those of the checkpoint."""
-    bounds = {**saved_pixel_bounds(config.model_dir), **config.pixel_bounds}
-    low, high = bounds["min_pixels"], bounds["max_pixels"]
-    if low is not None and high is not None and low > high:
-        raise RunError(f"min_pixels {low} is over max_pixels {high}: change --min-pixels or --max-pixels")
+def choose_min_pixels(config: TrainingConfig) -> int | None:
+    """The value that was given. A --max-pixels below the checkpoint's own lowers that, as in conversion.
+
+    Raises CheckpointError for bounds that leave no room for an image.
+    """
+    chosen_bounds(config.model_dir, config.min_pixels, config.max_pixels)
+    notes = notes_on_bounds(config.model_dir, config.min_pixels, config.max_pixels)
+    if config.rank == 0:
+        for note in notes:
+            print(f"Note: {note}", flush=True)
+    return config.max_pixels if notes else config.min_pixels
 
 
 def check_skipping(config: TrainingConfig, info: ModelInfo) -> None:
@@ -85,6 +98,7 @@ def check_data(config: TrainingConfig) -> None:
     """Raises RunError or PreparedSetError unless `energon prepare` has been run and each loader process has a sample to
     train on. The val split may be empty: there is no validation then."""
     data_dir, loaders = config.data_dir, config.data_parallel * max(1, config.num_workers)
+    refuse_other_data(data_dir)
     if not data_dir.is_dir() or not any(data_dir.glob("*.tar")):
         raise RunError(f"no shards in {data_dir}: python data_preparation.py --data-dir RAW --output-dir {data_dir}")
     splits = read_splits(data_dir, ("train", "val"))
@@ -99,8 +113,15 @@ def check_data(config: TrainingConfig) -> None:
 
 
 def check_ranges(config: TrainingConfig) -> None:
-    """Raises RunError for a number that is outside what it can be."""
+    """Raises RunError for a number that is outside what it can be, and for a run folder that cannot be one."""
     settings.check_ranges(config, error=RunError)
+    name = config.experiment_name
+    if name.startswith("/") or not name.strip() or {".", ".."} & set(name.split("/")):
+        raise RunError(f"--experiment-name must name a folder below --output-dir, got {name!r}")
+    lowest = next(path for path in (config.run_dir, *config.run_dir.parents) if path.exists())
+    if not lowest.is_dir():
+        raise RunError(f"{lowest} is a file, the run folder {config.run_dir} cannot be made: choose another "
+                       "--output-dir or --experiment-name")  # fmt: skip
 
 
 def check_numbers(config: TrainingConfig) -> None:
@@ -179,7 +200,6 @@ def check(config: TrainingConfig) -> ModelInfo:
     check_parts(config)
     info = check_model(config.model_dir, config.dct)
     check_loading(config)
-    check_pixel_bounds(config)
     check_skipping(config, info)
     check_data(config)
     check_run_folder(config)

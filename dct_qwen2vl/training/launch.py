@@ -10,8 +10,9 @@ import signal
 import sys
 from collections.abc import Iterable
 
+from dct_qwen2vl.common.scripts import INTERRUPTED_CODE
 from dct_qwen2vl.training.config import parse_arguments
-from dct_qwen2vl.training.processes import CONTINUE, INTERRUPTED, INTERRUPTED_CODE
+from dct_qwen2vl.training.processes import CONTINUE, INTERRUPTED
 
 PROGRAM = "qwen_launch.sh"
 SCRIPT = "finetune_qwen2vl.py"

@@ -14,7 +14,6 @@ FROM_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_
 PEER_ENDED = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of another process
 CONTINUE = "run the same command again to continue from the newest checkpoint"
 INTERRUPTED = f"interrupted; {CONTINUE}"
-INTERRUPTED_CODE = 130  # a shell's exit status after Ctrl-C
 
 
 class Interrupted(BaseException):

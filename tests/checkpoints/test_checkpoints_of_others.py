@@ -468,6 +468,10 @@ REFUSED = {
         lambda f: edit_json(f / "config.json", rms_norm_eps="1e-6"),
         "has rms_norm_eps '1e-6', where",
     ),
+    "a number that is too large": (
+        lambda f: edit_json(f / "config.json", rms_norm_eps=2**63),
+        "has rms_norm_eps 9223372036854775808, where 1e-05 is usual: get the file again",
+    ),
     "the cache's own folder": (in_hub_cache, "source/snapshots/0a1b"),
     "a damaged tokenizer": (lambda f: (f / "tokenizer.json").write_text('{"model": 1}'), "the tokenizer of "),
     "other pixels": (

@@ -460,6 +460,9 @@ def test_a_format_without_detail_to_make_louder(qwen2vl_directory, tmp_path, one
 def test_a_source_that_is_not_there(tmp_path, one_line_error):
     assert run(tmp_path / "nowhere", tmp_path / "x4") == 1
     assert f"no config.json in {tmp_path / 'nowhere'}: give --model-dir" in one_line_error()
+    for form in ("stock", "dct"):
+        assert run(tmp_path / "nowhere", tmp_path / "x4", "--to", form) == 1
+        assert f"no config.json in {tmp_path / 'nowhere'}: give --model-dir" in one_line_error()
 
 
 def test_same_directory(copy_of, one_line_error):
@@ -471,14 +474,22 @@ def test_same_directory(copy_of, one_line_error):
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
-def test_pixel_bounds_that_contradict(qwen2vl_directory, tmp_path, one_line_error):
+def test_pixel_bounds_that_contradict(qwen2vl_directory, tmp_path, one_line_error, capsys):
     assert run(qwen2vl_directory, tmp_path / "x4", "--min-pixels", "1000000") == 1
     assert (
         "1 <= min_pixels <= max_pixels, got min_pixels 1000000 and max_pixels 200704: change --min-" in one_line_error()
     )
-    assert run(qwen2vl_directory, tmp_path / "x4", "--max-pixels", "2000") == 0, "the least gives way"
-    read = json.loads((tmp_path / "x4" / "preprocessor_config.json").read_text())
-    assert (read["min_pixels"], read["max_pixels"]) == (2000, 2000)
+    said = "Note: --max-pixels {0} is below the checkpoint's min_pixels {1}, which becomes {0}."
+    for source, name, most, *options in (
+        (qwen2vl_directory, "x4", 2000),
+        (tmp_path / "x4", "stock", 1500, "--to", "stock"),
+        (tmp_path / "stock", "dct", 1000, "--to", "dct"),
+    ):
+        least = json.loads((source / "preprocessor_config.json").read_text())["min_pixels"]
+        assert run(source, tmp_path / name, "--max-pixels", str(most), *options) == 0, "the least gives way"
+        read = json.loads((tmp_path / name / "preprocessor_config.json").read_text())
+        assert (read["min_pixels"], read["max_pixels"]) == (most, most)
+        assert said.format(most, least) in capsys.readouterr().out.splitlines()
     assert run(qwen2vl_directory, tmp_path / "x5", "--max-pixels", "0") == 1
     assert "got min_pixels 0 and max_pixels 0: change --min-pixels or --max-pixels" in one_line_error()
 

@@ -168,7 +168,7 @@ def test_training_and_evaluation_count_time_alike(forms, natural_frames, video_f
     )  # fmt: skip
     encoded = encoder.encode(sample)
     assert encoded.position_ids[0].max() - encoded.position_ids[1].max() == 0
-    where = encoded.input_ids == encoder._pad["video"]
+    where = encoded.input_ids == encoder.samples.pads["video"]
     times = encoded.position_ids[0][where].unique()
     assert (times - times[0]).tolist() == [0, 4]
     answerer = Answerer(folder, 2, sampling)
@@ -181,7 +181,7 @@ def test_training_and_evaluation_count_time_alike(forms, natural_frames, video_f
         **{name: inputs[name] for name in ("input_ids", "video_grid_thw", "attention_mask")},
         **answerer.time_inputs(inputs),
     })  # fmt: skip
-    assert positions[0][inputs["input_ids"] == encoder._pad["video"]].unique().diff().tolist() == [4]
+    assert positions[0][inputs["input_ids"] == encoder.samples.pads["video"]].unique().diff().tolist() == [4]
     assert len(answerer.answer([question_on])) == 1
 
 

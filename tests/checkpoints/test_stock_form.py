@@ -18,6 +18,7 @@ import convert_checkpoint
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.dct.configuration_dct import CLIP_MEAN, CLIP_STD
 from dct_qwen2vl.dct.folding import distance_from_format, fold_block_embedding, unfold_patch_embedding
+from dct_qwen2vl.training.checks import RunError, check_model
 from dct_tokenizer import DCTConfig, DCTTokenizer, fold_patch_embedding
 
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
@@ -178,9 +179,13 @@ def test_shards_give_the_same(trained, stock, tmp_path):
     assert relative(tensors_of(tmp_path / "back")[PATCH_EMBEDDING], tensors_of(trained("x4"))[PATCH_EMBEDDING]) < 1e-6
 
 
-def test_without_its_format_file_a_preset_is_recognised_by_its_patch(copy_of, trained, tmp_path):
+def test_without_its_format_file_a_preset_is_recognised_by_its_patch(copy_of, trained, tmp_path, one_line_error):
     folder = copy_of("x16")
     (folder / "dct_format.json").unlink()
+    assert run(folder, tmp_path / "none") == 1
+    assert "reads patches of 2x56x56 px: if it is the stock form of a DCT model, add --to dct" in one_line_error()
+    with pytest.raises(RunError, match=r"stock form of a DCT model: python convert_checkpoint\.py --to dct"):
+        check_model(folder, None)
     assert run(folder, tmp_path / "back", "--to", "dct") == 0
     assert json.loads((tmp_path / "back" / "preprocessor_config.json").read_text())["dct"]["name"] == "x16"
     assert relative(tensors_of(tmp_path / "back")[PATCH_EMBEDDING], tensors_of(trained("x16"))[PATCH_EMBEDDING]) < 1e-6

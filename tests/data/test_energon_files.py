@@ -38,6 +38,15 @@ def test_shards_are_those_that_energon_finds(tmp_path):
     assert [shard.name for shard in found] == shards["train"]
 
 
+def test_raw_data_and_single_shards_are_told_from_prepared_sets(tmp_path):
+    (tmp_path / "a.tar").touch()
+    (tmp_path / "Cambrian737k.json").write_text("[]")
+    with pytest.raises(PreparedSetError, match=r"raw data \(Cambrian737k.json\).*: python data_preparation.py --data"):
+        read_splits(tmp_path, ("train",))
+    with pytest.raises(PreparedSetError, match=f"is a file: give --data-dir the folder that it lies in, {tmp_path}"):
+        read_splits(tmp_path / "a.tar", ("train",))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [

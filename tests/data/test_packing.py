@@ -81,7 +81,7 @@ def test_tokens_come_in_the_order_of_their_placeholders(encoder, samples):
     assert torch.equal(sequence.tokens, stored.to(torch.bfloat16))
     visual_tokens = len(sequence.visual) * encoder.image_processor.merge_size**2
     assert visual_tokens == len(sequence.tokens) == len(sequence.token_positions)
-    assert set(sequence.input_ids[sequence.visual].tolist()) == set(encoder._pad.values())
+    assert set(sequence.input_ids[sequence.visual].tolist()) == set(encoder.samples.pads.values())
     time = videos[0][0]
     assert len(sequence.step_starts) == 1 + 1 + time + 1 and sequence.step_starts[-1] == len(sequence.tokens)
 

@@ -90,7 +90,7 @@ def test_what_is_kept_is_as_without_skipping(new_encoder, conversations, time_st
         whole, kept = plain.encode(conversation), skipping.encode(conversation)
         present = torch.ones(len(whole.input_ids), dtype=torch.bool)
         for kind, mask in (("image", kept.image_kept), ("video", kept.video_kept)):
-            present[whole.input_ids == plain._pad[kind]] = mask
+            present[whole.input_ids == plain.samples.pads[kind]] = mask
         assert torch.equal(kept.input_ids, whole.input_ids[present])
         assert torch.equal(kept.labels, whole.labels[present])
         assert torch.equal(kept.position_ids, whole.position_ids[:, present])
@@ -119,7 +119,7 @@ def test_a_padded_batch_has_the_masks_of_all_samples(new_encoder, conversations)
     batch = encoder.batch(samples)
     for name in KEPT:
         assert torch.equal(getattr(batch, name), torch.cat([getattr(sample, name) for sample in samples]))
-    visual = sum((batch.input_ids == pad).sum() for pad in encoder._pad.values())
+    visual = sum((batch.input_ids == pad).sum() for pad in encoder.samples.pads.values())
     assert visual == batch.image_kept.sum() + batch.video_kept.sum()
     assert 4 * visual == len(batch.pixel_values) + len(batch.pixel_values_videos)
 

@@ -475,6 +475,9 @@ def test_round_trips_of_a_configuration(tmp_path_factory, config):
     path = tmp_path_factory.mktemp("config") / "dct.json"
     config.save(path)
     assert DCTConfig.from_file(path) == config
+    path.write_text(json.dumps({"dct": config.to_dict(), "min_pixels": 3136}))  # preprocessor_config.json of a model
+    assert DCTConfig.from_file(path) == config
+    config.save(path)
     assert DCTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert DCTConfig.resolve(str(path)) == DCTConfig.resolve(config.to_dict()) == DCTConfig.resolve(config) == config
 

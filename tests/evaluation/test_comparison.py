@@ -13,6 +13,7 @@ import evaluate_qwen2vl
 from dct_qwen2vl.checkpoints.inspection import PROCESSOR
 from dct_qwen2vl.checkpoints.stock_form import to_stock
 from dct_qwen2vl.checkpoints.video_sampling import write_sampling
+from dct_qwen2vl.evaluation import comparison
 from dct_qwen2vl.evaluation.comparison import compare, say_reading, table
 
 
@@ -95,17 +96,32 @@ def test_other_sizes_and_frames_are_shown(prepared, stock, tmp_path):
     assert all(len(m["a"]["frames"]) == 2 for line in flagged.lines for m in line["media"] if m["kind"] == "video")
 
 
+def test_a_model_that_skips_is_compared_on_all_cells_which_is_said(prepared, stock, tmp_path, capsys):
+    skipping = Path(shutil.copytree(prepared.model, tmp_path / "skipping"))
+    edit_json(skipping / PROCESSOR, skip_db=10.0)
+    assert command(prepared, tmp_path, skipping, stock, "--limit", "3") == 0
+    said = "All cells were read in both, although A skips at 10 dB"
+    assert said in capsys.readouterr().out.splitlines()
+    assert strict_json((tmp_path / "comparison.json").read_text())["skip_db"] == [10.0, None]
+    lines = [strict_json(line) for line in (tmp_path / "comparison.jsonl").read_text().splitlines()]
+    counts = [line["same"]["prompt_tokens"] for line in lines]
+    assert all(one == other for one, other in counts), "a skipping model would have fewer"
+    comparison.compare_for_run(tmp_path / "before", skipping, None, prepared.shards, 1)
+    assert f"{said}. The models are equal" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_what_cannot_be_compared_is_one_line(prepared, tmp_path, one_line_error):
     assert command(prepared, tmp_path, prepared.model, tmp_path / "none") == 1
     assert "no model in" in (line := one_line_error()) and "give --compare a run's hf folder" in line
+    shutil.copytree(prepared.model, tmp_path / "run" / "hf")
+    assert command(prepared, tmp_path, prepared.model, tmp_path / "run") == 1
+    assert one_line_error().rstrip().endswith(f"give --compare {tmp_path / 'run' / 'hf'}")
     with pytest.raises(SystemExit) as caught:
         command(prepared, tmp_path, prepared.model, prepared.model, "--model-dir", str(prepared.model))
     assert caught.value.code == 2
 
 
 def test_a_training_run_goes_on_whatever_comes_of_the_comparison(prepared, tmp_path, capsys, monkeypatch):
-    from dct_qwen2vl.evaluation import comparison
-
     folder = tmp_path / "before"
     comparison.compare_for_run(folder, prepared.model, None, tmp_path / "no-shards", 2)
     (line,) = capsys.readouterr().out.splitlines()[-1:]

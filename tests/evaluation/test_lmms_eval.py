@@ -1,7 +1,7 @@
 """The wrapper for lmms-eval on a task of our own: what lmms-eval logs is what evaluate_qwen2vl answers.
 
 lmms-eval pins versions that this repository has not, so it runs in an environment of its own, made as
-docs/real_models.md says: LMMS_EVAL_PYTHON=lmms/bin/python pytest tests/test_lmms_eval.py
+docs/real_models.md says: LMMS_EVAL_PYTHON=lmms/bin/python pytest tests/evaluation/test_lmms_eval.py
 What the wrapper reads is looked at here, with stand-ins for what it imports of lmms-eval.
 """
 
@@ -102,7 +102,9 @@ def logged(task, prepared, tmp_path_factory) -> dict[str, Path]:
         tasks = ["--include_path", str(folder), "--tasks", "shapes", "--batch_size", "1"]
         output = ["--log_samples", "--output_path", str(folders[form])]
         offline = {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folders[form].parent / "cache")}
-        done = run([PYTHON, "benchmarks/quality/lmms_eval_model.py", *model, *tasks, *output], check=False, **offline)
+        done = run(
+            [PYTHON, "-m", "benchmarks.quality.lmms_eval_model", *model, *tasks, *output], check=False, **offline
+        )
         written = list(folders[form].rglob("*samples*.jsonl"))  # lmms-eval's exit status is 0 after errors, too
         assert done.returncode == 0 and len(written) == 1, (done.stdout + done.stderr)[-3000:]
     return folders

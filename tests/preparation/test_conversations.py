@@ -108,6 +108,7 @@ FIRST = {"type": "image_url", "image_url": {"url": "coco/1.jpg"}}
 SECOND = {"type": "image", "image": "./coco//2.jpg"}
 VIDEO = {"type": "video", "video": "file://a.mp4"}
 FRAMES = {"type": "video", "video": ["b/1.jpg", "b/2.jpg"]}
+OF_TRANSFORMERS = [{"type": "image", "url": "coco/1.jpg"}, {"type": "video", "path": "./a.mp4"}]
 NAMELESS = [{"type": "image"}, {"type": "image", "image": None}, {"type": "image_url", "image_url": {}}]
 NAMELESS += [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]
 
@@ -127,6 +128,7 @@ NAMELESS += [{"type": "image_url", "image_url": {"url": "data:image/png;base64,i
             [("image", "coco/1.jpg"), ("image", "coco/2.jpg")],
         ),
         (asked([VIDEO, FIRST], image="coco/1.jpg", video="a.mp4"), [("video", "a.mp4"), ("image", "coco/1.jpg")]),
+        (asked([*OF_TRANSFORMERS, WHY]), [("image", "coco/1.jpg"), ("video", "a.mp4")]),
         (asked([FRAMES], video=["b/1.jpg", "b/2.jpg"]), [("frame", "b/1.jpg"), ("frame", "b/2.jpg")]),
         (asked("<image>", [SECOND], image=["a.jpg", "coco/2.jpg"]), [("image", "a.jpg"), ("image", "coco/2.jpg")]),
         *(
@@ -365,7 +367,7 @@ def test_frames_in_a_list_of_a_list_are_one_video():
 
 
 def test_a_name_in_a_message_is_as_it_was_given():
-    with pytest.raises(UnusableSample, match=r"^unsafe_path: 'file:///data/1.jpg' is not a path below"):
+    with pytest.raises(UnusableSample, match=r"^unsafe_path: 'file:///data/1.jpg' is an absolute path: write it as"):
         check_entry(ask("<image>", image="file:///data/1.jpg"))
 
 
@@ -373,7 +375,8 @@ def test_a_name_in_a_message_is_as_it_was_given():
 def test_an_image_in_place_of_its_name(embedded):
     assert reason_of(ask("<image>", image=embedded)) == "embedded_media"
     if isinstance(embedded, str):
-        assert reason_of(asked([{"type": "image_url", "image_url": {"url": embedded}}])) == "embedded_media"
+        for part in ({"type": "image_url", "image_url": {"url": embedded}}, {"type": "image", "url": embedded}):
+            assert reason_of(asked([part])) == "embedded_media"
 
 
 @pytest.mark.parametrize("field", ["system", "system_prompt"])
@@ -399,6 +402,32 @@ def test_a_developer_is_the_system(place_media):
     assert [message.role for message in place_media(json.dumps(good).encode(), [])] == ["system", "user", "assistant"]
 
 
+@pytest.mark.parametrize(
+    ("question", "answer"), [("Human", "GPT"), ("USER", "ASSISTANT"), (" human", "chatgpt "), ("user", "model")]
+)
+def test_speakers_are_known_in_any_letter_case(place_media, question, answer):
+    good = entry((question, "What?"), (answer, "1"))
+    assert check_entry(good) == CheckedEntry(good, (), ())
+    assert [message.role for message in place_media(json.dumps(good).encode(), [])] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (ask("<image>What?", img="a.jpg"), "1 <image> and 0 <video> in the turns, and no medium in image, images, "),
+        (asked([{"type": "image"}, WHY]), "video, videos or in a part; its fields are messages"),
+        (entry(("human", "How many?"), ("gpt", 3)), "turn 1 has 3 in place of its text"),
+        (entry(("human", "Which?"), ("gpt", ["a", "b"])), "turn 1 has ['a', 'b'] in place of its text"),
+        (entry(("human", [{"type": "audio"}]), ("gpt", "1")), "has a part of type 'audio', which is no text, image or"),
+        (entry(("human", "Which?"), ("gpt", None)), "turn 1 has neither from and value nor role and content"),
+    ],
+)
+def test_what_is_wrong_is_said(bad, said):
+    with pytest.raises(UnusableSample) as caught:
+        check_entry(bad)
+    assert said in str(caught.value)
+
+
 def test_turns_as_json_text_are_read():
     """As CSV and Parquet hold them."""
     turns = entry(("human", "<image>What?"), ("gpt", "1"))["conversations"]
@@ -415,6 +444,8 @@ def test_turns_as_json_text_are_read():
 def test_what_an_entry_of_another_form_has_is_said():
     with pytest.raises(UnusableSample, match=r"messages is a list of turns; its fields are question, answer$"):
         check_entry({"question": "What?", "answer": "1"})
+    with pytest.raises(UnusableSample, match=r"fields are data; if data holds the entries, write that list to a file"):
+        check_entry({"data": [entry()]})
 
 
 @pytest.mark.parametrize("name", ["https://example.org/a.jpg", "s3://bucket/a.jpg", "HTTP://a/b"])
@@ -471,7 +502,7 @@ def test_an_answer_that_is_not_to_be_learned(place_media):
         (entry(("human", [{"type": "text", "text": 3}]), ("gpt", "1")), "malformed_turn"),
         (entry((3, "What?"), ("gpt", "1")), "malformed_turn"),
         (entry(("human", "What?"), ("narrator", "1")), "unknown_role"),
-        (entry(("Human", "What?"), ("gpt", "1")), "unknown_role"),
+        (entry(("tool", "What?"), ("gpt", "1")), "unknown_role"),
         (ask("half a \ud83d pair"), "broken_text"),
         (entry(("gpt", "1"), ("human", "What?"), ("gpt", "2")), "roles_out_of_order"),
         (entry(("human", "What?"), ("human", "And?"), ("gpt", "1")), "roles_out_of_order"),

@@ -599,6 +599,12 @@ def test_a_missing_name_is_shown_beside_one_that_is_there(tmp_path, capsys):
     (data / "media.tar").rename(data / "other.tar")
     write_tar(data / "other.tar", {"././a/b/one.jpg": plain_jpeg()})
     fails_with(capsys, data, output, "no folder; there is a/b/one.jpg in other.tar)")
+    (data / "coco" / "train2017").mkdir(parents=True)
+    (data / "coco" / "train2017" / "0.png").write_bytes(plain_jpeg())
+    fails_with(capsys, data, output, "no folder; there is coco/train2017/0.png)")
+    (data / "other.tar").unlink()
+    (data / "coco" / "train2017" / "0.png").rename(data / "coco" / "train2017" / "a.jpg")
+    fails_with(capsys, data, output, "no folder; there is coco/train2017/a.jpg)")
 
 
 def test_a_tar_stands_for_the_folder_of_its_name(tmp_path):
@@ -663,6 +669,9 @@ def test_missing_or_unreadable_data(tmp_path, capsys):
     fails_with(capsys, data, output, "is not a folder")
     data.mkdir()
     fails_with(capsys, data, output, "holds no cambrian737k.json")
+    (data / "pretrain-000000.stats.json").write_text("{}")
+    fails_with(capsys, data, output, "holds shards that this tool has written: give --data-dir the raw data")
+    (data / "pretrain-000000.stats.json").unlink()
     (data / "cambrian737k.json").write_text("[")
     fails_with(capsys, data, output, "is not a JSON list")
     (data / "cambrian737k.json").write_text("[]")

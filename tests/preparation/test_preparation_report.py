@@ -596,6 +596,12 @@ def test_wrong_arguments_are_refused(tmp_path, capsys, arguments):
     assert arguments[0] in capsys.readouterr().err
 
 
+def test_the_least_pixels_give_way_to_lower_most_pixels():
+    given = writing.parse_arguments(["O", "--max-pixels", "2000"])
+    assert (given.min_pixels, given.max_pixels) == (2000, 2000)
+    assert writing.parse_arguments(["O"]).min_pixels == 56 * 56
+
+
 def test_command_gives_the_same_bytes_without_torch(prepared_set, tmp_path):
     """It must be small beside data preparation, and its help quick."""
     folder = shutil.copytree(prepared_set, tmp_path / "set")

@@ -92,11 +92,11 @@ def test_a_limit_ends_the_reading(tmp_path, limit):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "neither a JSON list nor JSON lines"),
+        (b"", "neither a JSON list nor JSON lines: it is empty"),
         (b"  \n", "neither a JSON list nor JSON lines"),
         (b'"text"', "neither a JSON list nor JSON lines"),
         ('[{"id": 1}]'.encode("utf-16"), "UTF-16"),
-        (b'{\n"id": 1\n}\n', "is not JSON lines"),
+        (b'{\n"id": 1\n}\n', "is not JSON lines.*; if it is one object, write the list in it to a file of its own"),
         (b'[{"id": 1}, {"id": ]', "not closed"),
         (b'[{"id": 1}', "not closed: it ends at byte 10"),
         (b'[{"id": 1},]', "Expecting value"),

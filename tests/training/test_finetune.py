@@ -533,6 +533,9 @@ def test_adapters_that_cannot_be(typed, said):
         (["--val-batches", "0"], "--val-batches must be at least 1, got 0"),
         (["--save-interval", "-1"], "--save-interval must be at least 0, got -1"),
         (["--max-gradient-norm", "-1"], "--max-gradient-norm must be at least 0, got -1.0"),
+        (["--experiment-name", ".."], "--experiment-name must name a folder below --output-dir, got '..'"),
+        (["--experiment-name", "/tmp"], "--experiment-name must name a folder below --output-dir, got '/tmp'"),
+        (["--experiment-name", ""], "--experiment-name must name a folder below --output-dir, got ''"),
         (["--num-workers", "255"], "holds 254 samples, fewer than there are loader processes (255): lower"),
         (["--num-workers", "-1"], "--num-workers must be at least 0, got -1"),
         (["--weight-decay", "inf"], "--weight-decay must be at least 0, got inf"),
@@ -610,6 +613,27 @@ def test_stages_with_nothing_to_train_are_refused():
         checks.check_parts(config.parse_arguments(known))
 
 
+def test_a_file_where_the_run_folder_should_be_is_refused(prepared, tmp_path, one_line_error):
+    file, folders = tmp_path / "file", ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards)]
+    file.touch()
+    for place in ((str(file / "runs"), "run"), (str(tmp_path), "file")):
+        named = ["--output-dir", place[0], "--experiment-name", place[1], "--engine", "automodel", "--check"]
+        assert finetune_qwen2vl.main([*folders, *named]) == 1
+        assert f"{file} is a file, the run folder {file}" in one_line_error()
+
+
+def test_what_is_given_in_place_of_a_model_is_named(prepared, tmp_path, one_line_error):
+    """A model of Hugging Face by its name, a run's folder."""
+    known = ["--data-dir", str(prepared.shards), "--engine", "automodel", "--check", "--output-dir", str(tmp_path)]
+    assert finetune_qwen2vl.main(["--model-dir", "Qwen/Qwen2-VL-2B-Instruct", *known]) == 1
+    fetched = "git clone https://huggingface.co/Qwen/Qwen2-VL-2B-Instruct) and give --model-dir its folder"
+    assert fetched in one_line_error()
+    for form in ("hf", "hf_dct"):
+        shutil.copytree(prepared.model, tmp_path / "run" / form)
+    assert finetune_qwen2vl.main(["--model-dir", str(tmp_path / "run"), *known]) == 1
+    assert one_line_error().rstrip().endswith(f"give --model-dir {tmp_path / 'run' / 'hf_dct'}")
+
+
 def test_missing_model_is_refused(prepared, tmp_path):
     assert "no model in /nowhere" in refused(prepared, tmp_path, MODEL_DIR="/nowhere")
 
@@ -656,7 +680,33 @@ def test_unequal_devices_are_refused(prepared, tmp_path):
 
 
 def test_pixel_bounds_the_wrong_way_round_are_refused(prepared, tmp_path):
-    assert "is over max_pixels" in refused(prepared, tmp_path, MINPIXELS="200000", MAXPIXELS="100000")
+    said = "got min_pixels 200000 and max_pixels 100000: change --min-pixels or --max-pixels"
+    assert said in refused(prepared, tmp_path, MINPIXELS="200000", MAXPIXELS="100000")
+
+
+def test_the_checkpoint_s_least_gives_way_to_lower_most_pixels(prepared, tmp_path, capsys, monkeypatch):
+    """As in conversion; what is saved says both numbers."""
+    ready = []
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(finetune_qwen2vl, "train", lambda settings, info: ready.append((settings, info)))
+    folders = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    (tmp_path / "qwen2vl_dct").mkdir()
+    assert finetune_qwen2vl.main([*folders, "--engine", "automodel", "--max-pixels", "2000"]) == 0
+    said = "Note: --max-pixels 2000 is below the checkpoint's min_pixels 3136, which becomes 2000"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
+    ((settings, info),) = ready
+    assert settings.pixel_bounds == {"min_pixels": 2000, "max_pixels": 2000}
+    _, processor = finetune_qwen2vl.load_processor(settings, info)
+    assert (processor.min_pixels, processor.max_pixels) == (2000, 2000)
+
+
+@pytest.mark.parametrize("form", ["pixels", "x4"])
+def test_every_loader_of_processors_lets_the_least_give_way(prepared, form):
+    from dct_qwen2vl.checkpoints.hf_folder import load_processor
+
+    model_dir = prepared.pixel_model if form == "pixels" else prepared.model
+    processor = load_processor(model_dir, max_pixels=2000).image_processor
+    assert (processor.min_pixels, processor.max_pixels) == (2000, 2000)
 
 
 def test_skipping_needs_tokens_that_can_be_skipped(prepared, tmp_path):

@@ -210,6 +210,39 @@ def test_only_the_first_ctrl_c_counts_and_only_in_the_process_that_asked():
     sys.excepthook = hook
 
 
+LAST_INSTANT = """
+import os, signal, sys
+import finetune_qwen2vl
+from dct_qwen2vl.common import scripts
+from dct_qwen2vl.training import processes
+
+def press(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+
+def restored(number, handler, set_handler=signal.signal):
+    if handler is signal.default_int_handler:
+        press()
+    return set_handler(number, handler)
+
+moment = sys.argv.pop()
+finetune_qwen2vl.run = lambda config: press() if moment == "within" else 0
+if moment == "last":
+    finetune_qwen2vl.leave = press
+if moment == "restored":
+    finetune_qwen2vl.leave, processes.signal.signal = print, restored
+sys.exit(finetune_qwen2vl.main())
+"""
+
+
+@pytest.mark.parametrize(("moment", "status"), [("within", 130), ("last", 130), ("restored", 130), ("never", 0)])
+def test_ctrl_c_in_the_last_instant_of_a_check_is_told(moment, status):
+    """A script that goes on after a check stops where the check was interrupted."""
+    known = ["--model-dir", "no-model", "--data-dir", "no-data", "--check"]
+    done = run([sys.executable, "-c", LAST_INSTANT, *known, moment], check=False)
+    said = f"finetune_qwen2vl.py: interrupted; {GOES_ON}\n" if status else ""
+    assert (done.returncode, done.stderr) == (status, said)
+
+
 def test_data_that_were_prepared_again_are_told_before_the_start(prepared, tmp_path, one_line_error, monkeypatch):
     """A run is begun, has a checkpoint, and finds another set in its folder."""
     monkeypatch.setattr(finetune_qwen2vl, "train", run_file.write_run_file)

@@ -91,9 +91,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--min-pixels",
         type=int,
-        default=low,
         metavar="N",
-        help="least pixels of an image in training (default: %(default)s)",
+        help=f"least pixels of an image in training (default: {low}, or --max-pixels if that is lower)",
     )
     add(
         "--max-pixels",
@@ -110,6 +109,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--seq-length must be 1 or more, not {min(arguments.seq_length)}")
     if arguments.num_samples < 0:
         parser.error(f"--num-samples must be 0 or more, not {arguments.num_samples}")
+    if arguments.min_pixels is None:
+        arguments.min_pixels = min(low, arguments.max_pixels)
     if not 1 <= arguments.min_pixels <= arguments.max_pixels:
         bounds = f"{arguments.min_pixels} and {arguments.max_pixels}"
         parser.error(f"--min-pixels and --max-pixels must be 1 or more and in this order, not {bounds}")
