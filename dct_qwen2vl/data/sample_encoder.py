@@ -20,6 +20,27 @@ from dct_qwen2vl.data.text_tokens import TextTokens
 from dct_qwen2vl.data.videos import VideoSampling
 
 
+def place_media(messages: list[Message], kinds: list[str]) -> list[Message]:
+    """Checks that placeholders and media agree; media that no turn mentions go before the first question.
+
+    messages: Of a conversation.
+    kinds: "image" or "video" for each medium, in order.
+
+    Raises BadSample.
+    """
+    placed = [kind for message in messages for kind in message.pieces[1::2]]
+    if not placed and kinds:
+        first = next(i for i, message in enumerate(messages) if message.role == "user")
+        return [
+            *messages[:first],
+            Message("user", put_first(kinds, messages[first].pieces)),
+            *messages[first + 1 :],
+        ]
+    if placed != kinds:
+        raise BadSample("placeholder_mismatch", f"placeholders {placed}, media {kinds}: they must agree")
+    return messages
+
+
 class SampleEncoder:
     """One sample as the model reads it. It has no state.
 
@@ -114,22 +135,7 @@ class SampleEncoder:
 
     def _messages(self, sample: ConversationSample) -> list[Message]:
         messages = parse_messages(parse_entry(sample.entry), bool(sample.media))
-        return self._place_media(messages, [kind for kind, _ in sample.media])
-
-    @staticmethod
-    def _place_media(messages: list[Message], kinds: list[str]) -> list[Message]:
-        """Checks that placeholders and media agree; media that no turn mentions go before the first question."""
-        placed = [kind for message in messages for kind in message.pieces[1::2]]
-        if not placed and kinds:
-            first = next(i for i, message in enumerate(messages) if message.role == "user")
-            return [
-                *messages[:first],
-                Message("user", put_first(kinds, messages[first].pieces)),
-                *messages[first + 1 :],
-            ]
-        if placed != kinds:
-            raise BadSample("placeholder_mismatch", f"placeholders {placed}, media {kinds}: they must agree")
-        return messages
+        return place_media(messages, [kind for kind, _ in sample.media])
 
     def _encode_media(self, kind: str, content: Any) -> tuple[str, torch.Tensor, tuple[int, int, int]]:
         """-> kind, tokens [N, K], grid (t, h, w)."""

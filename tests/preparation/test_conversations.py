@@ -663,11 +663,11 @@ def entries(draw) -> dict:
 @pytest.fixture(scope="module")
 def place_media():
     """What training does with an entry and the kinds of its media parts; raises for what it would skip."""
+    from dct_qwen2vl.data.sample_encoder import place_media
     from dct_qwen2vl.data.samples import parse_entry, parse_messages
-    from task_encoder import QwenTaskEncoder
 
     def place(data: bytes, kinds: list[str]) -> list[tuple[str, list[str]]]:
-        return QwenTaskEncoder._place_media(parse_messages(parse_entry(data), bool(kinds)), kinds)
+        return place_media(parse_messages(parse_entry(data), bool(kinds)), kinds)
 
     return place
 

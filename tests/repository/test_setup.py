@@ -322,7 +322,8 @@ def test_make_demo_command():
 def test_make_test_lints_first():
     commands = make("--dry-run", "test", "TEST_ARGS=-k lock").splitlines()
     tools = [re.search(r"/bin:\$PATH\" (?:[A-Z_]+=\S+ )*(.+)", command) for command in commands]
-    shell_files = [*sorted(path.name for path in REPOSITORY.glob("*.sh")), *sorted(SLURM_FILES)]
+    of_studies = [str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("benchmarks/**/*.sh")]
+    shell_files = [*sorted(path.name for path in REPOSITORY.glob("*.sh")), *sorted(SLURM_FILES), *of_studies]
     assert [tool.group(1) for tool in tools if tool] == [
         "ruff check .",
         "ruff format --check .",

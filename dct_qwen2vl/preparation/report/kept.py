@@ -5,6 +5,7 @@
 The report calls that as a process of its own: the rule needs torch, which the report and data preparation do without.
 """
 
+import argparse
 import json
 import random
 import subprocess
@@ -107,22 +108,31 @@ def count_kept(kind: str, data: bytes, min_pixels: int, max_pixels: int) -> tupl
     return int(kept.sum()), kept.numel()
 
 
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("output_dir", type=Path, help="what data_preparation.py wrote")
+    parser.add_argument("min_pixels", type=int, help="least pixels of an image")
+    parser.add_argument("max_pixels", type=int, help="most pixels of an image")
+    parser.add_argument("seed", type=int, help="of the choice of samples")
+    return parser.parse_args(argv)
+
+
 def main(argv: list[str]) -> int:
+    arguments = parse_arguments(argv)
     import torch
 
     from dct_qwen2vl.dct.skipping_dct import SKIP_DB
 
     torch.set_num_threads(1)
-    output_dir, (low, high, seed) = Path(argv[0]), map(int, argv[1:])
-    statistics = read_statistics(output_dir)
-    chosen = choose_by_source(statistics, seed)
+    statistics = read_statistics(arguments.output_dir)
+    chosen = choose_by_source(statistics, arguments.seed)
     source_of = {position: name for name, positions in chosen.items() for position in positions}
     found = {name: {kind: [0, 0, 0] for kind in MOST_MEDIA} for name in chosen}
-    for position, kind, data in read_media(output_dir, statistics, sorted(source_of)):
+    for position, kind, data in read_media(arguments.output_dir, statistics, sorted(source_of)):
         counts = found[source_of[position]]
         if counts[kind][2] < MOST_MEDIA[kind]:
             with suppress(MediaError, BadSample):  # training leaves it out, too
-                numbers = (*count_kept(kind, data, low, high), 1)
+                numbers = (*count_kept(kind, data, arguments.min_pixels, arguments.max_pixels), 1)
                 counts[kind] = [one + more for one, more in zip(counts[kind], numbers)]
     print(json.dumps({"skip_db": SKIP_DB, "by_source": found}))
     return 0
