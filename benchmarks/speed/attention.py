@@ -9,7 +9,6 @@ and gradients against attention in fp32, relative: at bf16 a right kernel stays 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional
+
+from dct_qwen2vl.common.files import write_json
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 HEADER = f"{'ms':<16}{'length':>7}{'torch':>10}{'flash-attn-4':>14}{'ratio':>8}{'error: torch':>14}{'flash-attn-4':>14}"
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if arguments.json:
         results = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "lines": lines}
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, results)
     return 0
 
 

@@ -40,6 +40,8 @@ from multiprocessing import Pool
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from dct_qwen2vl.common.files import write_json
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -398,7 +400,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.metadata_entries:
             results["memory"] = measure_memory(Path(folder), arguments)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(arguments.json, results)
     return 0
 
 

@@ -13,7 +13,6 @@ context. Without a device the expected figures are printed alone.
 
 import argparse
 import gc
-import json
 import os
 import sys
 import time
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.speed.training import packed_forward, real_config, set_up
+from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.dct.configuration_dct import DCTConfig
 from dct_qwen2vl.training.memory import GIB, MEASURED, Chosen, Corrections, Stage, Training, choose, peak, stages
 
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     def save() -> None:
         if arguments.json:
             told = [{name: value for name, value in line.items() if name != "chosen"} for line in lines]
-            arguments.json.write_text(json.dumps({**results, "cards": told}, indent=2) + "\n", encoding="utf-8")
+            write_json(arguments.json, {**results, "cards": told})
 
     set_up()
     results["device"] = torch.cuda.get_device_name()

@@ -8,7 +8,6 @@ the largest of outputs and weight gradients, relative.
 """
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.speed.attention import error, milliseconds, with_gradients
+from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.dct.configuration_dct import PRESETS, DCTConfig
 
 WIDTH = 1280  # of Qwen2-VL's tower
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if arguments.json:
         results = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "lines": lines}
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, results)
     return 0
 
 

@@ -20,7 +20,6 @@ also with reading its PNG file. Quality: mean PSNR of RGB of the video that is s
 
 import argparse
 import io
-import json
 import math
 import statistics
 import sys
@@ -33,6 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.speed.tokenizer import hardware, image, measure, video
 from dct_qwen2vl.analysis.skipped_cells import skip, tint_skipped
+from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.data.media import VideoSampling, decode_image, decode_video
 from dct_qwen2vl.dct.configuration_dct import PRESETS, DCTConfig
 from dct_qwen2vl.dct.image_sizes_dct import target_size
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     figures["cost"] = costs(arguments.rounds)
     show("ms, one thread", figures["cost"])
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, figures)
     return 0
 
 

@@ -27,6 +27,8 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from dct_qwen2vl.common.files import write_json
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRACE = Path(__file__).parent / "import_trace"
 PARTS = ("launcher", "imports", "comparison", "loader", "step", "rest", "total", "cpu")
@@ -154,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     for part in (*PARTS, *(name for name in runs[0] if name.startswith("import "))):
         print(f"{part:<44}{median(each.get(part, 0.0) for each in runs):6.2f}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"processes": arguments.processes, "runs": runs}, indent=2) + "\n")
+        write_json(arguments.json, {"processes": arguments.processes, "runs": runs})
     return 0
 
 

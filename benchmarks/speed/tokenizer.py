@@ -34,6 +34,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dct_qwen2vl.common.files import write_json
+
 SIDE, FRAMES = 448, 16
 VIDEO_SIZE, VIDEO_TARGET = (896, 1344), (448, 672)  # height, width
 GPU_FRAME = (1120, 2016)  # 1080 x 1920, rounded up to what all presets take
@@ -340,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print("gpu: no CUDA device, skipped")
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, figures)
     return 0
 
 

@@ -20,7 +20,6 @@ samples/s over those of stock 1 and of stock N.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -35,6 +34,7 @@ import torch
 from benchmarks.speed.kernels import busy_seconds, longest, record, shares
 from benchmarks.speed.scenes import WORKS as SCENES
 from benchmarks.speed.scenes import kept_in
+from dct_qwen2vl.common.files import write_json
 
 TEXT_TOKENS, LEARNED_SHARE = 256, 0.5
 PAGE_TEXT = 128  # tokens
@@ -485,7 +485,7 @@ def main(argv: list[str] | None = None) -> int:
                             measure_packed(way, works, budget, arguments.seed, arguments.repeats, skip_db, fp8)
                         )
             if arguments.json:
-                arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+                write_json(arguments.json, results)
         print_ratios(lines)
         print_skipping(lines)
         if arguments.kernels:

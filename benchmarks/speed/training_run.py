@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dct_qwen2vl.common.files import write_json
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORDS = (
     "the",
@@ -201,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
                   f"x {line['samples_per_second'] / lines[0]['samples_per_second']:.2f}", flush=True)  # fmt: skip
     if arguments.json:
         result = {"device": torch.cuda.get_device_name(), "work": arguments.work, "dct": arguments.dct, "runs": lines}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, result)
     return 0
 
 

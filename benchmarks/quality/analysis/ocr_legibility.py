@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.quality.ocr.engines import ENGINES, Reader, enlarged
 from benchmarks.quality.ocr.errors import bootstrap, compared, edit_distance, error_rate
-from benchmarks.quality.ocr.pages import Manuals, Sheet
+from benchmarks.quality.ocr.pages import Manuals, Sheet, add_manuals_flag
 from benchmarks.quality.ocr.shown import VIEWS, coloured, colours, compressed, visual_tokens
 from benchmarks.quality.result_files import Output, Result
 from benchmarks.quality.settings import parser_of
@@ -129,8 +129,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="PATH", help="FILE.jsonl, or FOLDER for FOLDER/ocr.jsonl")
-    default = Path("/usr/share/R/doc/manual")
-    add("--manuals", type=Path, default=default, metavar="DIR", help="PDF files of r-doc-pdf (default: %(default)s)")
+    add_manuals_flag(parser)
     add("--pages", type=int, default=16, help="(default: %(default)s)")
     add("--lines", type=int, default=3, help="read of each page (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], help="of pages, lines, colours (default: %(default)s)")

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.quality.ocr.pages import POINTS_AN_INCH, opened
+from benchmarks.quality.ocr.pages import MANUALS, POINTS_AN_INCH, opened
 from dct_qwen2vl.common.scripts import UserError
 
 TEST = ("R-FAQ", "R-data", "R-intro", "R-lang")  # manuals that training never sees
@@ -74,7 +74,7 @@ def build(manuals: Path, output: Path, dpi: tuple[int, ...], limit: int, process
 
     limit: most pages of a manual, evenly spread.
     """
-    files = [*sorted(manuals.glob("R-*.pdf")), *manuals.glob(f"{REFERENCE}.pdf")]
+    files = [*sorted(manuals.glob(MANUALS)), *manuals.glob(f"{REFERENCE}.pdf")]
     if not files:
         raise UserError(f"no R-*.pdf in {manuals}: apt-get install r-doc-pdf, or name the folder with --manuals")
     numbers = {path: list(chosen(path, limit)) for path in files}

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.quality.dense.dinov2 import read_onnx
 from benchmarks.quality.dense.pages import build
+from benchmarks.quality.ocr.pages import add_manuals_flag
 from benchmarks.quality.settings import parser_of
 from dct_qwen2vl.common.scripts import UserError, run_main
 
@@ -38,8 +39,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     add("--focus", type=Path, default=Path("vit_s_focus.onnx"), help="the ViT, .onnx (default: %(default)s)")
-    default = Path("/usr/share/R/doc/manual")
-    add("--manuals", type=Path, default=default, metavar="DIR", help="PDF files of r-doc-pdf (default: %(default)s)")
+    add_manuals_flag(parser)
     add("--dpi", type=int, nargs="+", default=[50, 60, 75, 100], help="of the pages (default: %(default)s)")
     add("--limit", type=int, default=600, help="pages of a manual, at most (default: %(default)s)")
     add("--processes", type=int, default=os.cpu_count(), help="(default: %(default)s)")

@@ -26,6 +26,7 @@ from benchmarks.quality.dense.pages import CLASSES, COLUMNS, ROWS, SHARED, PageS
 from benchmarks.quality.dense.prepare import WEIGHTS
 from benchmarks.quality.result_files import Output, Result
 from benchmarks.quality.runs import chosen_device, environment
+from benchmarks.quality.settings import parser_of
 from dct_qwen2vl.common.scripts import UserError, run_main
 
 BETAS, DECAY, CLIP = (0.9, 0.98), 0.05, 1.0
@@ -143,7 +144,7 @@ class Run:
             for layer in self.model.encoder.layer:  # one by one: compiled once for all layers and runs
                 layer.compile()
         on_gpu = device.type == "cuda"
-        rate = torch.tensor(settings.rate, device=device) if on_gpu else settings.rate  # a graph reads it anew
+        rate = torch.tensor(settings.rate, device=device) if on_gpu else settings.rate  # a graph reads it
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), rate, betas=BETAS, weight_decay=DECAY, fused=on_gpu, capturable=on_gpu
         )
@@ -294,29 +295,16 @@ def run(settings: Settings, data: Data, output: Output, device: torch.device, co
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="what benchmarks.quality.dense.prepare wrote")
     add("--output", type=Path, required=True, metavar="PATH", help="FILE.jsonl, or FOLDER for FOLDER/dense.jsonl")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: %(default)s)")
     add("--rates", type=float, nargs="+", default=[3e-4], help="peak learning rates (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], help="of crops and the head (default: %(default)s)")
-    add(
-        "--scales",
-        choices=SCALES,
-        default=SCALES[0],
-        help="of a token's numbers (default: %(default)s)",
-    )
+    add("--scales", choices=SCALES, default=SCALES[0], help="of a token's numbers (default: %(default)s)")
     add("--gains", type=float, nargs="+", default=[1.0], help="of detail, in x4 variants (default: %(default)s)")
-    add(
-        "--beside",
-        choices=BESIDE,
-        default=BESIDE[0],
-        help="path from zero beside the first layer",
-    )
+    add("--beside", choices=BESIDE, default=BESIDE[0], help="path from zero beside the first layer")
     add("--steps", type=int, default=4000, help="(default: %(default)s)")
     add("--batch", type=int, default=64, help="crops of a step, of all resolutions (default: %(default)s)")
     add("--side", type=int, default=224, help="of a crop, px (default: %(default)s)")

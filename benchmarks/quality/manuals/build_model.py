@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.quality.dense.dinov2 import read_onnx
 from benchmarks.quality.dense.inputs import IMAGENET_MEAN, IMAGENET_STD
+from benchmarks.quality.settings import parser_of
 from dct_qwen2vl.common.scripts import UserError, run_main
 from dct_qwen2vl.toy.model import SPECIAL_TOKENS, qwen2_tokenizer, save, split_as_qwen2, token_ids
 
@@ -191,10 +192,7 @@ def build_and_save(arguments: argparse.Namespace) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="Hugging Face directory to write")
     add("--vit", type=Path, default=Path("vit_s_focus.onnx"), help=".onnx or .safetensors (default: %(default)s)")

@@ -28,7 +28,8 @@ from PIL import Image
 from benchmarks.quality.dense.pages import REFERENCE, TEST, chosen, in_parts
 from benchmarks.quality.manuals.crops import KINDS, Crop, PrintedPage, Question, Shape, ask, random_crop
 from benchmarks.quality.manuals.lines import printed_lines
-from benchmarks.quality.ocr.pages import MANUALS, POINTS_AN_INCH, opened
+from benchmarks.quality.ocr.pages import MANUALS, POINTS_AN_INCH, add_manuals_flag, opened
+from benchmarks.quality.settings import parser_of
 from dct_qwen2vl.common.scripts import UserError, run_main
 from dct_qwen2vl.toy.sample_data import DataSet, write_data_set
 
@@ -149,14 +150,10 @@ def make_set(arguments: argparse.Namespace, split: str, wanted: int) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="folder to make; gets train/ and test/")
-    default = Path("/usr/share/R/doc/manual")
-    add("--manuals", type=Path, default=default, metavar="DIR", help="PDF files of r-doc-pdf (default: %(default)s)")
+    add_manuals_flag(parser)
     add("--seed", type=int, default=0, help="of crops and questions (default: %(default)s)")
     add("--train", type=int, default=160000, help="training samples, at most (default: %(default)s)")
     add("--test", type=int, default=800, help="test samples, at most (default: %(default)s)")

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.ocr.errors import INTERVAL, RESAMPLES, bootstrap, compared, edit_distance, error_rate
+from benchmarks.quality.settings import parser_of
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.common.scripts import UserError, run_main
 
@@ -167,10 +168,7 @@ def named_folder(text: str) -> tuple[str, Path]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("variants", type=named_folder, nargs="+", metavar="NAME=FOLDER", help="what evaluate_qwen2vl.py wrote")
     add("--data-dir", type=Path, required=True, metavar="DIR", help="the prepared test set")

@@ -6,6 +6,7 @@ The manuals are PDF files with a text layer, from Debian's package r-doc-pdf. py
 character stands. Both are for this study alone, see benchmarks/quality/requirements.txt.
 """
 
+import argparse
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -127,6 +128,13 @@ def opened(path: Path) -> AbstractContextManager[Any]:
     except ModuleNotFoundError as error:
         raise UserError(missing("pypdfium2")) from error
     return closing(pypdfium2.PdfDocument(path))
+
+
+def add_manuals_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds --manuals, the folder with the PDF files, which is Debian's by default."""
+    default = Path("/usr/share/R/doc/manual")
+    text = "PDF files of r-doc-pdf (default: %(default)s)"
+    parser.add_argument("--manuals", type=Path, default=default, metavar="DIR", help=text)
 
 
 def missing(package: str) -> str:
