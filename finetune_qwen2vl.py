@@ -13,7 +13,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from dct_qwen2vl.checkpoints.inspection import read_config, time_step
+from dct_qwen2vl.checkpoints.inspection import note_on_skipping, read_config, time_step
 from dct_qwen2vl.common.scripts import INTERRUPTED_CODE, UserError, leave
 from dct_qwen2vl.data.energon_files import fingerprint_of_shards
 from dct_qwen2vl.training import run_lock
@@ -47,6 +47,7 @@ def load_processor(config: TrainingConfig, info: ModelInfo):
 
 def build_task_encoder(config: TrainingConfig, info: ModelInfo, packed: bool):
     """packed: gives packed sequences instead of padded batches."""
+    from dct_qwen2vl.data.sample_encoder import SkippingShare
     from dct_qwen2vl.data.videos import VideoSampling
     from task_encoder import PackingTaskEncoder, QwenTaskEncoder
 
@@ -54,6 +55,7 @@ def build_task_encoder(config: TrainingConfig, info: ModelInfo, packed: bool):
         "seq_length": config.seq_length,
         "video_sampling": VideoSampling.of(config),
         "max_bad_in_a_row": config.max_bad_in_a_row,
+        "skipping": SkippingShare(config.skip_share, config.seed),
     }
     tokenizer, processor = load_processor(config, info)
     model = read_config(config.model_dir)
@@ -226,6 +228,8 @@ def run(config: TrainingConfig) -> int:
         (config.run_dir / "finished").touch()
         further = f", in the stock form; to train it further: {config.run_dir / 'hf_dct'}" if info.dct else ""
         print(f"Done: the fine-tuned model is in {config.run_dir / 'hf'}{further}")
+        if info.dct and (note := note_on_skipping(config.run_dir / "hf_dct")):
+            print(f"Note: {note}")
     return 0
 
 

@@ -44,6 +44,7 @@ MINPIXELS=${MINPIXELS:-}         # least pixels of an image; empty: what the che
 MAXPIXELS=${MAXPIXELS:-}         # most pixels of an image; empty: what the checkpoint says
 SKIP_DB=${SKIP_DB:-}             # leaves out cells that a kept cell already shows with this PSNR, dB (38); empty: what the checkpoint says, usually none
 SKIP_NOISE_FLOOR=${SKIP_NOISE_FLOOR:-}  # 1: with SKIP_DB, also cells that differ by no more than the noise of the video
+SKIP_SHARE=${SKIP_SHARE:-}       # with SKIP_DB, the share of samples in which cells are left out; the others keep all; empty: 1
 MAX_STEPS=${MAX_STEPS:-5000}
 LR=${LR:-1e-5}
 MIN_LR=${MIN_LR:-1e-6}
@@ -78,6 +79,7 @@ if [ -n "$MINPIXELS" ]; then arguments+=(--min-pixels "$MINPIXELS"); fi
 if [ -n "$MAXPIXELS" ]; then arguments+=(--max-pixels "$MAXPIXELS"); fi
 if [ -n "$SKIP_DB" ]; then arguments+=(--skip-db "$SKIP_DB"); fi
 if [ -n "$SKIP_NOISE_FLOOR" ]; then arguments+=(--skip-noise-floor); fi
+if [ -n "$SKIP_SHARE" ]; then arguments+=(--skip-share "$SKIP_SHARE"); fi
 arguments+=("$@")
 
 # Packed sequences differ in length; without this the freed pieces of the device's memory do not fit the next one.

@@ -29,7 +29,7 @@ from megatron.energon import (
 from dct_qwen2vl.data.media import BadSample
 from dct_qwen2vl.data.packing import HeldSamples, MeasuredSample, PackedBatch, fit_sequences, pack
 from dct_qwen2vl.data.reading import MediaError
-from dct_qwen2vl.data.sample_encoder import SampleEncoder
+from dct_qwen2vl.data.sample_encoder import SampleEncoder, SkippingShare
 from dct_qwen2vl.data.samples import (
     IGNORE_INDEX,
     ConversationSample,
@@ -50,6 +50,7 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
     video_sampling: Frames that are read of a video.
     max_bad_in_a_row: So many failures in a row in one worker stop the run.
     time_step: Of a video's positions, as `inspection.time_step` gives it.
+    skipping: In which samples cells are skipped. None: in all. Validation skips them in all.
 
     If the image processor has a `skip_db`, cells that a kept cell already shows get no token (dct/skipping_dct.py).
     """
@@ -64,13 +65,14 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         video_sampling: VideoSampling | None = None,
         max_bad_in_a_row: int = 100,
         time_step: float = 1.0,
+        skipping: SkippingShare | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.seq_length = seq_length
         self.max_bad_in_a_row = max_bad_in_a_row
-        self.samples = SampleEncoder(tokenizer, image_processor, seq_length, video_sampling, time_step)
+        self.samples = SampleEncoder(tokenizer, image_processor, seq_length, video_sampling, time_step, skipping)
         self._begin_counting()
 
     @property
@@ -91,12 +93,14 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         return dict(new)
 
     def for_validation(self) -> "QwenTaskEncoder":
-        """The same encoder with counters of its own, for a split that is read once."""
+        """The same encoder with counters of its own, for a split that is read once. It skips cells as evaluation
+        does."""
         return self._copied(type(self))
 
     def _copied(self, encoder_class: type["QwenTaskEncoder"]) -> "QwenTaskEncoder":
         encoder = encoder_class.__new__(encoder_class)
         vars(encoder).update(vars(self))
+        encoder.samples = self.samples.skipping_always()
         encoder._begin_counting()
         return encoder
 

@@ -409,6 +409,24 @@ def note_on_old_code(model_dir: Path) -> str | None:
     )
 
 
+def note_on_skipping(model_dir: Path) -> str | None:
+    """A line for a coefficient form that skips cells, for who is about to use its stock form, which reads all of them;
+    None for any other directory. Raises CheckpointError."""
+    skip_db = read_processor(model_dir).get("skip_db")
+    if not skip_db:
+        return None
+    said = f"{model_dir} was trained with --skip-db {skip_db:g}, but its stock form reads all cells"
+    return f"{said}. {cost_of_all_cells(model_dir)}"
+
+
+def cost_of_all_cells(model_dir: Path) -> str:
+    """What to type to see how a model that skips cells answers without skipping."""
+    return (
+        f"This can cost accuracy. To measure it: python evaluate_qwen2vl.py --skip-db 0 --model-dir {model_dir} "
+        "--data-dir SHARDS --output-dir ALL_CELLS"
+    )
+
+
 def check_format(
     model_dir: Path, processor: dict[str, Any], dct: dict[str, Any] | None, shape: tuple[int, ...] | None = None
 ) -> None:

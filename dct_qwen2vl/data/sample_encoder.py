@@ -7,6 +7,9 @@ Letters used for shapes in this file:
 """
 
 import math
+from copy import copy
+from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -41,6 +44,32 @@ def place_media(messages: list[Message], kinds: list[str]) -> list[Message]:
     return messages
 
 
+@dataclass(frozen=True)
+class SkippingShare:
+    """In which samples cells are skipped, where the image processor skips any; the others keep all their cells.
+
+    share: Of the samples, over 0 and at most 1.
+    seed: Another seed chooses other samples.
+
+    The key of a sample decides: Energon hands on no number of the repetition, and numbers of its own depend on how many
+    loader processes there are. So the choice is the same in each repetition, after a restart, and where a sample that
+    waits for its packed sequence is encoded a second time.
+    """
+
+    share: float = 1.0
+    seed: int = 0
+
+    def includes(self, key: str) -> bool:
+        """Whether cells of this sample are skipped.
+
+        key: Of the sample.
+        """
+        if self.share >= 1:
+            return True
+        digest = blake2b(f"{self.seed}/{key}".encode(errors="surrogateescape"), digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self.share * 2**64
+
+
 class SampleEncoder:
     """One sample as the model reads it. It has no state.
 
@@ -49,6 +78,7 @@ class SampleEncoder:
     seq_length: Most tokens of a sample.
     video_sampling: Frames that are read of a video.
     time_step: Of a video's positions, as `inspection.time_step` gives it.
+    skipping: In which samples cells are skipped. None: in all.
 
     Raises ValueError for a tokenizer without Qwen2-VL's special tokens.
     """
@@ -60,7 +90,9 @@ class SampleEncoder:
         seq_length: int,
         video_sampling: VideoSampling | None = None,
         time_step: float = 1.0,
+        skipping: SkippingShare | None = None,
     ) -> None:
+        self.skipping = skipping or SkippingShare()
         self.image_processor = image_processor
         self.seq_length = seq_length
         self.time_step = time_step
@@ -78,6 +110,12 @@ class SampleEncoder:
     def skips(self) -> bool:
         """Whether some cells get no token."""
         return self._media.skip_db is not None
+
+    def skipping_always(self) -> "SampleEncoder":
+        """The same encoder, with cells skipped in all samples."""
+        encoder = copy(self)
+        encoder.skipping = SkippingShare()
+        return encoder
 
     @property
     def token_width(self) -> int:
@@ -109,8 +147,10 @@ class SampleEncoder:
         messages = self._messages(sample)
         media = [self._encode_media(kind, content) for kind, content in sample.media]
         masks = [None] * len(media)
-        if self.skips:
+        if self.skips and self.skipping.includes(sample.__key__):
             media, masks = self._media.skip(media)
+        elif self.skips:
+            masks = [self._all_cells(grid) for _, _, grid in media]
         ids, learned, runs = self._segments(
             messages, [(kind, grid, mask) for (kind, _, grid), mask in zip(media, masks)]
         )
@@ -180,6 +220,11 @@ class SampleEncoder:
         if len(ids) > self.seq_length:
             raise BadSample("too_long", f"{len(ids)} tokens, the limit is {self.seq_length}")
         return ids, learned, runs
+
+    def _all_cells(self, grid: Grid) -> torch.Tensor:
+        """bool [t, r, c]"""
+        merge = self.image_processor.merge_size
+        return torch.ones(grid[0], grid[1] // merge, grid[2] // merge, dtype=torch.bool)
 
     def _cells(self, grid: Grid, kept: torch.Tensor | None) -> int:
         """Tokens of the language model of a medium."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dct_qwen2vl.checkpoints.inspection import chosen_bounds, read_processor
+from dct_qwen2vl.checkpoints.inspection import chosen_bounds, cost_of_all_cells, read_processor
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.files import write_bytes, write_json
 from dct_qwen2vl.common.scripts import UserError
@@ -409,7 +409,8 @@ def say_skipping(summary: dict[str, Any]) -> list[str]:
 
 def conclusions(summary: dict[str, Any]) -> list[str]:
     asked = summary["questions"]
-    said = say_skipping(summary)
+    skipping = (model for model, value in zip(summary["models"], summary["skip_db"]) if value)
+    said = [f"{line}. {cost_of_all_cells(next(skipping))}" for line in say_skipping(summary)]
     for reading, name in (("same", "Same pixels"), ("own", "Own reading")):
         found = summary[reading]
         said.append(

@@ -83,6 +83,11 @@ def check_skipping(config: TrainingConfig, info: ModelInfo) -> None:
         raise RunError(
             f"--skip-noise-floor goes with --skip-db, and {config.model_dir} skips no cells: add --skip-db 38"
         )
+    if config.skip_share < 1 and not _skip_db(config):
+        raise RunError(
+            f"--skip-share {config.skip_share:g} goes with --skip-db, and this run skips no cells: add --skip-db 38, "
+            "or leave it out"
+        )
     if not config.skip_db:
         return
     if info.dct is None:

@@ -107,6 +107,15 @@ class TrainingConfig:
         "with --skip-db: measure the noise between steps of a video and let cells go that differ by no more",
         resume=DATA,
     )
+    skip_share: float = setting(
+        "what",
+        1.0,
+        "with --skip-db: share of the training samples in which cells are left out; the others keep all cells, so that "
+        "the model also learns to read without skipping, as its stock form does",
+        over=0,
+        at_most=1,
+        resume=DATA,
+    )
     video_fps: float = _video_setting("fps")
     video_min_frames: int = _video_setting("min_frames")
     video_max_frames: int = _video_setting("max_frames")

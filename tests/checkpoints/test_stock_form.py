@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
 
 import convert_checkpoint
+from dct_qwen2vl.checkpoints.inspection import PROCESSOR
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.dct.configuration_dct import CLIP_MEAN, CLIP_STD
 from dct_qwen2vl.dct.folding import distance_from_format, fold_block_embedding, unfold_patch_embedding
@@ -94,6 +95,19 @@ def ask(folder: Path, kinds: list[str], natural_frames) -> tuple[dict, torch.Ten
 
 def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value - reference).norm() / reference.norm())
+
+
+def test_who_converts_a_model_that_skips_is_told_once_what_the_stock_form_does(trained, tmp_path, capsys):
+    plain, skipping = trained("x4"), Path(shutil.copytree(trained("x4"), tmp_path / "skipping"))
+    edit_json(skipping / PROCESSOR, skip_db=38.0)
+    capsys.readouterr()
+    for folder, notes in ((plain, 0), (skipping, 1)):
+        assert run(folder, tmp_path / "stock", "--to", "stock", "--force") == 0
+        printed = capsys.readouterr().out
+        assert printed.count("Note:") == printed.count("reads all cells") == notes
+    assert f"Note: {skipping} was trained with --skip-db 38, but its stock form reads all cells. This can" in printed
+    assert f"evaluate_qwen2vl.py --skip-db 0 --model-dir {skipping} --data-dir" in printed
+    assert "skip_db" not in (tmp_path / "stock" / PROCESSOR).read_text()
 
 
 # It computes the same

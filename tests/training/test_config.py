@@ -120,7 +120,7 @@ OLD_RUN_FILE = """{
   "run_dir": "experiments/old", "pixel_bounds": {"max_pixels": 12544}, "data_parallel": 4,
   "chosen_engine": "automodel", "data_restarts": 1, "accumulate": 8, "token_format": "x4"
 }"""
-SINCE_THEN = {"sharding": "none", "skip_db": None, "skip_noise_floor": False}
+SINCE_THEN = {"sharding": "none", "skip_db": None, "skip_noise_floor": False, "skip_share": 1.0}
 OLD_MEGATRON_RUN = {
     "max_pixels": None, "global_batch_size": 16, "freeze": [], "lora_rank": 0, "engine": "auto", "pack_tokens": 8192,
     "pack_vision_tokens": 16384, "tensor_parallel": 2, "recompute": True, "profile": 3, "precision": "bf16-mixed",
@@ -191,6 +191,19 @@ def test_sharding_may_change_when_a_run_goes_on(tmp_path):
     assert json.loads((tmp_path / "qwen2vl_dct" / "run.json").read_text())["sharding"] == "fsdp2"
     run_file.check_run_folder(settings())
     run_file.check_run_folder(settings("--sharding", "fsdp2"))
+
+
+def test_a_run_goes_on_with_its_share_of_skipping_unless_the_data_begin_again(tmp_path):
+    def settings(*words: str) -> LargerConfig:
+        skipping = ("--skip-db", "38", *words)
+        return typed("--output-dir", str(tmp_path), *skipping).resolved("automodel", "32")
+
+    begin(settings("--skip-share", "0.5"))
+    assert json.loads((tmp_path / "qwen2vl_dct" / "run.json").read_text())["skip_share"] == 0.5
+    run_file.check_run_folder(settings("--skip-share", "0.5"))
+    with pytest.raises(checks.RunError, match=r"was started with --skip-share 0\.5, now it is 1\.0: .*--restart-data"):
+        run_file.check_run_folder(settings())
+    run_file.check_run_folder(settings("--skip-share", "0.8", "--restart-data"))
 
 
 def test_one_process_has_nothing_to_share():

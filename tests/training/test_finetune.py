@@ -713,6 +713,8 @@ def test_skipping_needs_tokens_that_can_be_skipped(prepared, tmp_path):
     pixels = {"MODEL_DIR": str(prepared.pixel_model), "SKIP_DB": "38"}
     assert "--skip-db 38 needs DCT tokens" in refused(prepared, tmp_path, "--dct", "none", **pixels)
     assert "--skip-db must be at least 0, got -1.0" in refused(prepared, tmp_path, SKIP_DB="-1")
+    assert "--skip-share must be over 0, got 0.0" in refused(prepared, tmp_path, SKIP_DB="38", SKIP_SHARE="0")
+    assert "--skip-share must be at most 1, got 1.5" in refused(prepared, tmp_path, SKIP_DB="38", SKIP_SHARE="1.5")
     model = shutil.copytree(prepared.model, tmp_path / "other")
     info, values = checks.check_model(model, None), {"model_dir": model, "data_dir": prepared.shards}
     checks.check_skipping(config.TrainingConfig(**values, skip_db=38.0, skip_noise_floor=True), info)
@@ -720,7 +722,12 @@ def test_skipping_needs_tokens_that_can_be_skipped(prepared, tmp_path):
         checks.check_skipping(config.TrainingConfig(**values, skip_noise_floor=True), info)
     with pytest.raises(config.RunError, match="--skip-noise-floor goes with --skip-db"):
         checks.check_skipping(config.TrainingConfig(**values, skip_db=0.0, skip_noise_floor=True), info)
+    for without in ({}, {"skip_db": 0.0}):
+        with pytest.raises(config.RunError, match=r"--skip-share 0\.5 goes with --skip-db, and this run skips no"):
+            checks.check_skipping(config.TrainingConfig(**values, **without, skip_share=0.5), info)
+    checks.check_skipping(config.TrainingConfig(**values, skip_db=38.0, skip_share=0.5), info)
     edit_json(model / "preprocessor_config.json", skip_db=36.0)
+    checks.check_skipping(config.TrainingConfig(**values, skip_share=0.5), info)
     checks.check_skipping(config.TrainingConfig(**values, skip_noise_floor=True), info)
     edit_json(model / "config.json", model_type="qwen2_5_vl")
     checks.check_skipping(config.TrainingConfig(**values, skip_db=38.0, sharding="fsdp2"), info)
@@ -762,15 +769,16 @@ def test_a_threshold_that_is_given_brings_its_own_noise_floor(prepared, tmp_path
 
 @pytest.mark.launch
 def test_a_run_with_skipping_is_evaluated_with_skipping(prepared, tmp_path):
-    """Fewer visual tokens, the same samples; the model that is written says so, and is asked alike. 15 dB, since the
-    images of the sample data are small and full of texture."""
+    """Fewer visual tokens, the same samples, in all of them or half; the model that is written says so, and is asked
+    alike. 15 dB, since the images of the sample data are small and full of texture."""
     from dct_qwen2vl.evaluation.answering import Answerer
 
     visual = {}
-    for name, skip_db in (("plain", ""), ("skips", "15")):
+    for name, skip_db, share in (("plain", "", ""), ("half", "15", "0.5"), ("skips", "15", "")):
         environment = launch_environment(prepared, tmp_path, name, 1)
         environment |= {"MAX_STEPS": "2", "VAL_INTERVAL": "2", "SAVE_INTERVAL": "0", "ENGINE": "automodel"}
-        log = finish(start(environment | {"SKIP_DB": skip_db, "SEQ_LENGTH": "2048"}), environment)
+        skipping = {"SKIP_DB": skip_db, "SKIP_SHARE": share}
+        log = finish(start(environment | skipping | {"SEQ_LENGTH": "2048"}), environment)
         assert "Done: the fine-tuned model is in" in log
         lines = [line for line in metrics(tmp_path / name) if "loss" in line]
         assert [line["samples"] for line in lines] == [8, 8]
@@ -778,8 +786,13 @@ def test_a_run_with_skipping_is_evaluated_with_skipping(prepared, tmp_path):
         shares = [line["kept_share"] for line in lines if "kept_share" in line]
         assert all(0 < share < 1 for share in shares) and len(shares) == (2 if skip_db else 0)
         assert ("| cells kept " in log) == bool(skip_db)
-    assert 0 < visual["skips"] < visual["plain"]
-    assert json.loads((tmp_path / "skips" / "run.json").read_text())["skip_db"] == 15
+        assert log.count("but its stock form reads all cells") == bool(skip_db)
+    assert 0 < visual["skips"] < visual["half"] < visual["plain"]
+    settings = {name: json.loads((tmp_path / name / "run.json").read_text()) for name in ("half", "skips")}
+    assert {name: (found["skip_db"], found["skip_share"]) for name, found in settings.items()} == {
+        "half": (15, 0.5),
+        "skips": (15, 1),
+    }
     assert Answerer(tmp_path / "skips" / "hf_dct", 4).media.skip_db == 15
     for folder in ("skips/hf", "plain/hf_dct"):
         assert "skip_db" not in (tmp_path / folder / "preprocessor_config.json").read_text(), "the stock form takes all"
