@@ -6,6 +6,11 @@
     x4-small         a lower max_pixels, at about as many tokens
     x4-skip-ring     x4-skip, and the neighbours of kept cells in their step
     x4-skip-refresh  x4-skip, and all cells of every fourth step
+    x4-skip-half     x4-skip, but half of the training samples keep all cells
+    x4-skip-most     x4-skip, but a fifth of the training samples keep all cells
+    x4-skip-then-all x4-skip, but all training samples of the last sixth of the steps keep all cells
+
+The last three are tested as x4-skip is, and like the others that leave out cells also with all of them.
 
 Samples of a batch keep different cells. To train in one shape, the tokens of all cells are there and those left out are
 masked: no token attends to them. That computes what leaving them out computes (a test compares the two), in the time of
@@ -32,7 +37,10 @@ from dct_qwen2vl.dct.skipping_dct import SKIP_DB, error_weights, squared_error
 BASE = "x4"
 CELL_TOKENS = MERGE**2
 REFRESH = 4  # steps
-LEFT_OUT = ("x4-skip", "x4-evs", "x4-skip-ring", "x4-skip-refresh")
+MIXED = {"x4-skip-half": 0.5, "x4-skip-most": 0.8}  # share of the training samples that leave out cells
+THEN_ALL = "x4-skip-then-all"
+LAST = 1 / 6  # of the steps
+LEFT_OUT = ("x4-skip", "x4-evs", "x4-skip-ring", "x4-skip-refresh", *MIXED, THEN_ALL)
 REDUCED = ("x4-slow", "x4-small")
 NAMES = (*LEFT_OUT, *REDUCED)
 
@@ -46,6 +54,15 @@ class Kept:
 
     def __getitem__(self, chosen: slice) -> "Kept":
         return Kept(self.tower[chosen], self.language[chosen])
+
+
+def share_left_out(name: str, done: float) -> float:
+    """Of the samples of a training step, those of which a variant leaves out cells.
+
+    name: Of LEFT_OUT.
+    done: Share of the steps that were made before.
+    """
+    return float(done < 1 - LAST) if name == THEN_ALL else MIXED.get(name, 1.0)
 
 
 class CellRule:

@@ -23,8 +23,9 @@ BUDGETS = ("quarter", "x4", "exact", "sixteenth", "x16", "pixels")
 # were not tried.
 STILLS = {"texture": 1000, "words": 2000, "numbers": 4000, "counting": 1500, "odd-one": 4000, "chart": 1000}
 VIDEOS = {"motion": 1500, "order": 2000, "flashes": 2000, "ticker": 4000}
-SKIPPING_TASKS = ("still-ticker", "still-flashes", "still-order", "still-motion", "page-reading")
+SKIPPING_TASKS = ("still-board", "still-flashes", "still-order", "still-motion", "page-reading")
 SKIPPING = ("x4", "x4-skip", "x4-slow", "x4-small", "x4-evs")
+BOTH_READINGS = ("x4-skip-half", "x4-skip-most", "x4-skip-then-all")
 # A sample has five times the tokens of one of the other suites.
 SKIPPING_SETTINGS = {"batch": 128, "size": ModelSize(vision_layers=3), "probe": 64, "generated": 4}
 SKIPPING_START = 3  # times the steps of fine-tuning that the model takes which it starts from
@@ -185,12 +186,12 @@ def _skipping_variants(task: str) -> tuple[str, ...]:
 
 def skipping(plan: Plan) -> tuple[Settings, ...]:
     """Does skipping hold? Against all cells and the usual ways to have as few tokens, fine-tuned from one model of all
-    cells for each task."""
+    cells for each task. And does a model that also keeps all cells of some samples learn both readings?"""
     runs: list[Settings] = []
     for task in SKIPPING_TASKS:
         start = _skipping_base(plan, task, variant="x4", steps=SKIPPING_START * plan.steps, save=True)
         tuned = replace(start, steps=plan.steps, save=False, start_from=start.name)
-        runs += [start, *_runs(tuned, _skipping_variants(task))]
+        runs += [start, *_runs(tuned, (*_skipping_variants(task), *BOTH_READINGS))]
     return tuple(runs)
 
 

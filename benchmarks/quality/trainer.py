@@ -29,9 +29,10 @@ from benchmarks.quality.model import (
     zero_columns,
 )
 from benchmarks.quality.settings import Settings
-from benchmarks.quality.skipping import BASE, LEFT_OUT, NAMES, SkippingEncoder, make_encoder
+from benchmarks.quality.skipping import BASE, LEFT_OUT, NAMES, SkippingEncoder, make_encoder, share_left_out
 from benchmarks.quality.tasks import fixed_camera
 from benchmarks.quality.tasks.cells import NOT_SCORED
+from benchmarks.quality.tasks.drawing import Random, generator_for
 from benchmarks.quality.tasks.registry import Source, make_task
 from benchmarks.quality.variants import FRAMES, Variant, unfold_patch_embedding
 from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING
@@ -144,6 +145,19 @@ class Trainer:
         kept = self._choosers[name].choose(tokens)
         return kept.tower, kept.language
 
+    def training_cells(self, tokens: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
+        """`cells` of the tokens of a training step; some variants keep all cells of some of its samples.
+
+        number: Of the step.
+        """
+        cells, settings = self.cells(tokens), self.settings
+        share = share_left_out(settings.variant, number / settings.steps)
+        if share == 1:
+            return cells
+        random = Random(generator_for(self.device, "share left out", settings.seed, number))
+        whole = random.uniform(0, 1, len(tokens), 1) >= share
+        return tuple(kept | whole for kept in cells)
+
     def kept_share(self) -> float:
         """Of the cells of the fit images, those that the language model sees."""
         if self.settings.variant not in LEFT_OUT:
@@ -185,7 +199,7 @@ class Trainer:
         """
         batch = self.source.batch("train", self.settings.seed, 0, self.settings.batch)
         tokens = self.encoder.encode(batch.frames)
-        self.inputs = (tokens, batch.question.clone(), batch.answer.clone(), *self.cells(tokens))
+        self.inputs = (tokens, batch.question.clone(), batch.answer.clone(), *self.training_cells(tokens, 0))
         with torch.no_grad():
             plain = self._loss(*self.inputs).item()
         self.layers = compiled_layers()
@@ -222,7 +236,7 @@ class Trainer:
         batch = self.source.batch("train", self.settings.seed, number, self.settings.batch)
         marks.mark("draw")
         tokens = self.encoder.encode(batch.frames)
-        inputs = (tokens, batch.question, batch.answer, *self.cells(tokens))
+        inputs = (tokens, batch.question, batch.answer, *self.training_cells(tokens, number))
         marks.mark("encode")
         self._set_rate(self.settings.rate(number))
         if self.graph is None:

@@ -212,6 +212,39 @@ def test_what_a_variant_sees_goes_into_its_step(name):
     assert (cells[0].all() and not cells[1].all()) if name == "x4-evs" else not cells[0].all()
 
 
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    [("x4-skip", (1, 1)), ("x4-skip-half", (0.5, 0.5)), ("x4-skip-most", (0.8, 0.8)), ("x4-skip-then-all", (1, 0))],
+)
+def test_some_training_samples_keep_all_cells(name, shares):
+    """In the first and the last of six steps, again the same in a run that begins again. Tested is what is skipped."""
+    trainer, again = (Trainer(replace(SETTINGS, variant=name, steps=6)) for _ in range(2))
+    tokens = trainer.encoder.encode(trainer.source.batch("train", 0, 0, 4).frames).repeat(32, 1, 1)
+    skipped = trainer.cells(tokens)
+    for number, share in zip((0, 5), shares):
+        cells = trainer.training_cells(tokens, number)
+        whole = cells[0].all(1)
+        assert torch.equal(cells[0], cells[1]) and torch.equal(cells[0][~whole], skipped[0][~whole])
+        assert 1 - whole.float().mean() == pytest.approx(share, abs=0.15 if 0 < share < 1 else 0)
+        assert torch.equal(again.training_cells(tokens, number)[0], cells[0])
+    if 0 < shares[0] < 1:
+        assert not torch.equal(trainer.training_cells(tokens, 0)[0], trainer.training_cells(tokens, 1)[0])
+    assert torch.equal(trainer.cells(tokens)[0], SkippingEncoder("x4-skip", *rest_of(trainer)).choose(tokens).tower)
+
+
+def rest_of(trainer: Trainer) -> tuple:
+    return trainer.encoder.variant, trainer.task, "cpu"
+
+
+def test_what_a_step_learns_from_is_what_its_samples_keep(monkeypatch):
+    trainer, seen = Trainer(replace(SETTINGS, variant="x4-skip-then-all", steps=6)), []
+    monkeypatch.setattr(trainer, "_optimize", lambda *inputs: seen.append(inputs) or torch.zeros(()))
+    for number in (0, 5):
+        trainer.step(number)
+    first, last = (inputs[3] for inputs in seen)
+    assert not first.all(1).any() and last.all()
+
+
 def test_layers_with_masks_are_compiled_once_for_all_that_leave_out_cells(monkeypatch):
     counter, compiled = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda layer, **options: compiled(layer, backend=counter, **options))
@@ -238,7 +271,8 @@ def test_others_do_not_start_from_a_model_of_tokens(tmp_path):
 
 def test_a_suite_of_skipping_tells_how_models_do_when_asked_otherwise(tmp_path, capsys):
     words = ["--suite", "skipping", "--output", str(tmp_path), "--tiny", "--steps", "2", "--tasks", "page-reading"]
-    assert run_experiments.main([*words, "--seeds", "0", "--variants", "x4", "x4-skip", "--batch", "4"]) == 0
+    variants = ["x4", "x4-skip", "x4-skip-half"]
+    assert run_experiments.main([*words, "--seeds", "0", "--variants", *variants, "--batch", "4"]) == 0
     lines = read_file(tmp_path / "skipping.jsonl").values()
     results = {line["settings"]["variant"]: line for line in lines if line["settings"]["start_from"]}
     (start,) = [line for line in lines if not line["settings"]["start_from"]]
@@ -246,11 +280,13 @@ def test_a_suite_of_skipping_tells_how_models_do_when_asked_otherwise(tmp_path, 
         assert result["curve"][0]["step"] == 0 and result["settings"]["start_from"] == start["name"]
     assert results["x4"]["curve"][0]["accuracy"] == start["curve"][-1]["accuracy"]
     for name, result in results.items():
-        assert result["finished"] and result["asked"][name] == pytest.approx(result["accuracy"])
+        own = "x4" if name == "x4" else "x4-skip"
+        assert result["finished"] and result["asked"][own] == pytest.approx(result["accuracy"])
         assert set(result["asked"]) == {"x4", "x4-skip"}
     assert results["x4"]["visual_tokens"] == 49 > results["x4-skip"]["visual_tokens"] > 10
     printed = capsys.readouterr().out
-    assert "| trained as | asked with all cells | asked with skipping |" in printed
+    table = printed[printed.index("| trained as | asked with all cells | asked with skipping |") :].splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:6]] == ["x4, start", *variants]
     assert "x4-skip - x4, all: over 64 images of seed 0" in printed
 
 
@@ -259,9 +295,10 @@ def test_the_suite_has_all_variants_of_all_tasks_but_a_rate_of_images():
     assert len(runs) == (4 * 5 + 4) * 3 and len({run.name for run in runs}) == len(runs)
     assert {run.variant for run in runs} <= {"x4", *NAMES}
     assert {(run.steps, run.batch, run.start_from) for run in runs} == {(1500, 128, None)}
+    assert "x4-skip-half" not in {run.variant for run in runs}
     runs = SUITES["skipping"](Plan(600))
     starts = {run.name: run for run in runs if run.save}
     assert len(starts) == 5 and {(run.variant, run.steps) for run in starts.values()} == {("x4", 1800)}
     tuned = [run for run in runs if not run.save]
-    assert len(tuned) == (4 * 5 + 4) * 3 and {run.steps for run in tuned} == {600}
+    assert len(tuned) == (4 * 8 + 7) * 3 and {run.steps for run in tuned} == {600}
     assert all(starts[run.start_from].task == run.task for run in tuned)

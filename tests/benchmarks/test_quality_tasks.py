@@ -4,6 +4,7 @@ Every task is read back from its frames by a way of its own, which knows where c
 """
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -48,6 +49,7 @@ CLEAR = {
     "still-order": {"noise": 0.0, "whole": 84, "seconds": 4},
     "still-flashes": {"diameters": [6], "noise": 0.0, "whole": 56, "seconds": 8},
     "still-ticker": {"heights": [10], "noise": 0.0, "whole": 84, "seconds": 4},
+    "still-board": {"heights": [9, 12], "noise": 0.0, "whole": 60, "seconds": 6},
     "page-reading": {"heights": [6, 9, 12], "noise": 3.0, "whole": 112},
 }
 
@@ -110,6 +112,14 @@ def read_digits(source: Source, batch: Batch) -> list[list[list[str]]]:
         fits = cells_of(source.task, best_glyphs(image, source.tools[0], source.task.cell)).amax((2, 3))
         read.append([[DIGITS[best]] for best in fits.argmax(1).tolist()])
     return read
+
+
+def read_boards(source: Source, batch: Batch) -> list[list[list[str]]]:
+    """As `read_digits`, each third of the event on its own."""
+    third = source.task.frames // source.task.answers
+    turns = [replace(batch, frames=batch.frames[:, begin:]) for begin in range(1, source.task.frames, third)]
+    read = zip(*(read_digits(source, turn) for turn in turns))
+    return [[[digit for (digit,) in cell] for cell in zip(*sample)] for sample in read]
 
 
 def read_lines(source: Source, batch: Batch) -> list[list[str]]:
@@ -248,6 +258,7 @@ READERS = {
     "still-order": orders,
     "still-flashes": count_flashes,
     "still-ticker": read_tickers,
+    "still-board": read_boards,
     "page-reading": read_digits,
 }
 # Share that the simple ways read right; backgrounds mislead them now and then.
@@ -364,6 +375,8 @@ def test_words_are_spelt_with_the_letters_of_the_atlas():
         ("reading", {"heights": [40]}, "must hold 1 x 40 px of print"),
         ("reading", {"cells": 9}, "at most 64 cells"),
         ("motion", {"speeds": [9.0]}, "hold paths at 9.0 px a frame"),
+        ("still-board", {"heights": [17]}, "hold digits of 17 px"),
+        ("still-board", {"seconds": 5}, "must hold an event of 12 frames"),
         ("chart", {"units": [9]}, "hold a bar of 50 x 9 px"),
         ("texture", {"cells": 6}, "divide the image"),
     ],
@@ -388,6 +401,20 @@ def test_before_a_fixed_camera_an_event_has_its_time_and_place(name, stays):
     assert begun_and_ended.any()
     same = ((frames[:, 0] - frames[:, -1]).abs() < 20).flatten(1).all(1)
     assert same[begun_and_ended].all() if not stays else not same.any()
+
+
+def test_a_board_changes_all_its_cells_every_two_steps_and_is_of_one_colour():
+    task = make_task("still-board", {"noise": 0.0})
+    batch = Source(task, "cpu").batch("train", 0, 0, 24)
+    frames = luma(batch.frames)
+    changed = ((frames[:, 1:] - frames[:, :-1]).abs() > 20).flatten(2).any(2)
+    whens = [tuple((times.nonzero()[:, 0] + 1).tolist()) for times in changed]
+    from_the_start, to_the_end = (4, 8, 12), (12, 16, 20)
+    assert set(whens) == {from_the_start, (4, 8, 12, 16), (8, 12, 16, 20), to_the_end}
+    empty = [video[-1] if when == from_the_start else video[0] for video, when in zip(frames, whens)]
+    assert all(image[17:77, 17:77].std() < 0.01 < image.std() for image in empty)
+    blank = (batch.level == NOT_SCORED).view(24, 9, 3)
+    assert torch.equal(blank.any(2), blank.all(2)) and 0.2 < blank.float().mean() < 0.4
 
 
 def test_a_page_has_white_margins():

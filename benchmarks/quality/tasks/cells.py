@@ -41,7 +41,7 @@ TILTS = ("rising", "falling")
 QUESTIONS = (
     *("reading", "numbers", "words", "odd-one", "counting", "texture", "chart"),
     *("motion", "order", "flashes", "ticker"),
-    *("still-motion", "still-order", "still-flashes", "still-ticker", "page-reading"),
+    *("still-motion", "still-order", "still-flashes", "still-ticker", "page-reading", "still-board"),
 )
 CELL_NAMES = tuple(f"cell{number}" for number in range(MOST_CELLS))
 WORDS = tuple(dict.fromkeys((*SPECIAL, *DIGITS, "blank", *CELL_NAMES, *SHORT_WORDS, *DIRECTIONS, *PLACES, *TILTS)))

@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from benchmarks.quality.tasks.drawing import Random, compose, ink_on
-from benchmarks.quality.tasks.reading import Reading, Tools
+from benchmarks.quality.tasks.cells import DIGITS, NOT_SCORED, TOKEN, Batch, constant, words
+from benchmarks.quality.tasks.drawing import GlyphAtlas, Random, compose, ink_on, paint
+from benchmarks.quality.tasks.reading import SMALL, Reading, Tools
 from benchmarks.quality.tasks.scenes import SceneTask
 from benchmarks.quality.tasks.videos import Flashes, Motion, Order, Ticker
 from dct_qwen2vl.common.scripts import UserError
@@ -45,6 +46,10 @@ class FixedCamera(SceneTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_video()
+
+    def check_video(self) -> None:
+        """Raises UserError for a video that does not hold the event."""
         if self.whole < self.size or self.duration < self.frames:
             raise UserError(
                 f"{self.name}: a video of {self.duration} frames of {self.whole} px must hold an event of "
@@ -62,11 +67,15 @@ class FixedCamera(SceneTask):
     def finish(self, tools: Tools, random: Random, coverage: torch.Tensor) -> torch.Tensor:
         """Coverage [B, T, s, s] of the event -> uint8 [B, duration, whole, whole, 3]."""
         covered = placed(self._in_time(coverage, random), self.whole)
-        ground, lightness = tools[-1].draw(random, len(covered))
+        ground, lightness = self.ground(tools, random, len(covered))
         ink = ink_on(random, lightness)
         mixed = torch.lerp(ground[:, None], ink[:, None, None, None], covered[..., None])
         mixed += self.noise * random.normal(*mixed.shape)
         return mixed.round_().clamp_(0, 255).to(torch.uint8)
+
+    def ground(self, tools: Tools, random: Random, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What stands still: float32 [B, whole, whole, 3], and its lightness [B]."""
+        return tools[-1].draw(random, count)
 
     def _in_time(self, coverage: torch.Tensor, random: Random) -> torch.Tensor:
         """The event begins at some time: [B, T, s, s] -> [B, duration, s, s]."""
@@ -122,6 +131,60 @@ class StillTicker(FixedCamera, Ticker):
 
 
 @dataclass(frozen=True)
+class StillBoard(FixedCamera):
+    """Reads a board of one colour: most of its cells show three digits, one after the other, for two time steps each.
+
+    heights: of the digits in pixels. blank: share of empty cells.
+    """
+
+    name: ClassVar[str] = "still-board"
+    frames: ClassVar[int] = 12
+    answers: ClassVar[int] = 3
+    chance: ClassVar[float] = 1 / len(DIGITS)
+    size: int = 60
+    cells: int = 3
+    heights: tuple[int, ...] = (5, 6, 7, 8, 10, 12, 14)
+    blank: float = 0.3
+    whole: int = 112
+    seconds: int = 12
+    noise: float = 2.0
+
+    def __post_init__(self) -> None:
+        self.check(max(self.heights) + 4 <= self.cell, f"digits of {max(self.heights)} px")
+        self.check_video()
+
+    @property
+    def hard(self) -> tuple[int, ...]:
+        return tuple(height for height in self.heights if height <= SMALL) or self.heights
+
+    def prepare(self, device: torch.device | str) -> Tools:
+        return GlyphAtlas(DIGITS, self.heights, device), *super().prepare(device)
+
+    def ground(self, tools: Tools, random: Random, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ground, lightness = super().ground(tools, random, count)
+        board = slice(begin := (self.whole - self.size) // 3, begin + self.size)
+        ground[:, board, board] = lightness[:, None, None, None]
+        return ground, lightness
+
+    def draw(self, tools: Tools, random: Random, count: int) -> Batch:
+        atlas, device = tools[0], random.device
+        digits = random.integers(len(DIGITS), self.answers, count, self.count)
+        height = random.integers(len(self.heights), count, self.count)
+        filled = random.uniform(0, 1, count, self.count) >= self.blank
+        pixels, widest = constant(self.heights, device)[height], atlas.widths.amax(0)[height]
+        top, left = self.corners(device)
+        y = top + 1 + random.uniform(0, 1, count, self.count) * (self.cell - 2 - pixels)
+        x = left + 1 + random.uniform(0, 1, count, self.count) * (self.cell - 2 - widest)
+        coverage = torch.zeros(count, self.answers, self.size, self.size, device=device)
+        for turn, digit in enumerate(digits):
+            masks, *corner = atlas.place(digit, height, y, x)
+            paint(coverage[:, turn], masks * filled[..., None, None], *corner)
+        frames = self.finish(tools, random, coverage.repeat_interleave(self.frames // self.answers, dim=1))
+        said = torch.where(filled[..., None], words(DIGITS, device)[digits.permute(1, 2, 0)], TOKEN["blank"])
+        return self.batch(frames, said, torch.where(filled, pixels, NOT_SCORED))
+
+
+@dataclass(frozen=True)
 class Page(Reading):
     """`Reading` in a part of a page of white paper, `whole` px high and wide."""
 
@@ -139,4 +202,4 @@ class Page(Reading):
         return compose(random, paper, placed(coverage, self.whole), ink_on(random, level), self.noise)
 
 
-TASKS = (StillMotion, StillOrder, StillFlashes, StillTicker, Page)
+TASKS = (StillMotion, StillOrder, StillFlashes, StillTicker, StillBoard, Page)
