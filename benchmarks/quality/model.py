@@ -16,10 +16,12 @@ from functools import lru_cache
 import torch
 from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import __version__ as version
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from benchmarks.quality.settings import LANGUAGE_HEAD, VISION_HEAD, ModelSize
 from benchmarks.quality.tasks.cells import TOKEN, WORDS
+from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.kept_cells import given_positions
 from dct_qwen2vl.data.media_embedding import embed_media
 
@@ -70,9 +72,12 @@ def build_config(size: ModelSize, num_coefficients: int) -> Qwen2VLConfig:
 
 
 def build_model(size: ModelSize, num_coefficients: int, seed: int) -> Qwen2VLForConditionalGeneration:
-    """Weights are drawn by `seed`, the patch embedding last: all others are the same in every variant."""
+    """Weights are drawn by `seed`, the patch embedding last: all others are the same in every variant. Raises UserError
+    for a version of transformers that arranges the model otherwise."""
     torch.manual_seed(seed)
     model = Qwen2VLForConditionalGeneration(build_config(size, 1))
+    if not hasattr(model, "visual"):
+        raise UserError(f"this study needs transformers 4.51.3, got {version}: pip install transformers==4.51.3")
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight", "fc2.weight")):
             layers = size.vision_layers if name.startswith("visual") else size.language_layers
