@@ -286,7 +286,7 @@ def test_a_suite_of_skipping_tells_how_models_do_when_asked_otherwise(tmp_path, 
     assert results["x4"]["visual_tokens"] == 49 > results["x4-skip"]["visual_tokens"] > 10
     printed = capsys.readouterr().out
     table = printed[printed.index("| trained as | asked with all cells | asked with skipping |") :].splitlines()
-    assert [line.split("|")[1].strip() for line in table[2:6]] == ["x4, start", *variants]
+    assert {line.split("|")[1].strip() for line in table[2:6]} == {"x4, start", *variants}
     assert "x4-skip - x4, all: over 64 images of seed 0" in printed
 
 
