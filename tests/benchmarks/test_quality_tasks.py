@@ -49,7 +49,7 @@ CLEAR = {
     "still-order": {"noise": 0.0, "whole": 84, "seconds": 4},
     "still-flashes": {"diameters": [6], "noise": 0.0, "whole": 56, "seconds": 8},
     "still-ticker": {"heights": [10], "noise": 0.0, "whole": 84, "seconds": 4},
-    "still-board": {"heights": [9, 12], "noise": 0.0, "whole": 60, "seconds": 6},
+    "still-board": {"heights": [9, 12], "noise": 0.0, "whole": 48, "seconds": 6},
     "page-reading": {"heights": [6, 9, 12], "noise": 3.0, "whole": 112},
 }
 
@@ -375,7 +375,7 @@ def test_words_are_spelt_with_the_letters_of_the_atlas():
         ("reading", {"heights": [40]}, "must hold 1 x 40 px of print"),
         ("reading", {"cells": 9}, "at most 64 cells"),
         ("motion", {"speeds": [9.0]}, "hold paths at 9.0 px a frame"),
-        ("still-board", {"heights": [17]}, "hold digits of 17 px"),
+        ("still-board", {"heights": [21]}, "hold digits of 21 px"),
         ("still-board", {"seconds": 5}, "must hold an event of 12 frames"),
         ("chart", {"units": [9]}, "hold a bar of 50 x 9 px"),
         ("texture", {"cells": 6}, "divide the image"),
@@ -412,8 +412,8 @@ def test_a_board_changes_all_its_cells_every_two_steps_and_is_of_one_colour():
     from_the_start, to_the_end = (4, 8, 12), (12, 16, 20)
     assert set(whens) == {from_the_start, (4, 8, 12, 16), (8, 12, 16, 20), to_the_end}
     empty = [video[-1] if when == from_the_start else video[0] for video, when in zip(frames, whens)]
-    assert all(image[17:77, 17:77].std() < 0.01 < image.std() for image in empty)
-    blank = (batch.level == NOT_SCORED).view(24, 9, 3)
+    assert all(image[21:69, 21:69].std() < 0.01 < image.std() for image in empty)
+    blank = (batch.level == NOT_SCORED).view(24, 4, 3)
     assert torch.equal(blank.any(2), blank.all(2)) and 0.2 < blank.float().mean() < 0.4
 
 

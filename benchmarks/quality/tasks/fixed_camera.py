@@ -141,9 +141,9 @@ class StillBoard(FixedCamera):
     frames: ClassVar[int] = 12
     answers: ClassVar[int] = 3
     chance: ClassVar[float] = 1 / len(DIGITS)
-    size: int = 60
-    cells: int = 3
-    heights: tuple[int, ...] = (5, 6, 7, 8, 10, 12, 14)
+    size: int = 48
+    cells: int = 2
+    heights: tuple[int, ...] = (5, 6, 7, 8, 10, 12, 14, 16)
     blank: float = 0.3
     whole: int = 112
     seconds: int = 12
