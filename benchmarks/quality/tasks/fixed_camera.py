@@ -132,14 +132,15 @@ class StillTicker(FixedCamera, Ticker):
 
 @dataclass(frozen=True)
 class StillBoard(FixedCamera):
-    """Reads a board of one colour: most of its cells show three digits, one after the other, for two time steps each.
+    """Reads a board of one colour, each cell of which shows six digits one after the other, for two time steps each.
+    Some are blank: with these a model learns where and when to look.
 
-    heights: of the digits in pixels. blank: share of empty cells.
+    heights: of the digits in pixels. blank: share of them that are not shown.
     """
 
     name: ClassVar[str] = "still-board"
-    frames: ClassVar[int] = 12
-    answers: ClassVar[int] = 3
+    frames: ClassVar[int] = 24
+    answers: ClassVar[int] = 6
     chance: ClassVar[float] = 1 / len(DIGITS)
     size: int = 48
     cells: int = 2
@@ -170,18 +171,19 @@ class StillBoard(FixedCamera):
         atlas, device = tools[0], random.device
         digits = random.integers(len(DIGITS), self.answers, count, self.count)
         height = random.integers(len(self.heights), count, self.count)
-        filled = random.uniform(0, 1, count, self.count) >= self.blank
+        filled = random.uniform(0, 1, *digits.shape) >= self.blank
         pixels, widest = constant(self.heights, device)[height], atlas.widths.amax(0)[height]
         top, left = self.corners(device)
         y = top + 1 + random.uniform(0, 1, count, self.count) * (self.cell - 2 - pixels)
         x = left + 1 + random.uniform(0, 1, count, self.count) * (self.cell - 2 - widest)
         coverage = torch.zeros(count, self.answers, self.size, self.size, device=device)
-        for turn, digit in enumerate(digits):
+        for turn, (digit, shown) in enumerate(zip(digits, filled)):
             masks, *corner = atlas.place(digit, height, y, x)
-            paint(coverage[:, turn], masks * filled[..., None, None], *corner)
+            paint(coverage[:, turn], masks * shown[..., None, None], *corner)
         frames = self.finish(tools, random, coverage.repeat_interleave(self.frames // self.answers, dim=1))
-        said = torch.where(filled[..., None], words(DIGITS, device)[digits.permute(1, 2, 0)], TOKEN["blank"])
-        return self.batch(frames, said, torch.where(filled, pixels, NOT_SCORED))
+        said = torch.where(filled, words(DIGITS, device)[digits], TOKEN["blank"])
+        level = torch.where(filled, pixels, NOT_SCORED)
+        return self.batch(frames, said.permute(1, 2, 0), level.permute(1, 2, 0))
 
 
 @dataclass(frozen=True)
