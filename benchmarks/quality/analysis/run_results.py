@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.result_files import Result, read_results
+from benchmarks.quality.settings import TOWER_SPREADS
 
 STARTED = ", start"  # after the variant's name: a model that warm starts began from
 NOT_COMPARED = ("variant", "seed", "save", "start_from")
@@ -30,6 +31,7 @@ def load(*places: Path) -> list[Result]:
     results = [result for result in read_results(*places).values() if "settings" in result]
     for result in results:
         result["settings"].setdefault("patch", OLD_PATCH)
+        result["settings"].setdefault("tower_spread", TOWER_SPREADS[0])
     return results
 
 
