@@ -39,7 +39,7 @@ GAINS = ("quarter", "x4", "x4-loud", "x4-louder")
 LARGER = {"size": 224, "heights": [4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 28, 32]}
 LARGE = {"heights": [9, 10, 11, 12]}  # digits that are whole at half the sides, too
 REAL_WIDTH = 1280
-REAL_BATCH = 128
+REAL_START = 2  # times the steps of fine-tuning that the pixel model takes
 REAL_VARIANTS = ("quarter", "x4", "x4-588")
 COST = {"test": 64, "probe": 64, "generated": 0}
 COST_STEPS = 60
@@ -97,32 +97,28 @@ def warm(plan: Plan) -> tuple[Settings, ...]:
     return _warm(plan.base(), (*CORE, "x4-corner"))
 
 
-def _real(plan: Plan, **changes: Any) -> Settings:
+def _real(plan: Plan) -> Settings:
     """A pixel model with Qwen2-VL's patches and vision width, in images twice as wide."""
-    base = replace(plan, batch=plan.batch or (None if plan.tiny else REAL_BATCH)).base(patch=14, knobs=LARGER)
-    size = base.size if plan.tiny else replace(base.size, vision_width=REAL_WIDTH)
-    return replace(base, **{"variant": "exact", "size": size, "tower_spread": "inputs", "save": True, **changes})
-
-
-def _narrow(start: Settings) -> Settings:
-    """The same with a tower of a quarter of the width."""
-    width = max(VISION_HEAD, start.size.vision_width // 4)
-    return replace(start, size=replace(start.size, vision_width=width))
+    shared = {} if plan.tiny else {"size": replace(ModelSize(), vision_width=REAL_WIDTH), "batch": plan.batch or 128}
+    start = plan.base(variant="exact", steps=REAL_START * plan.steps, patch=14, knobs=LARGER)
+    return replace(start, tower_spread="inputs", save=True, **shared)
 
 
 def wide(plan: Plan) -> tuple[Settings, ...]:
     """Does a tower of Qwen2-VL's width learn? From scratch, widened from a narrower one, and from scratch as
     transformers draws it."""
     start = _real(plan)
-    narrow = _narrow(start)
-    return (start, narrow, replace(start, start_from=narrow.name), replace(start, tower_spread="language", save=False))
+    quarter = max(VISION_HEAD, start.size.vision_width // 4)
+    narrow = replace(start, size=replace(start.size, vision_width=quarter))
+    widened = replace(start, start_from=narrow.name, steps=plan.steps)
+    return (start, narrow, widened, replace(start, tower_spread="language", save=False))
 
 
 def real(plan: Plan) -> tuple[Settings, ...]:
     """As warm, with Qwen2-VL's patches, the presets themselves and its vision width, in images twice as wide. All
     variants and seeds start from one pixel model, seed by seed; `exact`, which takes longest, comes last."""
     start = _real(plan)
-    tuned = replace(start, learning_rate=TUNING_RATE, start_from=start.name)
+    tuned = replace(start, learning_rate=TUNING_RATE, start_from=start.name, steps=plan.steps)
     runs = (*_runs(tuned, REAL_VARIANTS), *_runs(tuned, ("exact",)))
     return (start, *(replace(run, save=False) for run in runs))
 
@@ -236,8 +232,8 @@ STEPS |= {
     "speed_rates": 1500,
     "stills": 2000,
     "videos": 2000,
-    "wide": 2000,
-    "real": 2000,
+    "wide": 1500,
+    "real": 1500,
     "skipping": 600,
     "skipping_scratch": 1500,
 }

@@ -147,7 +147,7 @@ def test_the_suites_of_real_sizes_share_their_pixel_model(tiny):
     start, *tuned = real(plan)
     assert start == scratch and narrow.size.vision_width * (2 if tiny else 4) == scratch.size.vision_width
     assert (widened.start_from, loud.tower_spread) == (narrow.name, "language")
-    assert replace(widened, start_from=None) == scratch and loud == replace(
+    assert replace(widened, start_from=None, steps=6) == scratch and loud == replace(
         scratch, tower_spread="language", save=False
     )
     assert {run.start_from for run in tuned} == {start.name} and not any(run.save for run in tuned)
@@ -170,20 +170,10 @@ def test_what_starts_from_a_start_brings_both(tmp_path):
 
 
 def test_the_suite_runs_from_the_command_line_and_goes_on(tmp_path, capsys):
-    command = [
-        "--suite",
-        "wide",
-        "--tiny",
-        "--steps",
-        "1",
-        "--batch",
-        "2",
-        "--device",
-        "cpu",
-        "--output",
-        str(tmp_path),
-    ]
+    command = ["--suite", "wide", "--tiny", "--steps", "1", "--batch", "2", "--part", "2/3"]
+    command += ["--device", "cpu", "--output", str(tmp_path)]
     assert run_experiments.main(command) == 0
-    assert capsys.readouterr().out.count("| step 1/1 |") == 2  # the narrow tower and the widened one
+    said = capsys.readouterr().out
+    assert "| step 2/2 |" in said and "| step 1/1 |" in said  # the narrow tower, then the widened one
     assert run_experiments.main(command) == 0
     assert "step 1/1" not in capsys.readouterr().out

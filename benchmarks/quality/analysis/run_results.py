@@ -110,6 +110,8 @@ def title(name: str) -> str:
     warm = f", from {start['variant']}" if start else ""
     if start and "steps" in start:
         warm += f" of {start['steps']} steps"
+    if settings.get("tower_spread", TOWER_SPREADS[0]) != TOWER_SPREADS[0]:
+        warm = f", tower drawn by its {settings['tower_spread']}{warm}"
     return (
         f"{settings['task']}{f' ({knobs})' if knobs else ''}, patches of {settings['patch']} px, {settings['steps']} "
         f"steps of {settings['batch']}, layers {size['vision_layers']} x {vision} + {size['language_layers']} x "
