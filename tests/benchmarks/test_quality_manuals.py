@@ -266,6 +266,32 @@ def test_the_patch_is_that_of_dinov2_on_two_equal_frames(parts, built):
     assert torch.allclose(found, wanted, atol=1e-4)
 
 
+def before_the_merger(model, pixels: torch.Tensor) -> torch.Tensor:
+    """What the merger's linear layers get of an image of 4 x 4 patches: [16, width]"""
+    seen = []
+    hook = model.visual.merger.ln_q.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        model.visual(pixels, grid_thw=torch.tensor([[1, 4, 4]]))
+    hook.remove()
+    return seen[0]
+
+
+def test_a_widened_tower_sees_what_the_vit_sees_and_its_copies_learn_apart(parts, built):
+    llama, tokenizer, vit = parts
+    wide, _ = build_model.build(llama, build_model.bpe_of(tokenizer), vit.state_dict(), seed=0, widen=2)
+    assert wide.config.vision_config.embed_dim == 256 and wide.config.vision_config.num_heads == 4
+    pixels = torch.randn(16, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(1))
+    seen, wanted = before_the_merger(wide, pixels), before_the_merger(built[0], pixels)
+    for copy in seen.chunk(2, dim=1):
+        assert torch.allclose(copy, wanted, atol=1e-4)
+    assert build_model.text_difference(llama, wide) == 0.0
+
+    wide.visual(pixels, grid_thw=torch.tensor([[1, 4, 4]])).square().sum().backward()
+    first, second = wide.visual.patch_embed.proj.weight.grad.chunk(2)
+    wide.zero_grad()
+    assert (first - second).abs().max() > 0.1 * first.abs().max()
+
+
 def test_special_tokens_are_single_and_text_is_split_as_before(parts, built):
     source, tokenizer = parts[1], built[1]
     ids = [tokenizer.encode(token, add_special_tokens=False) for token in SPECIAL_TOKENS]
