@@ -396,7 +396,7 @@ def run_variant(variant: str, *arguments: str, **environment: str) -> subprocess
 
 def test_an_unknown_variant_is_refused(tmp_path):
     done = run_variant("x16", MODEL_DIR=str(tmp_path), RAW_DIR=str(tmp_path), WORK_DIR=str(tmp_path / "work"))
-    assert done.returncode == 2 and "the variant is pixels, half or x4, not x16" in done.stderr
+    assert done.returncode == 2 and "the variant is pixels, half, block or x4, not x16" in done.stderr
     assert not (tmp_path / "work").exists()
 
 
@@ -409,9 +409,10 @@ def write_raw(folder: Path, split: str, count: int) -> None:
 
 
 @pytest.mark.launch
-@pytest.mark.timeout(800)  # eight processes, two of which import NeMo
+@pytest.mark.timeout(800)  # eleven processes, three of which import NeMo
 def test_a_variant_goes_the_whole_way(tmp_path, qwen2vl_directory):
-    """Two steps on a drawn page. All answers of stock transformers are those of the trained form."""
+    """Two steps on a drawn page. All answers of stock transformers are those of the trained form. Then two steps of the
+    pixels of x4's blocks."""
     write_raw(tmp_path / "raw", "train", 24)
     write_raw(tmp_path / "raw", "test", 2)
     work = tmp_path / "work"
@@ -426,3 +427,9 @@ def test_a_variant_goes_the_whole_way(tmp_path, qwen2vl_directory):
     assert json.loads((work / "runs/half/run.json").read_text())["max_pixels"] == 56 * 112 // 4
     assert json.loads((work / "runs/half/scores.json").read_text())["variants"]["half"]["questions"]
     assert len((work / "runs/half/evaluation/predictions.jsonl").read_text().splitlines()) == 4
+
+    done = run_variant("block", "--engine", "automodel", **settings, STAGES="prepare train")
+    assert done.returncode == 0, done.stdout + done.stderr
+    trained = json.loads((work / "runs/block/hf/config.json").read_text())
+    assert trained["vision_config"]["patch_size"] == 28 and not (work / "runs/block/hf_dct").exists()
+    assert json.loads((work / "runs/block/run.json").read_text())["token_format"] == "none"
