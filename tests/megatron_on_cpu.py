@@ -103,6 +103,36 @@ def limit_memory(most: int) -> None:
     PackedQwen2VL.forward = limited
 
 
+def record_waits(path: str, step: int) -> None:
+    """Writes to `path` where the host would wait, from the beginning of a step to the beginning of the next."""
+    import json
+
+    from waits_on_cpu import Waits
+
+    from dct_qwen2vl.training.megatron import QwenMegatronModel
+
+    recorded = []
+
+    def on_train_batch_start(module, batch, batch_index: int) -> None:
+        if module.trainer.global_step == step - 1 and not recorded:
+            recorded.append(Waits(on_device(module)))
+            recorded[0].__enter__()
+        elif module.trainer.global_step == step and recorded:
+            recorded[0].__exit__(None, None, None)
+            with open(path, "w") as file:
+                json.dump(recorded.pop().found, file, indent=2)
+
+    def on_device(module):
+        (chunk,) = module.trainer.strategy.model
+        groups = module.trainer.optimizers[0].param_groups
+        return [
+            *module.parameters(), *(buffer.grad_data for buffer in chunk.buffers),
+            *(parameter for group in groups for parameter in group["params"]),
+        ]  # fmt: skip
+
+    QwenMegatronModel.on_train_batch_start = on_train_batch_start
+
+
 def fine_tune(arguments: list[str]) -> int:
     """Imports come late: a process that Megatron-core starts for a checkpoint imports this file, too."""
     import finetune_qwen2vl
@@ -122,6 +152,8 @@ def fine_tune(arguments: list[str]) -> int:
             from dct_qwen2vl.training import megatron
 
             break_gradient(megatron.QwenMegatronModel, int(os.environ["FAULT_STEP"]))
+        if "WAITS" in os.environ:
+            record_waits(os.environ["WAITS"], step=3)
     return finetune_qwen2vl.main(arguments)
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -256,12 +257,19 @@ class TrainingLog(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
 
-    @staticmethod
-    def _over_processes(trainer: pl.Trainer, values: dict[str, float]) -> dict[str, float]:
-        total = torch.tensor(list(values.values()), dtype=torch.float64, device=trainer.strategy.root_device)
-        if trainer.world_size > 1:
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream | None:
+        """Made on first use, when the process has its device."""
+        return torch.cuda.Stream() if torch.cuda.is_available() else None
+
+    def _over_processes(self, trainer: pl.Trainer, values: dict[str, float]) -> dict[str, float]:
+        """Sums. In a stream of their own: the device may still be busy with the optimizer's step."""
+        if trainer.world_size == 1:
+            return values
+        with torch.cuda.stream(self._stream):
+            total = torch.tensor(list(values.values()), dtype=torch.float64, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(total)
-        return dict(zip(values, total.tolist()))
+            return dict(zip(values, total.tolist()))
 
     def _progress(self, line: dict[str, Any]) -> str:
         done = line["step"] - self._start_step
