@@ -4,7 +4,6 @@ A wait lets the device run out of work: it has nothing to do until the host has 
 0.13.1 waits for the count of tokens three times, and twice for the norm. Results are the same, bit for bit.
 """
 
-from collections import deque
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -18,21 +17,22 @@ from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 
 from dct_qwen2vl.data.packing import PackedBatch
 
-AHEAD = 2  # packed sequences; more would take memory for their tokens, and gain nothing
-
 
 class DeviceCopies:
-    """Copies packed sequences to the device while it computes earlier ones, in a stream of their own."""
+    """Copies packed sequences to the device in a stream of their own, while it computes the one before."""
 
     def __init__(self) -> None:
-        self._begun: deque[torch.cuda.Event] = deque()  # where the device comes to the newest sequences
+        self._before: torch.cuda.Event | None = None  # where the device comes to the sequence before
 
     def __call__(self, sequence: PackedBatch) -> PackedBatch:
-        """The sequence on the device. Waits where the host is more than AHEAD sequences ahead."""
+        """The sequence on the device. The host waits until the one before is being computed: further ahead, more of
+        them would take memory, and nothing would be faster."""
         if not torch.cuda.is_available():
             return sequence.to("cuda")  # the tests have a stand-in
         compute = torch.cuda.current_stream()
-        self._stay_near(compute)
+        if self._before:
+            self._before.synchronize()
+        self._before = compute.record_event()
         with torch.cuda.stream(self._stream):
             copied = sequence.to("cuda")
         compute.wait_stream(self._stream)
@@ -45,11 +45,6 @@ class DeviceCopies:
     def _stream(self) -> torch.cuda.Stream:
         """Made on first use, when the process has its device."""
         return torch.cuda.Stream()
-
-    def _stay_near(self, compute: torch.cuda.Stream) -> None:
-        if len(self._begun) == AHEAD:
-            self._begun.popleft().synchronize()
-        self._begun.append(compute.record_event())
 
 
 def average_gradients(chunks: list[torch.nn.Module], tokens: torch.Tensor) -> None:
