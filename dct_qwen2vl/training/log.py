@@ -202,12 +202,15 @@ class TrainingLog(pl.Callback):
         return sum(gather(self._skipped), Counter())
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch: QwenBatch, batch_index: int) -> None:
-        grids = batch.step_grids(self.merge_size)
-        loss, learned = float(outputs["loss_sum"]), int(outputs["tokens"])
-        flops = training_flops(pl_module.model.config, grids, batch.attention_mask.sum(dim=1), learned)
-        self.add(loss=loss, loss_weight=learned, flops=flops, **count_tokens(batch, self.merge_size))
+        batch = batch.host()
+        grids, counts = batch.step_grids(self.merge_size), count_tokens(batch, self.merge_size)
+        lengths = batch.attention_mask.sum(dim=1)
+        flops = training_flops(pl_module.model.config, grids, lengths, counts["learned_tokens"])
+        self.add(flops=flops, **counts)
         self._skipped.update(batch.skipped)
         if (batch_index + 1) % trainer.accumulate_grad_batches == 0:
+            for loss, learned in pl_module.losses:  # on the host since the end of the step
+                self.add(loss=loss, loss_weight=learned)
             self._end_step(trainer, pl_module)
 
     def add(self, **values: float) -> None:
@@ -226,7 +229,7 @@ class TrainingLog(pl.Callback):
             "step": trainer.global_step,
             "loss": sums["loss"] / max(1, sums["loss_weight"]),
             "learning_rate": pl_module.last_learning_rate,
-            "gradient_norm": float(pl_module.gradient_norm),
+            "gradient_norm": pl_module.gradient_norm,
             "samples": int(sums["samples"]),
             "visual_tokens": int(sums["visual_tokens"]),
             "text_tokens": int(sums["text_tokens"]),
