@@ -34,7 +34,7 @@ from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_r
 from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING, open_tensors, read_json, safetensors_files
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.data.loader import EnergonDataModule, energon_state_classes
-from dct_qwen2vl.data.media_embedding import blank_image, embed_media
+from dct_qwen2vl.data.media_embedding import blank_image, copy_to, embed_media
 from dct_qwen2vl.data.samples import QwenBatch
 from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
@@ -242,11 +242,6 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         """`export_hf` with one weight."""
         shape = self.model.get_parameter(PATCH_EMBEDDING).shape  # its values may be shared among the processes
         self.export_hf(output_dir, {PATCH_EMBEDDING: torch.zeros(shape)})
-
-
-def copy_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on `device`. The host does not wait for a GPU."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def embed_patches(patches: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:

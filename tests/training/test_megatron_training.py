@@ -116,9 +116,9 @@ def launch(variables: dict[str, str], *arguments: str, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def whole(environment, tmp_path_factory) -> Path:
-    """The folder of a run of one process that nothing has stopped."""
+    """The folder of a run of one process that nothing has stopped; waits of its third step are recorded."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    launch(environment(run_dir))
+    launch(environment(run_dir, WAITS=run_dir.with_name("waits.json")), "--profile", "2")
     return run_dir
 
 
@@ -225,6 +225,22 @@ def test_it_learns_and_writes_a_model_that_transformers_loads(whole, model_dir):
     assert {"visual.patch_embed.proj.weight", "model.embed_tokens.weight"} <= changed
     _, loading = Qwen2VLForConditionalGeneration.from_pretrained(whole / "hf", output_loading_info=True)
     assert not any(loading.values())
+
+
+@cpu_only
+def test_a_step_waits_for_the_device_once_and_where_the_gradient_is_clipped(whole):
+    """The step has four packed sequences."""
+    found = json.loads(whole.with_name("waits.json").read_text())
+    clipping = {"megatron/core/optimizer/clip_grads.py:clip_grad_by_total_norm_fp32 tensor": 1}
+    assert metrics(whole)[2]["gradient_norm"] > 1
+    assert found == {"dct_qwen2vl/training/megatron_step.py:read_norm tolist": 1, **clipping}
+
+
+@gpu_only
+def test_a_step_waits_for_the_gpu_once_and_where_the_gradient_is_clipped(whole):
+    found = (whole / "profile" / "rank0.waits.txt").read_text()
+    print(found)
+    assert int(found.split()[0]) <= 2, found
 
 
 @cpu_only
