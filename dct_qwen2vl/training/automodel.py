@@ -42,6 +42,7 @@ from dct_qwen2vl.training.final_model import RehearseSave, trained_folder
 from dct_qwen2vl.training.log import NON_FINITE, StepGuard, TrainingLog, ValidationSum
 from dct_qwen2vl.training.lora import LoRA, adapt_hf, adapted_weights, adapters_of, merged_hf
 from dct_qwen2vl.training.parts import is_frozen
+from dct_qwen2vl.training.patch_embedding import embed_tokens
 from dct_qwen2vl.training.run_folder import (
     build_loggers,
     count_batches_of_whole_steps,
@@ -248,7 +249,7 @@ def embed_patches(patches: torch.nn.Module, tokens: torch.Tensor) -> torch.Tenso
     """The tower's patch embedding, a convolution whose kernel is the whole patch, as one matrix product: tokens [N, K]
     -> [N, E]. `patches` keeps its weight and the name of it."""
     weight = patches.proj.weight.flatten(1)
-    return functional.linear(tokens.view(-1, weight.shape[1]).to(weight.dtype), weight)
+    return embed_tokens(tokens.view(-1, weight.shape[1]).to(weight.dtype), weight)
 
 
 def dtypes_of(model_dir: Path) -> dict[str, torch.dtype]:
