@@ -45,6 +45,7 @@ WIDTH = 10  # of a way's name
 FP8_TOKENS = 128  # tokens of a sequence are a multiple of it for all recipes
 STOCK_IMAGE, STOCK_VIDEO = -200, -300  # NeMo's ids of visual tokens
 IMAGE_ID, VIDEO_ID = 151655, 151656
+CLIP_GRAD = 1.0
 PROFILED = 2  # steps in which kernels are recorded
 PROFILED_STOCK = 2  # micro-batches of stock, which launches tens of thousands of kernels in each
 IMAGES = ((448, 448), (336, 448), (448, 672), (672, 896), (896, 672), (896, 896))  # height, width of the mix
@@ -158,9 +159,10 @@ class Training:
     """A model under Megatron-core's DDP and distributed optimizer, as NeMo's strategy sets them up.
 
     finalize: what is done to gradients before the optimizer. None: Megatron-core's own.
+    clip_grad: the largest norm of a gradient. 0: the optimizer does not clip.
     """
 
-    def __init__(self, model, finalize: Callable | None = None) -> None:
+    def __init__(self, model, finalize: Callable | None = None, clip_grad: float = CLIP_GRAD) -> None:
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -175,7 +177,7 @@ class Training:
         model.cuda()
         self.model = DistributedDataParallel(model.config, ddp, Float16Module(model.config, model))
         self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(lr=1e-6, bf16=True, use_distributed_optimizer=True, clip_grad=1.0), [self.model]
+            OptimizerConfig(lr=1e-6, bf16=True, use_distributed_optimizer=True, clip_grad=clip_grad), [self.model]
         )
 
     def step(self, batches: list, forward: Callable) -> torch.Tensor:
@@ -205,11 +207,18 @@ class PackedTraining(Training):
     """The same with the Megatron engine's own step (megatron_step.py)."""
 
     def __init__(self, model) -> None:
-        from dct_qwen2vl.training.megatron_step import DeviceCopies, average_gradients, read_norm, squared_norm
+        from dct_qwen2vl.training.megatron_step import DeviceCopies, average_gradients
 
-        super().__init__(model, average_gradients)
-        self.optimizer.get_grad_norm = lambda: read_norm(squared_norm(self.optimizer))[0]
+        super().__init__(model, average_gradients, clip_grad=0.0)
+        self.optimizer.get_grad_norm = self._measure_and_clip
         self.copies = DeviceCopies()
+
+    def _measure_and_clip(self) -> float:
+        from dct_qwen2vl.training.megatron_step import clip_gradients, read_norm, squared_norm
+
+        norm, _ = read_norm(squared_norm(self.optimizer))
+        clip_gradients(self.optimizer, norm, CLIP_GRAD)
+        return norm
 
     def step_packed(self, batches: list) -> torch.Tensor:
         """`step` over packed sequences."""

@@ -55,8 +55,7 @@ def embed_media(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Puts the embeddings of text, images and videos in place of ids and media.
 
     The tower is called exactly once, for images and videos together. A batch of text alone gives it one blank image,
-    which changes no embedding. So every process has a gradient for every weight. Nothing waits for a GPU if grids and
-    kept cells are on the host.
+    which changes no embedding. So every process has a gradient for every weight.
 
     model: Qwen2VLForConditionalGeneration, or Qwen2.5-VL's.
     inputs: as `QwenBatch.model_inputs` gives them, with position_ids.
@@ -70,21 +69,13 @@ def embed_media(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     features = features.to(embeddings.dtype)
     if kinds:
         masks = [ids == getattr(model.config, token) for token, *_ in kinds]
-        for mask, part in zip(masks, features.split([_cells(model, inputs, kind) for kind in kinds])):
+        for mask, part in zip(masks, features.split([int(mask.sum()) for mask in masks])):
             embeddings = embeddings.masked_scatter(mask.unsqueeze(-1), part)
     else:
         embeddings = embeddings + 0.0 * features.sum()
     media = {name for names in MEDIA for name in names}
     rest = {name: value for name, value in inputs.items() if name not in media and name != "input_ids"}
     return {**rest, "inputs_embeds": embeddings}
-
-
-def _cells(model: nn.Module, inputs: dict[str, Any], kind: tuple[str, ...]) -> int:
-    """How many cells of its media have a token of the language model."""
-    _, _, grids, kept = (inputs.get(name) for name in kind)
-    if kept is not None:
-        return int(kept.sum())
-    return int(grids.prod(dim=1).sum()) // model.config.vision_config.spatial_merge_size**2
 
 
 def _features(model: nn.Module, inputs: dict[str, Any], kinds: list[tuple[str, ...]]) -> torch.Tensor:

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -119,16 +118,6 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
     def _choose_positions(self, head: torch.nn.Module, hidden: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         """The vocabulary is projected to where a token is learned only: [B, L, hidden] -> [T, hidden]."""
         return hidden if self._learned is None else (hidden[0].flatten(0, 1).index_select(0, self._learned),)
-
-    def transfer_batch_to_device(self, batch: QwenBatch, device: torch.device, dataloader_idx: int) -> QwenBatch:
-        """As Lightning does it; the batch of the host is kept beside.
-
-        batch: As the loader gives it.
-        device: Where the model is.
-        dataloader_idx: As in Lightning.
-        """
-        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return replace(moved, on_host=batch)
 
     def forward(self, batch: QwenBatch, learned: torch.Tensor | None = None) -> torch.Tensor:
         """-> logits [B, L, vocabulary], or [T, vocabulary] of the positions `learned`, int64 [T], of all samples."""

@@ -44,7 +44,13 @@ from dct_qwen2vl.training.full_sequence import TryFullSequence
 from dct_qwen2vl.training.log import NON_FINITE, OutOfMemory, StepGuard, TrainingLog, ValidationSum, count_cells
 from dct_qwen2vl.training.lora import LoRA, adapt_megatron
 from dct_qwen2vl.training.megatron_model import PackedQwen2VL, fuse_gradient_accumulation, model_config
-from dct_qwen2vl.training.megatron_step import DeviceCopies, TokenMeanOptimizer, read_norm, squared_norm
+from dct_qwen2vl.training.megatron_step import (
+    DeviceCopies,
+    TokenMeanOptimizer,
+    clip_gradients,
+    read_norm,
+    squared_norm,
+)
 from dct_qwen2vl.training.megatron_weights import load_hf, rehearse_hf, save_hf, sources_of
 from dct_qwen2vl.training.parts import is_frozen
 from dct_qwen2vl.training.run_folder import (
@@ -111,6 +117,7 @@ class QwenMegatronModel(Qwen2VLModel):
     pipeline: there are several pipeline stages.
     lora: adapters in place of the language model's weights.
     guard: stops at a loss or gradient that is no number; None for a model that is not trained.
+    max_gradient_norm: 0 for no clipping.
     """
 
     def __init__(
@@ -122,6 +129,7 @@ class QwenMegatronModel(Qwen2VLModel):
         pipeline: bool = False,
         lora: LoRA | None = None,
         guard: StepGuard | None = None,
+        max_gradient_norm: float = 0.0,
     ) -> None:
         hf_config = Qwen2VLConfig.from_pretrained(model_dir)
         options: dict[str, Any] = {"calculate_per_token_loss": True}
@@ -135,6 +143,7 @@ class QwenMegatronModel(Qwen2VLModel):
         self.freeze = (*freeze, "language") if lora else freeze
         self.lora = lora
         self.guard = guard
+        self.max_gradient_norm = max_gradient_norm
         self.gradient_norm = 0.0
         self.last_learning_rate = 0.0
         self.validation = ValidationSum()
@@ -185,7 +194,7 @@ class QwenMegatronModel(Qwen2VLModel):
         self.validation.add(loss_sum, tokens, len(sequence.keys))
 
     def on_train_start(self) -> None:
-        """The norm is looked at between gradients and step: Megatron-core has no place for it."""
+        """The norm is looked at, and clipped, between gradients and step: Megatron-core has no place for it."""
         optimizer = self.trainer.optimizers[0].mcore_optimizer
 
         def measure_and_check() -> float:
@@ -193,6 +202,7 @@ class QwenMegatronModel(Qwen2VLModel):
             self.gradient_norm, values = read_norm(squared_norm(optimizer), *sums)
             self.losses = list(zip(values[::2], values[1::2]))
             self._check_step()
+            clip_gradients(optimizer, self.gradient_norm, self.max_gradient_norm)
             return self.gradient_norm
 
         optimizer.get_grad_norm = measure_and_check
@@ -348,7 +358,7 @@ def build_optimizer(config: TrainingConfig) -> TokenMeanOptimizer:
         weight_decay=config.weight_decay,
         adam_beta1=0.9,
         adam_beta2=config.adam_beta2,
-        clip_grad=config.max_gradient_norm,
+        clip_grad=0.0,  # `clip_gradients` does it
         bf16=True,
         params_dtype=torch.bfloat16,
         use_distributed_optimizer=True,
@@ -409,6 +419,7 @@ def run(
         config.pipeline_parallel > 1,
         LoRA.of(config),
         StepGuard(config.run_dir / NON_FINITE),
+        config.max_gradient_norm,
     )
     data.data_sampler = SequenceSampler(
         seq_len=sequence_tokens,

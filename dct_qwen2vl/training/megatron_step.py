@@ -1,7 +1,8 @@
 """A step of the Megatron engine, so that the host waits for the device once: for the gradient's norm.
 
 A wait lets the device run out of work: it has nothing to do until the host has launched the next kernels. Megatron-core
-0.13.1 waits for the count of tokens three times, and twice for the norm. Results are the same, bit for bit.
+0.13.1 waits for the count of tokens three times, twice for the norm, and once to clip. Results are the same, bit for
+bit.
 """
 
 from functools import cached_property
@@ -101,3 +102,16 @@ def read_norm(square: torch.Tensor, *others: torch.Tensor) -> tuple[float, list[
     """
     values = torch.cat([square.flatten(), *(other.flatten() for other in others)]).tolist()
     return values[0] ** 0.5, values[1:]
+
+
+def clip_gradients(optimizer: Any, norm: float, most: float) -> None:
+    """Makes the gradient's norm `most` if it is larger. Soon: the device has nothing to do meanwhile.
+
+    optimizer: Megatron-core's ChainedOptimizer, whose own clipping is off.
+    norm: over all processes.
+    most: 0 for no clipping.
+    """
+    factor = most / (norm + 1.0e-6)  # as Megatron-core has it
+    if 0 < factor < 1:
+        weights = chain.from_iterable(part.get_parameters() for part in optimizer.chained_optimizers)
+        torch._foreach_mul_([weight.grad for weight in weights if weight.grad is not None], factor)
