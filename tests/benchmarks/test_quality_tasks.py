@@ -115,8 +115,8 @@ def read_digits(source: Source, batch: Batch) -> list[list[list[str]]]:
 
 
 def read_boards(source: Source, batch: Batch) -> list[list[list[str]]]:
-    """As `read_digits`, each turn of four frames on its own."""
-    turns = [replace(batch, frames=batch.frames[:, begin:]) for begin in range(1, source.task.frames, 4)]
+    """As `read_digits`, each turn of six frames on its own."""
+    turns = [replace(batch, frames=batch.frames[:, begin:]) for begin in range(1, source.task.frames, 6)]
     read = zip(*(read_digits(source, turn) for turn in turns))
     return [[[digit for (digit,) in cell] for cell in zip(*sample)] for sample in read]
 
@@ -402,15 +402,15 @@ def test_before_a_fixed_camera_an_event_has_its_time_and_place(name, stays):
     assert same[begun_and_ended].all() if not stays else not same.any()
 
 
-def test_a_board_changes_every_two_steps_and_is_of_one_colour_where_it_is_blank():
+def test_a_board_changes_every_three_steps_and_is_of_one_colour_where_it_is_blank():
     task = make_task("still-board", {"noise": 0.0})
     batch = Source(task, "cpu").batch("train", 0, 0, 8)
     frames = luma(batch.frames)
     changed = (frames[:, 1:] != frames[:, :-1]).flatten(2).any(2)
-    assert (changed.any(0).nonzero()[:, 0] + 1).tolist() == [4, 8, 12, 16, 20]
+    assert (changed.any(0).nonzero()[:, 0] + 1).tolist() == [6, 12, 18]
     assert (frames[:, :, :21] == frames[:, :1, :21]).all() and (frames[:, :, 69:] == frames[:, :1, 69:]).all()
-    cells = cells_of(task, frames[:, ::4, 21:69, 21:69])  # by cell, sample, turn
-    blank = (batch.level == NOT_SCORED).view(8, 4, 6).movedim(1, 0)
+    cells = cells_of(task, frames[:, ::6, 21:69, 21:69])  # by cell, sample, turn
+    blank = (batch.level == NOT_SCORED).view(8, 4, 4).movedim(1, 0)
     spread = cells.amax((3, 4)) - cells.amin((3, 4))
     assert (spread[blank] < 0.01).all() and (spread[~blank] > 40).all()
     assert 0.2 < blank.float().mean() < 0.4

@@ -132,7 +132,7 @@ class StillTicker(FixedCamera, Ticker):
 
 @dataclass(frozen=True)
 class StillBoard(FixedCamera):
-    """Reads a board of one colour, each cell of which shows six digits one after the other, for two time steps each.
+    """Reads a board of one colour, each cell of which shows four digits one after the other, for three time steps each.
     Some are blank: with these a model learns where and when to look.
 
     heights: of the digits in pixels. blank: share of them that are not shown.
@@ -140,11 +140,11 @@ class StillBoard(FixedCamera):
 
     name: ClassVar[str] = "still-board"
     frames: ClassVar[int] = 24
-    answers: ClassVar[int] = 6
+    answers: ClassVar[int] = 4
     chance: ClassVar[float] = 1 / len(DIGITS)
     size: int = 48
     cells: int = 2
-    heights: tuple[int, ...] = (5, 6, 7, 8, 10, 12, 14, 16)
+    heights: tuple[int, ...] = (6, 7, 8, 10, 12, 14, 16)
     blank: float = 0.3
     whole: int = 112
     seconds: int = 12
