@@ -106,7 +106,8 @@ def test_last_words():
         "accuracy": {"overall": 0.963},
         "blind_accuracy": {"overall": 0.209},
         "tokens_per_image": {"pixels": 18.0, "dct": 4.5},
-        "seconds": {"training": 100.0, "evaluation": 45.2},
+        "seconds": {"training": 100.0, "evaluation": 60.0, "images": 50.0},
+        "total_seconds": 145.2,
     }
     words = "\n".join(demo.last_words(Path("demo"), summary))
     for said in ("96.3%", "20.9%", "4.5 tokens", "pixels take 18.0", "145 s", "make test", "Setup Instructions"):
