@@ -263,8 +263,7 @@ class PackingTaskEncoder(QwenTaskEncoder):
         encoded = []
         for sample in samples:
             with suppress(SkipSample):
-                held = sample.held
-                encoded.append(super().encode_sample(sample.conversation) if held is None else held)
+                encoded.append(sample.held or self._in_token_dtype(super().encode_sample(sample.conversation)))
         if not encoded:
             raise SkipSample
         return self.make_sequence(encoded)

@@ -75,11 +75,12 @@ class Stages:
         import av
 
         from dct_qwen2vl.data import media_encoder, videos
+        from dct_qwen2vl.dct import transform_dct
 
         places = [
             (av, "open", "open"), (videos, "_packets", "open"), (media_encoder, "media_shape", "open"),
             (media_encoder, "as_array", "decode"), (videos._Video, "_convert", "resize"),
-            (media_encoder.MediaEncoder, "encode", "DCT"), (media_encoder, "kept_cells", "rule"),
+            (transform_dct.DCTTokenizer, "encode_planes", "DCT"), (media_encoder, "kept_cells", "rule"),
             (media_encoder, "keep_tokens", "keep"), (encoder, "_in_token_dtype", "keep"),
         ]  # fmt: skip
         with ExitStack() as stack:
