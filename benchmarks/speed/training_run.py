@@ -101,12 +101,14 @@ def draw_video(number: int, folder: Path, seed: int) -> dict:
 
 
 def real_entries(count: int, folder: Path, seed: int, videos: Path, seconds: float) -> list[dict]:
-    """Entries of pieces of real videos, which are repeated where there are too few. Raises UserError."""
+    """Entries of pieces of real videos, which are repeated where there are too few, under names of their own: what
+    shares a file would be in one split. Raises UserError."""
     pieces = cut_videos(videos, folder / "images", seconds)
     entries = []
     for number in range(count):
         words = conversation(np.random.default_rng((seed, number)), "video", 2, 32)
-        name = f"images/{pieces[number % len(pieces)].name}"
+        name = f"images/{number:06d}.mp4"
+        (folder / name).hardlink_to(pieces[number % len(pieces)])
         entries.append({"id": str(number), "video": name, "conversations": words})
     return entries
 
