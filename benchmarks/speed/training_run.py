@@ -101,14 +101,12 @@ def draw_video(number: int, folder: Path, seed: int) -> dict:
 
 
 def real_entries(count: int, folder: Path, seed: int, videos: Path, seconds: float) -> list[dict]:
-    """Entries of pieces of real videos, which are repeated where there are too few, under names of their own: what
-    shares a file would be in one split. Raises UserError."""
+    """Entries of pieces of real videos, which are repeated where there are too few. Raises UserError."""
     pieces = cut_videos(videos, folder / "images", seconds)
     entries = []
     for number in range(count):
         words = conversation(np.random.default_rng((seed, number)), "video", 2, 32)
-        name = f"images/{number:06d}.mp4"
-        (folder / name).hardlink_to(pieces[number % len(pieces)])
+        name = f"images/{pieces[number % len(pieces)].name}"
         entries.append({"id": str(number), "video": name, "conversations": words})
     return entries
 
@@ -137,6 +135,8 @@ def make_shards(
             entries = list(pool.map(draw, range(count), chunksize=8))
     (raw / "cambrian737k.json").write_text(json.dumps(entries), encoding="utf-8")
     command = [sys.executable, "data_preparation.py", "--data-dir", str(raw), "--output-dir", str(shards)]
+    if videos:
+        command += ["--split", "1,0,0"]  # entries of one piece share a split, and there may be few pieces
     run([*command, "--maxcount", str(max(8, count // 40)), "--energon-prepare", "--no-report"])
     return shards
 
