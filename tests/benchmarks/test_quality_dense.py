@@ -286,6 +286,10 @@ def test_the_report_pairs_seeds_and_pages(tmp_path, capsys):
     assert "| x4, pages scales | 16 | 49 | 0.001 | 20 | 3 | 66.7 | 66.7 ± 3.3 |" in out
     assert "x4 against the half-size image (pages scales): over 3 seeds and 2 pages: +23.3 points" in out
     assert figure.stat().st_size > 1000
+    for option, value, right in (("--steps", "5", "0.0"), ("--rate", "2e-3", "93.3")):
+        assert report.main(["--results", str(tmp_path), option, value]) == 0
+        out = capsys.readouterr().out
+        assert f"| 1 | {right} | {right} |" in out and "half" not in out
 
 
 def test_runs_tested_on_other_pages_are_not_compared(tmp_path, capsys):

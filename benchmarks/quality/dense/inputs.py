@@ -83,6 +83,7 @@ class Inputs:
     measured: float [S/14 * S/14 * B, 196], blocks of pages about `level`, for scales of the DCT from pages; None for
         those of natural images.
     gain: by which coefficients beyond the corner are made larger.
+    device: on which crops are.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Inputs:
         level: float,
         measured: torch.Tensor | None = None,
         gain: float = 1.0,
+        device: torch.device | None = None,
     ) -> None:
         self.variant, self.level = variant, level
         small = resized_patch(weight)
@@ -102,7 +104,8 @@ class Inputs:
         if variant.channels == 3:
             self.weight, self.bias = small.flatten(1).float(), bias.float()
         elif variant.kept:
-            self.basis, folded = dct_inputs(variant, grey, measured, gain)
+            basis, folded = dct_inputs(variant, grey, measured, gain)
+            self.basis = basis.float().to(device)
             self.weight = folded.float()
         else:
             self.spread = 1.0 if measured is None else float(measured.square().mean().sqrt())
@@ -116,7 +119,7 @@ class Inputs:
         if self.variant.channels == 3:
             return normalised(blocks(values, self.variant.side))
         values = blocks(values - self.level, self.variant.side)
-        return values / self.spread if self.basis is None else values @ self.basis.to(values)
+        return values / self.spread if self.basis is None else values @ self.basis
 
     @property
     def numbers(self) -> int:

@@ -151,18 +151,20 @@ class PageStore:
     def crops(self, dpi: int, page: torch.Tensor, place: torch.Tensor, side: int) -> Crops:
         """page: int64 [B]. place: float [B, 2] in 0..1, where the crop lies between the ends of the page's text."""
         grey = self.grey[dpi]
-        room = torch.tensor(grey.shape[1:], device=self.device) - side
         first, last = self.text[dpi][page].unbind(dim=1)
         first = first.minimum((first + last - side) / 2)  # text that is smaller than a crop lies within it
-        start = (first + place * (last - side - first).clamp(min=0)).long().clamp(min=0).minimum(room)
+        start = (first + place * (last - side - first).clamp(min=0)).long().clamp(min=0)
+        start = torch.stack([start[:, axis].clamp(max=grey.shape[1 + axis] - side) for axis in (0, 1)], dim=1)
         rows, columns = (start[:, axis, None] + torch.arange(side, device=self.device) for axis in (0, 1))
         images = grey[page[:, None, None], rows[:, :, None], columns[:, None, :]]
         return Crops(images, cell_labels(self.characters[dpi][page], start, side), page, dpi)
 
     def draw(self, dpi: int, count: int, side: int, generator: torch.Generator) -> Crops:
         """Random crops. generator: on the CPU, so that all devices get the same."""
-        page = torch.randint(len(self.names), (count,), generator=generator).to(self.device)
-        return self.crops(dpi, page, torch.rand(count, 2, generator=generator).to(self.device), side)
+        page = torch.randint(len(self.names), (count,), generator=generator)
+        place = torch.rand(count, 2, generator=generator)
+        # a copy that waits for the GPU would leave it idle until the next step is drawn
+        return self.crops(dpi, *(some.to(self.device, non_blocking=True) for some in (page, place)), side)
 
 
 def text_bounds(characters: np.ndarray) -> np.ndarray:

@@ -3,7 +3,8 @@
     python -m benchmarks.quality.dense.report --results benchmarks/results/h200_dense.jsonl --figure dense.png
 
 It needs the results of train.py alone. Of each variant the runs with the most steps count, at the rate that has most
-seeds. Differences are paired over seeds and test pages, as `paired.crossed_difference` says.
+seeds; --steps and --rate name others. Differences are paired over seeds and test pages, as
+`paired.crossed_difference` says.
 """
 
 import argparse
@@ -62,11 +63,17 @@ class Kind:
         )
 
 
-def load(results: Path) -> dict[Kind, list[Result]]:
-    """{kind: one result a seed}. Raises UserError if there are none."""
+def load(results: Path, steps: int | None = None, rate: float | None = None) -> dict[Kind, list[Result]]:
+    """{kind: one result a seed}. Raises UserError if there are none.
+
+    results: Path. A result file, or its folder.
+    steps, rate: of the runs that count; None for those that `longest` chooses.
+    """
     found = [result for result in read_results(results).values() if "dense" in result and is_finished(result)]
+    for name, wanted in (("steps", steps), ("rate", rate)):
+        found = [result for result in found if wanted is None or result["dense"][name] == wanted]
     if not found:
-        raise UserError(f"no results of benchmarks.quality.dense.train in {results}")
+        raise UserError(f"no such results of benchmarks.quality.dense.train in {results}")
     return {kind: longest([r for r in found if Kind.of(r) == kind]) for kind in dict.fromkeys(map(Kind.of, found))}
 
 
@@ -168,6 +175,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--results", type=place, required=True, metavar="PATH", help="a result file, or its folder")
     parser.add_argument("--figure", type=Path, help="file to draw, .png")
+    parser.add_argument("--steps", type=int, help="runs of this length alone (default: the longest of each variant)")
+    parser.add_argument("--rate", type=float, help="runs at this rate alone (default: the one with most seeds)")
     parser.add_argument("--scales", default="pages", help="that the figure shows (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
@@ -175,7 +184,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def report(arguments: argparse.Namespace) -> int:
     """Prints the table and the verdicts, draws the figure."""
-    kinds = load(arguments.results)
+    kinds = load(arguments.results, arguments.steps, arguments.rate)
     print("\n".join([*table(kinds), "", *comparisons(kinds)]))
     if arguments.figure:
         draw(kinds, arguments.scales, arguments.figure)

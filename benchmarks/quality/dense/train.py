@@ -160,7 +160,7 @@ class Run:
         measured = blocks(values - level, BLOCK).flatten(0, 1) if self.settings.scales == "pages" else None
         first = "embeddings.patch_embeddings.projection"
         embedding = (weights[f"{first}.weight"], weights[f"{first}.bias"].float())
-        return Inputs(VARIANTS[self.settings.variant], *embedding, level, measured, self.settings.gain)
+        return Inputs(VARIANTS[self.settings.variant], *embedding, level, measured, self.settings.gain, self.device)
 
     def rate(self, step: int) -> float:
         """Warm-up, then a cosine."""
