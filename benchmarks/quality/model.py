@@ -42,7 +42,6 @@ def build_config(size: ModelSize, num_coefficients: int) -> Qwen2VLConfig:
         "patch_size": 1,
         "temporal_patch_size": 1,
         "spatial_merge_size": 2,
-        "initializer_range": size.vision_width**-0.5,
     }
     return Qwen2VLConfig(
         vocab_size=-(-len(WORDS) // 64) * 64,
@@ -69,10 +68,14 @@ def build_config(size: ModelSize, num_coefficients: int) -> Qwen2VLConfig:
     )
 
 
-def build_model(size: ModelSize, num_coefficients: int, seed: int) -> Qwen2VLForConditionalGeneration:
+def build_model(
+    size: ModelSize, num_coefficients: int, seed: int, tower_spread: str = "language"
+) -> Qwen2VLForConditionalGeneration:
     """Weights are drawn by `seed`, the patch embedding last: all others are the same in every variant."""
     torch.manual_seed(seed)
     model = Qwen2VLForConditionalGeneration(build_config(size, 1))
+    if tower_spread == "inputs":
+        spread_by_inputs(model)
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight", "fc2.weight")):
             layers = size.vision_layers if name.startswith("visual") else size.language_layers
@@ -80,6 +83,16 @@ def build_model(size: ModelSize, num_coefficients: int, seed: int) -> Qwen2VLFor
     embedding = torch.randn(size.vision_width, num_coefficients, 1, 1, 1)
     set_patch_embedding(model, embedding)
     return model
+
+
+def spread_by_inputs(model: Qwen2VLForConditionalGeneration) -> None:
+    """Gives the vision tower's drawn matrices a standard deviation of 1 / sqrt(their inputs).
+
+    transformers draws them by the language model's `initializer_range`, whatever the vision config says."""
+    drawn = model.config.initializer_range
+    for parameter in model.visual.parameters():
+        if parameter.ndim == 2:
+            parameter.data /= drawn * parameter.shape[1] ** 0.5
 
 
 def set_patch_embedding(model: Qwen2VLForConditionalGeneration, weight: torch.Tensor) -> None:

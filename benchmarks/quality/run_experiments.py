@@ -162,10 +162,19 @@ def leave_out(queue: dict[str, Settings], failed: set[str]) -> None:
 
 def part_of(runs: Sequence[Settings], part: int, parts: int) -> list[Settings]:
     """Every `parts`-th run from `part` on, counted from 1, where a model and what starts from it count as one run."""
+    by_name = {settings.name: settings for settings in runs}
     chains: dict[str, list[Settings]] = {}
     for settings in runs:
-        chains.setdefault(settings.start_from or settings.name, []).append(settings)
+        chains.setdefault(line_of_starts(settings, by_name)[-1], []).append(settings)
     return [settings for chain in list(chains.values())[part - 1 :: parts] for settings in chain]
+
+
+def line_of_starts(settings: Settings, by_name: dict[str, Settings]) -> list[str]:
+    """Names of a run, of the one that it starts from, of the one which that starts from, and so on."""
+    names = [settings.name]
+    while (settings := by_name.get(names[-1])) is not None and settings.start_from is not None:
+        names.append(settings.start_from)
+    return names
 
 
 def chosen(runs: Sequence[Settings], choice: dict[str, Sequence[Any] | None]) -> list[Settings]:
@@ -176,7 +185,8 @@ def chosen(runs: Sequence[Settings], choice: dict[str, Sequence[Any] | None]) ->
         if unknown := set(values or ()).difference(known):
             raise UserError(f"the suite has no {field} {min(unknown)}: choose from {', '.join(map(str, known))}")
     kept = [s for s in runs if all(values is None or getattr(s, field) in values for field, values in choice.items())]
-    wanted = {settings.name for settings in kept} | {settings.start_from for settings in kept}
+    by_name = {settings.name: settings for settings in runs}
+    wanted = {name for settings in kept for name in line_of_starts(settings, by_name)}
     return [settings for settings in runs if settings.name in wanted]
 
 
@@ -186,8 +196,12 @@ def to_do(runs: Sequence[Settings], output: Output) -> list[Settings]:
     from benchmarks.quality.runs import done
 
     open_runs = [settings for settings in runs if done(settings, output, model_needed=False) is None]
-    needed = {settings.start_from for settings in open_runs}
-    return [s for s in runs if s in open_runs or (s.name in needed and done(s, output, model_needed=True) is None)]
+    names, found = {settings.name for settings in open_runs}, open_runs
+    while found:
+        needed = {settings.start_from for settings in found} - names
+        found = [s for s in runs if s.name in needed and done(s, output, model_needed=True) is None]
+        names |= {settings.name for settings in found}
+    return [settings for settings in runs if settings.name in names]
 
 
 def report(settings: Settings, why: str) -> None:

@@ -19,6 +19,7 @@ from benchmarks.quality.result_files import Output, Result
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.tasks.registry import make_task
 from benchmarks.quality.trainer import STARTS, StepClock, Trainer
+from benchmarks.quality.widening import widened_tower
 from dct_qwen2vl.common.scripts import UserError
 
 CURVE_POINTS = 20  # evaluations during training
@@ -128,13 +129,14 @@ def save(trainer: Trainer, path: Path) -> None:
 
 
 def start_weights(settings: Settings, output: Output) -> dict[str, torch.Tensor] | None:
-    """What the run that `start_from` names has saved. Raises FileNotFoundError if it has not."""
+    """What the run that `start_from` names has saved, a narrower tower widened. Raises FileNotFoundError if it has
+    not saved any, UserError for a tower that cannot be widened to the run's."""
     if settings.start_from is None:
         return None
     path = output.model(settings.start_from)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run the variant pixels or exact there with --save first")
-    return torch.load(path, weights_only=True)
+    return widened_tower(torch.load(path, weights_only=True), settings.size.vision_width, settings.seed)
 
 
 def describe(trainer: Trainer, commit: str, alone: bool) -> Result:

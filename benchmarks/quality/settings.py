@@ -12,6 +12,10 @@ from dct_qwen2vl.common.scripts import UserError
 
 VISION_HEAD = 80  # width of an attention head in the vision tower, as in Qwen2-VL
 LANGUAGE_HEAD = 64  # and in the language model
+# Standard deviation of the vision tower's matrices as drawn. "language": 1 / sqrt(width of the language model), as
+# transformers draws all matrices of Qwen2-VL; the wider the tower, the larger its values. "inputs": 1 / sqrt(inputs of
+# the matrix), at any width the same size of values.
+TOWER_SPREADS = ("language", "inputs")
 FAILURES = (ValueError, OSError, RuntimeError, FloatingPointError)  # of a run, after which others may go on
 
 
@@ -46,7 +50,7 @@ class Settings:
     answered by real generation. start_from: name of a run of variant `pixels` or `exact` in the same folder that saved
     its model (`save`): a model of pixels either way, whose patch embedding is folded or kept. unseen: how, without a
     start, weights of floats begin that a pixel model's patch would not show of the block: "zero", as folding leaves
-    them, or "random", as the others.
+    them, or "random", as the others. tower_spread: of the vision tower's drawn matrices, see TOWER_SPREADS.
     """
 
     task: str = "reading"
@@ -67,12 +71,15 @@ class Settings:
     start_from: str | None = None
     unseen: str = "zero"
     save: bool = False
+    tower_spread: str = "language"
 
     @property
     def name(self) -> str:
         """Of the run's files."""
         values = asdict(self)
         values["arm"] = values.pop("variant")  # the field's first name: finished results keep their names
+        if self.tower_spread == TOWER_SPREADS[0]:
+            del values["tower_spread"]  # a later field
         digest = blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4).hexdigest()
         return f"{self.task}_{self.variant}_seed{self.seed}_{digest}"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 
-from benchmarks.quality.settings import ModelSize, Settings
+from benchmarks.quality.settings import VISION_HEAD, ModelSize, Settings
 
 SEEDS = (0, 1, 2)
 CORE = ("quarter", "x4", "exact")
@@ -35,10 +35,12 @@ LOW_RATES = (1e-4, 5e-4)
 SCRATCH_RATES = (5e-4, 2e-3, 4e-3)  # beside the 1e-3 of `speed`
 SLOW = ("quarter", "quarter-unit", "x4-raw", "x4")  # what learns slowly in `speed`, and x4
 GAINS = ("quarter", "x4", "x4-loud", "x4-louder")
-# In images of 224 px, in proportion to those of 112 px; no model of that size has learned them yet
-# (docs/experiment_log.md).
-WIDE = {"size": 224, "heights": [4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 28, 32]}
+# In images of 224 px, in proportion to those of 112 px.
+LARGER = {"size": 224, "heights": [4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 28, 32]}
 LARGE = {"heights": [9, 10, 11, 12]}  # digits that are whole at half the sides, too
+REAL_WIDTH = 1280
+REAL_START = 2  # times the steps of fine-tuning that the pixel model takes
+REAL_VARIANTS = ("quarter", "x4", "x4-588")
 COST = {"test": 64, "probe": 64, "generated": 0}
 COST_STEPS = 60
 TINY = {"size": ModelSize(160, 2, 128, 2), "batch": 32, "probe": 32, "test": 64, "fit": 128, "generated": 4}
@@ -95,12 +97,30 @@ def warm(plan: Plan) -> tuple[Settings, ...]:
     return _warm(plan.base(), (*CORE, "x4-corner"))
 
 
+def _real(plan: Plan) -> Settings:
+    """A pixel model with Qwen2-VL's patches and vision width, in images twice as wide."""
+    shared = {} if plan.tiny else {"size": replace(ModelSize(), vision_width=REAL_WIDTH), "batch": plan.batch or 128}
+    start = plan.base(variant="exact", steps=REAL_START * plan.steps, patch=14, knobs=LARGER)
+    return replace(start, tower_spread="inputs", save=True, **shared)
+
+
+def wide(plan: Plan) -> tuple[Settings, ...]:
+    """Does a tower of Qwen2-VL's width learn? From scratch, widened from a narrower one, and from scratch as
+    transformers draws it."""
+    start = _real(plan)
+    quarter = max(VISION_HEAD, start.size.vision_width // 4)
+    narrow = replace(start, size=replace(start.size, vision_width=quarter))
+    widened = replace(start, start_from=narrow.name, steps=plan.steps)
+    return (start, narrow, widened, replace(start, tower_spread="language", save=False))
+
+
 def real(plan: Plan) -> tuple[Settings, ...]:
-    """As warm, with Qwen2-VL's patches, the presets themselves and its vision width, in images twice as wide. Each
-    variant is fine-tuned three times from one pixel model, which takes longest."""
-    base = plan.base(patch=14, knobs=WIDE)
-    wide = base.size if plan.tiny else replace(base.size, vision_width=1280)
-    return _warm(replace(base, size=wide), CORE, start_seeds=SEEDS[:1])
+    """As warm, with Qwen2-VL's patches, the presets themselves and its vision width, in images twice as wide. All
+    variants and seeds start from one pixel model, seed by seed; `exact`, which takes longest, comes last."""
+    start = _real(plan)
+    tuned = replace(start, learning_rate=TUNING_RATE, start_from=start.name, steps=plan.steps)
+    runs = (*_runs(tuned, REAL_VARIANTS), *_runs(tuned, ("exact",)))
+    return (start, *(replace(run, save=False) for run in runs))
 
 
 def fidelity(plan: Plan) -> tuple[Settings, ...]:
@@ -202,7 +222,7 @@ def skipping_scratch(plan: Plan) -> tuple[Settings, ...]:
 SUITES: dict[str, Callable[[Plan], tuple[Settings, ...]]] = {
     suite.__name__: suite
     for suite in (
-        *(warm, real, first, fidelity, speed, speed_rates, formats, tokens, rates, gains, stills, videos, cost),
+        *(warm, wide, real, first, fidelity, speed, speed_rates, formats, tokens, rates, gains, stills, videos, cost),
         *(skipping, skipping_scratch),
     )
 }
@@ -212,7 +232,8 @@ STEPS |= {
     "speed_rates": 1500,
     "stills": 2000,
     "videos": 2000,
-    "real": 2000,
+    "wide": 1500,
+    "real": 1500,
     "skipping": 600,
     "skipping_scratch": 1500,
 }

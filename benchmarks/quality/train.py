@@ -12,7 +12,7 @@ import json
 import sys
 
 from benchmarks.quality.result_files import Output
-from benchmarks.quality.settings import FAILURES, ModelSize, Settings, add_run_flags, first_line
+from benchmarks.quality.settings import FAILURES, TOWER_SPREADS, ModelSize, Settings, add_run_flags, first_line
 from dct_qwen2vl.common.scripts import UserError, run_main
 
 
@@ -34,9 +34,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         add(f"--{part}", type=int, nargs=2, default=(width, layers), metavar=("WIDTH", "LAYERS"), help=text)
     add("--test", type=int, default=default.test, help="samples tested at the end (default: %(default)s)")
     add("--unseen", choices=("zero", "random"), default=default.unseen, help="see Settings (default: %(default)s)")
-    add(
-        "--start-from", metavar="RUN", help="name of a run of variant pixels or exact in the output folder, with --save"
-    )
+    text = "of the vision tower's matrices: 1 / sqrt(width of the language model, or of their inputs)"
+    add("--tower-spread", choices=TOWER_SPREADS, default=default.tower_spread, help=f"{text} (default: %(default)s)")
+    text = "name of a run of variant pixels or exact in the output folder, with --save; a narrower tower is widened"
+    add("--start-from", metavar="RUN", help=text)
     add("--save", action="store_true", help="keep the trained model beside the result")
     return parser.parse_args(argv)
 
@@ -64,6 +65,7 @@ def train(arguments: argparse.Namespace) -> int:
         start_from=arguments.start_from,
         unseen=arguments.unseen,
         save=arguments.save,
+        tower_spread=arguments.tower_spread,
     )
     output, device = Output.at(arguments.output, "train"), chosen_device(arguments.device)
     try:

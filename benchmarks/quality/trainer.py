@@ -78,7 +78,8 @@ class Trainer:
             yield self.source.batch("fit", 0, number, min(64, self.settings.fit)).frames
 
     def _build_model(self, start: dict | None, weight: torch.Tensor | None, example: torch.Tensor):
-        model = build_model(self.settings.size, self.num_floats, self.settings.seed).to(self.device)
+        settings = self.settings
+        model = build_model(settings.size, self.num_floats, settings.seed, settings.tower_spread).to(self.device)
         if start is None:
             if self.settings.unseen == "zero":
                 zero_columns(model, ~self.encoder.in_patch(self.settings.patch, self.num_floats))

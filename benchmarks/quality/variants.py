@@ -90,6 +90,15 @@ def _loud(name: str, patch: int) -> Variant:
     return _dct(name, preset("x4", patch).with_detail_gain(LOUD[name], (FRAMES, patch, patch)))
 
 
+def _still_half(name: str, patch: int) -> Variant:
+    """As many floats as the half-size image has, 588 with patches of 14 px, those of a still that vary most."""
+    block = (FRAMES, 2 * patch, 2 * patch)
+    still = np.zeros((3, *block), bool)
+    still[:, 0] = True  # the frequency 0 of time
+    options = {"first": still, "name": name, "patch": (FRAMES, patch, patch)}
+    return _dct(name, DCTConfig.select(block, "420", 3 * patch**2, **options))
+
+
 def _block_pca(name: str, patch: int) -> Variant:
     """As many floats as `x4` has that are not zero in a still."""
     return Variant(name, 2 * patch, scaling="pca", most=6 * patch**2)
@@ -116,6 +125,7 @@ VARIANTS = {
     "x4-louder": ("x4, further coefficients ten times as loud", _loud),
     "x4-corner": ("the corner of x4: DCT downscaling", lambda name, patch: _x4_like(name, patch, 6, "box")),
     "x4-half": ("half the floats of x4, variance order", lambda name, patch: _x4_like(name, patch, 4.5)),
+    "x4-588": ("half the floats of a still, variance order", _still_half),
     "x4-variance": ("two thirds, variance order", lambda name, patch: _x4_like(name, patch, 6)),
     "x4-zigzag": ("two thirds, zigzag order", lambda name, patch: _x4_like(name, patch, 6, "zigzag")),
     "x4-all": ("all floats, 4:2:0", lambda name, patch: _x4_like(name, patch, None)),

@@ -266,6 +266,32 @@ def test_the_patch_is_that_of_dinov2_on_two_equal_frames(parts, built):
     assert torch.allclose(found, wanted, atol=1e-4)
 
 
+def before_the_merger(model, pixels: torch.Tensor) -> torch.Tensor:
+    """What the merger's linear layers get of an image of 4 x 4 patches: [16, width]"""
+    seen = []
+    hook = model.visual.merger.ln_q.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        model.visual(pixels, grid_thw=torch.tensor([[1, 4, 4]]))
+    hook.remove()
+    return seen[0]
+
+
+def test_a_widened_tower_sees_what_the_vit_sees_and_its_copies_learn_apart(parts, built):
+    llama, tokenizer, vit = parts
+    wide, _ = build_model.build(llama, build_model.bpe_of(tokenizer), vit.state_dict(), seed=0, widen=2)
+    assert wide.config.vision_config.embed_dim == 256 and wide.config.vision_config.num_heads == 4
+    pixels = torch.randn(16, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(1))
+    seen, wanted = before_the_merger(wide, pixels), before_the_merger(built[0], pixels)
+    for copy in seen.chunk(2, dim=1):
+        assert torch.allclose(copy, wanted, atol=1e-4)
+    assert build_model.text_difference(llama, wide) == 0.0
+
+    wide.visual(pixels, grid_thw=torch.tensor([[1, 4, 4]])).square().sum().backward()
+    first, second = wide.visual.patch_embed.proj.weight.grad.chunk(2)
+    wide.zero_grad()
+    assert (first - second).abs().max() > 0.1 * first.abs().max()
+
+
 def test_special_tokens_are_single_and_text_is_split_as_before(parts, built):
     source, tokenizer = parts[1], built[1]
     ids = [tokenizer.encode(token, add_special_tokens=False) for token in SPECIAL_TOKENS]
@@ -370,7 +396,7 @@ def run_variant(variant: str, *arguments: str, **environment: str) -> subprocess
 
 def test_an_unknown_variant_is_refused(tmp_path):
     done = run_variant("x16", MODEL_DIR=str(tmp_path), RAW_DIR=str(tmp_path), WORK_DIR=str(tmp_path / "work"))
-    assert done.returncode == 2 and "the variant is pixels, half or x4, not x16" in done.stderr
+    assert done.returncode == 2 and "the variant is pixels, half, block or x4, not x16" in done.stderr
     assert not (tmp_path / "work").exists()
 
 
@@ -383,9 +409,10 @@ def write_raw(folder: Path, split: str, count: int) -> None:
 
 
 @pytest.mark.launch
-@pytest.mark.timeout(800)  # eight processes, two of which import NeMo
+@pytest.mark.timeout(800)  # eleven processes, three of which import NeMo
 def test_a_variant_goes_the_whole_way(tmp_path, qwen2vl_directory):
-    """Two steps on a drawn page. All answers of stock transformers are those of the trained form."""
+    """Two steps on a drawn page. All answers of stock transformers are those of the trained form. Then two steps of the
+    pixels of x4's blocks."""
     write_raw(tmp_path / "raw", "train", 24)
     write_raw(tmp_path / "raw", "test", 2)
     work = tmp_path / "work"
@@ -400,3 +427,9 @@ def test_a_variant_goes_the_whole_way(tmp_path, qwen2vl_directory):
     assert json.loads((work / "runs/half/run.json").read_text())["max_pixels"] == 56 * 112 // 4
     assert json.loads((work / "runs/half/scores.json").read_text())["variants"]["half"]["questions"]
     assert len((work / "runs/half/evaluation/predictions.jsonl").read_text().splitlines()) == 4
+
+    done = run_variant("block", "--engine", "automodel", **settings, STAGES="prepare train")
+    assert done.returncode == 0, done.stdout + done.stderr
+    trained = json.loads((work / "runs/block/hf/config.json").read_text())
+    assert trained["vision_config"]["patch_size"] == 28 and not (work / "runs/block/hf_dct").exists()
+    assert json.loads((work / "runs/block/run.json").read_text())["token_format"] == "none"

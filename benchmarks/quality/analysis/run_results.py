@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.result_files import Result, read_results
+from benchmarks.quality.settings import TOWER_SPREADS
 
 STARTED = ", start"  # after the variant's name: a model that warm starts began from
 NOT_COMPARED = ("variant", "seed", "save", "start_from")
@@ -30,6 +31,7 @@ def load(*places: Path) -> list[Result]:
     results = [result for result in read_results(*places).values() if "settings" in result]
     for result in results:
         result["settings"].setdefault("patch", OLD_PATCH)
+        result["settings"].setdefault("tower_spread", TOWER_SPREADS[0])
     return results
 
 
@@ -108,6 +110,8 @@ def title(name: str) -> str:
     warm = f", from {start['variant']}" if start else ""
     if start and "steps" in start:
         warm += f" of {start['steps']} steps"
+    if settings.get("tower_spread", TOWER_SPREADS[0]) != TOWER_SPREADS[0]:
+        warm = f", tower drawn by its {settings['tower_spread']}{warm}"
     return (
         f"{settings['task']}{f' ({knobs})' if knobs else ''}, patches of {settings['patch']} px, {settings['steps']} "
         f"steps of {settings['batch']}, layers {size['vision_layers']} x {vision} + {size['language_layers']} x "

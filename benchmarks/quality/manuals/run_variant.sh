@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The whole way for one variant: shards, conversion, training, evaluation on other manuals, answers of the stock form.
 #
-#   MODEL_DIR=models/manuals RAW_DIR=raw bash benchmarks/quality/manuals/run_variant.sh pixels|half|x4
+#   MODEL_DIR=models/manuals RAW_DIR=raw bash benchmarks/quality/manuals/run_variant.sh pixels|half|block|x4
 #
 # pixels: all tokens. half: max_pixels is a quarter of a crop's pixels. x4: DCT tokens, as many as half has.
+# block: the pixels of x4's blocks, by the stock form of the same start.
 # MODEL_DIR is a pixel Qwen2-VL, RAW_DIR has train/ and test/ as make_samples.py writes them. Everything is written to
 # WORK_DIR; what is there already is not made again, so that variants share shards and a stopped run goes on.
 # Steps, samples of a step and their order are the same for all variants. Other settings of qwen_launch.sh come from the
@@ -11,7 +12,7 @@
 # STAGES chooses some of prepare, train, answer: prepared one after the other, variants can train side by side on a GPU.
 set -euo pipefail
 
-variant=${1:?usage: run_variant.sh pixels|half|x4 [arguments of finetune_qwen2vl.py]}
+variant=${1:?usage: run_variant.sh pixels|half|block|x4 [arguments of finetune_qwen2vl.py]}
 shift
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 MODEL_DIR=$(realpath "${MODEL_DIR:?a Hugging Face directory of a pixel Qwen2-VL}")
@@ -36,8 +37,9 @@ export PYTHON
 case $variant in
   pixels) format=exact pixels=$CROP_PIXELS ;;
   half) format=exact pixels=$((CROP_PIXELS / 4)) ;;
+  block) format=block pixels=$CROP_PIXELS ;;
   x4) format=x4 pixels=$CROP_PIXELS ;;
-  *) echo "run_variant.sh: the variant is pixels, half or x4, not $variant" >&2; exit 2 ;;
+  *) echo "run_variant.sh: the variant is pixels, half, block or x4, not $variant" >&2; exit 2 ;;
 esac
 
 run=$WORK_DIR/runs/$variant
@@ -52,13 +54,23 @@ prepare() {
       --split "$shares" --maxcount "${MAXCOUNT:-1000}" --no-report --energon-prepare
   done
   say "conversion"
-  if [ ! -d "$WORK_DIR/models/$format" ]; then
-    "$PYTHON" convert_checkpoint.py --model-dir "$MODEL_DIR" --output-dir "$WORK_DIR/models/$format" --dct "$format"
+  if [ "$format" != block ]; then
+    convert "$format" --model-dir "$MODEL_DIR" --dct "$format"
+  else
+    convert x4 --model-dir "$MODEL_DIR" --dct x4
+    convert block --model-dir "$WORK_DIR/models/x4" --to stock
   fi
+}
+
+convert() {  # name of the model, arguments
+  local output=$WORK_DIR/models/$1
+  shift
+  [ -d "$output" ] || "$PYTHON" convert_checkpoint.py --output-dir "$output" "$@"
 }
 
 train() {
   say "training"
+  if [ "$format" = block ]; then set -- --dct none "$@"; fi
   MODEL_DIR="$WORK_DIR/models/$format" DATASET_DIR="$WORK_DIR/shards/train" OUTPUT_DIR="$WORK_DIR/runs" \
     EXPERIMENT_NAME=$variant MAXPIXELS=$pixels MINPIXELS=${MINPIXELS:-3136} \
     bash qwen_launch.sh --val-batches 4 --compare-samples 0 --log-interval 20 "$@"
@@ -73,6 +85,7 @@ answer() {
   fi
   "$PYTHON" -m benchmarks.quality.manuals.score "$variant=$run/evaluation" --data-dir "$WORK_DIR/shards/test" \
     --output "$run/scores.json"
+  if [ "$format" = block ]; then return; fi  # it is a stock form
   say "stock form"
   "$PYTHON" evaluate_qwen2vl.py --compare "$run/hf_dct" "$run/hf" "${asked[@]}" --limit "$COMPARED" \
     --output-dir "$run/compared" > "$run/compared.txt" || { cat "$run/compared.txt"; exit 1; }
