@@ -5,9 +5,12 @@ Megatron-core's model, gradients, distributed optimizer and checkpoints, tensor,
 gloo). Replaced is what has no CPU form: the name of the device, TransformerEngine's layers (by those of
 tests/megatron_cpu.py) and its Adam, and the refusal to start. With FAULT_STEP=N a gradient of step N is NaN
 (tests/faulty_gradient.py). With ROOM_FOR=N the memory is full at a packed sequence of more than N tokens.
+With WAITS=FILE the file gets the places where the third step would make the host wait for a GPU.
 """
 
+import json
 import os
+from pathlib import Path
 
 from stand_in_python import run_as_python
 
@@ -103,6 +106,36 @@ def limit_memory(most: int) -> None:
     PackedQwen2VL.forward = limited
 
 
+def record_waits(file: Path, step: int) -> None:
+    """Writes where the host would wait, from the beginning of a step to the beginning of the next."""
+    from waits_on_cpu import Waits
+
+    from dct_qwen2vl.training.megatron import QwenMegatronModel
+
+    recorded = []
+
+    def on_train_batch_start(module, batch, batch_index: int) -> None:
+        if module.trainer.global_step == step - 1 and not recorded:
+            recorded.append(Waits(on_device(module)).__enter__())
+        elif module.trainer.global_step == step and recorded:
+            waits = recorded.pop()
+            waits.__exit__(None, None, None)
+            file.write_text(json.dumps({place: count for place, count in waits.found.items() if is_real(place)}))
+
+    def on_device(module) -> list:
+        (chunk,) = module.trainer.strategy.model
+        groups = module.trainer.optimizers[0].param_groups
+        gradients = (buffer.grad_data for buffer in chunk.buffers)
+        return [*module.parameters(), *gradients, *(parameter for group in groups for parameter in group["params"])]
+
+    QwenMegatronModel.on_train_batch_start = on_train_batch_start
+
+
+def is_real(place: str) -> bool:
+    """Whether TransformerEngine's layers and kernels would wait there, too."""
+    return not place.startswith(("tests/megatron_cpu.py", "megatron/core/utils.py:local_multi_tensor"))
+
+
 def fine_tune(arguments: list[str]) -> int:
     """Imports come late: a process that Megatron-core starts for a checkpoint imports this file, too."""
     import finetune_qwen2vl
@@ -122,6 +155,8 @@ def fine_tune(arguments: list[str]) -> int:
             from dct_qwen2vl.training import megatron
 
             break_gradient(megatron.QwenMegatronModel, int(os.environ["FAULT_STEP"]))
+        if "WAITS" in os.environ:
+            record_waits(Path(os.environ["WAITS"]), step=3)
     return finetune_qwen2vl.main(arguments)
 
 

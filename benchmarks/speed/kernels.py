@@ -29,18 +29,22 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
-def record(step: Callable[[], object]) -> tuple[list[tuple[str, float, float]], float]:
-    """Runs a step under torch's profiler.
+def record(step: Callable[[], object], steps: int = 1) -> tuple[list[tuple[str, float, float]], float]:
+    """Runs steps under torch's profiler.
+
+    step: an optimizer step.
+    steps: how many, one after the other. The device is idle at the start of the first, and when the last has ended.
 
     Returns:
-        Name, start and end in microseconds of everything that ran on the device, and the seconds of the step.
+        Name, start and end in microseconds of everything that ran on the device, and the seconds of the steps.
     """
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        step()
+        for _ in range(steps):
+            step()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     spans = [

@@ -14,18 +14,20 @@ and in memory, in the layout that the loader gives. An optimizer step sees the s
     none      this repository's engine on pixels: packed sequences up to two budgets of tokens
     exact, x4, x16   the same on DCT tokens; with --skip-db also each without the cells that a kept cell already shows
 
-MFU counts the matrix products that a way has to do (flops.py) against the device's dense bf16 peak; busy is the share
-of a step in which some kernel runs, by torch's profiler. --kernels prints what the step's time goes to. The ratios are
-samples/s over those of stock 1 and of stock N.
+MFU counts the matrix products that a way has to do (flops.py) against the device's dense bf16 peak. Steps follow each
+other as in a run: nothing waits between them but what a step itself waits for. Busy is the share of PROFILED steps in
+which some kernel runs, by torch's profiler. --kernels prints what their time goes to, --waits where a step makes the
+host wait for the device. The ratios are samples/s over those of stock 1 and of stock N.
 """
 
 import argparse
+import gc
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +45,10 @@ WIDTH = 10  # of a way's name
 FP8_TOKENS = 128  # tokens of a sequence are a multiple of it for all recipes
 STOCK_IMAGE, STOCK_VIDEO = -200, -300  # NeMo's ids of visual tokens
 IMAGE_ID, VIDEO_ID = 151655, 151656
-PROFILED = 2  # micro-batches of stock in which kernels are recorded; it launches tens of thousands in each
+CLIP_GRAD = 1.0
+PROFILED = 2  # steps in which kernels are recorded
+PROFILED_STOCK = 2  # micro-batches of stock, which launches tens of thousands of kernels in each
 IMAGES = ((448, 448), (336, 448), (448, 672), (672, 896), (896, 672), (896, 896))  # height, width of the mix
-Step = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -153,9 +156,13 @@ def make_samples(
 
 
 class Training:
-    """A model under Megatron-core's DDP and distributed optimizer, as NeMo's strategy sets them up."""
+    """A model under Megatron-core's DDP and distributed optimizer, as NeMo's strategy sets them up.
 
-    def __init__(self, model) -> None:
+    finalize: what is done to gradients before the optimizer. None: Megatron-core's own.
+    clip_grad: the largest norm of a gradient. 0: the optimizer does not clip.
+    """
+
+    def __init__(self, model, finalize: Callable | None = None, clip_grad: float = CLIP_GRAD) -> None:
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -165,16 +172,17 @@ class Training:
         from megatron.core.transformer.module import Float16Module
 
         model.config.calculate_per_token_loss = True
-        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.finalize_model_grads_func = finalize or finalize_model_grads
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         model.cuda()
         self.model = DistributedDataParallel(model.config, ddp, Float16Module(model.config, model))
         self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(lr=1e-6, bf16=True, use_distributed_optimizer=True, clip_grad=1.0), [self.model]
+            OptimizerConfig(lr=1e-6, bf16=True, use_distributed_optimizer=True, clip_grad=clip_grad), [self.model]
         )
 
-    def step(self, batches: list, forward: Callable) -> float:
-        """One optimizer step over micro-batches in pinned memory; forward(model, batch) -> loss sum, tokens."""
+    def step(self, batches: list, forward: Callable) -> torch.Tensor:
+        """One optimizer step over micro-batches in pinned memory; forward(model, batch) -> loss sum, tokens. Returns
+        the sum of the losses, on the device."""
         from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 
         def forward_step(iterator, model):
@@ -192,7 +200,29 @@ class Training:
             micro_batch_size=1,
         )
         self.optimizer.step()
-        return float(sum(entry["loss"] for entry in losses))
+        return sum(entry["loss"] for entry in losses)
+
+
+class PackedTraining(Training):
+    """The same with the Megatron engine's own step (megatron_step.py)."""
+
+    def __init__(self, model) -> None:
+        from dct_qwen2vl.training.megatron_step import DeviceCopies, average_gradients
+
+        super().__init__(model, average_gradients, clip_grad=0.0)
+        self.optimizer.get_grad_norm = self._measure_and_clip
+        self.copies = DeviceCopies()
+
+    def _measure_and_clip(self) -> float:
+        from dct_qwen2vl.training.megatron_step import clip_gradients, read_norm, squared_norm
+
+        norm, _ = read_norm(squared_norm(self.optimizer))
+        clip_gradients(self.optimizer, norm, CLIP_GRAD)
+        return norm
+
+    def step_packed(self, batches: list) -> torch.Tensor:
+        """`step` over packed sequences."""
+        return self.step(batches, lambda model, batch: packed_forward(model, self.copies(batch)))
 
 
 def stock_model():
@@ -287,22 +317,33 @@ def pad(batch, multiple: int = FP8_TOKENS):
     )
 
 
-def packed_training(hf_config, fp8: str | None = None) -> Training:
+def packed_training(hf_config, fp8: str | None = None) -> PackedTraining:
     """fp8: TransformerEngine's recipe for the language model's linear layers, as Megatron-core names it."""
     from dct_qwen2vl.training.megatron_model import fuse_gradient_accumulation, model_config
 
     language = {"fp8": "hybrid", "fp8_recipe": fp8} if fp8 else None
     model = model_config(hf_config, 65536, language=language).configure_model()
     fuse_gradient_accumulation(model)
-    return Training(model)
+    return PackedTraining(model)
 
 
 # Measuring
 
 
+def step_seconds(step: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each of `repeats` steps that follow each other, on the device's clock."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1000 for before, after in pairwise(events)]
+
+
 def measure(
     name: str,
-    step: Callable[[list], float],
+    step: Callable[[list], torch.Tensor],
     batches: list,
     works: list[Work],
     flops: float,
@@ -310,21 +351,19 @@ def measure(
     repeats: int,
     recorded: int | None = None,
 ) -> dict:
-    """step(batches): an optimizer step over these micro-batches. recorded: how many of them are profiled, None: all."""
+    """step(batches): an optimizer step over these micro-batches. recorded: how many of them are profiled, in one step.
+    None: all, in PROFILED steps."""
     from dct_qwen2vl.training.flops import device_peak
 
     step(batches[:1])
     step(batches)
+    freeze_objects()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        loss = step(batches)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+    seconds = step_seconds(partial(step, batches), repeats)
+    loss = float(step(batches))
     best = float(np.median(seconds))
-    spans, profiled = record(partial(step, batches[:recorded]))
+    spans, profiled = record(partial(step, batches[:recorded]), 1 if recorded else PROFILED)
     line = {
         "way": name,
         "samples_per_second": len(works) / best,
@@ -345,9 +384,14 @@ def measure(
     return line
 
 
-def free() -> None:
-    import gc
+def freeze_objects() -> None:
+    """As the loader of a run does: the garbage collector passes over what is there already."""
+    gc.collect()
+    gc.freeze()
 
+
+def free() -> None:
+    gc.unfreeze()
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -364,7 +408,7 @@ def measure_stock(works: list[Work], sizes: list[int], seed: int, repeats: int) 
         try:
             batches = stock_batches(samples, size)
             step = partial(training.step, forward=stock_forward)
-            lines.append(measure(f"stock {size}", step, batches, works, flops, visual, repeats, PROFILED))
+            lines.append(measure(f"stock {size}", step, batches, works, flops, visual, repeats, PROFILED_STOCK))
         except torch.OutOfMemoryError:
             print(f"stock {size}: out of memory", flush=True)
             break
@@ -381,8 +425,9 @@ def measure_packed(
     repeats: int,
     skip_db: float = 0.0,
     fp8: str | None = None,
+    waits: bool = False,
 ) -> dict:
-    """skip_db: as `sequences_of` has it. fp8: as `packed_training` has it."""
+    """skip_db: as `sequences_of` has it. fp8: as `packed_training` has it. waits: print those of the host."""
     from dct_qwen2vl.training.flops import training_flops
 
     hf_config, batches = sequences_of(name, works, budget, seed, skip_db)
@@ -391,13 +436,24 @@ def measure_packed(
     flops = sum(training_flops(hf_config, b.step_grids(), b.sample_starts.diff(), len(b.learned)) for b in batches)
     visual = sum(len(batch.visual) for batch in batches)
     training = packed_training(hf_config, fp8)
-    step = partial(training.step, forward=packed_forward)
     called = " ".join([name, *(["skip"] if skip_db else []), *(["fp8"] if fp8 else [])])
-    line = measure(called, step, batches, works, flops, visual, repeats)
-    del training, step
+    line = measure(called, training.step_packed, batches, works, flops, visual, repeats)
+    if waits:
+        line["waits"] = print_waits(partial(training.step_packed, batches), called)
+    del training
     free()
     cells = sum(int(batch.grid_thw.prod(dim=1).sum()) // 4 for batch in batches)
     return {**line, "sequences": len(batches), "budget": budget, "kept_share": visual / cells, "skip_db": skip_db}
+
+
+def print_waits(step: Callable[[], object], name: str) -> dict[str, int]:
+    """Where a step makes the host wait for the device, and how often."""
+    from dct_qwen2vl.training.host_waits import describe, host_waits
+
+    with host_waits() as found:
+        step()
+    print(describe(found, f"a step of {name}"), flush=True)
+    return dict(found)
 
 
 def print_kinds(lines: list[dict]) -> None:
@@ -461,6 +517,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fp8", choices=("delayed", "tensorwise", "blockwise"), help="each way once more with this "
                         "recipe in the language model's linear layers")  # fmt: skip
     parser.add_argument("--kernels", action="store_true", help="print what a step's time goes to")
+    parser.add_argument("--waits", action="store_true", help="print where a step makes the host wait for the device")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -482,7 +539,9 @@ def main(argv: list[str] | None = None) -> int:
                 for skip_db in (0.0, arguments.skip_db) if drawn else (0.0,):
                     for fp8 in dict.fromkeys((None, arguments.fp8)):
                         lines.append(
-                            measure_packed(way, works, budget, arguments.seed, arguments.repeats, skip_db, fp8)
+                            measure_packed(
+                                way, works, budget, arguments.seed, arguments.repeats, skip_db, fp8, arguments.waits
+                            )
                         )
             if arguments.json:
                 write_json(arguments.json, results)

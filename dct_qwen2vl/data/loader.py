@@ -8,6 +8,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.energon_files import count_samples, read_splits
-from dct_qwen2vl.data.samples import DATASET_OPTIONS
+from dct_qwen2vl.data.samples import DATASET_OPTIONS, QwenBatch
 
 
 class LoaderStateError(UserError):
@@ -219,6 +220,15 @@ class EnergonDataModule(pl.LightningDataModule):
         )
         group = self.worker_config.data_parallel_group
         return ValidationLoader(dataset, self.val_batches, encoder.blank_batch(), group)
+
+    def transfer_batch_to_device(self, batch: QwenBatch, device: torch.device, dataloader_idx: int) -> QwenBatch:
+        """As Lightning does it; the batch of the host is kept beside.
+
+        batch: As the loader gives it.
+        device: Where the model is.
+        dataloader_idx: As in Lightning.
+        """
+        return replace(super().transfer_batch_to_device(batch, device, dataloader_idx), on_host=batch)
 
     def count_left_out(self, samples: int) -> int:
         """How many samples of the val split a validation has missed. 0 if it was to see only a part.

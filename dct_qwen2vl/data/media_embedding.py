@@ -29,17 +29,26 @@ MEDIA = (  # token id in the model's configuration; tokens, grids and kept cells
 )
 
 
+def copy_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`. The host does not wait for a GPU.
+
+    tensor: any.
+    device: of the model.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def blank_image(model: nn.Module, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The smallest image that the tower accepts, all zeros: its tokens [merge * merge, K] and its grid [1, 3].
 
     model: Qwen2VLForConditionalGeneration, or Qwen2.5-VL's.
-    device: Of the result.
+    device: Of the tokens. The grid is on the host, where the tower reads it.
     """
     vision = model.config.vision_config
     merge = vision.spatial_merge_size
     floats = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     tokens = torch.zeros(merge * merge, floats, device=device, dtype=model.dtype)
-    return tokens, torch.tensor([[1, merge, merge]], device=device)
+    return tokens, torch.tensor([[1, merge, merge]])
 
 
 def embed_media(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +106,9 @@ def visual_features(visual: nn.Module, tokens: torch.Tensor, grids: torch.Tensor
     if places.order is not None:
         hidden = _ordered(hidden, places.order, places.unit)
         rotation = tuple(_ordered(angles, places.order, places.unit) for angles in rotation)
-    starts, window_starts = places.starts.to(hidden.device), places.window_starts.to(hidden.device)
+    starts, window_starts = places.starts, places.window_starts
+    if visual.config._attn_implementation == "flash_attention_2":  # others slice by them, on the host, in each layer
+        starts, window_starts = starts.to(hidden.device), window_starts.to(hidden.device)
     for number, block in enumerate(visual.blocks):
         within = starts if places.sees_all(number) else window_starts
         hidden = block(hidden, cu_seqlens=within, position_embeddings=rotation)
@@ -108,14 +119,14 @@ def visual_features(visual: nn.Module, tokens: torch.Tensor, grids: torch.Tensor
 def _rotation(visual: nn.Module, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of the rotary embedding of each token, [N, width of a head] twice."""
     table = visual.rotary_pos_emb(int(positions.max()) + 1)
-    angles = table[positions.to(table.device)].flatten(1)
+    angles = table[copy_to(positions, table.device)].flatten(1)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
 def _ordered(values: torch.Tensor, order: torch.Tensor, unit: int) -> torch.Tensor:
     """[N, ...] with its cells, of `unit` tokens each, in another order."""
-    return values.unflatten(0, (-1, unit))[order.to(values.device)].flatten(0, 1)
+    return values.unflatten(0, (-1, unit))[copy_to(order, values.device)].flatten(0, 1)
 
 
 @dataclass(frozen=True)

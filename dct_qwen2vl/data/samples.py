@@ -107,6 +107,7 @@ class QwenBatch(Batch):
     skipped: Samples left out since the previous batch of the same worker, by reason.
     image_kept: As in `EncodedSample`. None without skipping.
     video_kept: As in `EncodedSample`. None without skipping.
+    on_host: The same batch before it was copied to a device. None: this batch itself.
 
     A batch without keys stands for none: its one learned token is not to be counted (`QwenTaskEncoder.blank_batch`).
     """
@@ -123,6 +124,15 @@ class QwenBatch(Batch):
     skipped: dict[str, int] = field(default_factory=dict)
     image_kept: torch.Tensor | None = None
     video_kept: torch.Tensor | None = None
+    on_host: "QwenBatch | None" = None
+
+    def host(self) -> "QwenBatch":
+        """The batch on the host, whose values can be read without waiting for a device."""
+        return self.on_host or self
+
+    def learned_positions(self) -> torch.Tensor:
+        """int64 [T], on the host. Positions that have to predict a token, counted through all samples."""
+        return (self.host().labels.flatten() != IGNORE_INDEX).nonzero().flatten()
 
     def step_grids(self, merge_size: int) -> torch.Tensor:
         """Grids int64 [n, 3] that have as many vision tokens in as many time steps as the media of the batch: theirs,
@@ -137,16 +147,19 @@ class QwenBatch(Batch):
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """Keyword arguments of Qwen2VLForConditionalGeneration.forward, without labels; absent media are left out. With
-        skipping, `media_embedding.embed_media` has to embed the media first."""
+        skipping, `media_embedding.embed_media` has to embed the media first.
+
+        Grids and kept cells stay on the host. The vision tower reads them there, again in each of its layers."""
         inputs = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "position_ids")}
+        host = self.host()
         if len(self.image_grid_thw):
-            inputs.update(pixel_values=self.pixel_values, image_grid_thw=self.image_grid_thw)
+            inputs.update(pixel_values=self.pixel_values, image_grid_thw=host.image_grid_thw)
             if self.image_kept is not None:
-                inputs.update(image_kept=self.image_kept)
+                inputs.update(image_kept=host.image_kept)
         if len(self.video_grid_thw):
-            inputs.update(pixel_values_videos=self.pixel_values_videos, video_grid_thw=self.video_grid_thw)
+            inputs.update(pixel_values_videos=self.pixel_values_videos, video_grid_thw=host.video_grid_thw)
             if self.video_kept is not None:
-                inputs.update(video_kept=self.video_kept)
+                inputs.update(video_kept=host.video_kept)
         return inputs
 
 

@@ -33,14 +33,15 @@ from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_r
 from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING, open_tensors, read_json, safetensors_files
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.data.loader import EnergonDataModule, energon_state_classes
-from dct_qwen2vl.data.media_embedding import blank_image, embed_media
-from dct_qwen2vl.data.samples import IGNORE_INDEX, QwenBatch
+from dct_qwen2vl.data.media_embedding import blank_image, copy_to, embed_media
+from dct_qwen2vl.data.samples import QwenBatch
 from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
 from dct_qwen2vl.training.final_model import RehearseSave, trained_folder
 from dct_qwen2vl.training.log import NON_FINITE, StepGuard, TrainingLog, ValidationSum
 from dct_qwen2vl.training.lora import LoRA, adapt_hf, adapted_weights, adapters_of, merged_hf
 from dct_qwen2vl.training.parts import is_frozen
+from dct_qwen2vl.training.patch_embedding import embed_tokens
 from dct_qwen2vl.training.run_folder import (
     build_loggers,
     count_batches_of_whole_steps,
@@ -91,8 +92,9 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         self.gradient_of_ones = 1.0
         self.last_learning_rate = 0.0
         self.validation = ValidationSum()
+        self.losses: list[tuple[float, int]] = []  # of the step's micro-batches: sum, learned tokens
         self._learned: torch.Tensor | None = None  # of the micro-batch: positions whose logits are wanted
-        self._step: list[tuple[torch.Tensor, torch.Tensor, list[str]]] = []  # loss, tokens, keys of its micro-batches
+        self._step: list[tuple[torch.Tensor, int, list[str]]] = []  # loss, tokens, keys of its micro-batches
 
     def configure_model(self) -> None:
         """Loads the weights in fp32: the optimizer's copy; lower precision is the Trainer's autocast. `ShardedStrategy`
@@ -115,10 +117,10 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
 
     def _choose_positions(self, head: torch.nn.Module, hidden: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         """The vocabulary is projected to where a token is learned only: [B, L, hidden] -> [T, hidden]."""
-        return hidden if self._learned is None else (hidden[0][self._learned],)
+        return hidden if self._learned is None else (hidden[0].flatten(0, 1).index_select(0, self._learned),)
 
     def forward(self, batch: QwenBatch, learned: torch.Tensor | None = None) -> torch.Tensor:
-        """-> logits [B, L, vocabulary], or [T, vocabulary] where `learned`, bool [B, L], is true."""
+        """-> logits [B, L, vocabulary], or [T, vocabulary] of the positions `learned`, int64 [T], of all samples."""
         self._learned = learned
         inputs = batch.model_inputs()
         if batch.image_kept is not None and self.device_mesh is None:  # a sharded model does it by itself
@@ -129,8 +131,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         """The sum of the losses of the learned tokens; `configure_gradient_clipping` divides by the tokens of the step.
 
         "loss" is multiplied by the micro-batches of a step and by the processes: Lightning divides by the first, and
-        DDP averages over the second (`gradient_of_ones` says whether FSDP2 does). "loss_sum" and "tokens" are the
-        micro-batch's own.
+        DDP averages over the second (`gradient_of_ones` says whether FSDP2 does). "loss_sum" is the micro-batch's own.
         """
         loss_sum, tokens = self._loss(batch)
         self._step.append((loss_sum.detach(), tokens, batch.keys))
@@ -138,13 +139,13 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         loss = loss_sum * (self.trainer.accumulate_grad_batches * processes)
         if self.device_mesh is None and len(batch.image_grid_thw) + len(batch.video_grid_thw) == 0:
             loss = loss + 0.0 * self._idle_vision()
-        return {"loss": loss, "loss_sum": loss_sum.detach(), "tokens": tokens}
+        return {"loss": loss, "loss_sum": loss_sum.detach()}
 
-    def _loss(self, batch: QwenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        learned = batch.labels != IGNORE_INDEX
+    def _loss(self, batch: QwenBatch) -> tuple[torch.Tensor, int]:
+        learned = copy_to(batch.learned_positions(), batch.labels.device)
         logits = self.forward(batch, learned)
-        loss_sum = functional.cross_entropy(logits.float(), batch.labels[learned], reduction="sum")
-        return loss_sum, learned.sum()
+        targets = batch.labels.flatten().index_select(0, learned)
+        return functional.cross_entropy(logits.float(), targets, reduction="sum"), len(learned)
 
     def _idle_vision(self) -> torch.Tensor:
         """A text-only micro-batch still runs the vision tower on one blank image: in data-parallel training every
@@ -157,16 +158,23 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         Clips it to max_gradient_norm (0: not at all). Keeps the norm and the rate of this step for the log. Raises
         NonFiniteStep."""
         step, self._step = self._step, []
-        tokens = torch.stack([tokens for _, tokens, _ in step]).sum()
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(tokens)
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        torch._foreach_div_(gradients, float(tokens.clamp(min=1)))
+        torch._foreach_div_(gradients, float(max(1, self._over_processes(sum(tokens for _, tokens, _ in step)))))
         limit = self.max_gradient_norm or math.inf
-        self.gradient_norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters(), limit)))
-        micro_batches = [(float(loss_sum), keys) for loss_sum, _, keys in step]
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
+        self.gradient_norm, *losses = torch.stack([norm, *(loss_sum for loss_sum, _, _ in step)]).tolist()
+        self.losses = [(loss, tokens) for loss, (_, tokens, _) in zip(losses, step)]
+        micro_batches = [(loss, keys) for loss, (_, _, keys) in zip(losses, step)]
         self.guard.check(self.trainer.global_step + 1, self.gradient_norm, micro_batches)
         self.last_learning_rate = optimizer.param_groups[0]["lr"]
+
+    def _over_processes(self, tokens: int) -> int:
+        """Their sum. With several processes, the host waits for the device."""
+        if not torch.distributed.is_initialized():
+            return tokens
+        total = torch.full((), tokens, device=self.device)
+        torch.distributed.all_reduce(total)
+        return int(total)
 
     def on_validation_epoch_start(self) -> None:
         self.validation.begin(self.device)
@@ -230,7 +238,7 @@ def embed_patches(patches: torch.nn.Module, tokens: torch.Tensor) -> torch.Tenso
     """The tower's patch embedding, a convolution whose kernel is the whole patch, as one matrix product: tokens [N, K]
     -> [N, E]. `patches` keeps its weight and the name of it."""
     weight = patches.proj.weight.flatten(1)
-    return functional.linear(tokens.view(-1, weight.shape[1]).to(weight.dtype), weight)
+    return embed_tokens(tokens.view(-1, weight.shape[1]).to(weight.dtype), weight)
 
 
 def dtypes_of(model_dir: Path) -> dict[str, torch.dtype]:

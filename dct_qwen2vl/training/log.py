@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +202,15 @@ class TrainingLog(pl.Callback):
         return sum(gather(self._skipped), Counter())
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch: QwenBatch, batch_index: int) -> None:
-        grids = batch.step_grids(self.merge_size)
-        loss, learned = float(outputs["loss_sum"]), int(outputs["tokens"])
-        flops = training_flops(pl_module.model.config, grids, batch.attention_mask.sum(dim=1), learned)
-        self.add(loss=loss, loss_weight=learned, flops=flops, **count_tokens(batch, self.merge_size))
+        batch = batch.host()
+        grids, counts = batch.step_grids(self.merge_size), count_tokens(batch, self.merge_size)
+        lengths = batch.attention_mask.sum(dim=1)
+        flops = training_flops(pl_module.model.config, grids, lengths, counts["learned_tokens"])
+        self.add(flops=flops, **counts)
         self._skipped.update(batch.skipped)
         if (batch_index + 1) % trainer.accumulate_grad_batches == 0:
+            for loss, learned in pl_module.losses:  # on the host since the end of the step
+                self.add(loss=loss, loss_weight=learned)
             self._end_step(trainer, pl_module)
 
     def add(self, **values: float) -> None:
@@ -225,7 +229,7 @@ class TrainingLog(pl.Callback):
             "step": trainer.global_step,
             "loss": sums["loss"] / max(1, sums["loss_weight"]),
             "learning_rate": pl_module.last_learning_rate,
-            "gradient_norm": float(pl_module.gradient_norm),
+            "gradient_norm": pl_module.gradient_norm,
             "samples": int(sums["samples"]),
             "visual_tokens": int(sums["visual_tokens"]),
             "text_tokens": int(sums["text_tokens"]),
@@ -256,12 +260,19 @@ class TrainingLog(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
 
-    @staticmethod
-    def _over_processes(trainer: pl.Trainer, values: dict[str, float]) -> dict[str, float]:
-        total = torch.tensor(list(values.values()), dtype=torch.float64, device=trainer.strategy.root_device)
-        if trainer.world_size > 1:
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream | None:
+        """Made on first use, when the process has its device."""
+        return torch.cuda.Stream() if torch.cuda.is_available() else None
+
+    def _over_processes(self, trainer: pl.Trainer, values: dict[str, float]) -> dict[str, float]:
+        """Sums. In a stream of their own: the device may still be busy with the optimizer's step."""
+        if trainer.world_size == 1:
+            return values
+        with torch.cuda.stream(self._stream):
+            total = torch.tensor(list(values.values()), dtype=torch.float64, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(total)
-        return dict(zip(values, total.tolist()))
+            return dict(zip(values, total.tolist()))
 
     def _progress(self, line: dict[str, Any]) -> str:
         done = line["step"] - self._start_step

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from nemo.collections import llm
 from nemo.collections.vlm import Qwen2VLModel
 from nemo.lightning.io.pl import MegatronCheckpointIO
 from nemo.lightning.megatron_parallel import MegatronLossReduction
-from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from transformers import Qwen2VLConfig
 
@@ -43,6 +44,13 @@ from dct_qwen2vl.training.full_sequence import TryFullSequence
 from dct_qwen2vl.training.log import NON_FINITE, OutOfMemory, StepGuard, TrainingLog, ValidationSum, count_cells
 from dct_qwen2vl.training.lora import LoRA, adapt_megatron
 from dct_qwen2vl.training.megatron_model import PackedQwen2VL, fuse_gradient_accumulation, model_config
+from dct_qwen2vl.training.megatron_step import (
+    DeviceCopies,
+    TokenMeanOptimizer,
+    clip_gradients,
+    read_norm,
+    squared_norm,
+)
 from dct_qwen2vl.training.megatron_weights import load_hf, rehearse_hf, save_hf, sources_of
 from dct_qwen2vl.training.parts import is_frozen
 from dct_qwen2vl.training.run_folder import (
@@ -109,6 +117,7 @@ class QwenMegatronModel(Qwen2VLModel):
     pipeline: there are several pipeline stages.
     lora: adapters in place of the language model's weights.
     guard: stops at a loss or gradient that is no number; None for a model that is not trained.
+    max_gradient_norm: 0 for no clipping.
     """
 
     def __init__(
@@ -120,6 +129,7 @@ class QwenMegatronModel(Qwen2VLModel):
         pipeline: bool = False,
         lora: LoRA | None = None,
         guard: StepGuard | None = None,
+        max_gradient_norm: float = 0.0,
     ) -> None:
         hf_config = Qwen2VLConfig.from_pretrained(model_dir)
         options: dict[str, Any] = {"calculate_per_token_loss": True}
@@ -133,11 +143,14 @@ class QwenMegatronModel(Qwen2VLModel):
         self.freeze = (*freeze, "language") if lora else freeze
         self.lora = lora
         self.guard = guard
+        self.max_gradient_norm = max_gradient_norm
         self.gradient_norm = 0.0
         self.last_learning_rate = 0.0
         self.validation = ValidationSum()
         self.sequences: list[PackedBatch] = []  # of the step, without their tensors on the device
         self.loss_sums: torch.Tensor | None = None  # of the step: `TokenLoss`; None in stages before the last
+        self.losses: list[tuple[float, float]] = []  # the same on the host, after the backward passes
+        self.copies = DeviceCopies()
 
     def configure_model(self, vp_stage: int | None = None) -> None:
         """Builds this process's part and fills it from model_dir."""
@@ -159,7 +172,7 @@ class QwenMegatronModel(Qwen2VLModel):
         """The next sequence, on the device; tokens go to the first pipeline stage only."""
         sequence = next(dataloader_iter)[0]
         self.sequences.append(sequence.without_tokens())
-        return sequence.to("cuda") if parallel_state.is_pipeline_first_stage() else self.sequences[-1].to("cuda")
+        return self.copies(sequence if parallel_state.is_pipeline_first_stage() else self.sequences[-1])
 
     def forward_step(self, batch: PackedBatch) -> torch.Tensor:
         return self(batch)
@@ -181,22 +194,36 @@ class QwenMegatronModel(Qwen2VLModel):
         self.validation.add(loss_sum, tokens, len(sequence.keys))
 
     def on_train_start(self) -> None:
-        """The norm is looked at between gradients and step: Megatron-core has no place for it."""
+        """The norm is looked at, and clipped, between gradients and step: Megatron-core has no place for it."""
         optimizer = self.trainer.optimizers[0].mcore_optimizer
-        measure = optimizer.get_grad_norm
 
         def measure_and_check() -> float:
-            self.gradient_norm = measure()
+            sums = () if self.loss_sums is None else (self.loss_sums,)
+            self.gradient_norm, values = read_norm(squared_norm(optimizer), *sums)
+            self.losses = list(zip(values[::2], values[1::2]))
             self._check_step()
+            clip_gradients(optimizer, self.gradient_norm, self.max_gradient_norm)
             return self.gradient_norm
 
         optimizer.get_grad_norm = measure_and_check
 
     def _check_step(self) -> None:
         """Raises NonFiniteStep for a gradient, or a sequence's loss, that is no number."""
-        losses = [0.0] * len(self.sequences) if self.loss_sums is None else self.loss_sums[:, 0].tolist()
-        micro_batches = [(loss, sequence.keys) for loss, sequence in zip(losses, self.sequences, strict=True)]
+        losses = self.losses or [(0.0, 0.0)] * len(self.sequences)
+        micro_batches = [(loss, sequence.keys) for (loss, _), sequence in zip(losses, self.sequences, strict=True)]
         self.guard.check(self.trainer.global_step + 1, self.gradient_norm, micro_batches)
+
+    def log(self, name: str, value: Any, *arguments: Any, **options: Any) -> None:
+        """NeMo's strategy logs numbers of the host. Lightning would copy each to the device and back, and wait.
+
+        name: As in Lightning.
+        value: Number or tensor.
+        arguments: As in Lightning.
+        options: As in Lightning.
+        """
+        if isinstance(value, Number):
+            value = torch.tensor(value, dtype=torch.get_default_dtype())
+        super().log(name, value, *arguments, **options)
 
     def take_sequences(self) -> list[PackedBatch]:
         """The sequences since the last call."""
@@ -252,7 +279,7 @@ class PackedTrainingLog(TrainingLog):
     def on_train_batch_end(self, trainer, pl_module: QwenMegatronModel, outputs, batch, batch_index: int) -> None:
         sequences = pl_module.take_sequences()
         if counts_here():
-            for sequence, (loss, count) in zip(sequences, pl_module.loss_sums.tolist(), strict=True):
+            for sequence, (loss, count) in zip(sequences, pl_module.losses, strict=True):
                 self.add(loss=loss, loss_weight=count, **self._count(sequence))
                 self._skipped.update(sequence.skipped)
         self._end_step(trainer, pl_module)
@@ -322,7 +349,7 @@ class SaveHF(Callback):
         self._saved = True
 
 
-def build_optimizer(config: TrainingConfig) -> MegatronOptimizerModule:
+def build_optimizer(config: TrainingConfig) -> TokenMeanOptimizer:
     """Adam with decoupled weight decay, linear warm-up, cosine down to min_lr; no decay on biases and norms."""
     optimizer = OptimizerConfig(
         optimizer="adam",
@@ -331,7 +358,7 @@ def build_optimizer(config: TrainingConfig) -> MegatronOptimizerModule:
         weight_decay=config.weight_decay,
         adam_beta1=0.9,
         adam_beta2=config.adam_beta2,
-        clip_grad=config.max_gradient_norm,
+        clip_grad=0.0,  # `clip_gradients` does it
         bf16=True,
         params_dtype=torch.bfloat16,
         use_distributed_optimizer=True,
@@ -339,7 +366,7 @@ def build_optimizer(config: TrainingConfig) -> MegatronOptimizerModule:
     schedule = CosineAnnealingScheduler(
         max_steps=config.max_steps, warmup_steps=config.warmup_steps, constant_steps=0, min_lr=config.min_lr
     )
-    return MegatronOptimizerModule(optimizer, lr_scheduler=schedule)
+    return TokenMeanOptimizer(optimizer, lr_scheduler=schedule)
 
 
 def build_strategy(config: TrainingConfig) -> nl.MegatronStrategy:
@@ -392,6 +419,7 @@ def run(
         config.pipeline_parallel > 1,
         LoRA.of(config),
         StepGuard(config.run_dir / NON_FINITE),
+        config.max_gradient_norm,
     )
     data.data_sampler = SequenceSampler(
         seq_len=sequence_tokens,

@@ -31,6 +31,7 @@ from nemo.collections.vlm.qwen2vl.model.base import MCoreQwen2VLModel, Qwen2VLCo
 from nemo.collections.vlm.qwen2vl.model.vision import Qwen2VisionModel
 
 from dct_qwen2vl.data.packing import PackedBatch
+from dct_qwen2vl.training.patch_embedding import PatchEmbedding
 
 VISION_ROTARY_BASE = 10000.0  # fixed in Qwen2-VL's vision tower
 
@@ -165,13 +166,11 @@ class PackedVisionModel(Qwen2VisionModel):
 
     def __init__(self, config: "PackedVisionConfig", spec: ModuleSpec) -> None:
         super().__init__(config, spec, spatial_merge_size=config.spatial_merge_size)
-        self.conv1 = torch.nn.Linear(
-            config.token_width, config.hidden_size, bias=False, device=self.conv1.weight.device
-        )
+        self.conv1 = PatchEmbedding(config.token_width, config.hidden_size, bias=False, device=self.conv1.weight.device)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """-> [N / m^2, m^2 * hidden]."""
-        hidden = self.conv1(batch.tokens.to(self.conv1.weight.dtype))[:, None]
+        hidden = self.conv1(batch.tokens)[:, None]
         frequencies = vision_frequencies(batch.token_positions, self.config.kv_channels)
         steps = _packed(batch.step_starts, batch.longest_step)
         hidden = self.decoder(hidden, None, rotary_pos_emb=frequencies, packed_seq_params=steps)

@@ -1,6 +1,8 @@
 """What the training benchmark makes of a profile, and of drawn material with and without skipping."""
 
+import json
 import socket
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -96,6 +98,17 @@ def test_a_tiny_model_learns_from_the_sequences_of_all_scenes():
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+def test_a_step_is_megatron_core_s_bit_for_bit():
+    """The engine's waits less often."""
+    from pipeline import REPOSITORY, run
+
+    done = run([sys.executable, str(REPOSITORY / "tests" / "step_process.py")])
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["weights"] and len({theirs for theirs, _ in found["losses"]}) == 3
+    for theirs, ours in found["losses"] + found["norms"]:
+        assert theirs == ours > 0
 
 
 def test_the_gain_is_over_the_same_way_with_all_cells(capsys):

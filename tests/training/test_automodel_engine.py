@@ -111,6 +111,26 @@ def test_the_patch_embedding_is_one_matrix_product_that_equals_the_convolution(p
         assert found.shape == expected.shape and relative_difference(found, expected) < 1e-6
 
 
+@pytest.mark.parametrize("numbers", [1764, 1176, 15])
+def test_zeros_up_to_a_multiple_of_eight_numbers_change_nothing(numbers):
+    """Whole numbers leave no rounding. The weight keeps its shape, and so does its gradient."""
+    from dct_qwen2vl.training.patch_embedding import GRAIN, PatchEmbedding, product_with_zeros
+
+    generator = torch.Generator().manual_seed(1)
+    tokens, upstream = (torch.randint(-8, 9, (24, size), generator=generator).float() for size in (numbers, 40))
+    patches = PatchEmbedding(numbers, 40, bias=False)
+    torch.nn.init.trunc_normal_(patches.weight.data, std=20).round_()
+    results = []
+    for product in (product_with_zeros, lambda inputs, weight: torch.nn.functional.linear(inputs, weight)):
+        found = product(tokens, patches.weight)
+        (gradient,) = torch.autograd.grad(found, patches.weight, upstream)
+        results.append((found, gradient))
+    for found, expected in zip(*results):
+        assert torch.equal(found, expected)
+    assert results[0][1].shape == (40, numbers) and GRAIN == 8
+    assert torch.equal(patches(tokens.double()), results[1][0])
+
+
 def test_the_model_at_the_end_has_the_data_types_that_it_began_with(converted, tmp_path):
     """A checkpoint on the way has float32, which training goes on from."""
     from safetensors.torch import load_file, save_file

@@ -116,9 +116,9 @@ def launch(variables: dict[str, str], *arguments: str, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def whole(environment, tmp_path_factory) -> Path:
-    """The folder of a run of one process that nothing has stopped."""
+    """The folder of a run of one process that nothing has stopped; waits of its third step are recorded."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    launch(environment(run_dir))
+    launch(environment(run_dir, WAITS=run_dir.with_name("waits.json")), "--profile", "2")
     return run_dir
 
 
@@ -225,6 +225,22 @@ def test_it_learns_and_writes_a_model_that_transformers_loads(whole, model_dir):
     assert {"visual.patch_embed.proj.weight", "model.embed_tokens.weight"} <= changed
     _, loading = Qwen2VLForConditionalGeneration.from_pretrained(whole / "hf", output_loading_info=True)
     assert not any(loading.values())
+
+
+@cpu_only
+def test_a_step_waits_for_the_device_once(whole):
+    """It has four packed sequences, and a gradient that is clipped."""
+    assert metrics(whole)[2]["gradient_norm"] > 1
+    found = json.loads(whole.with_name("waits.json").read_text())
+    assert found == {"dct_qwen2vl/training/megatron_step.py:read_norm tolist": 1}
+
+
+@gpu_only
+def test_a_step_waits_for_the_gpu_less_often_than_it_has_packed_sequences(whole):
+    """It has four."""
+    found = (whole / "profile" / "rank0.waits.txt").read_text()
+    print(found)
+    assert 1 <= int(found.split()[0]) <= 4, found
 
 
 @cpu_only

@@ -130,6 +130,13 @@ def end(process: subprocess.Popen, log: Path, act) -> tuple[int, list[str]]:
     return code, [line for line in log.read_text()[size:].splitlines() if line and not line.startswith("step ")]
 
 
+def assert_no_line_is_lost(folder: Path) -> None:
+    """Each step that was shown is in metrics.jsonl."""
+    shown = [int(line.split("/")[0].split()[1]) for line in (folder / "log").read_text().splitlines() if "| lr" in line]
+    written = [line["step"] for line in metrics(folder / "run")]
+    assert len(shown) >= 2 and written[: len(shown)] == shown == list(range(1, len(shown) + 1))
+
+
 def test_a_flag_that_there_is_not_is_told_once_before_any_process_starts(variables, tmp_path):
     done = run(command_of(variables("automodel", tmp_path), "--no-such-flag"), check=False)
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "run").exists()
@@ -146,6 +153,7 @@ def test_ctrl_c_ends_in_one_line(engine, variables, tmp_path):
     family = psutil.Process(process.pid).children(recursive=True)
     code, lines = end(process, tmp_path / "log", lambda: os.killpg(process.pid, signal.SIGINT))
     assert (code, lines) == (130, [f"qwen_launch.sh: interrupted; {GOES_ON}"])
+    assert_no_line_is_lost(tmp_path)
     assert psutil.wait_procs(family, timeout=20)[1] == []
 
 
@@ -160,6 +168,7 @@ def test_a_process_that_was_killed_is_told(variables, tmp_path):
     assert code == 128 + signal.SIGKILL
     assert f"was ended by SIGKILL (is the machine's memory full?); {GOES_ON}" in lines[-1]
     assert not any("Traceback" in line for line in lines)
+    assert_no_line_is_lost(tmp_path)
 
 
 def test_a_thread_that_has_lost_its_other_end_is_silent():
