@@ -22,6 +22,7 @@ plan.py, data_splits.py). Then workers write the shards (shards.py, conversion.p
 import contextlib
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,15 +247,17 @@ def finish(config: PreparationConfig, stats: dict[str, Any]) -> int:
     """What may follow a complete set: the report, and Energon's metadata. Returns the exit status."""
     output_dir, split = config.output_dir, say_shares(config.split)
     wants_report = not config.no_report and not (output_dir / REPORT_NAME).exists()
-    with finish_lock(config, wants_report or config.energon_prepare):
+    with finish_lock(config, wants_report or config.energon_prepare), ThreadPoolExecutor(1) as beside:
+        if config.energon_prepare:  # while the report is drawn: neither reads what the other writes
+            shards = [output_dir / name for name in stats["shards"]]
+            split_of = tuple(read_json(stats_path(shard))["split"] for shard in shards)
+            prepared = beside.submit(energon_prepare, output_dir, split, split_of, config.num_workers)
         if wants_report:
             from dct_qwen2vl.preparation.report.writing import write_report
 
             print(f"Report: {write_report(output_dir)}")
         if config.energon_prepare:
-            shards = [output_dir / name for name in stats["shards"]]
-            split_of = tuple(read_json(stats_path(shard))["split"] for shard in shards)
-            energon_prepare(output_dir, split, split_of, config.num_workers)
+            print(prepared.result())
     if config.energon_prepare:
         return 0
     if is_cut_alike(config.split, len(stats["shards"])):

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dct_qwen2vl.checkpoints.inspection import note_on_skipping, read_config, time_step
+from dct_qwen2vl.common.imports import importing
 from dct_qwen2vl.common.scripts import INTERRUPTED_CODE, UserError, leave
 from dct_qwen2vl.data.energon_files import fingerprint_of_shards
 from dct_qwen2vl.training import run_lock
@@ -118,22 +119,23 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
             compare_forms(config, info, "before", config.model_dir)
     else:
         wait_for_first()
-    import lightning.pytorch as pl
+    with importing():
+        import lightning.pytorch as pl
 
-    from dct_qwen2vl.training.final_model import write_stock_form
-    from dct_qwen2vl.training.profile_step import ProfileStep
+        from dct_qwen2vl.training.final_model import write_stock_form
+        from dct_qwen2vl.training.profile_step import ProfileStep
 
-    pl.seed_everything(config.seed)
-    data = build_data(config, info, engine)
-    if config.rank == 0 and not data.validates:
-        print(f"Note: the val split of {config.data_dir} is empty, so there is no validation", flush=True)
-    callbacks = [ProfileStep(config.profile, config.run_dir / "profile")] if config.profile else []
-    if engine == "megatron":
-        from dct_qwen2vl.training import megatron as chosen
-    else:
-        # Nothing is compiled; Megatron-core, which NeMo imports, would start processes that could.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        from dct_qwen2vl.training import automodel as chosen
+        pl.seed_everything(config.seed)
+        data = build_data(config, info, engine)
+        if config.rank == 0 and not data.validates:
+            print(f"Note: the val split of {config.data_dir} is empty, so there is no validation", flush=True)
+        callbacks = [ProfileStep(config.profile, config.run_dir / "profile")] if config.profile else []
+        if engine == "megatron":
+            from dct_qwen2vl.training import megatron as chosen
+        else:
+            # Nothing is compiled; Megatron-core, which NeMo imports, would start processes that could.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+            from dct_qwen2vl.training import automodel as chosen
     chosen.run(config, info, data, data.task_encoder.image_processor.merge_size, callbacks)
     if config.rank == 0:
         write_stock_form(info, config.run_dir)

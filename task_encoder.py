@@ -22,12 +22,14 @@ from megatron.energon import (
     Cooker,
     CrudeSample,
     DefaultTaskEncoder,
+    SavableDataset,
     SkipSample,
+    WorkerConfig,
     stateless,
 )
 
 from dct_qwen2vl.data.media import BadSample
-from dct_qwen2vl.data.packing import HeldSamples, MeasuredSample, PackedBatch, fit_sequences, pack
+from dct_qwen2vl.data.packing import BoundedPacking, HeldSamples, MeasuredSample, PackedBatch, fit_sequences, pack
 from dct_qwen2vl.data.reading import MediaError
 from dct_qwen2vl.data.sample_encoder import SampleEncoder, SkippingShare
 from dct_qwen2vl.data.samples import (
@@ -193,7 +195,8 @@ class PackingTaskEncoder(QwenTaskEncoder):
     pack_tokens: Most tokens of a sequence that several samples share.
     pack_vision_tokens: Most vision tokens of such a sequence.
     token_dtype: Of the vision tokens, the model's.
-    held_bytes: With skipping, the memory for samples that a worker holds decoded (`HeldSamples`).
+    held_bytes: With skipping, bytes of the vision tokens of samples that a worker holds until their sequence is chosen.
+        The buffer of a training ends there.
     options: Of `QwenTaskEncoder`.
 
     A larger sample has a sequence of its own. Memory grows with both limits: in the 2B model, a vision token takes two
@@ -210,7 +213,8 @@ class PackingTaskEncoder(QwenTaskEncoder):
         **options,
     ) -> None:
         super().__init__(*arguments, **options)
-        self._held = HeldSamples(held_bytes)
+        self.held_bytes = held_bytes
+        self._held = HeldSamples(held_bytes + held_bytes // 4)  # the last sequence still lives; ids and positions count
         self.budget = (pack_tokens, pack_vision_tokens)
         self.token_dtype = token_dtype
 
@@ -221,11 +225,36 @@ class PackingTaskEncoder(QwenTaskEncoder):
             return MeasuredSample.derive_from(sample, conversation=sample, size=self._or_skip(self.measure, sample))
         encoded = self._in_token_dtype(super().encode_sample(sample))
         size = len(encoded.input_ids), len(encoded.pixel_values) + len(encoded.pixel_values_videos)
-        return MeasuredSample.derive_from(sample, conversation=sample, size=size, held=self._held.hold(encoded))
+        held = self._held.hold(encoded)
+        return MeasuredSample.derive_from(sample, conversation=sample if held is None else None, size=size, held=held)
 
     def _in_token_dtype(self, sample: EncodedSample) -> EncodedSample:
         names = ("pixel_values", "pixel_values_videos")
         return replace(sample, **{name: getattr(sample, name).to(self.token_dtype) for name in names})
+
+    def build_batch(
+        self,
+        dataset: SavableDataset[MeasuredSample],
+        *,
+        packing_buffer_size: int | None = None,
+        worker_config: WorkerConfig,
+        **options,
+    ) -> SavableDataset[PackedBatch]:
+        """Energon's packing and batching, with skipping by `BoundedPacking`."""
+        if self.skips and packing_buffer_size is not None:
+            dataset = BoundedPacking(
+                dataset,
+                packing_buffer_size,
+                self.select_samples_to_pack,
+                self.pack_selected_samples,
+                final_packer_stateless=True,
+                most_vision_tokens=self.held_bytes // (self.samples.token_width * self.token_dtype.itemsize),
+                worker_config=worker_config,
+            )
+            packing_buffer_size = None
+        return super().build_batch(
+            dataset, packing_buffer_size=packing_buffer_size, worker_config=worker_config, **options
+        )
 
     def select_samples_to_pack(self, samples: list[MeasuredSample]) -> list[list[MeasuredSample]]:
         """Energon's packing stage, over a full buffer. -> packed sequences within the budget."""
@@ -238,8 +267,7 @@ class PackingTaskEncoder(QwenTaskEncoder):
         encoded = []
         for sample in samples:
             with suppress(SkipSample):
-                held = sample.held
-                encoded.append(super().encode_sample(sample.conversation) if held is None else held)
+                encoded.append(sample.held or self._in_token_dtype(super().encode_sample(sample.conversation)))
         if not encoded:
             raise SkipSample
         return self.make_sequence(encoded)

@@ -37,6 +37,7 @@ class MediaEncoder:
     def __init__(self, image_processor, sampling: VideoSampling | None = None) -> None:
         self.image_processor = image_processor
         self.sampling = sampling or VideoSampling()
+        self._memory = torch.empty(0)  # for all tokens of a video, of which only some are kept
 
     @property
     def fit(self) -> PixelFit:
@@ -91,6 +92,33 @@ class MediaEncoder:
         floor = self.image_processor.skip_noise_floor
         masks = [kept_cells(tokens, grid, config, self.skip_db, floor) for _, tokens, grid in media]
         return [(kind, keep_tokens(tokens, kept), grid) for (kind, tokens, grid), kept in zip(media, masks)], masks
+
+    def encode_kept(self, kind: str, frames: Frames) -> tuple[Encoded, torch.Tensor]:
+        """`encode` and `skip` of one medium: the tokens of kept cells alone, and which cells these are.
+
+        kind: "image" or "video".
+        frames: As in `encode`.
+
+        All videos share the memory of the tokens that are not kept. Raises BadSample.
+        """
+        if isinstance(frames, YUVFrames):
+            tokenizer = self.image_processor.tokenizer
+            planes = (frames.luma, frames.cb, frames.cr, frames.matrix, frames.full_range)
+            tokens, grid = tokenizer.encode_planes(*planes, out=self._shared_memory(frames))
+        else:
+            tokens, grid = self.encode(kind, frames)
+        (encoded,), (kept,) = self.skip([(kind, tokens, grid)])
+        return encoded, kept
+
+    def _shared_memory(self, frames: YUVFrames) -> torch.Tensor:
+        """For the tokens of these planes, float32 [N * K]."""
+        config = self.image_processor.dct_config
+        steps, (rows, columns) = -(-len(frames.luma) // config.block[0]), frames.luma.shape[1:]
+        size = steps * (rows // config.block[1]) * (columns // config.block[2]) * config.num_coefficients
+        if len(self._memory) < size:
+            self._memory = torch.empty(0)  # the older one is given back first
+            self._memory = torch.empty(size)
+        return self._memory[:size]
 
     def expected_grid(self, kind: str, content: Any) -> Grid:
         """The grid that `encode` gives for a part, found without decoding it.

@@ -13,11 +13,12 @@ Letters used for shapes in this file:
 """
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from megatron.energon import Batch, Sample
+from megatron.energon import Batch, PackingDataset, Sample
 
 from dct_qwen2vl.data.kept_cells import kept_by_medium
 from dct_qwen2vl.data.positions import Grid, step_lengths, vision_positions
@@ -88,12 +89,12 @@ class PackedBatch(Batch):
 class MeasuredSample(Sample):
     """A conversation that waits for its packed sequence.
 
-    conversation: With media as in the shard. They take a hundredth of the memory of their vision tokens.
+    conversation: With media as in the shard, files that take less memory than their vision tokens. None if `held`.
     size: Its tokens and its vision tokens.
     held: The sample as it goes into its sequence, with skipping, where memory allows (`HeldSamples`).
     """
 
-    conversation: ConversationSample
+    conversation: ConversationSample | None
     size: tuple[int, int]
     held: EncodedSample | None = None
 
@@ -104,6 +105,7 @@ class HeldSamples:
     With skipping, the size of a sample is known only once it is decoded. Holding what was decoded is cheapest: to
     count and decode again doubles the work of the loader, most of which is decoding; counts beside the shards would
     tie these to one token format and threshold. Beyond the limit samples are decoded again, which changes nothing else.
+    In training that does not happen, because the buffer ends earlier (`BoundedPacking`). In a validation it may.
 
     limit: bytes.
     """
@@ -123,6 +125,35 @@ class HeldSamples:
 
     def _release(self, size: int) -> None:
         self.bytes -= size
+
+
+class BoundedPacking(PackingDataset):
+    """Energon's packing stage, whose buffer also ends where its samples reach a number of vision tokens.
+
+    arguments: Of `PackingDataset`.
+    most_vision_tokens: Of the samples that wait. The last one may exceed it.
+    options: Of `PackingDataset`.
+
+    The buffer follows from the sizes of its samples alone, so that a run continues with the same sequences.
+    """
+
+    def __init__(self, *arguments, most_vision_tokens: int, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.most_samples = self.buffer_size
+        self.most_vision_tokens = most_vision_tokens
+
+    def _fill_reading_buffer(self, source_iter: Iterator[MeasuredSample]) -> bool:
+        """As Energon's. It also names the number of samples, which Energon expects of a full buffer."""
+        waiting = [*self._reading_buffer, *self._pre_packing_buffer]
+        count, vision_tokens = len(waiting), sum(sample.size[1] for sample in waiting)
+        while count < self.most_samples and vision_tokens < self.most_vision_tokens:
+            sample = next(source_iter, None)
+            if sample is None:
+                return False
+            self._reading_buffer.append(sample)
+            count, vision_tokens = count + 1, vision_tokens + sample.size[1]
+        self.buffer_size = count
+        return True
 
 
 def fit_sequences(sizes: list[tuple[int, ...]], budget: tuple[int, ...]) -> list[list[int]]:

@@ -145,12 +145,9 @@ class SampleEncoder:
     def encode(self, sample: ConversationSample) -> EncodedSample:
         """Ids, labels and positions of a conversation, and the tokens of its media. Raises BadSample or MediaError."""
         messages = self._messages(sample)
-        media = [self._encode_media(kind, content) for kind, content in sample.media]
-        masks = [None] * len(media)
-        if self.skips and self.skipping.includes(sample.__key__):
-            media, masks = self._media.skip(media)
-        elif self.skips:
-            masks = [self._all_cells(grid) for _, _, grid in media]
+        skips = self.skips and self.skipping.includes(sample.__key__)
+        found = [self._encode_media(kind, content, skips) for kind, content in sample.media]
+        media, masks = [medium for medium, _ in found], [mask for _, mask in found]
         ids, learned, runs = self._segments(
             messages, [(kind, grid, mask) for (kind, _, grid), mask in zip(media, masks)]
         )
@@ -177,11 +174,15 @@ class SampleEncoder:
         messages = parse_messages(parse_entry(sample.entry), bool(sample.media))
         return place_media(messages, [kind for kind, _ in sample.media])
 
-    def _encode_media(self, kind: str, content: Any) -> tuple[str, torch.Tensor, tuple[int, int, int]]:
-        """-> kind, tokens [N, K], grid (t, h, w)."""
+    def _encode_media(self, kind: str, content: Any, skips: bool) -> tuple[Encoded, torch.Tensor | None]:
+        """-> kind, tokens [N, K] and grid (t, h, w); with skipping, also the cells that have tokens. skips: whether
+        cells of this sample are skipped."""
         # A loader process has one thread for torch; decoders in it get no more.
         frames = self._media.read(kind, content, torch.get_num_threads())
-        return kind, *self._media.encode(kind, frames)
+        if skips:
+            return self._media.encode_kept(kind, frames)
+        tokens, grid = self._media.encode(kind, frames)
+        return (kind, tokens, grid), self._all_cells(grid) if self.skips else None
 
     def _segments(
         self, messages: list[Message], media: list[tuple[str, Grid, torch.Tensor | None]]

@@ -5,6 +5,7 @@ with the display matrix applied.
 """
 
 import io
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ BT709, BT601 = 1, 5
 BT601_ALIKE = (0, 2, 3, 4, 5, 6)
 LIMITED, FULL = 1, 2
 DEFAULT_BONUS = 5_000_000  # pixels
+EBML = b"\x1a\x45\xdf\xa3"  # with which Matroska and WebM begin (RFC 9559)
 STILL_CODECS = ("mjpeg", "png", "bmp", "gif", "webp", "tiff")  # of covers; a film of JPEGs is a file's only stream
 
 
@@ -87,7 +89,7 @@ def _read_by_stamp(data: bytes, sampling: VideoSampling, new_video: Callable, th
 
     None if that does not work: a container without stamps, wrong ones, packets that show nothing, false key frames.
     """
-    with _open(data, threads) as (container, stream):
+    with _open(data, threads, has_own_stamps(data)) as (container, stream):
         packets = _packets(container, stream)
         stamps = _usable_stamps(container, packets)
         if not stamps:
@@ -129,15 +131,24 @@ def _read_counted(
     return video, decoded
 
 
+def has_own_stamps(data: bytes) -> bool:
+    """Whether a file is mp4, mov or Matroska, by its first bytes: these store when each frame is shown."""
+    return data[4:8] == b"ftyp" or data.startswith(EBML)
+
+
 @contextmanager
-def _open(data: bytes, threads: int) -> Iterator[tuple[Any, Any]]:
-    """-> container and the stream that is the film."""
+def _open(data: bytes, threads: int, unseen: bool = False) -> Iterator[tuple[Any, Any]]:
+    """-> container and the stream that is the film.
+
+    unseen: FFmpeg decodes no frames to guess what the container says: it decodes seven at least. For who knows the
+        order of frames from their stamps.
+    """
     import av
 
     # torchvision, when imported, has FFmpeg's messages go to Python: a decoder's thread then waits for the interpreter
     # lock, which is held by the thread that closes the video and waits for the decoder's.
     av.logging.set_level(None)
-    options = {"format_whitelist": VIDEO_FORMATS}
+    options = {"format_whitelist": VIDEO_FORMATS} | ({"skip_frame": "all"} if unseen else {})
     with av.open(io.BytesIO(data), metadata_errors="ignore", options=options) as container:
         stream = film_of(container)
         if stream is None:
@@ -187,6 +198,8 @@ def _decode_wanted(stream: Any, packets: list, wanted: set[int]) -> Iterator[Any
     """Frames, among them those with the time stamps `wanted`, from as few packets as possible."""
     context = stream.codec_context
     skips = context.name == "h264"  # a frame that is no reference there is none at all: leaving it out is exact
+    if skips:  # without it in the stream, FFmpeg learns it from frames that it then loses
+        context.reorder_depth = max(context.reorder_depth, _reorder_depth(packets))
     for start, stop in _packet_runs(packets, wanted):
         for packet in packets[start:stop]:
             if skips:
@@ -196,6 +209,17 @@ def _decode_wanted(stream: Any, packets: list, wanted: set[int]) -> Iterator[Any
         reorder_depth = context.reorder_depth
         context.flush_buffers()
         context.reorder_depth = reorder_depth  # flushing forgets it, and reordered frames would be lost
+
+
+def _reorder_depth(packets: list) -> int:
+    """Most packets that come before another one and are shown after it."""
+    earlier: list[int] = []  # stamps, ascending
+    depth = 0
+    for packet in packets:
+        place = bisect(earlier, packet.pts)
+        depth = max(depth, len(earlier) - place)
+        earlier.insert(place, packet.pts)
+    return depth
 
 
 def _packet_runs(packets: list, wanted: set[int]) -> list[tuple[int, int]]:

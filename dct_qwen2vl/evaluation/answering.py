@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dct_qwen2vl.common.imports import importing
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.evaluation.questions import Question, blinded
 
@@ -45,16 +46,18 @@ class Answerer:
         dtype: "torch.dtype | None" = None,
         **settings: Any,
     ) -> None:
-        import torch
-        from transformers import AutoModelForImageTextToText
+        with importing():
+            import torch
+            from transformers import AutoModelForImageTextToText
 
-        from dct_qwen2vl.checkpoints.hf_folder import load_processor
-        from dct_qwen2vl.data.media_encoder import MediaEncoder
-        from dct_qwen2vl.data.text_tokens import TextTokens
+            from dct_qwen2vl.checkpoints.hf_folder import load_processor
+            from dct_qwen2vl.data.media_encoder import MediaEncoder
+            from dct_qwen2vl.data.text_tokens import TextTokens
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
-        self.model = AutoModelForImageTextToText.from_pretrained(model_dir, torch_dtype=dtype).to(device).eval()
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
+            model = AutoModelForImageTextToText.from_pretrained(model_dir, torch_dtype=dtype)  # imports the class
+        self.model = model.to(device).eval()
         self.processor = load_processor(model_dir, **settings)
         self.text_tokens = TextTokens(self.processor.tokenizer)
         self.media = MediaEncoder(self.processor.image_processor, sampling)

@@ -44,8 +44,8 @@ def is_cut_alike(shares: tuple[int, int, int], shards: int) -> bool:
     return True
 
 
-def energon_prepare(output_dir: Path, split: str, split_of: tuple[str, ...], num_workers: int) -> None:
-    """Runs `energon prepare` with this interpreter and answers its questions.
+def energon_prepare(output_dir: Path, split: str, split_of: tuple[str, ...], num_workers: int) -> str:
+    """Runs `energon prepare` with this interpreter and answers its questions. Returns a line on what it wrote.
 
     output_dir: The folder of shards.
     split: Shares as Energon asks for them, such as "8,1,1".
@@ -71,4 +71,4 @@ def energon_prepare(output_dir: Path, split: str, split_of: tuple[str, ...], num
         write_text(folder / name, text)
     samples = {name: count_samples(output_dir, names) for name, names in read_splits(output_dir, SPLITS).items()}
     counts = ", ".join(f"{name} {count}" for name, count in samples.items())
-    print(f"Energon metadata in {folder}; samples: {counts}")
+    return f"Energon metadata in {folder}; samples: {counts}"

@@ -1,4 +1,4 @@
-"""The whole pipeline on drawn sample data, on a CPU: every stage by the README's command, then the images.
+"""The whole pipeline on drawn sample data, on a CPU: every stage by the README's command, and images of what it did.
 
     python -m dct_qwen2vl.toy.demo --output-dir demo          (`make demo` sets up first)
 
@@ -6,7 +6,6 @@ Leaves summary.json, loss.png, samples.png, accuracy.txt, the shards, both check
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -15,17 +14,22 @@ import subprocess
 import sys
 import textwrap
 import time
-import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.common.files import read_json, write_json
 from dct_qwen2vl.common.scripts import UserError, run_main
+from dct_qwen2vl.evaluation.scoring import table
 
 MARKER = ".made_by_demo"
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXPERIMENT = "demo"
+TOKENS = "tokens_per_image.json"
 SAMPLE_DATA = "dct_qwen2vl.toy.sample_data"
+FIGURES = "dct_qwen2vl.toy.demo_figures"
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the tiny model's operations are too small for two
 # What the tiny model needs to learn to see within minutes on two cores (see README, Training output).
 TRAINING = {
     "NUM_PROC_PER_NODE": "2", "MBS": "16", "GBS": "32", "MAX_STEPS": "600", "LR": "1e-3", "MIN_LR": "1e-4",
@@ -78,11 +82,13 @@ class Stage:
     """One command of the pipeline.
 
     environment: variables on top of the caller's.
+    beside: a stage that needs nothing of this one. It runs at the same time and is shown after this one.
     """
 
     name: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+    beside: "Stage | None" = None
 
     def shown(self) -> str:
         """The command as one would type it, on lines of WIDTH characters. qwen_launch.sh finds Python itself."""
@@ -150,14 +156,41 @@ def stages(folder: Path, seed: int) -> list[Stage]:
         "PYTHON": sys.executable,
     }
     prepare = ["data_preparation.py", "--data-dir", str(folder / "sample" / "data"), "--output-dir", shards]
+    prepare += ["--maxcount", "200", "--seed", str(seed), "--energon-prepare"]
+    convert = ["convert_checkpoint.py", "--model-dir", source, "--output-dir", model]
     answer = ["evaluate_qwen2vl.py", "--model-dir", str(run / "hf"), "--data-dir", shards]
+    answer += ["--output-dir", str(folder / "evaluation")]
+    conversion = Stage("convert_checkpoint", [*python, *convert])
+    drawing = Stage("images", [*python, "-m", FIGURES, str(folder)])
     return [
         Stage("sample_data", [*python, "-m", SAMPLE_DATA, "--output-dir", str(folder / "sample"), "--seed", str(seed)]),
-        Stage("data_preparation", [*python, *prepare, "--maxcount", "200", "--seed", str(seed), "--energon-prepare"]),
-        Stage("convert_checkpoint", [*python, "convert_checkpoint.py", "--model-dir", source, "--output-dir", model]),
+        Stage("data_preparation", [*python, *prepare], beside=conversion),
         Stage("training", ["bash", "qwen_launch.sh", *TRAINING_ARGUMENTS], launch),
-        Stage("evaluation", [*python, *answer, "--output-dir", str(folder / "evaluation")]),
+        Stage("evaluation", [*python, *answer], ONE_THREAD, beside=drawing),
     ]
+
+
+def run_stages(stages: list[Stage], logs: Path) -> dict[str, float]:
+    """Runs all stages. Returns the seconds that each took, by name. Raises StageError.
+
+    logs: gets a log of each. The screen gets them in order.
+    """
+    seconds = {}
+    with ThreadPoolExecutor(1) as thread:
+        for stage in stages:
+            other, lines = stage.beside, []
+            if other:
+                waiting = thread.submit(execute, other, log_of(other, logs), lines.append)
+            seconds[stage.name] = run_stage(stage, log_of(stage, logs))
+            if other:
+                wait([waiting])
+                show(other, lines)
+                seconds[other.name] = waiting.result()
+    return seconds
+
+
+def log_of(stage: Stage, logs: Path) -> Path:
+    return logs / f"{stage.name}.log"
 
 
 def run_stage(stage: Stage, log: Path) -> float:
@@ -165,8 +198,30 @@ def run_stage(stage: Stage, log: Path) -> float:
 
     log: gets its output. The screen gets it without noise.
     """
+    announce(stage)
+    screen = Screen()
+    try:
+        return execute(stage, log, screen.show)
+    finally:
+        screen.end_bar()
+
+
+def announce(stage: Stage) -> None:
     print(f"\n=== {stage.name}\n$ {stage.shown()}", flush=True)
-    start, screen = time.perf_counter(), Screen()
+
+
+def show(stage: Stage, lines: list[str]) -> None:
+    """What a stage said while another one had the screen."""
+    announce(stage)
+    screen = Screen()
+    for line in lines:
+        screen.show(line)
+    screen.end_bar()
+
+
+def execute(stage: Stage, log: Path, say: Callable[[str], None]) -> float:
+    """As `run_stage`. `say` gets each line of output."""
+    start = time.perf_counter()
     # Libraries warn of each other at import. What the pipeline has to say it prints.
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", **stage.environment}
     with log.open("w", encoding="utf-8") as file:
@@ -181,8 +236,7 @@ def run_stage(stage: Stage, log: Path) -> float:
         )
         for line in process.stdout:
             file.write(line)
-            screen.show(line)
-    screen.end_bar()
+            say(line)
     if process.wait():
         reason = find_reason(log.read_text(encoding="utf-8").splitlines())
         said = f": {reason}" if reason else ""
@@ -219,13 +273,19 @@ def losses(run_dir: Path) -> dict[str, float]:
     return {"first": training[0], "last": training[-1], "validation": validation[-1]}
 
 
-def summarise(folder: Path, seconds: dict[str, float], images: dict[str, Path], tokens: dict[str, float]) -> dict:
-    """What summary.json holds; paths are relative to the folder."""
+def summarise(folder: Path, seconds: dict[str, float], total: float) -> dict:
+    """What summary.json holds; paths are relative to the folder.
+
+    seconds: of each stage. Some ran at the same time.
+    total: seconds of all together.
+    """
     run = folder / "experiments" / EXPERIMENT
-    stats = json.loads((folder / "shards" / "stats.json").read_text(encoding="utf-8"))
-    results = json.loads((folder / "evaluation" / "accuracy.json").read_text(encoding="utf-8"))
+    stats = read_json(folder / "shards" / "stats.json")
+    results = read_json(folder / "evaluation" / "accuracy.json")
     files = {
-        **images,
+        "loss_curve": folder / "loss.png",
+        "sample_sheet": folder / "samples.png",
+        "accuracy_table": folder / "accuracy.txt",
         "shards": folder / "shards",
         "model": run / "hf",
         "metrics": run / "metrics.jsonl",
@@ -239,32 +299,17 @@ def summarise(folder: Path, seconds: dict[str, float], images: dict[str, Path], 
         "accuracy": results["accuracy"],
         "blind_accuracy": results["blind_accuracy"],
         "loss": losses(run),
-        "tokens_per_image": tokens,
+        "tokens_per_image": read_json(folder / TOKENS),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "total_seconds": round(total, 1),
         "files": {name: str(path.relative_to(folder)) for name, path in files.items()},
     }
-
-
-def draw_images(folder: Path) -> tuple[dict[str, Path], dict[str, float]]:
-    """Loss curve, sheet of samples, table of accuracies; and the tokens of an image for pixels and DCT."""
-    # PyTorch imports it, and NeMo requires it.
-    warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
-    from dct_qwen2vl.toy.demo_figures import draw_loss, draw_samples, tokens_per_image, write_table
-
-    run = folder / "experiments" / EXPERIMENT
-    images = {
-        "loss_curve": draw_loss(run / "metrics.jsonl", folder / "loss.png"),
-        "sample_sheet": draw_samples(run / "hf_dct", folder / "shards", folder / "samples.png"),
-        "accuracy_table": write_table(folder / "evaluation" / "accuracy.json", folder / "accuracy.txt"),
-    }
-    return images, tokens_per_image(folder / "sample" / "model" / "tiny-qwen2-vl", run / "hf_dct", folder / "shards")
 
 
 def last_words(folder: Path, summary: dict) -> list[str]:
     """What the demo has shown, where to look, what to run next."""
     accuracy, blind = summary["accuracy"]["overall"], summary["blind_accuracy"]["overall"]
     pixels, dct = (summary["tokens_per_image"][name] for name in ("pixels", "dct"))
-    seconds = sum(summary["seconds"].values())
     to_see = {str(folder / name): words for name, words in TO_SEE.items()}
     width = max(map(len, [*to_see, *TO_RUN]))
     return [
@@ -275,7 +320,7 @@ def last_words(folder: Path, summary: dict) -> list[str]:
         "Look at:",
         *(f"  {path:{width}}  {words}" for path, words in to_see.items()),
         f"All numbers are in {folder / 'summary.json'}, what each stage printed is in {folder / 'logs'}.",
-        f"It took {seconds:.0f} s.",
+        f"It took {summary['total_seconds']:.0f} s.",
         "",
         "Next:",
         *(f"  {what:{width}}  {words}" for what, words in TO_RUN.items()),
@@ -298,19 +343,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_demo(output_dir: Path, seed: int) -> int:
-    """All stages, then the images and the summary. Raises StageError, OSError."""
-    folder, seconds = output_dir.resolve(), {}
+    """All stages, then the summary. Raises StageError, OSError."""
+    folder, start = output_dir.resolve(), time.perf_counter()
     fresh_folder(folder)
     named = folder.relative_to(REPOSITORY) if folder.is_relative_to(REPOSITORY) else folder
-    for stage in stages(named, seed):
-        seconds[stage.name] = run_stage(stage, folder / "logs" / f"{stage.name}.log")
-    print("\n=== images", flush=True)
-    start = time.perf_counter()
-    images, tokens = draw_images(folder)
-    seconds["images"] = time.perf_counter() - start
-    summary = summarise(folder, seconds, images, tokens)
+    seconds = run_stages(stages(named, seed), folder / "logs")
+    results = read_json(folder / "evaluation" / "accuracy.json")
+    (folder / "accuracy.txt").write_text(table(results) + "\n", encoding="utf-8")
+    summary = summarise(folder, seconds, time.perf_counter() - start)
     write_json(folder / "summary.json", summary)
-    print("Drew samples.png and loss.png")
     print("\n".join(last_words(output_dir, summary)))
     return 0
 

@@ -1,7 +1,12 @@
-"""What the demo leaves to look at: loss curve, a sheet of samples as the model receives them, table of accuracies."""
+"""What the demo leaves to look at: the loss curve, and a sheet of samples as the model receives them.
 
-import json
+    python -m dct_qwen2vl.toy.demo_figures DEMO_DIR          (`make demo` does it)
+
+Also writes how many tokens an image takes, as pixels and as DCT.
+"""
+
 import math
+import sys
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -11,12 +16,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
+from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.data.media import as_array
 from dct_qwen2vl.data.media_encoder import MediaEncoder
 from dct_qwen2vl.data.samples import IGNORE_INDEX, ConversationSample, EncodedSample, read_samples
 from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
-from dct_qwen2vl.evaluation.scoring import table
+from dct_qwen2vl.toy.demo import EXPERIMENT, TOKENS
 from dct_qwen2vl.training.metrics_file import read_metrics
 from task_encoder import QwenTaskEncoder
 
@@ -60,16 +66,6 @@ def draw_loss(metrics: Path, output: Path) -> Path:
     axes.legend()
     figure.savefig(output)
     pyplot.close(figure)
-    return output
-
-
-def write_table(accuracy: Path, output: Path) -> Path:
-    """Writes the accuracies as text. Returns `output`.
-
-    accuracy: accuracy.json of an evaluation.
-    output: File to write.
-    """
-    output.write_text(table(json.loads(accuracy.read_text(encoding="utf-8"))) + "\n", encoding="utf-8")
     return output
 
 
@@ -253,3 +249,17 @@ def _wrap(pieces: list[tuple[str, bool]], left: int, right: int, font) -> list[t
                 placed.append((x, y, word, is_learned))
                 x += width
     return placed
+
+
+def main(argv: list[str] | None = None) -> int:
+    (folder,) = map(Path, sys.argv[1:] if argv is None else argv)
+    run, shards = folder / "experiments" / EXPERIMENT, folder / "shards"
+    draw_loss(run / "metrics.jsonl", folder / "loss.png")
+    draw_samples(run / "hf_dct", shards, folder / "samples.png")
+    write_json(folder / TOKENS, tokens_per_image(folder / "sample" / "model" / "tiny-qwen2-vl", run / "hf_dct", shards))
+    print("Drew samples.png and loss.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dct_qwen2vl.checkpoints.chat_template import CHAT_TEMPLATE
+from dct_qwen2vl.common.imports import importing
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -30,6 +31,13 @@ PRE_TOKENIZER_PATTERN = (
 )
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 448 * 448
 INITIALIZER_RANGE = 0.1  # about 1 / sqrt(width); with the 0.02 of large models the first hundreds of steps are lost
+
+
+def load_libraries() -> None:
+    """Imports what `write_checkpoint` needs, which takes a few seconds."""
+    with importing():
+        import torch  # noqa: F401
+        from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor  # noqa: F401
 
 
 def train_tokenizer(texts: Iterable[str]):

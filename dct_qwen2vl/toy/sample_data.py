@@ -25,6 +25,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -91,26 +92,32 @@ class DataSet:
             self.files.setdefault(name, []).extend(members)
 
 
-def draw_data_set(seed: int, total: int) -> DataSet:
+def draw_data_set(seed: int, total: int, meanwhile: Callable[[], object] = lambda: None) -> DataSet:
     """All entries, in random order, and all files.
 
     total: images and videos that can be read. Entries without one come on top.
+    meanwhile: as in `draw_items`.
     """
     import numpy as np
 
     rng = np.random.default_rng([seed, 0])
     items = plan_items(rng, total)
-    data = draw_items(seed, items)
+    data = draw_items(seed, items, meanwhile)
     add_extras(data, seed, total, first_number=len(items))
     data.entries = shuffle(rng, data.entries)
     return data
 
 
-def draw_items(seed: int, items: list[Item]) -> DataSet:
-    """Files and entries of all items, in order. A process for each core draws: an item's random numbers are its own."""
+def draw_items(seed: int, items: list[Item], meanwhile: Callable[[], object]) -> DataSet:
+    """Files and entries of all items, in order. A process for each core draws: an item's random numbers are its own.
+
+    meanwhile: called in this process once the others draw.
+    """
     data, chunks = DataSet(), [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for part in pool.map(draw_chunk, repeat(seed), chunks):
+        parts = pool.map(draw_chunk, repeat(seed), chunks)
+        meanwhile()
+        for part in parts:
             data.add(part)
     return data
 
@@ -308,12 +315,12 @@ def build(folder: Path, seed: int, total: int) -> dict[str, Any]:
     seed: of everything random.
     total: images and videos that can be read.
     """
+    from dct_qwen2vl.toy.model import load_libraries, write_checkpoint
+
     start = time.perf_counter()
-    data = draw_data_set(seed, total)
+    data = draw_data_set(seed, total, meanwhile=load_libraries)
     write_data_set(data, folder / "data")
     print(f"data: {len(data.entries)} entries in {time.perf_counter() - start:.1f} s", flush=True)
-
-    from dct_qwen2vl.toy.model import write_checkpoint
 
     start = time.perf_counter()
     parameters = write_checkpoint(conversation_texts(data.entries), folder / "model" / "tiny-qwen2-vl", seed)

@@ -114,3 +114,24 @@ def test_planes_are_read_where_tokens_hold_no_more_colour(processor, video_file,
     assert media.reads_planes == fits == isinstance(frames, YUVFrames)
     expected = 4 * 112 * 112 * 3 // (2 if fits else 1)
     assert frames.nbytes == expected
+
+
+def test_kept_tokens_stay_when_the_memory_of_the_others_is_used_again(video_file, natural_frames):
+    """Also that of a longer video, and of one that is shorter again."""
+    media = MediaEncoder(DCTImageProcessor("x4", skip_db=30.0))
+    still = [natural_frames(1, 112, 168, seed).repeat(count, axis=0) for count, seed in ((4, 1), (8, 2), (6, 3))]
+    files = [video_file(frames, rate=2) for frames in still]
+    frames = [media.read("video", data) for data in files]
+    found = [media.encode_kept("video", each) for each in frames]
+    for each, ((kind, tokens, grid), kept) in zip(frames, found):
+        (expected,), (mask,) = media.skip([("video", *media.encode("video", each))])
+        assert (kind, grid) == (expected[0], expected[2]) and torch.equal(kept, mask)
+        assert torch.equal(tokens, expected[1]) and len(tokens) < np.prod(grid)
+    assert len({tokens.untyped_storage().data_ptr() for (_, tokens, _), _ in found}) == 3
+
+
+def test_an_image_has_no_shared_memory(natural_frames):
+    media = MediaEncoder(DCTImageProcessor("x4", skip_db=30.0))
+    (_, tokens, grid), kept = media.encode_kept("image", natural_frames(1, 112, 168)[0])
+    assert torch.equal(tokens, media.encode("image", natural_frames(1, 112, 168)[0])[0][kept.repeat_interleave(4)])
+    assert grid == (1, 4, 6) and not len(media._memory)

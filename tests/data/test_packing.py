@@ -24,6 +24,8 @@ from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.preparation.energon_metadata import energon_prepare
 from task_encoder import PackingTaskEncoder
 
+TOKEN_BYTES = 1764 * 2  # of x4 in bf16
+
 
 @pytest.fixture(scope="module")
 def encoder(converted) -> PackingTaskEncoder:
@@ -208,13 +210,15 @@ def test_a_set_of_images_that_cannot_be_decoded_stops_the_run(converted, natural
         encoder.pack_selected_samples([encoder.encode_sample(cut)])
 
 
-def packed_data(prepared, num_workers: int, packing_buffer_size: int = 16):
+def packed_data(
+    prepared, num_workers: int, packing_buffer_size: int = 16, skip_db: float | None = None, held_bytes: int = 1 << 30
+):
     """The data module of the Megatron engine on the prepared set."""
     from dct_qwen2vl.data.loader import EnergonDataModule
 
-    processor = DCTImageProcessor.from_pretrained(prepared.model)
+    processor = DCTImageProcessor.from_pretrained(prepared.model, skip_db=skip_db)
     tokenizer = AutoTokenizer.from_pretrained(prepared.model)
-    encoder = PackingTaskEncoder(tokenizer, processor, pack_tokens=600, pack_vision_tokens=1200)
+    encoder = PackingTaskEncoder(tokenizer, processor, pack_tokens=600, pack_vision_tokens=1200, held_bytes=held_bytes)
     return EnergonDataModule(
         prepared.shards,
         encoder,
@@ -239,18 +243,42 @@ def test_energon_packs_a_prepared_set(prepared):
     assert len(keys) == len(set(keys)) > 10
 
 
+@pytest.mark.parametrize("skipping", [{}, {"skip_db": 38.0}, {"skip_db": 38.0, "held_bytes": TOKEN_BYTES * 300}])
 @pytest.mark.parametrize(("num_workers", "packing_buffer_size"), [(0, 4), (2, 16), (3, 4)])
-def test_a_packed_loader_goes_on_where_its_state_was_saved(num_workers, packing_buffer_size, prepared):
-    first = packed_data(prepared, num_workers, packing_buffer_size)
+def test_a_packed_loader_goes_on_where_its_state_was_saved(num_workers, packing_buffer_size, skipping, prepared):
+    first = packed_data(prepared, num_workers, packing_buffer_size, **skipping)
     sequences = iter(first.train_dataloader())
     for _ in range(4):
         next(sequences)
     state = first.state_dict()
     expected = [next(sequences) for _ in range(5)]
-    again = packed_data(prepared, num_workers, packing_buffer_size)
+    again = packed_data(prepared, num_workers, packing_buffer_size, **skipping)
     again.load_state_dict(state)
     for sequence, wanted in zip(again.train_dataloader(), expected):
         assert sequence.keys == wanted.keys and torch.equal(sequence.tokens, wanted.tokens)
+
+
+def test_with_skipping_a_buffer_ends_at_its_bytes_and_nothing_is_decoded_again(prepared, monkeypatch):
+    most, buffers, encoded = 300, [], []
+    data = packed_data(prepared, num_workers=0, skip_db=38.0, held_bytes=TOKEN_BYTES * most)
+    encoder = data.task_encoder
+    whole_encode, whole_select = encoder.encode, encoder.select_samples_to_pack
+
+    def encode(sample):
+        encoded.append(sample.__key__)
+        return whole_encode(sample)
+
+    def select(samples):
+        assert all(sample.held is not None and sample.conversation is None for sample in samples)
+        buffers.append([sample.size[1] for sample in samples])
+        return whole_select(samples)
+
+    monkeypatch.setattr(encoder, "encode", encode)
+    monkeypatch.setattr(encoder, "select_samples_to_pack", select)
+    given = [key for sequence, _ in zip(data.train_dataloader(), range(12)) for key in sequence.keys]
+    assert all(sum(sizes[:-1]) < most <= sum(sizes) or len(sizes) == 16 for sizes in buffers)
+    assert min(map(len, buffers)) < 16, "the bytes end a buffer before its number of samples does"
+    assert set(given) <= set(encoded) and len(encoded) < len(given) + 16
 
 
 def test_a_state_of_other_processes_is_refused_unless_data_begin_anew(prepared):

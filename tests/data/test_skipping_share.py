@@ -102,7 +102,7 @@ def test_padded_batches_hold_some_samples_whole(prepared, both_ways, num_workers
         assert_equal([batch], [expected])
 
 
-@pytest.mark.parametrize(("num_workers", "held_bytes"), [(0, 1 << 30), (2, 0)])
+@pytest.mark.parametrize(("num_workers", "held_bytes"), [(0, 1 << 30), (2, 1 << 18)])
 def test_packed_sequences_hold_some_samples_whole(prepared, both_ways, num_workers, held_bytes):
     data = make_data(prepared, HALF, num_workers, packed=True, held_bytes=held_bytes)
     sequences, _ = take(data, 16)

@@ -597,6 +597,26 @@ def test_packets_that_a_frame_needs(text, wanted, runs):
     assert videos._packet_runs(packets(text), wanted) == runs
 
 
+@pytest.mark.parametrize("kind", ["h264", "h264, one group", "h264, open groups", "mpeg4", "vp9"])
+def test_a_video_opened_without_a_decoded_frame_has_the_same_frames(moving, kind, monkeypatch, read_by_number):
+    data, sampling = moving(kind), VideoSampling(fps=3)
+    assert videos.has_own_stamps(data)
+    quick = decode_video(data, sampling)
+    monkeypatch.setattr(videos, "has_own_stamps", lambda data: False)
+    np.testing.assert_array_equal(quick, decode_video(data, sampling))
+    assert not read_by_number
+
+
+@pytest.mark.parametrize(("stamps", "depth"), [([0, 1, 2], 0), ([0, 3, 1, 2], 1), ([0, 4, 2, 1, 3], 2), ([], 0)])
+def test_the_depth_of_reordering_is_that_of_the_stamps(stamps, depth):
+    assert videos._reorder_depth([SimpleNamespace(pts=stamp) for stamp in stamps]) == depth
+
+
+@pytest.mark.parametrize(("container", "own"), [("mp4", True), ("matroska", True), ("mpegts", False), ("avi", False)])
+def test_containers_with_stamps_are_known_by_their_first_bytes(container, own):
+    assert videos.has_own_stamps(video(grey_ramp(4), "libx264", container)) is own
+
+
 def test_few_packets_are_decoded_and_few_frames_converted(moving, monkeypatch):
     """Of 40 frames in groups of 12, a frame every second and the last one."""
     decoded, converted = [], []

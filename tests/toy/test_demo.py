@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dct_qwen2vl.toy import demo
-from dct_qwen2vl.toy.demo import Screen, Stage, StageError, find_reason, run_stage
+from dct_qwen2vl.toy.demo import Screen, Stage, StageError, find_reason, run_stage, run_stages
 
 TRACEBACK = """\
 [rank0]: Traceback (most recent call last):
@@ -52,6 +52,38 @@ def test_a_failing_stage_says_why(tmp_path, capsys):
         run_stage(says(f"{NOISE}{reason}\n", 3), tmp_path / "log")
     assert reason in str(raised.value) and str(tmp_path / "log") in str(raised.value)
     assert reason in capsys.readouterr().out.splitlines()
+
+
+def meets(own: Path, other: Path, says: str) -> list[str]:
+    """A command that ends well only if another one, which waits for it, runs at the same time."""
+    code = f"""
+import pathlib, time
+pathlib.Path({str(own)!r}).touch()
+end = time.monotonic() + 60
+while not pathlib.Path({str(other)!r}).exists():
+    assert time.monotonic() < end
+    time.sleep(0.01)
+print({says!r})
+"""
+    return [sys.executable, "-c", code]
+
+
+def test_a_stage_beside_another_runs_with_it_and_is_shown_after_it(tmp_path, capsys):
+    a, b = tmp_path / "a", tmp_path / "b"
+    second = Stage("second", meets(b, a, "GPU available: no\nI am second"))
+    seconds = run_stages([Stage("first", meets(a, b, "I am first"), beside=second), says("I am third")], tmp_path)
+    shown = capsys.readouterr().out.splitlines()
+    said = [line for line in shown if line.startswith(("===", "I am"))]
+    assert said == ["=== first", "I am first", "=== second", "I am second", "=== speech", "I am third"]
+    assert "GPU available: no" not in shown and "GPU available: no" in (tmp_path / "second.log").read_text()
+    assert list(seconds) == ["first", "second", "speech"]
+
+
+def test_a_stage_that_fails_beside_another_is_named(tmp_path, capsys):
+    failing = Stage("second", says("convert_checkpoint.py: there is no model\n", 1).command)
+    with pytest.raises(StageError, match=r"the stage second failed with exit code 1: .*there is no model"):
+        run_stages([Stage("first", says("fine").command, beside=failing)], tmp_path)
+    assert "convert_checkpoint.py: there is no model" in capsys.readouterr().out.splitlines()
 
 
 def test_a_failing_demo_ends_with_the_reason(tmp_path, capsys, monkeypatch):
@@ -106,7 +138,8 @@ def test_last_words():
         "accuracy": {"overall": 0.963},
         "blind_accuracy": {"overall": 0.209},
         "tokens_per_image": {"pixels": 18.0, "dct": 4.5},
-        "seconds": {"training": 100.0, "evaluation": 45.2},
+        "seconds": {"training": 100.0, "evaluation": 60.0, "images": 50.0},
+        "total_seconds": 145.2,
     }
     words = "\n".join(demo.last_words(Path("demo"), summary))
     for said in ("96.3%", "20.9%", "4.5 tokens", "pixels take 18.0", "145 s", "make test", "Setup Instructions"):
