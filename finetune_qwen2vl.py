@@ -18,7 +18,14 @@ from dct_qwen2vl.common.imports import importing
 from dct_qwen2vl.common.scripts import INTERRUPTED_CODE, UserError, leave
 from dct_qwen2vl.data.energon_files import fingerprint_of_shards
 from dct_qwen2vl.training import run_lock
-from dct_qwen2vl.training.checks import check, check_ranges, choose_engine, choose_min_pixels, choose_precision
+from dct_qwen2vl.training.checks import (
+    check,
+    check_ranges,
+    choose_engine,
+    choose_min_pixels,
+    choose_precision,
+    skip_db_of,
+)
 from dct_qwen2vl.training.config import ModelInfo, RunError, TrainingConfig, parse_arguments
 from dct_qwen2vl.training.processes import (
     CONTINUE,
@@ -230,7 +237,7 @@ def run(config: TrainingConfig) -> int:
         (config.run_dir / "finished").touch()
         further = f", in the stock form; to train it further: {config.run_dir / 'hf_dct'}" if info.dct else ""
         print(f"Done: the fine-tuned model is in {config.run_dir / 'hf'}{further}")
-        if info.dct and (note := note_on_skipping(config.run_dir / "hf_dct")):
+        if info.dct and (note := note_on_skipping(config.run_dir / "hf_dct", skip_db_of(config))):
             print(f"Note: {note}")
     return 0
 

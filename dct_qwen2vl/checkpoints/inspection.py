@@ -409,10 +409,12 @@ def note_on_old_code(model_dir: Path) -> str | None:
     )
 
 
-def note_on_skipping(model_dir: Path) -> str | None:
-    """A line for a coefficient form that skips cells, for who is about to use its stock form, which reads all of them;
-    None for any other directory. Raises CheckpointError."""
-    skip_db = read_processor(model_dir).get("skip_db")
+def note_on_skipping(model_dir: Path, skip_db: float | None) -> str | None:
+    """A line for who is about to use the stock form, which reads all cells, of a coefficient form that skips some.
+
+    model_dir: Path. Of the coefficient form.
+    skip_db: float or None, dB. What its processor skips by. None and 0: nothing, and there is no line.
+    """
     if not skip_db:
         return None
     said = f"{model_dir} was trained with --skip-db {skip_db:g}, but its stock form reads all cells"

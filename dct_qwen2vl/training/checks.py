@@ -79,11 +79,11 @@ def choose_min_pixels(config: TrainingConfig) -> int | None:
 
 def check_skipping(config: TrainingConfig, info: ModelInfo) -> None:
     """Raises RunError where cells are to be skipped that cannot be."""
-    if config.skip_noise_floor and not _skip_db(config):
+    if config.skip_noise_floor and not skip_db_of(config):
         raise RunError(
             f"--skip-noise-floor goes with --skip-db, and {config.model_dir} skips no cells: add --skip-db 38"
         )
-    if config.skip_share < 1 and not _skip_db(config):
+    if config.skip_share < 1 and not skip_db_of(config):
         raise RunError(
             f"--skip-share {config.skip_share:g} goes with --skip-db, and this run skips no cells: add --skip-db 38, "
             "or leave it out"
@@ -94,7 +94,7 @@ def check_skipping(config: TrainingConfig, info: ModelInfo) -> None:
         raise RunError(f"--skip-db {config.skip_db:g} needs DCT tokens, {config.model_dir} reads pixels: leave it out")
 
 
-def _skip_db(config: TrainingConfig) -> float | None:
+def skip_db_of(config: TrainingConfig) -> float | None:
     """Of this run: the command line's, or else the checkpoint's."""
     return read_processor(config.model_dir).get("skip_db") if config.skip_db is None else config.skip_db
 

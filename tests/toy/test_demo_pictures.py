@@ -1,6 +1,6 @@
 """The sheet of samples that the demo leaves."""
 
-from dct_qwen2vl.toy.demo_figures import _legible
+from dct_qwen2vl.toy.demo_pictures import _legible
 
 
 def test_what_the_font_lacks_is_shown_by_its_escape():
