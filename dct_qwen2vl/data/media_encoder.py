@@ -70,8 +70,7 @@ class MediaEncoder:
         Raises BadSample.
         """
         if isinstance(frames, YUVFrames):
-            planes = (frames.luma, frames.cb, frames.cr, frames.matrix, frames.full_range)
-            return self.image_processor.tokenizer.encode_planes(*planes)
+            return self._encode_planes(frames)
         frames = resize_frames(kind, frames, self.fit)
         options = {"do_resize": False, "return_tensors": "pt", "input_data_format": "channels_last"}
         if kind == "image":
@@ -102,13 +101,16 @@ class MediaEncoder:
         All videos share the memory of the tokens that are not kept. Raises BadSample.
         """
         if isinstance(frames, YUVFrames):
-            tokenizer = self.image_processor.tokenizer
-            planes = (frames.luma, frames.cb, frames.cr, frames.matrix, frames.full_range)
-            tokens, grid = tokenizer.encode_planes(*planes, out=self._shared_memory(frames))
+            tokens, grid = self._encode_planes(frames, self._shared_memory(frames))
         else:
             tokens, grid = self.encode(kind, frames)
         (encoded,), (kept,) = self.skip([(kind, tokens, grid)])
         return encoded, kept
+
+    def _encode_planes(self, frames: YUVFrames, out: torch.Tensor | None = None) -> tuple[torch.Tensor, Grid]:
+        """`encode` of planes. out: memory for the tokens."""
+        planes = (frames.luma, frames.cb, frames.cr, frames.matrix, frames.full_range)
+        return self.image_processor.tokenizer.encode_planes(*planes, out=out)
 
     def _shared_memory(self, frames: YUVFrames) -> torch.Tensor:
         """For the tokens of these planes, float32 [N * K]."""

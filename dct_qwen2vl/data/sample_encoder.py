@@ -224,15 +224,19 @@ class SampleEncoder:
 
     def _all_cells(self, grid: Grid) -> torch.Tensor:
         """bool [t, r, c]"""
+        return torch.ones(self._in_cells(grid), dtype=torch.bool)
+
+    def _in_cells(self, grid: Grid) -> Grid:
+        """(t, r, c): steps, rows and columns of merge cells."""
         merge = self.image_processor.merge_size
-        return torch.ones(grid[0], grid[1] // merge, grid[2] // merge, dtype=torch.bool)
+        return grid[0], grid[1] // merge, grid[2] // merge
 
     def _cells(self, grid: Grid, kept: torch.Tensor | None) -> int:
         """Tokens of the language model of a medium."""
-        return math.prod(grid) // self.image_processor.merge_size**2 if kept is None else int(kept.sum())
+        return math.prod(self._in_cells(grid)) if kept is None else int(kept.sum())
 
     def _visual_run(self, kind: str, grid: Grid, kept: torch.Tensor | None) -> Run:
-        cells = (grid[0], grid[1] // self.image_processor.merge_size, grid[2] // self.image_processor.merge_size)
+        cells = self._in_cells(grid)
         time_step = 1 if kind == "image" else self.time_step
         if kept is not None:
             return KeptRun(cells, kept.numpy(), time_step)

@@ -4,6 +4,7 @@ the same size at any width. The suites of real sizes."""
 from dataclasses import replace
 
 import pytest
+import test_quality_runs
 import torch
 
 from benchmarks.quality import run_experiments, runs
@@ -18,18 +19,7 @@ from benchmarks.quality.widening import widened_tower
 
 GRID = (2, 4, 4)
 NARROW = ModelSize(160, 2, 128, 1)  # two heads
-TINY = Settings(
-    variant="exact",
-    steps=2,
-    batch=4,
-    knobs={"size": 112, "cells": 4, "heights": [22], "noise": 0.0},
-    size=ModelSize(80, 1, 64, 1),
-    probe=8,
-    test=16,
-    fit=16,
-    generated=0,
-    save=True,
-)
+TINY = replace(test_quality_runs.TINY, variant="exact", steps=2, generated=0, save=True)
 
 
 def trained_like(size: ModelSize):
