@@ -13,7 +13,6 @@ context. Without a device the expected figures are printed alone.
 
 import argparse
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -244,7 +243,6 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(describe(line) for line in lines))
         print("benchmarks/speed/memory.py: no CUDA device, so nothing is measured", file=sys.stderr)
         return 0
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     results: dict[str, Any] = {"dct": arguments.dct, "seq_length": arguments.seq_length}
 
     def save() -> None:

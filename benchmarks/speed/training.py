@@ -376,7 +376,9 @@ def measure(
     freeze_objects()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    freed = freed_for_room()
     seconds = step_seconds(partial(step, batches), repeats)
+    freed = freed_for_room() - freed
     loss = float(step(batches))
     best = float(np.median(seconds))
     spans, profiled = record(partial(step, batches[:recorded]), 1 if recorded else PROFILED)
@@ -387,6 +389,7 @@ def measure(
         "mfu": flops / best / device_peak() / processes(),
         "busy": busy_seconds(spans) / profiled,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "freed_for_room": freed,
         "seconds": seconds,
         "loss": loss,
         "kinds": shares(spans, profiled),
@@ -397,6 +400,11 @@ def measure(
         f"tokens/s MFU {line['mfu']:.1%} busy {line['busy']:.0%} {line['peak_gib']:6.1f} GiB, step {best:.2f} s"
     )
     return line
+
+
+def freed_for_room() -> int:
+    """How often the allocator found no room and gave the device back what it had cached, which waits for the device."""
+    return torch.cuda.memory_stats()["num_alloc_retries"]
 
 
 def processes() -> int:
@@ -578,7 +586,6 @@ def main(argv: list[str] | None = None) -> int:
     if torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         print("benchmarks/speed/training.py needs a CUDA device for each process", file=sys.stderr)
         return 1
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     set_up()
     results = {"device": torch.cuda.get_device_name(), "seed": arguments.seed, "samples": arguments.samples}
     results |= {"size": arguments.size, "tensor_parallel": processes()}

@@ -51,6 +51,10 @@ WORDS = (
 )
 IMAGES = ((480, 640), (600, 800), (768, 1024))  # height, width
 VIDEO_FRAMES, VIDEO_SIDE, VIDEO_RATE = 16, 448, 2
+SPECIAL_TOKENS = {  # by their names in config.json
+    "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+}  # fmt: skip
 WARM_UP = 5  # steps that do not count
 
 
@@ -153,14 +157,15 @@ def make_model(preset: str, folder: Path, seed: int) -> Path:
 
     tiny, model_dir = folder / "tiny", folder / "model"
     write_checkpoint([" ".join(WORDS)] * 20, tiny, seed)
-    config = DCTConfig.preset(preset)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    config = real_config(DCTConfig.preset(preset).num_coefficients)
+    for name, token in SPECIAL_TOKENS.items():
+        setattr(config, name, tokenizer.convert_tokens_to_ids(token))
     torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2VLForConditionalGeneration._from_config(
-            real_config(config.num_coefficients), torch_dtype=torch.bfloat16
-        )
+        model = Qwen2VLForConditionalGeneration._from_config(config, torch_dtype=torch.bfloat16)
     model.cpu().save_pretrained(model_dir)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(model_dir)
+    tokenizer.save_pretrained(model_dir)
     DCTImageProcessor(dct=preset, max_pixels=1024 * 1024).save_pretrained(model_dir)
     return model_dir
 
