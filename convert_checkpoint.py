@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dct_qwen2vl.checkpoints.conversion import convert, patch_embedding
-from dct_qwen2vl.checkpoints.inspection import CheckpointError, note_on_skipping, read_processor
+from dct_qwen2vl.checkpoints.inspection import CheckpointError, note_on_skipping
 from dct_qwen2vl.checkpoints.source import Source
 from dct_qwen2vl.checkpoints.stock_form import to_dct, to_stock
 from dct_qwen2vl.common.scripts import UserError, run_main, run_program
@@ -174,7 +174,7 @@ def change_form_and_say(arguments: argparse.Namespace) -> int:
         frames, rows, columns = done.dct.block
         print(f"Unfolded the patch embedding: {done.dct.name} is a plain Qwen2-VL with patches of {frames} frames x "
               f"{rows} x {columns} px.")  # fmt: skip
-        if note := note_on_skipping(arguments.model_dir, read_processor(arguments.model_dir).get("skip_db")):
+        if note := note_on_skipping(arguments.model_dir):
             print(f"Note: {note}")
     elif arguments.to == "dct":
         dct = read_format(arguments.dct) if isinstance(arguments.dct, str) else arguments.dct

@@ -25,7 +25,7 @@ from dct_qwen2vl.training.checks import (
     choose_engine,
     choose_min_pixels,
     choose_precision,
-    skip_db_of,
+    choose_skip_share,
 )
 from dct_qwen2vl.training.config import ModelInfo, RunError, TrainingConfig, parse_arguments
 from dct_qwen2vl.training.processes import (
@@ -250,7 +250,7 @@ def run(config: TrainingConfig) -> int:
         (config.run_dir / "finished").touch()
         further = f", in the stock form; to train it further: {config.run_dir / 'hf_dct'}" if info.dct else ""
         print(f"Done: the fine-tuned model is in {config.run_dir / 'hf'}{further}")
-        if info.dct and (note := note_on_skipping(config.run_dir / "hf_dct", skip_db_of(config))):
+        if info.dct and (note := note_on_skipping(config.run_dir / "hf_dct")):
             print(f"Note: {note}")
     return 0
 
@@ -259,7 +259,7 @@ def check_and_size(config: TrainingConfig, engine: str) -> tuple[TrainingConfig,
     """Resolves and checks the settings. The size of packed sequences, where it is left open, is that of the run that
     goes on, or what fits the device; a line says what was chosen. Raises UserError."""
     precision = choose_precision(config, engine)
-    config = replace(config, min_pixels=choose_min_pixels(config))
+    config = replace(config, min_pixels=choose_min_pixels(config), skip_share=choose_skip_share(config))
     if leaves_size_open(config, engine):
         config = as_begun(config)
     info = check(config.resolved(engine, precision))

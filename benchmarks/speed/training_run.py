@@ -222,7 +222,8 @@ def launch(arguments: argparse.Namespace, settings: dict[str, str], gpus: int, s
     """
     name = f"gpus{gpus}-skip" if skip_db else f"gpus{gpus}"
     run_dir = Path(settings["OUTPUT_DIR"]) / name
-    own = {"EXPERIMENT_NAME": name, "NUM_PROC_PER_NODE": gpus, "GBS": arguments.sequences * gpus, "SKIP_DB": skip_db}
+    own = {"EXPERIMENT_NAME": name, "NUM_PROC_PER_NODE": gpus, "GBS": arguments.sequences * gpus}
+    own |= {"SKIP_DB": skip_db, "SKIP_SHARE": 1}  # cells are left out in all samples, or in none
     command = ["bash", "qwen_launch.sh", "--log-interval", "1", "--video-fps", str(VIDEO_RATE)]
     command += ["--shuffle-buffer", "100"]
     if arguments.kernels:

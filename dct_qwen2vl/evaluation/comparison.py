@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dct_qwen2vl.checkpoints.inspection import chosen_bounds, cost_of_all_cells, read_processor
+from dct_qwen2vl.checkpoints.inspection import chosen_bounds, cost_of_all_cells, read_processor, reads_both_ways
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.files import write_bytes, write_json
 from dct_qwen2vl.common.scripts import UserError
@@ -352,7 +352,8 @@ def summary_of(models: tuple[Path, Path], split: str, lines: list[dict[str, Any]
     from dct_qwen2vl.evaluation.forward_passes import SAME
 
     summary: dict[str, Any] = {"models": [str(model) for model in models], "split": split, "questions": len(lines)}
-    summary["skip_db"] = [read_processor(model).get("skip_db") for model in models]
+    for name in ("skip_db", "skip_share"):
+        summary[name] = [read_processor(model).get(name) for model in models]
     for reading in ("same", "own"):
         found = [line[reading] for line in lines]
         worst = max(found, key=lambda each: each["largest"])
@@ -409,8 +410,9 @@ def say_skipping(summary: dict[str, Any]) -> list[str]:
 
 def conclusions(summary: dict[str, Any]) -> list[str]:
     asked = summary["questions"]
-    skipping = (model for model, value in zip(summary["models"], summary["skip_db"]) if value)
-    said = [f"{line}. {cost_of_all_cells(next(skipping))}" for line in say_skipping(summary)]
+    trained = zip(summary["models"], summary["skip_db"], summary["skip_share"])
+    costs = [cost_of_all_cells(model) for model, skip_db, share in trained if skip_db and not reads_both_ways(share)]
+    said = [". ".join([line, *costs[:1]]) for line in say_skipping(summary)]
     for reading, name in (("same", "Same pixels"), ("own", "Own reading")):
         found = summary[reading]
         said.append(

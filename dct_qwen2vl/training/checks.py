@@ -1,21 +1,23 @@
 """Everything that can be wrong before a heavy import, each refused in one line."""
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dct_qwen2vl.checkpoints.inspection import (
     FORMAT_DEFAULTS,
+    PROCESSOR,
+    SHARE_FOR_BOTH,
     check_checkpoint,
     chosen_bounds,
     note_on_old_code,
     notes_on_bounds,
     read_config,
     read_json,
-    read_processor,
     reads_larger_patches,
+    skipping_in,
     unfolded_format,
     where_it_is,
 )
@@ -25,7 +27,7 @@ from dct_qwen2vl.common.settings import flag_of
 from dct_qwen2vl.data.energon_files import count_samples, read_splits, refuse_other_data
 from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig
 from dct_qwen2vl.training.disk_space import check_space
-from dct_qwen2vl.training.run_file import check_run_folder
+from dct_qwen2vl.training.run_file import PUT_BACK, check_run_folder, earlier_settings
 
 TOWER_ACTIVATIONS = ("quick_gelu", "gelu")  # of the vision tower, in the megatron engine
 
@@ -83,7 +85,7 @@ def check_skipping(config: TrainingConfig, info: ModelInfo) -> None:
         raise RunError(
             f"--skip-noise-floor goes with --skip-db, and {config.model_dir} skips no cells: add --skip-db 38"
         )
-    if config.skip_share < 1 and not skip_db_of(config):
+    if (config.skip_share or 1) < 1 and not skip_db_of(config):
         raise RunError(
             f"--skip-share {config.skip_share:g} goes with --skip-db, and this run skips no cells: add --skip-db 38, "
             "or leave it out"
@@ -95,8 +97,25 @@ def check_skipping(config: TrainingConfig, info: ModelInfo) -> None:
 
 
 def skip_db_of(config: TrainingConfig) -> float | None:
-    """Of this run: the command line's, or else the checkpoint's."""
-    return read_processor(config.model_dir).get("skip_db") if config.skip_db is None else config.skip_db
+    """Of this run: the command line's, or else the checkpoint's, if there is one. Raises CheckpointError."""
+    path = config.model_dir / PROCESSOR
+    if config.skip_db is not None or not path.is_file():
+        return config.skip_db
+    return read_json(path).get("skip_db")
+
+
+def choose_skip_share(config: TrainingConfig) -> float:
+    """The share that was given. Otherwise that of the run that goes on, whatever the default was when it began, or
+    `SHARE_FOR_BOTH`. 1 where no cells are skipped, as in run.json of all earlier runs.
+
+    Raises CheckpointError for a run.json that cannot be used.
+    """
+    if config.skip_share is not None or not skip_db_of(config):
+        return 1.0 if config.skip_share is None else config.skip_share
+    earlier = earlier_settings(config)
+    skip_db = skip_db_of(replace(config, skip_db=earlier.get("skip_db")))
+    begun = skipping_in(config.run_dir / "run.json", {**earlier, "skip_db": skip_db}, PUT_BACK)
+    return begun.get("skip_share", SHARE_FOR_BOTH)
 
 
 def check_data(config: TrainingConfig) -> None:

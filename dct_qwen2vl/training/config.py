@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dct_qwen2vl.checkpoints.inspection import SHARE_FOR_BOTH
 from dct_qwen2vl.common import settings
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.common.settings import DefaultsFormatter, add_flags, from_flags, setting_of
@@ -73,7 +74,8 @@ def _video_setting(name: str) -> Any:
 class TrainingConfig:
     """What the engines, the run folder and LoRA take; run.json is `asdict` of it and the numbers derived from it.
 
-    None means that a setting was not given. `resolved` replaces the None of engine, precision and batch.
+    None means that a setting was not given. `resolved` replaces the None of engine, precision and batch, and
+    `checks.choose_skip_share` that of the share.
     """
 
     model_dir: Path = setting("what", MISSING, "Hugging Face directory from convert_checkpoint.py")
@@ -107,11 +109,12 @@ class TrainingConfig:
         "with --skip-db: measure the noise between steps of a video and let cells go that differ by no more",
         resume=DATA,
     )
-    skip_share: float = setting(
+    skip_share: float | None = setting(
         "what",
-        1.0,
-        "with --skip-db: share of the training samples in which cells are left out; the others keep all cells, so that "
-        "the model also learns to read without skipping, as its stock form does",
+        None,
+        "where cells are left out: in this share of the training samples; the others keep all cells, so that the model "
+        f"also learns to read without skipping, as its stock form does (default: {SHARE_FOR_BOTH:g}, or what the run "
+        "began with)",
         over=0,
         at_most=1,
         resume=DATA,

@@ -9,20 +9,24 @@ from dct_qwen2vl.common.settings import flag_of, plain
 from dct_qwen2vl.data.energon_files import fingerprint_of_shards
 from dct_qwen2vl.training.config import DATA, DERIVED, SAME, ModelInfo, RunError, TrainingConfig, metadata_of
 
+PUT_BACK = "put back what the run was started with, or another --experiment-name"
+# What runs did that are older than a setting, where that is not the setting's default.
+BEFORE = {"skip_share": 1.0}
+
 
 def earlier_settings(config: TrainingConfig) -> dict[str, Any]:
     """run.json of a run that can go on, empty where there is none: one that left no checkpoint has nothing to continue.
-    A setting that is newer than the run has its default. Raises CheckpointError for a run.json that cannot be used."""
+    A setting that is newer than the run has its default, or what runs did before. Raises CheckpointError for a run.json
+    that cannot be used."""
     path = config.run_dir / "run.json"
     begun = (config.run_dir / "finished").is_file() or any((config.run_dir / "checkpoints").glob("step*"))
     if not path.is_file() or not begun:
         return {}
-    advice = "put back what the run was started with, or another --experiment-name"
     defaults = {each.name: plain(each.default) for each in fields(config) if each.default is not MISSING}
-    earlier = {**defaults, **read_json(path, advice)}
+    earlier = {**defaults, **BEFORE, **read_json(path, PUT_BACK)}
     count = earlier["data_restarts"]
     if not isinstance(count, int):
-        raise CheckpointError(f"{path} has data_restarts {count!r}, which is no whole number: {advice}")
+        raise CheckpointError(f"{path} has data_restarts {count!r}, which is no whole number: {PUT_BACK}")
     return earlier
 
 

@@ -100,9 +100,10 @@ def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 def test_who_converts_a_model_that_skips_is_told_once_what_the_stock_form_does(trained, tmp_path, capsys):
     plain, skipping = trained("x4"), Path(shutil.copytree(trained("x4"), tmp_path / "skipping"))
-    edit_json(skipping / PROCESSOR, skip_db=38.0)
     capsys.readouterr()
-    for folder, notes in ((plain, 0), (skipping, 1)):
+    for folder, share, notes in ((plain, None, 0), (skipping, 0.8, 0), (skipping, 0.81, 1), (skipping, None, 1)):
+        if folder == skipping:
+            edit_json(folder / PROCESSOR, skip_db=38.0, skip_share=share)
         assert run(folder, tmp_path / "stock", "--to", "stock", "--force") == 0
         printed = capsys.readouterr().out
         assert printed.count("Note:") == printed.count("reads all cells") == notes

@@ -110,6 +110,9 @@ def test_a_model_that_skips_is_compared_on_all_cells_which_is_said(prepared, sto
     assert all(one == other for one, other in counts), "a skipping model would have fewer"
     comparison.compare_for_run(tmp_path / "before", skipping, None, prepared.shards, 1)
     assert f"{said}. The models are equal" in capsys.readouterr().out.splitlines()[-1]
+    edit_json(skipping / PROCESSOR, skip_share=0.8)
+    assert command(prepared, tmp_path, skipping, stock, "--limit", "1") == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "cells" in line] == [said]
 
 
 def test_what_cannot_be_compared_is_one_line(prepared, tmp_path, one_line_error):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dct_qwen2vl.checkpoints.inspection import CheckpointError
 from dct_qwen2vl.training import checks, run_file
 from dct_qwen2vl.training.config import DATA, GROUPS, TrainingConfig, parse_arguments, setting
 
@@ -24,6 +25,11 @@ class LargerConfig(TrainingConfig):
 
 def typed(*words: str) -> LargerConfig:
     return parse_arguments([*KNOWN, *words], LargerConfig)
+
+
+def with_share(settings: TrainingConfig) -> TrainingConfig:
+    """As finetune_qwen2vl.py resolves it."""
+    return replace(settings, skip_share=checks.choose_skip_share(settings))
 
 
 def test_a_new_field_has_a_flag(capsys):
@@ -141,7 +147,7 @@ def test_a_run_begun_before_goes_on_and_keeps_the_keys_of_its_file(engine, preci
     monkeypatch.chdir(tmp_path)
     old = json.loads(OLD_RUN_FILE) | (OLD_MEGATRON_RUN if engine == "megatron" else {})
     words = [*KNOWN, "--experiment-name", "old", *COMMANDS[engine].split()]
-    settings = parse_arguments(words).resolved(engine, precision)
+    settings = with_share(parse_arguments(words)).resolved(engine, precision)
     begin(settings, json.dumps(old))
     without_flag = replace(settings, restart_data=False)
     run_file.check_run_folder(without_flag)
@@ -196,14 +202,56 @@ def test_sharding_may_change_when_a_run_goes_on(tmp_path):
 def test_a_run_goes_on_with_its_share_of_skipping_unless_the_data_begin_again(tmp_path):
     def settings(*words: str) -> LargerConfig:
         skipping = ("--skip-db", "38", *words)
-        return typed("--output-dir", str(tmp_path), *skipping).resolved("automodel", "32")
+        return with_share(typed("--output-dir", str(tmp_path), *skipping)).resolved("automodel", "32")
 
     begin(settings("--skip-share", "0.5"))
     assert json.loads((tmp_path / "qwen2vl_dct" / "run.json").read_text())["skip_share"] == 0.5
-    run_file.check_run_folder(settings("--skip-share", "0.5"))
-    with pytest.raises(checks.RunError, match=r"was started with --skip-share 0\.5, now it is 1\.0: .*--restart-data"):
-        run_file.check_run_folder(settings())
+    for words in ([], ["--restart-data"], ["--skip-share", "0.5"]):
+        assert settings(*words).skip_share == 0.5
+        run_file.check_run_folder(settings(*words))
+    with pytest.raises(checks.RunError, match=r"was started with --skip-share 0\.5, now it is 0\.8: .*--restart-data"):
+        run_file.check_run_folder(settings("--skip-share", "0.8"))
     run_file.check_run_folder(settings("--skip-share", "0.8", "--restart-data"))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_run_begun_when_all_samples_were_skipped_goes_on_so(recorded, tmp_path):
+    """Its run.json has the default of then, or is older than shares."""
+    now = typed("--output-dir", str(tmp_path), "--skip-db", "38")
+    assert with_share(now).skip_share == 0.8
+    begin(replace(now, skip_share=1.0).resolved("automodel", "32"))
+    path = tmp_path / "qwen2vl_dct" / "run.json"
+    saved = json.loads(path.read_text())
+    assert saved.pop("skip_share") == 1.0
+    if not recorded:
+        path.write_text(json.dumps(saved))
+    going_on = with_share(now).resolved("automodel", "32")
+    assert going_on.skip_share == 1.0
+    run_file.check_run_folder(going_on)
+    run_file.write_run_file(going_on, INFO)
+    assert json.loads(path.read_text()) == {**saved, "skip_share": 1.0}
+
+
+def test_the_share_of_a_run_that_skipped_nothing_is_none_of_its_data(tmp_path):
+    """Data that begin again with skipping have the default of now; without it, run.json says what it always did."""
+    plain = typed("--output-dir", str(tmp_path))
+    begin(with_share(plain).resolved("automodel", "32"))
+    assert json.loads((tmp_path / "qwen2vl_dct" / "run.json").read_text())["skip_share"] == 1.0
+    assert with_share(replace(plain, skip_db=38.0, restart_data=True)).skip_share == 0.8
+    assert with_share(replace(plain, skip_db=0.0)).skip_share == 1.0
+
+
+def test_a_share_that_cannot_be_in_a_run_file_is_one_line(tmp_path):
+    now = typed("--output-dir", str(tmp_path), "--skip-db", "38")
+    begin(with_share(now).resolved("automodel", "32"))
+    path = tmp_path / "qwen2vl_dct" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "skip_share": "most"}))
+    with pytest.raises(CheckpointError) as refusal:
+        checks.choose_skip_share(now)
+    assert str(refusal.value) == (
+        f"{path} has skip_share 'most', which is no share over 0 and at most 1: put back what the run was started "
+        "with, or another --experiment-name"
+    )
 
 
 def test_one_process_has_nothing_to_share():

@@ -725,6 +725,7 @@ def test_skipping_needs_tokens_that_can_be_skipped(prepared, tmp_path):
     for without in ({}, {"skip_db": 0.0}):
         with pytest.raises(config.RunError, match=r"--skip-share 0\.5 goes with --skip-db, and this run skips no"):
             checks.check_skipping(config.TrainingConfig(**values, **without, skip_share=0.5), info)
+        checks.check_skipping(config.TrainingConfig(**values, **without), info)
     checks.check_skipping(config.TrainingConfig(**values, skip_db=38.0, skip_share=0.5), info)
     edit_json(model / "preprocessor_config.json", skip_db=36.0)
     checks.check_skipping(config.TrainingConfig(**values, skip_share=0.5), info)
@@ -770,10 +771,10 @@ def test_a_threshold_that_is_given_brings_its_own_noise_floor(prepared, tmp_path
 @pytest.mark.parametrize(
     ("typed", "before", "saved"),
     [
-        ({"skip_db": 38.0}, None, 1.0),
-        ({"skip_db": 38.0, "skip_share": 0.5}, None, 0.5),
-        ({}, 0.5, 1.0),
-        ({"skip_share": 0.8}, None, 0.8),
+        ({"skip_db": 38.0}, None, 0.8),
+        ({"skip_db": 38.0, "skip_share": 1.0}, None, 1.0),
+        ({}, 0.5, 0.8),
+        ({"skip_share": 0.5}, None, 0.5),
         ({"skip_db": 0.0}, 0.5, None),
     ],
 )
@@ -783,7 +784,8 @@ def test_the_share_that_is_saved_is_that_of_the_last_run(prepared, tmp_path, typ
 
     model = shutil.copytree(prepared.model, tmp_path / "model")
     edit_json(model / PROCESSOR, skip_db=36.0, **({"skip_share": before} if before else {}))
-    settings = config.TrainingConfig(model_dir=model, data_dir=prepared.shards, **typed)
+    settings = config.TrainingConfig(model_dir=model, data_dir=prepared.shards, output_dir=tmp_path, **typed)
+    settings = replace(settings, skip_share=checks.choose_skip_share(settings))
     _, processor = finetune_qwen2vl.load_processor(settings, checks.check_model(model, None))
     write_processor_settings(model, settings.processor_settings)
     assert json.loads((model / PROCESSOR).read_text()).get("skip_share") == saved
@@ -797,20 +799,45 @@ def test_a_run_without_skipping_leaves_the_processor_as_it_is(prepared, tmp_path
 
     model = Path(shutil.copytree(prepared.model if form == "x4" else prepared.pixel_model, tmp_path / "model"))
     before = (model / PROCESSOR).read_bytes()
-    settings = config.TrainingConfig(model_dir=model, data_dir=prepared.shards)
+    settings = config.TrainingConfig(model_dir=model, data_dir=prepared.shards, output_dir=tmp_path)
+    settings = replace(settings, skip_share=checks.choose_skip_share(settings))
+    assert settings.skip_share == 1
     finetune_qwen2vl.load_processor(settings, checks.check_model(model, "none" if form == "pixels" else None))
     write_processor_settings(model, settings.processor_settings)
     assert (model / PROCESSOR).read_bytes() == before
 
 
+def test_a_run_that_began_with_another_share_goes_on_with_it(prepared, tmp_path, monkeypatch, one_line_error):
+    """The default was 1 once. The same command goes on; another share is refused and says what to type."""
+    seen = []
+
+    def train(settings, info) -> None:
+        run_file.write_run_file(settings, info)
+        (settings.run_dir / "checkpoints" / "step000005").mkdir(parents=True, exist_ok=True)
+        seen.append(settings.skip_share)
+
+    monkeypatch.setattr(finetune_qwen2vl, "train", train)
+    folders = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    command = [*folders, "--engine", "automodel", "--skip-db", "38"]
+    finished = tmp_path / "qwen2vl_dct" / "finished"
+    for typed in (["--skip-share", "1"], [], ["--restart-data"], ["--skip-share", "0.8", "--restart-data"], []):
+        assert finetune_qwen2vl.main([*command, *typed]) == 0
+        finished.unlink()
+    assert seen == [1.0, 1.0, 1.0, 0.8, 0.8]
+    assert finetune_qwen2vl.main([*command, "--skip-share", "1"]) == 1
+    line = one_line_error()
+    assert "was started with --skip-share 0.8, now it is 1.0: use the same value to resume, --restart-data to" in line
+    assert finetune_qwen2vl.main([*command, "--experiment-name", "new"]) == 0 and seen[-1] == 0.8
+
+
 @pytest.mark.launch
 def test_a_run_with_skipping_is_evaluated_with_skipping(prepared, tmp_path):
-    """Fewer visual tokens, the same samples, in all of them or half; the model that is written says so, and is asked
-    alike. 15 dB, since the images of the sample data are small and full of texture."""
+    """Fewer visual tokens, the same samples, in all of them, most or half; the model that is written says so, and is
+    asked alike. 15 dB, since the images of the sample data are small and full of texture."""
     from dct_qwen2vl.evaluation.answering import Answerer
 
     visual = {}
-    for name, share in (("half", "0.5"), ("skips", "")):
+    for name, share in (("half", "0.5"), ("most", ""), ("skips", "1")):
         environment = launch_environment(prepared, tmp_path, name, 1)
         environment |= {"MAX_STEPS": "2", "VAL_INTERVAL": "2", "SAVE_INTERVAL": "0", "ENGINE": "automodel"}
         skipping = {"SKIP_DB": "15", "SKIP_SHARE": share}
@@ -820,17 +847,19 @@ def test_a_run_with_skipping_is_evaluated_with_skipping(prepared, tmp_path):
         assert [line["samples"] for line in lines] == [8, 8]
         visual[name] = sum(line["visual_tokens"] for line in lines)
         assert all(0 < line["kept_share"] < 1 for line in lines) and "| cells kept " in log
-        assert log.count("but its stock form reads all cells") == 1
-    assert 0 < visual["skips"] < visual["half"]
+        assert log.count("but its stock form reads all cells") == (name == "skips")
+    assert 0 < visual["skips"] < visual["most"] < visual["half"]
     settings = {name: json.loads((tmp_path / name / "run.json").read_text()) for name in visual}
     assert {name: (found["skip_db"], found["skip_share"]) for name, found in settings.items()} == {
         "half": (15, 0.5),
+        "most": (15, 0.8),
         "skips": (15, 1),
     }
     assert Answerer(tmp_path / "skips" / "hf_dct", 4).media.skip_db == 15
     assert "skip_db" not in (tmp_path / "skips/hf/preprocessor_config.json").read_text(), "the stock form takes all"
     assert {name: recorded_skipping(tmp_path / name / "hf") for name in visual} == {
         "half": {"skip_db": 15, "skip_share": 0.5},
+        "most": {"skip_db": 15, "skip_share": 0.8},
         "skips": {"skip_db": 15, "skip_share": 1},
     }
 
