@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dct_qwen2vl.checkpoints.inspection import chosen_bounds, cost_of_all_cells, read_processor, reads_both_ways
+from dct_qwen2vl.checkpoints.inspection import (
+    PROCESSOR,
+    chosen_bounds,
+    cost_of_all_cells,
+    read_processor,
+    reads_both_ways,
+    skipping_in,
+)
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.files import write_bytes, write_json
 from dct_qwen2vl.common.scripts import UserError
@@ -352,8 +359,9 @@ def summary_of(models: tuple[Path, Path], split: str, lines: list[dict[str, Any]
     from dct_qwen2vl.evaluation.forward_passes import SAME
 
     summary: dict[str, Any] = {"models": [str(model) for model in models], "split": split, "questions": len(lines)}
+    skipping = [skipping_in(model / PROCESSOR, read_processor(model)) for model in models]
     for name in ("skip_db", "skip_share"):
-        summary[name] = [read_processor(model).get(name) for model in models]
+        summary[name] = [found.get(name) for found in skipping]
     for reading in ("same", "own"):
         found = [line[reading] for line in lines]
         worst = max(found, key=lambda each: each["largest"])
