@@ -311,6 +311,8 @@ def sequences_of(
     block, width = (config.block, config.num_coefficients) if config else (PIXEL_BLOCK, PIXEL_WIDTH)
     samples = make_samples(works, block, width, seed, name, skip_db)
     sequences = fit_sequences([size_of(sample) for sample in samples], budget)
+    sequences.sort(key=lambda chosen: -sum(len(samples[n].input_ids) for n in chosen))
+    # The rest comes last: at first the host is not ahead, and a short sequence ends before the next is launched.
     ids = (IMAGE_ID, VIDEO_ID)
     packed = [pack([samples[n] for n in chosen], 2, width, torch.bfloat16, ids) for chosen in sequences]
     if torch.cuda.is_available():
@@ -429,7 +431,9 @@ def freeze_objects() -> None:
 
 
 def free() -> None:
+    """Of a model that is not used any more. What is compiled may hold its first inputs, and by their graph a model."""
     gc.unfreeze()
+    torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
 
