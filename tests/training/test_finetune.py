@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +22,12 @@ import pytest
 import torch
 from pipeline import REPOSITORY, Prepared, edit_json, metrics, run
 from safetensors.torch import load_file
-from stand_in_python import write_interpreter
+from stand_in_python import SCRIPT, write_interpreter
 
 import finetune_qwen2vl
 from dct_qwen2vl.checkpoints.inspection import CheckpointError
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
-from dct_qwen2vl.training import checks, config, run_file, run_lock
+from dct_qwen2vl.training import checks, config, processes, run_file, run_lock
 
 STEPS, SAVE_INTERVAL, VAL_INTERVAL = 24, 8, 12
 KILL_AFTER = 14  # steps: well past a checkpoint, before the next
@@ -339,9 +340,9 @@ def test_the_two_forms_are_compared_before_and_after(launched, request):
 
 
 @pytest.mark.launch
-def test_a_stock_form_is_not_trained_on(one_process, prepared, tmp_path):
+def test_a_stock_form_is_not_trained_on(one_process, refused):
     folder = one_process["output"] / "whole" / "hf"
-    line = refused(prepared, tmp_path, MODEL_DIR=str(folder)).rstrip()
+    line = refused(MODEL_DIR=str(folder)).rstrip()
     assert (
         "is the stock form of a DCT model (x4), but training needs its coefficient form: give a run's hf_dct, or "
         in line
@@ -443,26 +444,46 @@ def test_precision_and_engine_stay_when_a_run_goes_on(changed, said, prepared, t
 
 def test_run_that_is_being_trained_is_not_started_twice(prepared, tmp_path):
     run_lock.lock(tmp_path / "refused")
-    assert f"is being trained by another process (pid {os.getpid()} on" in refused(prepared, tmp_path)
+    assert f"is being trained by another process (pid {os.getpid()} on" in refused_by_launcher(prepared, tmp_path)
 
 
-def refused(prepared: Prepared, tmp_path: Path, *arguments: str, **settings: str) -> str:
-    """The one line with which qwen_launch.sh refuses."""
+def refused_by_launcher(prepared: Prepared, tmp_path: Path, **settings: str) -> str:
+    """The one line with which qwen_launch.sh refuses to start two processes."""
     environment = {**launch_environment(prepared, tmp_path, "refused", 2), **settings}
-    result = run(["bash", "qwen_launch.sh", *arguments], check=False, **environment)
+    result = run(["bash", "qwen_launch.sh"], check=False, **environment)
     assert result.returncode == 1, result.stdout + result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
     return result.stderr
 
 
+@pytest.fixture
+def refused(prepared, tmp_path, monkeypatch, one_line_error) -> Callable[..., str]:
+    """refused("--dct", "x16", GBS="10"): the one line with which the first of two processes refuses what qwen_launch.sh
+    makes of arguments and settings. It is called here, without torchrun, which takes longer than all checks."""
+    shows_arguments = tmp_path / "shows_arguments"
+    shows_arguments.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    shows_arguments.chmod(0o755)
+    for name, value in {processes.TORCHRUN: "1", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+    def refuse(*arguments: str, **settings: str) -> str:
+        environment = launch_environment(prepared, tmp_path, "refused", 2) | settings | {"PYTHON": str(shows_arguments)}
+        words = run(["bash", "qwen_launch.sh", *arguments], **environment).stdout.splitlines()
+        assert words[:6] == ["-m", "dct_qwen2vl.training.launch", "--standalone", "--nproc-per-node", "2", SCRIPT]
+        assert finetune_qwen2vl.main([*words[6:], "--check"]) == 1
+        return one_line_error()
+
+    return refuse
+
+
 def test_indivisible_batch_is_refused(prepared, tmp_path):
-    assert "GBS 10 is not divisible by MBS 2 x 2 processes = 4" in refused(prepared, tmp_path, GBS="10")
+    assert "GBS 10 is not divisible by MBS 2 x 2 processes = 4" in refused_by_launcher(prepared, tmp_path, GBS="10")
 
 
-def test_flags_of_the_other_engine_are_refused(prepared, tmp_path):
-    line = refused(prepared, tmp_path, PP="2")
+def test_flags_of_the_other_engine_are_refused(refused):
+    line = refused(PP="2")
     assert "--pipeline-parallel belongs to the megatron engine, but --engine megatron needs" in line
-    assert "--pack-tokens belongs to the megatron engine" in refused(prepared, tmp_path, PACK_TOKENS="512", MBS="")
+    assert "--pack-tokens belongs to the megatron engine" in refused(PACK_TOKENS="512", MBS="")
 
 
 @pytest.mark.parametrize(
@@ -634,8 +655,8 @@ def test_what_is_given_in_place_of_a_model_is_named(prepared, tmp_path, one_line
     assert one_line_error().rstrip().endswith(f"give --model-dir {tmp_path / 'run' / 'hf_dct'}")
 
 
-def test_missing_model_is_refused(prepared, tmp_path):
-    assert "no model in /nowhere" in refused(prepared, tmp_path, MODEL_DIR="/nowhere")
+def test_missing_model_is_refused(refused):
+    assert "no model in /nowhere" in refused(MODEL_DIR="/nowhere")
 
 
 def test_relative_folders_are_those_of_the_caller(tmp_path):
@@ -656,32 +677,32 @@ def test_relative_folders_are_those_of_the_caller(tmp_path):
     assert launched(REPOSITORY, OUTPUT_DIR="r") == {"model-dir": "models/x4", **data, "output-dir": "r"}
 
 
-def test_unprepared_data_is_refused(prepared, tmp_path):
-    assert "no shards in" in refused(prepared, tmp_path, DATASET_DIR=str(tmp_path))
+def test_unprepared_data_is_refused(prepared, tmp_path, refused):
+    assert "no shards in" in refused(DATASET_DIR=str(tmp_path))
     shutil.copy(next(prepared.shards.glob("*.tar")), tmp_path)
-    assert "is not prepared" in refused(prepared, tmp_path, DATASET_DIR=str(tmp_path))
+    assert "is not prepared" in refused(DATASET_DIR=str(tmp_path))
 
 
-def test_contradicting_dct_flag_is_refused_naming_both(prepared, tmp_path):
-    line = refused(prepared, tmp_path, "--dct", "x16")
+def test_contradicting_dct_flag_is_refused_naming_both(refused):
+    line = refused("--dct", "x16")
     assert "--dct x16 contradicts the checkpoint" in line
     assert "converted with x4" in line
 
 
-def test_pixel_checkpoint_is_refused_unless_asked_for(prepared, tmp_path):
-    line = refused(prepared, tmp_path, MODEL_DIR=str(prepared.pixel_model))
+def test_pixel_checkpoint_is_refused_unless_asked_for(prepared, refused):
+    line = refused(MODEL_DIR=str(prepared.pixel_model))
     assert "reads pixels, not DCT tokens" in line
     info = checks.check_model(prepared.pixel_model, "none")
     assert (info.dct_name, info.dct) == ("none", None)
 
 
 def test_unequal_devices_are_refused(prepared, tmp_path):
-    assert "DEVICES=3, but NUM_PROC_PER_NODE=2" in refused(prepared, tmp_path, DEVICES="3")
+    assert "DEVICES=3, but NUM_PROC_PER_NODE=2" in refused_by_launcher(prepared, tmp_path, DEVICES="3")
 
 
-def test_pixel_bounds_the_wrong_way_round_are_refused(prepared, tmp_path):
+def test_pixel_bounds_the_wrong_way_round_are_refused(refused):
     said = "got min_pixels 200000 and max_pixels 100000: change --min-pixels or --max-pixels"
-    assert said in refused(prepared, tmp_path, MINPIXELS="200000", MAXPIXELS="100000")
+    assert said in refused(MINPIXELS="200000", MAXPIXELS="100000")
 
 
 def test_the_checkpoint_s_least_gives_way_to_lower_most_pixels(prepared, tmp_path, capsys, monkeypatch):
@@ -709,12 +730,12 @@ def test_every_loader_of_processors_lets_the_least_give_way(prepared, form):
     assert (processor.min_pixels, processor.max_pixels) == (2000, 2000)
 
 
-def test_skipping_needs_tokens_that_can_be_skipped(prepared, tmp_path):
+def test_skipping_needs_tokens_that_can_be_skipped(prepared, tmp_path, refused):
     pixels = {"MODEL_DIR": str(prepared.pixel_model), "SKIP_DB": "38"}
-    assert "--skip-db 38 needs DCT tokens" in refused(prepared, tmp_path, "--dct", "none", **pixels)
-    assert "--skip-db must be at least 0, got -1.0" in refused(prepared, tmp_path, SKIP_DB="-1")
-    assert "--skip-share must be over 0, got 0.0" in refused(prepared, tmp_path, SKIP_DB="38", SKIP_SHARE="0")
-    assert "--skip-share must be at most 1, got 1.5" in refused(prepared, tmp_path, SKIP_DB="38", SKIP_SHARE="1.5")
+    assert "--skip-db 38 needs DCT tokens" in refused("--dct", "none", **pixels)
+    assert "--skip-db must be at least 0, got -1.0" in refused(SKIP_DB="-1")
+    assert "--skip-share must be over 0, got 0.0" in refused(SKIP_DB="38", SKIP_SHARE="0")
+    assert "--skip-share must be at most 1, got 1.5" in refused(SKIP_DB="38", SKIP_SHARE="1.5")
     model = shutil.copytree(prepared.model, tmp_path / "other")
     info, values = checks.check_model(model, None), {"model_dir": model, "data_dir": prepared.shards}
     checks.check_skipping(config.TrainingConfig(**values, skip_db=38.0, skip_noise_floor=True), info)
@@ -843,8 +864,8 @@ def test_profile_is_a_trace_of_one_step(one_process):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_megatron_without_cuda_is_refused(prepared, tmp_path):
-    assert "--engine megatron needs a CUDA device" in refused(prepared, tmp_path, ENGINE="megatron")
+def test_megatron_without_cuda_is_refused(refused):
+    assert "--engine megatron needs a CUDA device" in refused(ENGINE="megatron")
 
 
 def test_unknown_argument_is_a_usage_error(prepared, tmp_path):
