@@ -66,13 +66,18 @@ def finish(process: subprocess.Popen, environment: dict[str, str]) -> str:
     return log
 
 
-def kill_when_under_way(process: subprocess.Popen, run_dir: Path) -> None:
-    """kill -9 of every process of a launch once KILL_AFTER steps are logged."""
+def wait_until_under_way(process: subprocess.Popen, run_dir: Path) -> None:
+    """Until KILL_AFTER steps are logged."""
     deadline = time.monotonic() + 390
     while not any(line["step"] >= KILL_AFTER for line in whole_lines(run_dir)):
         assert process.poll() is None, "the launch ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def kill_when_under_way(process: subprocess.Popen, run_dir: Path) -> None:
+    """kill -9 of every process of a launch."""
+    wait_until_under_way(process, run_dir)
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         member.send_signal(signal.SIGKILL)
