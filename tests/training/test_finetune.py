@@ -34,6 +34,7 @@ KILL_AFTER = 14  # steps: well past a checkpoint, before the next
 SEQ_LENGTH = 66  # tokens; one sample in eight is longer
 CODE = "image_processing_dct.py"  # beside the weights
 FAULT_STEP, SAMPLES_PER_STEP = 4, 8
+NOT_COMPARED = ("--compare-samples", "0")  # the two forms of the model, which other launches compare
 
 
 def launch_environment(prepared: Prepared, output_dir: Path, name: str, processes: int) -> dict[str, str]:
@@ -110,10 +111,10 @@ def one_process(prepared, broken_shards, tmp_path_factory) -> dict:
     whole = launch_environment(prepared, output, "whole", 1)
     killed = launch_environment(prepared, output, "killed", 1)
     unusable = {**launch_environment(prepared, output, "unusable", 1), "DATASET_DIR": str(broken_shards)}
-    first, second = start(killed), start(whole, "--profile", "3")
+    first, second = start(killed, *NOT_COMPARED), start(whole, "--profile", "3")
     kill_when_under_way(first, output / "killed")
     finish(second, whole)
-    third, fourth = start(killed), start(unusable, "--max-bad-in-a-row", "20")
+    third, fourth = start(killed, *NOT_COMPARED), start(unusable, "--max-bad-in-a-row", "20", *NOT_COMPARED)
     log = finish(third, killed)
     code = fourth.wait(timeout=390)
     return {"output": output, "log": log, "unusable": (code, (output / "unusable.log").read_text()), "whole": whole}
@@ -212,7 +213,7 @@ def faulty(prepared, tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("faulty")
     python = str(write_interpreter(output, "faulty_gradient"))
     environment = launch_environment(prepared, output, "faulty", 2) | {"PYTHON": python, "PYTHON_EXEC": python}
-    process = start(environment | {"FAULT_STEP": str(FAULT_STEP), "SAVE_INTERVAL": "2"})
+    process = start(environment | {"FAULT_STEP": str(FAULT_STEP), "SAVE_INTERVAL": "2"}, *NOT_COMPARED)
     code = process.wait(timeout=390)
     return {"run_dir": output / "faulty", "code": code, "log": (output / "faulty.log").read_text()}
 
@@ -276,11 +277,10 @@ def test_a_checkpoint_s_model_is_the_one_with_its_adapters(two_processes):
 
 
 @pytest.mark.launch
-def test_run_with_other_adapters_is_not_continued(two_processes, prepared):
-    settings = launch_environment(prepared, two_processes["output"], "killed", 2)
-    result = run(["bash", "qwen_launch.sh", "--lora-rank", "8", "--freeze", "projector"], check=False, **settings)
-    assert result.returncode == 1
-    assert "was started with --lora-rank 4, now it is 8" in result.stderr
+def test_run_with_other_adapters_is_not_continued(two_processes, refused):
+    folder = {"OUTPUT_DIR": str(two_processes["output"]), "EXPERIMENT_NAME": "killed"}
+    line = refused("--lora-rank", "8", "--freeze", "projector", **folder)
+    assert "was started with --lora-rank 4, now it is 8" in line
 
 
 @pytest.mark.launch
@@ -380,9 +380,9 @@ def restarted(one_process, prepared) -> dict:
     shutil.copyfile(whole / "run.json", run_dir / "run.json")
     environment = launch_environment(prepared, one_process["output"], "restarted", 1)
     environment |= {"GBS": "6", "VAL_INTERVAL": "3", "SAVE_INTERVAL": "0"}
-    kill_when_under_way(start(environment, "--restart-data"), run_dir)
+    kill_when_under_way(start(environment, "--restart-data", *NOT_COMPARED), run_dir)
     before = whole_lines(run_dir)
-    log = finish(start(environment), environment)
+    log = finish(start(environment, *NOT_COMPARED), environment)
     return {"run_dir": run_dir, "before": before, "log": log}
 
 
@@ -421,11 +421,9 @@ def test_finished_run_is_not_repeated(one_process):
 
 
 @pytest.mark.launch
-def test_run_folder_of_other_settings_is_refused(one_process):
-    environment = {**one_process["whole"], "LR": "5e-4"}
-    result = run(["bash", "qwen_launch.sh"], check=False, **environment)
-    assert result.returncode == 1
-    assert "was started with --lr 0.001, now it is 0.0005" in result.stderr
+def test_run_folder_of_other_settings_is_refused(one_process, refused):
+    folder = {"OUTPUT_DIR": str(one_process["output"]), "EXPERIMENT_NAME": "whole"}
+    assert "was started with --lr 0.001, now it is 0.0005" in refused(LR="5e-4", **folder)
 
 
 @pytest.mark.parametrize(
@@ -793,32 +791,23 @@ def test_a_threshold_that_is_given_brings_its_own_noise_floor(prepared, tmp_path
     assert again.get("skip_noise_floor", False) == floor and (floor or "skip_noise_floor" not in again)
 
 
-@pytest.mark.launch
-def test_a_run_with_skipping_is_evaluated_with_skipping(prepared, tmp_path):
-    """Fewer visual tokens, the same samples, in all of them or half; the model that is written says so, and is asked
-    alike. 15 dB, since the images of the sample data are small and full of texture."""
-    from dct_qwen2vl.evaluation.answering import Answerer
-
-    visual = {}
-    for name, share in (("half", "0.5"), ("skips", "")):
-        environment = launch_environment(prepared, tmp_path, name, 1)
-        environment |= {"MAX_STEPS": "2", "VAL_INTERVAL": "2", "SAVE_INTERVAL": "0", "ENGINE": "automodel"}
-        skipping = {"SKIP_DB": "15", "SKIP_SHARE": share}
-        log = finish(start(environment | skipping | {"SEQ_LENGTH": "2048"}), environment)
-        assert "Done: the fine-tuned model is in" in log
-        lines = [line for line in metrics(tmp_path / name) if "loss" in line]
-        assert [line["samples"] for line in lines] == [8, 8]
-        visual[name] = sum(line["visual_tokens"] for line in lines)
-        assert all(0 < line["kept_share"] < 1 for line in lines) and "| cells kept " in log
-        assert log.count("but its stock form reads all cells") == 1
-    assert 0 < visual["skips"] < visual["half"]
-    settings = {name: json.loads((tmp_path / name / "run.json").read_text()) for name in visual}
-    assert {name: (found["skip_db"], found["skip_share"]) for name, found in settings.items()} == {
-        "half": (15, 0.5),
-        "skips": (15, 1),
-    }
-    assert Answerer(tmp_path / "skips" / "hf_dct", 4).media.skip_db == 15
-    assert "skip_db" not in (tmp_path / "skips/hf/preprocessor_config.json").read_text(), "the stock form takes all"
+def launch_with_skipping(
+    command: list[str], prepared: Prepared, folder: Path, name: str, share: str, **settings: str
+) -> dict:
+    """Two steps of eight samples: the share of cells that has tokens, and what was printed. 15 dB, since the images of
+    the sample data are small and full of texture."""
+    environment = launch_environment(prepared, folder, name, 1) | {"ENGINE": "automodel", "SEQ_LENGTH": "2048"}
+    environment |= {"MAX_STEPS": "2", "VAL_INTERVAL": "2", "SAVE_INTERVAL": "0", "SKIP_DB": "15", "SKIP_SHARE": share}
+    done = run([*command, "--log-interval", "1"], check=False, **(environment | settings))
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [line for line in metrics(folder / name) if "loss" in line]
+    assert [line["samples"] for line in lines] == [8, 8]
+    assert all(0 < line["kept_share"] < 1 for line in lines) and "| cells kept " in done.stdout
+    assert "Done: the fine-tuned model is in" in done.stdout
+    assert done.stdout.count("but its stock form reads all cells") == 1
+    written = json.loads((folder / name / "run.json").read_text())
+    assert (written["skip_db"], written["skip_share"]) == (15, float(share or 1))
+    return {"kept_share": sum(line["kept_share"] for line in lines) / len(lines), "said": done.stdout}
 
 
 FAKE_SRUN = """#!/usr/bin/env bash
@@ -831,23 +820,37 @@ wait $! && exit $code
 """
 
 
-def test_two_nodes_through_slurm(prepared, tmp_path):
-    folder = tmp_path / "bin"
+@pytest.fixture(scope="module")
+def two_nodes(prepared, tmp_path_factory) -> dict:
+    """A run of two nodes through Slurm, which leaves out cells in half of the samples."""
+    output = tmp_path_factory.mktemp("nodes")
+    folder = output / "bin"
     folder.mkdir()
     for name, text in {"srun": FAKE_SRUN, "scontrol": "#!/usr/bin/env bash\nprintf '127.0.0.1\\nother\\n'\n"}.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    environment = {
-        **launch_environment(prepared, tmp_path, "nodes", 1),
-        **{"PATH": f"{folder}:{os.environ['PATH']}", "MAX_STEPS": "2", "SAVE_INTERVAL": "0", "ENGINE": "automodel"},
-        **{"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": str(os.getpid())},
-    }
-    done = run(["bash", "slurm/train_slurm.sh", "--log-interval", "1"], check=False, **environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "2 process(es)" in done.stdout
-    steps = [line for line in metrics(tmp_path / "nodes") if "loss" in line]
-    assert [line["samples"] for line in steps] == [8, 8]
-    assert not (tmp_path / "nodes" / "checkpoints").exists() and (tmp_path / "nodes" / "hf").is_dir()
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": str(os.getpid())}
+    command, path = ["bash", "slurm/train_slurm.sh"], f"{folder}:{os.environ['PATH']}"
+    launched = launch_with_skipping(command, prepared, output, "nodes", "0.5", PATH=path, **job)
+    return {"run_dir": output / "nodes", **launched}
+
+
+@pytest.mark.launch
+def test_two_nodes_through_slurm(two_nodes):
+    assert "2 process(es)" in two_nodes["said"]
+    assert not (two_nodes["run_dir"] / "checkpoints").exists() and (two_nodes["run_dir"] / "hf").is_dir()
+
+
+@pytest.mark.launch
+def test_a_run_with_skipping_is_evaluated_with_skipping(prepared, two_nodes, tmp_path):
+    """Fewer visual tokens, the same number of samples, and more so in all than in half; the model that is written says
+    so, and is asked alike."""
+    from dct_qwen2vl.evaluation.answering import Answerer
+
+    skips = launch_with_skipping(["bash", "qwen_launch.sh"], prepared, tmp_path, "skips", "")
+    assert skips["kept_share"] < two_nodes["kept_share"]
+    assert Answerer(tmp_path / "skips" / "hf_dct", 4).media.skip_db == 15
+    assert "skip_db" not in (tmp_path / "skips/hf/preprocessor_config.json").read_text(), "the stock form takes all"
 
 
 def test_slurm_s_task_has_the_cores_of_its_processes_and_loaders(tmp_path):

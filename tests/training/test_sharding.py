@@ -13,6 +13,7 @@ from pipeline import REPOSITORY, metrics, run
 from safetensors.torch import load_file
 from sharding_process import CASES, MIDDLE, RUNS, STEPS
 from test_finetune import (
+    NOT_COMPARED,
     SAVE_INTERVAL,
     figures,
     finish,
@@ -177,7 +178,7 @@ def launched(prepared, tmp_path_factory) -> dict:
     """A sharded run of which kill -9 has ended one process, started again by the launcher."""
     output = tmp_path_factory.mktemp("launched")
     environment = launch_environment(prepared, output, "killed", 2) | {"SHARDING": "fsdp2"}
-    process, log = start(environment), output / "killed.log"
+    process, log = start(environment, *NOT_COMPARED), output / "killed.log"
     wait_until_under_way(process, output / "killed")
     children = psutil.Process(process.pid).children()  # of torchrun
     training = next(child for child in children if "finetune_qwen2vl.py" in child.cmdline())
@@ -197,7 +198,7 @@ def alone(launched, prepared) -> dict:
     step = Path("checkpoints") / f"step{2 * SAVE_INTERVAL:06d}"
     shutil.copytree(output / "killed" / step, output / "alone" / step)
     shutil.copyfile(output / "killed" / "run.json", output / "alone" / "run.json")
-    return {"run_dir": output / "alone", "log": finish(start(alone, "--restart-data"), alone)}
+    return {"run_dir": output / "alone", "log": finish(start(alone, "--restart-data", *NOT_COMPARED), alone)}
 
 
 @pytest.mark.launch

@@ -96,11 +96,11 @@ def test_a_model_that_cannot_be_saved_ends_both_processes_in_one_line(prepared, 
 
 def start(environment: dict[str, str], log: Path) -> subprocess.Popen:
     """A launch as from a terminal: a process group of its own, which Ctrl-C reaches as a whole."""
+    command = command_of(environment, "--compare-samples", "0")
     with log.open("w") as file:
         return subprocess.Popen(
-            command_of(environment), cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+            command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
