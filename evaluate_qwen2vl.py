@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dct_qwen2vl.checkpoints.inspection import check_checkpoint, note_on_old_code, where_it_is
+from dct_qwen2vl.checkpoints.inspection import check_checkpoint, note_on_all_cells, note_on_old_code, where_it_is
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.files import write_bytes, write_json
 from dct_qwen2vl.common.imports import importing
@@ -79,6 +79,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise UserError(f"{flag_of(name)} must be at least 1, got {value}")
     check_ranges(VideoSampling(**given_sampling(arguments)), PREFIX)
     check_skipping(arguments)
+    all_cells = arguments.compare or arguments.skip_db is not None  # which was asked for
     for model_dir in arguments.compare or [arguments.model_dir]:
         if not (model_dir / "config.json").is_file():
             flag = "--compare" if arguments.compare else "--model-dir"
@@ -89,6 +90,8 @@ def check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--skip-db needs DCT tokens, {model_dir} reads pixels: give --model-dir the run's hf_dct")
         check_directory(model_dir)
         if note := note_on_old_code(model_dir):
+            print(f"Note: {note}")
+        if not all_cells and (note := note_on_all_cells(model_dir)):
             print(f"Note: {note}")
         check_ranges(sampling_of(model_dir, arguments), PREFIX)
     if not read_splits(arguments.data_dir, (arguments.split,))[arguments.split]:

@@ -12,6 +12,7 @@ import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 from dct_qwen2vl.checkpoints.inspection import note_on_skipping, read_config, time_step
 from dct_qwen2vl.common.imports import importing
@@ -122,6 +123,8 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
         if config.warmup_steps >= config.max_steps:
             print(f"Note: --warmup-steps {config.warmup_steps} is not below --max-steps {config.max_steps}: the run "
                   "ends before the learning rate falls again", flush=True)  # fmt: skip
+        if engine == "megatron":
+            engine_module(engine)  # TransformerEngine and then PyTorch load cuDNN; where there are two, not vice versa
         if not (config.run_dir / "comparison" / "before" / "comparison.json").is_file():
             compare_forms(config, info, "before", config.model_dir)
     else:
@@ -137,16 +140,26 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
         if config.rank == 0 and not data.validates:
             print(f"Note: the val split of {config.data_dir} is empty, so there is no validation", flush=True)
         callbacks = [ProfileStep(config.profile, config.run_dir / "profile")] if config.profile else []
+    chosen = engine_module(engine)
+    chosen.run(config, info, data, data.task_encoder.image_processor.merge_size, callbacks)
+    if config.rank == 0:
+        write_stock_form(info, config.run_dir)
+        compare_forms(config, info, "after", config.run_dir / "hf_dct", config.run_dir / "hf")
+
+
+def engine_module(engine: str) -> ModuleType:
+    """The module that trains; its import is slow.
+
+    engine: "automodel" or "megatron".
+    """
+    with importing():
         if engine == "megatron":
             from dct_qwen2vl.training import megatron as chosen
         else:
             # Nothing is compiled; Megatron-core, which NeMo imports, would start processes that could.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
             from dct_qwen2vl.training import automodel as chosen
-    chosen.run(config, info, data, data.task_encoder.image_processor.merge_size, callbacks)
-    if config.rank == 0:
-        write_stock_form(info, config.run_dir)
-        compare_forms(config, info, "after", config.run_dir / "hf_dct", config.run_dir / "hf")
+    return chosen
 
 
 def compare_forms(

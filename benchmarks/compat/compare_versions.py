@@ -55,6 +55,7 @@ def make_checkpoints(folder: Path) -> dict[str, Path]:
     from safetensors.torch import load_file, save_file
 
     import convert_checkpoint
+    from dct_qwen2vl.checkpoints.hf_folder import write_processor_settings
     from dct_qwen2vl.checkpoints.video_sampling import write_sampling
     from dct_qwen2vl.toy.model import write_checkpoint
 
@@ -68,6 +69,8 @@ def make_checkpoints(folder: Path) -> dict[str, Path]:
     weights[name] = weights[name] + 0.02 * noise
     save_file(weights, path, metadata={"format": "pt"})
     write_sampling(forms["coefficients"], {"fps": 1.0, "min_frames": 2, "max_frames": 16, "total_pixels": 10**6})
+    skipping = {"skip_db": 38.0, "skip_noise_floor": True, "skip_share": 0.5}  # recorded, which no version minds
+    write_processor_settings(forms["coefficients"], skipping)
     told = ["--to", "stock", "--model-dir", str(forms["coefficients"]), "--output-dir", str(forms["stock"])]
     if convert_checkpoint.main(told):
         raise UserError("the stock form could not be written, see above")

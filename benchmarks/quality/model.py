@@ -132,6 +132,7 @@ class Layout:
 
     prefix, middle: ids before the visual tokens and after the question. positions: int64 [3, 1, L].
     vision_cos, vision_sin: float32 [N, VISION_HEAD]; attention of the vision tower stays within one time step.
+    In a layout of samples that differ (`mixed_encoder.py`) positions are [3, B, L], angles [B, N, VISION_HEAD].
     """
 
     grid: tuple[int, int, int]
@@ -250,10 +251,12 @@ def encode_vision(
     kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The vision tower on tokens [B, N, K] -> [B, V, D]. kept: bool [B, V], cells that attention sees; None: all.
+    Floats of a token beyond those that the patch embedding has weights for are not read.
 
     What it gives of cells that are left out means nothing."""
     tower, steps = model.visual, layout.grid[0]
-    states = nn.functional.linear(tokens, tower.patch_embed.proj.weight.flatten(1))
+    weight = tower.patch_embed.proj.weight.flatten(1)
+    states = nn.functional.linear(tokens[..., : weight.shape[1]], weight)
     seen = None if kept is None else seen_in_steps(kept, steps)
     for block in tower.blocks:
         states = layers.vision(block, states, layout.vision_cos, layout.vision_sin, steps, seen)

@@ -1,4 +1,4 @@
-"""Variants with fewer visual tokens than `x4`: by skipping cells, and by the usual ways at about as many tokens.
+"""Variants with fewer visual tokens than `x4` or `exact`: by skipping, and by the usual ways at about as many tokens.
 
     x4-skip          cells that a kept cell already shows with 38 dB are left out before the vision tower
     x4-evs           as many are left out after the tower: those that differ least from the step before (EVS-like)
@@ -9,8 +9,10 @@
     x4-skip-half     x4-skip, but half of the training samples keep all cells
     x4-skip-most     x4-skip, but a fifth of the training samples keep all cells
     x4-skip-then-all x4-skip, but all training samples of the last sixth of the steps keep all cells
+    exact-skip       as x4-skip, but of the cells of `exact`, a quarter as large
 
-The last three are tested as x4-skip is, and like the others that leave out cells also with all of them.
+x4-skip-half, x4-skip-most and x4-skip-then-all are tested as x4-skip is. All that leave out cells are also tested with
+all of them.
 
 Samples of a batch keep different cells. To train in one shape, the tokens of all cells are there and those left out are
 masked: no token attends to them. That computes what leaving them out computes (a test compares the two), in the time of
@@ -40,7 +42,8 @@ REFRESH = 4  # steps
 MIXED = {"x4-skip-half": 0.5, "x4-skip-most": 0.8}  # share of the training samples that leave out cells
 THEN_ALL = "x4-skip-then-all"
 LAST = 1 / 6  # of the steps
-LEFT_OUT = ("x4-skip", "x4-evs", "x4-skip-ring", "x4-skip-refresh", *MIXED, THEN_ALL)
+EXACT = "exact-skip"
+LEFT_OUT = ("x4-skip", "x4-evs", "x4-skip-ring", "x4-skip-refresh", *MIXED, THEN_ALL, EXACT)
 REDUCED = ("x4-slow", "x4-small")
 NAMES = (*LEFT_OUT, *REDUCED)
 
@@ -147,7 +150,7 @@ def with_ring(kept: torch.Tensor) -> torch.Tensor:
 
 
 class SkippingEncoder(Encoder):
-    """`x4` with a choice of cells. name: of LEFT_OUT."""
+    """`x4`, or `exact`, with a choice of cells. name: of LEFT_OUT."""
 
     def __init__(self, name: str, base: Variant, task: CellTask, device: torch.device | str) -> None:
         super().__init__(base, (task.side, task.side), task.duration, device)
@@ -217,7 +220,7 @@ def make_encoder(
     which variants are measured."""
     if name not in NAMES:
         return Encoder(make_variant(name, patch, weight), (task.side, task.side), task.duration, device)
-    base = make_variant(BASE, patch)
+    base = make_variant("exact" if name == EXACT else BASE, patch)
     if name in LEFT_OUT:
         return SkippingEncoder(name, base, task, device)
     return ReducedEncoder(name, base, task, device, kept_share("x4-skip", base, task, device, fit_frames()))

@@ -29,6 +29,10 @@ BOTH_READINGS = ("x4-skip-half", "x4-skip-most", "x4-skip-then-all")
 # A sample has five times the tokens of one of the other suites.
 SKIPPING_SETTINGS = {"batch": 128, "size": ModelSize(vision_layers=3), "probe": 64, "generated": 4}
 SKIPPING_START = 3  # times the steps of fine-tuning that the model takes which it starts from
+# Pages of which a third, and a quarter, is printed; and images without margins.
+MIXED_IMAGES = (("page-reading", {}), ("page-reading", {"whole": 224}), ("reading", {}))
+MIXED_VARIANTS = ("quarter", "x4", "x4-mixed", "exact-skip")
+MIXED_START = 3 / 2  # times the steps of fine-tuning that the pixel model takes
 TUNING_RATE = 2e-3  # of fine-tuning; docs/experiment_log.md has what `rates` said
 HIGHEST_RATE = 4e-3  # at which reading still gains; other tasks break
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -220,11 +224,21 @@ def skipping_scratch(plan: Plan) -> tuple[Settings, ...]:
     return tuple(run for task in SKIPPING_TASKS for run in _runs(_skipping_base(plan, task), _skipping_variants(task)))
 
 
+def mixed(plan: Plan) -> tuple[Settings, ...]:
+    """Do cells of several sizes read more than as many of one size? One seed, fine-tuned from a pixel model for each
+    kind of image. And all cells of the pixel model, but those that skipping leaves out?"""
+    runs: list[Settings] = []
+    for task, knobs in MIXED_IMAGES:
+        start = _skipping_base(plan, task, steps=max(1, int(MIXED_START * plan.steps)), knobs=knobs)
+        runs += _warm(start, MIXED_VARIANTS, SEEDS[:1], steps=plan.steps)
+    return tuple(runs)
+
+
 SUITES: dict[str, Callable[[Plan], tuple[Settings, ...]]] = {
     suite.__name__: suite
     for suite in (
         *(warm, wide, real, first, fidelity, speed, speed_rates, formats, tokens, rates, gains, stills, videos, cost),
-        *(skipping, skipping_scratch),
+        *(skipping, skipping_scratch, mixed),
     )
 }
 STEPS = dict.fromkeys(SUITES, 3000)
@@ -237,4 +251,5 @@ STEPS |= {
     "real": 1500,
     "skipping": 600,
     "skipping_scratch": 1500,
+    "mixed": 1200,
 }

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.quality.analysis.scoring import share
+from benchmarks.quality.mixed_encoder import MIXED, MixedEncoder, MixedPlaces
 from benchmarks.quality.model import (
     PLAIN,
     Layout,
@@ -29,7 +30,7 @@ from benchmarks.quality.model import (
     zero_columns,
 )
 from benchmarks.quality.settings import Settings
-from benchmarks.quality.skipping import BASE, LEFT_OUT, NAMES, SkippingEncoder, make_encoder, share_left_out
+from benchmarks.quality.skipping import BASE, LEFT_OUT, SkippingEncoder, make_encoder, share_left_out
 from benchmarks.quality.tasks import fixed_camera
 from benchmarks.quality.tasks.cells import NOT_SCORED
 from benchmarks.quality.tasks.drawing import Random, generator_for
@@ -57,15 +58,21 @@ class Trainer:
         self.task = make_task(settings.task, settings.knobs)
         self.source = Source(self.task, self.device)
         weight = None if start is None or is_of_tokens(start) else pixel_embedding(start, settings.patch)
-        self.encoder = make_encoder(settings.variant, self.task, self.device, settings.patch, weight, self._fit_frames)
+        if settings.variant == MIXED:
+            self.encoder = MixedEncoder(self.task, self.device, settings.patch)
+        else:
+            self.encoder = make_encoder(
+                settings.variant, self.task, self.device, settings.patch, weight, self._fit_frames
+            )
         self.encoder.fit(self._fit_frames())
         example = self.encoder.encode(next(self._fit_frames()))
+        example = example[..., : example.shape[-1] - self.encoder.place_floats]
         self.live_floats = int((example.flatten(0, 1).std(dim=0) > 1e-6).sum())
         self.num_floats = example.shape[-1]
         self.model = self._build_model(start, weight, example)
-        self.layout = Layout.build(
-            self.model, self.encoder.grid, self.task.duration > 1, self.task.question_length, self.task.answer_length
-        )
+        lengths = (self.task.question_length, self.task.answer_length)
+        self.layout = Layout.build(self.model, self.encoder.grid, self.task.duration > 1, *lengths)
+        self.places = MixedPlaces(self.model, self.encoder, *lengths) if settings.variant == MIXED else None
         self._choosers: dict[str, SkippingEncoder] = {}
         self.optimizer = self._build_optimizer()
         self.layers = PLAIN
@@ -87,11 +94,12 @@ class Trainer:
             scale_patch_embedding(model, example)
         else:
             embedding = start[PATCH_EMBEDDING] if weight is None else start_embedding(self.encoder.variant, weight)
-            if weight is None and self.settings.variant not in (BASE, *NAMES):
+            if weight is None and self.encoder.variant.name != BASE:
                 raise UserError(
                     f"variant {self.settings.variant} cannot start from a model of x4: choose pixels or exact"
                 )
-            embedding = embedding.to(self.device)
+            more = self.num_floats - embedding.shape[1]  # of which no start knows
+            embedding = torch.nn.functional.pad(embedding, (0,) * 6 + (0, more)).to(self.device)
             set_patch_embedding(model, embedding)
             model.load_state_dict({**start, PATCH_EMBEDDING: embedding})
         model.generation_config.eos_token_id = model.config.eos_token_id
@@ -159,6 +167,10 @@ class Trainer:
         whole = random.uniform(0, 1, len(tokens), 1) >= share
         return tuple(kept | whole for kept in cells)
 
+    def layout_of(self, tokens: torch.Tensor) -> Layout:
+        """Of samples [B, N, K]."""
+        return self.layout if self.places is None else self.places.layout_of(tokens)
+
     def kept_share(self) -> float:
         """Of the cells of the fit images, those that the language model sees."""
         if self.settings.variant not in LEFT_OUT:
@@ -174,7 +186,8 @@ class Trainer:
         self, tokens: torch.Tensor, question: torch.Tensor, answer: torch.Tensor, *cells: torch.Tensor
     ) -> torch.Tensor:
         with self.autocast():
-            logits = answer_logits(self.model, self.layout, tokens, question, answer, self.layers, *cells)
+            layout = self.layout_of(tokens)
+            logits = answer_logits(self.model, layout, tokens, question, answer, self.layers, *cells)
         return cross_entropy(logits.float().flatten(0, 1), self._targets(answer).flatten())
 
     def _optimize(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -268,7 +281,7 @@ class Trainer:
         for tokens, question, answer, level in self._test_samples(count):
             with self.autocast():
                 cells = self.cells(tokens, asked)
-                logits = answer_logits(self.model, self.layout, tokens, question, answer, PLAIN, *cells)
+                logits = answer_logits(self.model, self.layout_of(tokens), tokens, question, answer, PLAIN, *cells)
             said = logits[:, :-1].argmax(dim=-1)
             right.append((said == answer)[:, self.scored])
             levels.append(level)
@@ -278,7 +291,8 @@ class Trainer:
     def test_generation(self, count: int) -> dict[str, float] | None:
         """Real greedy answers to the first `count` test samples: the accuracy, and how often the same token is right or
         wrong when teacher-forced."""
-        if not count or self.settings.variant == "x4-evs":  # nothing but a mask leaves out cells after the tower
+        # Nothing but a mask leaves out cells after the tower, and stock generation knows one size of cells.
+        if not count or self.settings.variant in ("x4-evs", MIXED):
             return None
         self.model.eval()
         right = []

@@ -208,7 +208,11 @@ class Encoder:
     A lone image (T = 1) counts as two equal frames, as in Qwen2-VL; `pixels`, `quarter` and `sixteenth` have both
     copies in a token, as it has, the variants with blocks or bases of their own have one. Variants that are measured on
     data need `fit` first.
+
+    place_floats: at the end of a token, which say where it stands and are not embedded.
     """
+
+    place_floats = 0
 
     def __init__(
         self, variant: Variant, size: tuple[int, int], length: int, device: torch.device | str = "cpu"

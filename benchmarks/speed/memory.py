@@ -13,12 +13,13 @@ context. Without a device the expected figures are printed alone.
 
 import argparse
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -204,25 +205,37 @@ def plans(hf_config: Any, arguments: argparse.Namespace) -> list[dict[str, Any]]
     return lines
 
 
+def measure_way(hf_config: Any, name: str, recompute: bool, lines: list[dict[str, Any]], seq_length: int) -> tuple:
+    """The terms of a way, and its lines with what was measured. In a process of its own: what a model before it has
+    left on the device would count."""
+    set_up()
+    way, total = way_of(name, recompute), torch.cuda.get_device_properties(0).total_memory
+    trained = build(hf_config, way)
+    terms = measure_terms(trained, hf_config)
+    print_terms(titled(name, recompute), stages(hf_config, way, Corrections())[0], terms)
+    for line in lines:
+        free()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, line["free_gib"] * GIB / total))
+        line |= run_card(trained, hf_config, stages(hf_config, way), line["chosen"], seq_length)
+        print(describe(line), flush=True)
+    return terms, lines
+
+
+def titled(name: str, recompute: bool) -> str:
+    return f"{name}, recompute" if recompute else name
+
+
 def measure(hf_config: Any, lines: list[dict[str, Any]], seq_length: int, save: Callable[[], None]) -> dict[str, Any]:
     """Fills the lines; returns the terms of each way. A model is built once for each."""
     terms = {}
-    total = torch.cuda.get_device_properties(0).total_memory
-    for name, recompute in sorted({(line["way"], line["recompute"]) for line in lines if line["chosen"]}):
-        way, title = way_of(name, recompute), f"{name}{', recompute' if recompute else ''}"
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        trained = build(hf_config, way)
-        terms[title] = measure_terms(trained, hf_config)
-        print_terms(title, stages(hf_config, way, Corrections())[0], terms[title])
-        mine = [line for line in lines if line["chosen"] and (line["way"], line["recompute"]) == (name, recompute)]
-        for line in mine:
-            free()
-            torch.cuda.set_per_process_memory_fraction(min(1.0, line["free_gib"] * GIB / total))
-            line |= run_card(trained, hf_config, stages(hf_config, way), line["chosen"], seq_length)
-            print(describe(line), flush=True)
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+        for name, recompute in sorted({(line["way"], line["recompute"]) for line in lines if line["chosen"]}):
+            mine = [line for line in lines if line["chosen"] and (line["way"], line["recompute"]) == (name, recompute)]
+            measured = processes.submit(measure_way, hf_config, name, recompute, mine, seq_length).result()
+            terms[titled(name, recompute)], found = measured
+            for line, filled in zip(mine, found, strict=True):
+                line |= filled
             save()
-        del trained
-        free()
     return terms
 
 
@@ -244,7 +257,6 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(describe(line) for line in lines))
         print("benchmarks/speed/memory.py: no CUDA device, so nothing is measured", file=sys.stderr)
         return 0
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     results: dict[str, Any] = {"dct": arguments.dct, "seq_length": arguments.seq_length}
 
     def save() -> None:
@@ -252,9 +264,8 @@ def main(argv: list[str] | None = None) -> int:
             told = [{name: value for name, value in line.items() if name != "chosen"} for line in lines]
             write_json(arguments.json, {**results, "cards": told})
 
-    set_up()
-    results["device"] = torch.cuda.get_device_name()
     results["terms"] = measure(hf_config, lines, arguments.seq_length, save)
+    results["device"] = torch.cuda.get_device_name()
     save()
     print("\n" + "\n".join(map(describe, lines)))
     return 0

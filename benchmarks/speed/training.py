@@ -1,6 +1,7 @@
-"""Training speed of Qwen2-VL-2B on one GPU: NeMo's recipe as it ships against this repository's engine, in one run.
+"""Training speed of Qwen2-VL on one GPU: NeMo's recipe as it ships against this repository's engine, in one run.
 
     python -m benchmarks.speed.training --json training.json
+    torchrun --nproc-per-node 2 -m benchmarks.speed.training --size 7b --ways x4 --kernels
 
 Random weights at the real size, all of them trained, bf16, Megatron-core's distributed optimizer; the tokens are random
 and in memory, in the layout that the loader gives. An optimizer step sees the same samples in every way.
@@ -18,6 +19,8 @@ MFU counts the matrix products that a way has to do (flops.py) against the devic
 other as in a run: nothing waits between them but what a step itself waits for. Busy is the share of PROFILED steps in
 which some kernel runs, by torch's profiler. --kernels prints what their time goes to, --waits where a step makes the
 host wait for the device. The ratios are samples/s over those of stock 1 and of stock N.
+
+Under torchrun its processes, a GPU each, share every layer (tensor parallel). The figures are of the first, MFU of all.
 """
 
 import argparse
@@ -33,7 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.speed.kernels import busy_seconds, longest, record, shares
+from benchmarks.speed.kernels import busy_seconds, longest, print_kinds, record, shares
 from benchmarks.speed.scenes import WORKS as SCENES
 from benchmarks.speed.scenes import kept_in
 from dct_qwen2vl.common.files import write_json
@@ -86,29 +89,40 @@ def grid_of(work: Work, block: tuple[int, int, int]) -> tuple[int, int, int]:
     return (max(1, work.frames // frames), *sides)
 
 
-def real_config(width: int | None = None):
-    """Qwen2-VL-2B-Instruct's configuration; for DCT tokens of `width` floats, or for pixels."""
+LANGUAGE = {
+    "2b": {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12,
+           "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "7b": {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+           "num_key_value_heads": 4, "tie_word_embeddings": False},
+}  # fmt: skip
+
+
+def real_config(width: int | None = None, size: str = "2b"):
+    """Configuration of Qwen2-VL-2B-Instruct or 7B-Instruct; for DCT tokens of `width` floats, or for pixels."""
     from transformers import Qwen2VLConfig
 
     patch = {"in_channels": 3, "patch_size": 14, "temporal_patch_size": 2}
     if width:
         patch = {"in_channels": width, "patch_size": 1, "temporal_patch_size": 1}
+    language = LANGUAGE[size]
     return Qwen2VLConfig(
-        vocab_size=151936,
-        hidden_size=1536,
-        intermediate_size=8960,
+        **language,
         num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
         rms_norm_eps=1e-6,
         rope_theta=1000000.0,
         rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
-        tie_word_embeddings=True,
         vision_start_token_id=151652,
         vision_end_token_id=151653,
         image_token_id=IMAGE_ID,
         video_token_id=VIDEO_ID,
-        vision_config={"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, **patch},
+        vision_config={
+            "depth": 32,
+            "embed_dim": 1280,
+            "hidden_size": language["hidden_size"],
+            "num_heads": 16,
+            "mlp_ratio": 4,
+            **patch,
+        },
     )
 
 
@@ -285,9 +299,11 @@ def size_of(sample) -> tuple[int, int]:
     return len(sample.input_ids), len(sample.pixel_values) + len(sample.pixel_values_videos)
 
 
-def sequences_of(name: str, works: list[Work], budget: tuple[int, int], seed: int, skip_db: float = 0.0) -> tuple:
-    """The configuration of a 2B model of this token format, and the samples as packed sequences, in pinned memory if
-    there is a GPU. skip_db: dB, 0 for all cells."""
+def sequences_of(
+    name: str, works: list[Work], budget: tuple[int, int], seed: int, skip_db: float = 0.0, size: str = "2b"
+) -> tuple:
+    """The configuration of a model of this token format, and the samples as packed sequences, in pinned memory if there
+    is a GPU. skip_db: dB, 0 for all cells. size: key of LANGUAGE."""
     from dct_qwen2vl.data.packing import fit_sequences, pack
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
 
@@ -295,11 +311,13 @@ def sequences_of(name: str, works: list[Work], budget: tuple[int, int], seed: in
     block, width = (config.block, config.num_coefficients) if config else (PIXEL_BLOCK, PIXEL_WIDTH)
     samples = make_samples(works, block, width, seed, name, skip_db)
     sequences = fit_sequences([size_of(sample) for sample in samples], budget)
+    sequences.sort(key=lambda chosen: -sum(len(samples[n].input_ids) for n in chosen))
+    # The rest comes last: at first the host is not ahead, and a short sequence ends before the next is launched.
     ids = (IMAGE_ID, VIDEO_ID)
     packed = [pack([samples[n] for n in chosen], 2, width, torch.bfloat16, ids) for chosen in sequences]
     if torch.cuda.is_available():
         packed = [batch.pin_memory() for batch in packed]
-    return real_config(width if config else None), packed
+    return real_config(width if config else None, size), packed
 
 
 def pad(batch, multiple: int = FP8_TOKENS):
@@ -322,7 +340,7 @@ def packed_training(hf_config, fp8: str | None = None) -> PackedTraining:
     from dct_qwen2vl.training.megatron_model import fuse_gradient_accumulation, model_config
 
     language = {"fp8": "hybrid", "fp8_recipe": fp8} if fp8 else None
-    model = model_config(hf_config, 65536, language=language).configure_model()
+    model = model_config(hf_config, 65536, language=language, tensor_model_parallel_size=processes()).configure_model()
     fuse_gradient_accumulation(model)
     return PackedTraining(model)
 
@@ -360,7 +378,9 @@ def measure(
     freeze_objects()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    freed = freed_for_room()
     seconds = step_seconds(partial(step, batches), repeats)
+    freed = freed_for_room() - freed
     loss = float(step(batches))
     best = float(np.median(seconds))
     spans, profiled = record(partial(step, batches[:recorded]), 1 if recorded else PROFILED)
@@ -368,20 +388,40 @@ def measure(
         "way": name,
         "samples_per_second": len(works) / best,
         "visual_tokens_per_second": visual / best,
-        "mfu": flops / best / device_peak(),
+        "mfu": flops / best / device_peak() / processes(),
         "busy": busy_seconds(spans) / profiled,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "freed_for_room": freed,
         "seconds": seconds,
         "loss": loss,
         "kinds": shares(spans, profiled),
         "kernels": longest(spans, profiled),
     }
-    print(
+    say(
         f"{name:<{WIDTH}} {line['samples_per_second']:9.2f} samples/s {line['visual_tokens_per_second']:9.0f} visual "
-        f"tokens/s MFU {line['mfu']:.1%} busy {line['busy']:.0%} {line['peak_gib']:6.1f} GiB, step {best:.2f} s",
-        flush=True,
+        f"tokens/s MFU {line['mfu']:.1%} busy {line['busy']:.0%} {line['peak_gib']:6.1f} GiB, step {best:.2f} s"
     )
     return line
+
+
+def freed_for_room() -> int:
+    """How often the allocator found no room and gave the device back what it had cached, which waits for the device."""
+    return torch.cuda.memory_stats()["num_alloc_retries"]
+
+
+def processes() -> int:
+    """Of torchrun; one without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """Prints in the first process."""
+    if is_first():
+        print(text, flush=True)
 
 
 def freeze_objects() -> None:
@@ -391,7 +431,9 @@ def freeze_objects() -> None:
 
 
 def free() -> None:
+    """Of a model that is not used any more. What is compiled may hold its first inputs, and by their graph a model."""
     gc.unfreeze()
+    torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -410,7 +452,7 @@ def measure_stock(works: list[Work], sizes: list[int], seed: int, repeats: int) 
             step = partial(training.step, forward=stock_forward)
             lines.append(measure(f"stock {size}", step, batches, works, flops, visual, repeats, PROFILED_STOCK))
         except torch.OutOfMemoryError:
-            print(f"stock {size}: out of memory", flush=True)
+            say(f"stock {size}: out of memory")
             break
     del training, step
     free()
@@ -426,11 +468,12 @@ def measure_packed(
     skip_db: float = 0.0,
     fp8: str | None = None,
     waits: bool = False,
+    size: str = "2b",
 ) -> dict:
-    """skip_db: as `sequences_of` has it. fp8: as `packed_training` has it. waits: print those of the host."""
+    """skip_db, size: as `sequences_of` has them. fp8: as `packed_training` has it. waits: print those of the host."""
     from dct_qwen2vl.training.flops import training_flops
 
-    hf_config, batches = sequences_of(name, works, budget, seed, skip_db)
+    hf_config, batches = sequences_of(name, works, budget, seed, skip_db, size)
     if fp8:
         batches = [pad(batch).pin_memory() for batch in batches]
     flops = sum(training_flops(hf_config, b.step_grids(), b.sample_starts.diff(), len(b.learned)) for b in batches)
@@ -452,30 +495,25 @@ def print_waits(step: Callable[[], object], name: str) -> dict[str, int]:
 
     with host_waits() as found:
         step()
-    print(describe(found, f"a step of {name}"), flush=True)
+    say(describe(found, f"a step of {name}"))
     return dict(found)
 
 
-def print_kinds(lines: list[dict]) -> None:
-    """What the recorded step's time goes to, in %, a column a way."""
-    kinds = sorted({kind for line in lines for kind in line["kinds"]}, key=lambda kind: -lines[0]["kinds"].get(kind, 0))
-    print("\n" + f"{'%':<33}" + "".join(f"{line['way']:>{WIDTH}}" for line in lines))
-    for kind in kinds:
-        print(f"{kind:<33}" + "".join(f"{100 * line['kinds'].get(kind, 0):>{WIDTH}.1f}" for line in lines))
-
-
 def set_up() -> None:
-    """One process of torch.distributed and Megatron's groups."""
+    """torch.distributed and Megatron's groups: of torchrun's processes, or of one."""
     import socket
 
     from megatron.core import parallel_state, tensor_parallel
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.cuda.set_device(0)
-    torch.distributed.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if processes() > 1:
+        torch.distributed.init_process_group("nccl")
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        torch.distributed.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=processes())
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
@@ -496,7 +534,33 @@ def print_skipping(lines: list[dict]) -> None:
     for line in lines:
         if line.get("skip_db"):
             ratio = line["samples_per_second"] / whole[line["way"].replace(" skip", "")]["samples_per_second"]
-            print(f"{line['way']:<{WIDTH}} {line['kept_share']:.0%} of the cells, samples/s x {ratio:.2f}", flush=True)
+            say(f"{line['way']:<{WIDTH}} {line['kept_share']:.0%} of the cells, samples/s x {ratio:.2f}")
+
+
+def measure_way(way: str, works: list[Work], is_drawn: bool, arguments: argparse.Namespace) -> list[dict]:
+    """The figures of a way, and of its own kinds by the options.
+
+    way: as --ways names it.
+    works: of a step.
+    is_drawn: whether cells can be skipped.
+    arguments: of the command line.
+    """
+    if way == "stock":
+        return measure_stock(works, arguments.stock_sizes, arguments.seed, 1)
+    budget = (arguments.pack_tokens, arguments.pack_vision_tokens)
+    measure_one = partial(
+        measure_packed,
+        way,
+        works,
+        budget,
+        arguments.seed,
+        arguments.repeats,
+        waits=arguments.waits,
+        size=arguments.size,
+    )
+    thresholds = (0.0, arguments.skip_db) if way != "none" and is_drawn and arguments.skip_db else (0.0,)
+    recipes = dict.fromkeys((None, arguments.fp8))
+    return [measure_one(skip_db=skip_db, fp8=fp8) for skip_db in thresholds for fp8 in recipes]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -506,6 +570,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--work", nargs="+", choices=("videos", "mix", *SCENES), default=["videos", "mix"], help="what is trained on"
     )
+    parser.add_argument("--size", choices=LANGUAGE, default="2b", help="of the model; stock is always the 2b")
     parser.add_argument("--ways", nargs="+", default=["stock", "none", "exact", "x4", "x16"], help="what is measured")
     parser.add_argument("--samples", type=int, default=32, help="samples of an optimizer step")
     parser.add_argument("--stock-sizes", nargs="+", type=int, default=[1, 2, 4, 8], help="micro-batches of stock")
@@ -520,35 +585,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--waits", action="store_true", help="print where a step makes the host wait for the device")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("benchmarks/speed/training.py needs a CUDA device and there is none", file=sys.stderr)
+    if "stock" in arguments.ways and (processes() > 1 or arguments.size != "2b"):
+        parser.error("stock is measured on one GPU at 2b only: leave it out of --ways")
+    if torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        print("benchmarks/speed/training.py needs a CUDA device for each process", file=sys.stderr)
         return 1
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     set_up()
     results = {"device": torch.cuda.get_device_name(), "seed": arguments.seed, "samples": arguments.samples}
-    budget = (arguments.pack_tokens, arguments.pack_vision_tokens)
+    results |= {"size": arguments.size, "tensor_parallel": processes()}
     for work in arguments.work:
         works = make_work(work, arguments.samples, arguments.seed)
-        print(f"\n{work}: {len(works)} samples a step", flush=True)
+        say(f"\n{work}: {len(works)} samples a step")
         results[work] = lines = []
         for way in arguments.ways:
-            if way == "stock":
-                lines += measure_stock(works, arguments.stock_sizes, arguments.seed, 1)
-            else:
-                drawn = way != "none" and work in SCENES and arguments.skip_db
-                for skip_db in (0.0, arguments.skip_db) if drawn else (0.0,):
-                    for fp8 in dict.fromkeys((None, arguments.fp8)):
-                        lines.append(
-                            measure_packed(
-                                way, works, budget, arguments.seed, arguments.repeats, skip_db, fp8, arguments.waits
-                            )
-                        )
-            if arguments.json:
+            lines += measure_way(way, works, work in SCENES, arguments)
+            if arguments.json and is_first():
                 write_json(arguments.json, results)
         print_ratios(lines)
         print_skipping(lines)
-        if arguments.kernels:
-            print_kinds(lines)
+        if arguments.kernels and is_first():
+            print_kinds({line["way"]: line["kinds"] for line in lines})
     return 0
 
 

@@ -17,7 +17,6 @@ all this on a CPU with a tiny model; its figures mean nothing.
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.speed.kernels import print_kinds, trace_shares
 from benchmarks.speed.real_videos import cut_videos
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.common.scripts import UserError, run_main
@@ -51,6 +51,10 @@ WORDS = (
 )
 IMAGES = ((480, 640), (600, 800), (768, 1024))  # height, width
 VIDEO_FRAMES, VIDEO_SIDE, VIDEO_RATE = 16, 448, 2
+SPECIAL_TOKENS = {  # by their names in config.json
+    "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+}  # fmt: skip
 WARM_UP = 5  # steps that do not count
 
 
@@ -153,14 +157,15 @@ def make_model(preset: str, folder: Path, seed: int) -> Path:
 
     tiny, model_dir = folder / "tiny", folder / "model"
     write_checkpoint([" ".join(WORDS)] * 20, tiny, seed)
-    config = DCTConfig.preset(preset)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    config = real_config(DCTConfig.preset(preset).num_coefficients)
+    for name, token in SPECIAL_TOKENS.items():
+        setattr(config, name, tokenizer.convert_tokens_to_ids(token))
     torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2VLForConditionalGeneration._from_config(
-            real_config(config.num_coefficients), torch_dtype=torch.bfloat16
-        )
+        model = Qwen2VLForConditionalGeneration._from_config(config, torch_dtype=torch.bfloat16)
     model.cpu().save_pretrained(model_dir)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(model_dir)
+    tokenizer.save_pretrained(model_dir)
     DCTImageProcessor(dct=preset, max_pixels=1024 * 1024).save_pretrained(model_dir)
     return model_dir
 
@@ -220,13 +225,13 @@ def launch(arguments: argparse.Namespace, settings: dict[str, str], gpus: int, s
     own = {"EXPERIMENT_NAME": name, "NUM_PROC_PER_NODE": gpus, "GBS": arguments.sequences * gpus, "SKIP_DB": skip_db}
     command = ["bash", "qwen_launch.sh", "--log-interval", "1", "--video-fps", str(VIDEO_RATE)]
     command += ["--shuffle-buffer", "100"]
-    if arguments.trace:
+    if arguments.kernels:
         command += ["--profile", str(WARM_UP - 1)]
     run(command, **settings, **{key: str(value) for key, value in own.items()})
-    if arguments.trace:
-        shutil.copyfile(next(run_dir.rglob("rank0.json.gz")), arguments.trace)
+    kinds = trace_shares(next(run_dir.rglob("rank0.json.gz"))) if arguments.kernels else {}
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {"gpus": gpus, "skip_db": skip_db, **figures([line for line in lines if "loss" in line])}
+    found = figures([line for line in lines if "loss" in line])
+    return {"gpus": gpus, "skip_db": skip_db, **found, "kinds": kinds}
 
 
 def figures(lines: list[dict]) -> dict:
@@ -284,7 +289,9 @@ def new_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-workers", type=int, default=8, help="loader processes for each GPU")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
     parser.add_argument("--tiny", action="store_true", help="try the command with a tiny model, without a GPU")
-    parser.add_argument("--trace", type=Path, help="write a trace here (.json.gz), of a step that does not count")
+    parser.add_argument(
+        "--kernels", action="store_true", help="print what a step that does not count spends its time on"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     return parser
 
@@ -314,6 +321,8 @@ def run_all(arguments: argparse.Namespace) -> int:
             for skip_db in dict.fromkeys((0.0, arguments.skip_db)):
                 lines.append(launch(arguments, settings, gpus, skip_db))
                 print(f"{material} {arguments.dct}, {described(lines[-1], lines[0])}", flush=True)
+    if arguments.kernels:
+        print_kinds({f"{line['gpus']} GPU{' skip' * (line['skip_db'] > 0)}": line["kinds"] for line in lines})
     if arguments.json:
         import torch
 

@@ -9,6 +9,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from dct_qwen2vl.checkpoints.inspection import (
     PROCESSOR,
+    SKIPPING,
+    STOCK_FORM,
     CheckpointError,
     chosen_bounds,
     read_json,
@@ -26,8 +28,8 @@ def load_image_processor(model_dir: Path, dct: dict[str, Any] | None, **settings
 
     model_dir: Hugging Face directory.
     dct: The checkpoint's token format as `inspection.token_format` gives it. None for pixels.
-    settings: min_pixels, max_pixels (pixels of an image), skip_db (dB) and skip_noise_floor in place of the
-        checkpoint's. The checkpoint's min_pixels is lowered to a lower max_pixels.
+    settings: min_pixels, max_pixels (pixels of an image), skip_db (dB), skip_noise_floor and skip_share in place of
+        the checkpoint's. The checkpoint's min_pixels is lowered to a lower max_pixels.
 
     Raises CheckpointError for a token format that contradicts itself.
     """
@@ -88,6 +90,15 @@ def write_reading(folder: Path, settings: dict[str, Any], sampling: dict[str, An
     """
     write_processor_settings(folder, settings)
     write_sampling(folder, sampling)
+    _forget_skipping(folder)
+
+
+def _forget_skipping(folder: Path) -> None:
+    """A stock form that is trained as a pixel model (--dct none) learns all cells, however it was trained before."""
+    path = folder / STOCK_FORM
+    saved = read_json(path) if path.is_file() else {}
+    if saved.keys() & SKIPPING.keys():
+        write_json(path, {name: value for name, value in saved.items() if name not in SKIPPING})
 
 
 def write_processor_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -95,10 +106,15 @@ def write_processor_settings(folder: Path, settings: dict[str, Any]) -> None:
 
     folder: Hugging Face directory. Nothing happens if it has no such file.
     settings: min_pixels, max_pixels and skipping of the run, as far as they were given. None takes a setting out.
+        Without a skip_db, here or in the file, the other settings of skipping mean nothing and go out, too.
     """
     path = folder / PROCESSOR
-    if settings and path.is_file():
-        config = read_json(path)
-        config.pop("size", None)  # the stock processor's second name for the same two numbers
-        off = {name for name, value in settings.items() if value is None}
-        write_json(path, {name: value for name, value in {**config, **settings}.items() if name not in off})
+    saved = read_json(path) if path.is_file() else {}
+    config, off = {**saved, **settings}, {name for name, value in settings.items() if value is None}
+    if settings.keys() & {"min_pixels", "max_pixels"}:
+        off.add("size")  # the stock processor's second name for the same two numbers
+    if not config.get("skip_db"):
+        off |= SKIPPING.keys()
+    changed = {name: value for name, value in config.items() if name not in off}
+    if path.is_file() and changed != saved:
+        write_json(path, changed)

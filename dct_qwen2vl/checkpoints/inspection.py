@@ -18,7 +18,8 @@ PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 PROCESSOR = "preprocessor_config.json"
 SHARED = "processor_config.json"  # transformers 5 saves all processors in it, and reads them there first
 INDEX = "model.safetensors.index.json"
-STOCK_FORM = "dct_format.json"  # beside the stock form of a DCT model: its token format, for the way back
+# Beside the stock form of a DCT model, which loaders ignore: its token format and `SKIPPING`, for the way back.
+STOCK_FORM = "dct_format.json"
 # Parsed when model and tokenizer are loaded; the other two, config.json and PROCESSOR, are looked into.
 PARSED = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -26,6 +27,12 @@ PARSED = (
 )
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # files of one are enough
 FORMAT_DEFAULTS = {"merge": 2, "name": "custom"}  # of a DCTConfig, whose other fields are needed
+# Settings of an image processor: which cells a model was trained without, and what they can be.
+SKIPPING = {
+    "skip_db": ("PSNR in dB over 0", lambda value: type(value) in (int, float) and value > 0),
+    "skip_noise_floor": ("true or false", lambda value: isinstance(value, bool)),
+    "skip_share": ("share over 0 and at most 1", lambda value: type(value) in (int, float) and 0 < value <= 1),
+}
 
 
 MODEL_TYPES = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}  # that are read: their processors
@@ -419,6 +426,55 @@ def note_on_skipping(model_dir: Path, skip_db: float | None) -> str | None:
         return None
     said = f"{model_dir} was trained with --skip-db {skip_db:g}, but its stock form reads all cells"
     return f"{said}. {cost_of_all_cells(model_dir)}"
+
+
+def skipping_in(path: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """`SKIPPING` among the settings of an image processor, as far as they are there. {} for a model that skips nothing.
+
+    path: File of the settings, named in the message.
+    saved: The settings.
+
+    Raises CheckpointError for a value that cannot be.
+    """
+    if not saved.get("skip_db"):
+        return {}
+    found = {name: saved[name] for name in SKIPPING if saved.get(name) is not None}
+    for name, value in found.items():
+        what, possible = SKIPPING[name]
+        if not possible(value):
+            raise CheckpointError(f"{path} has {name} {value!r}, which is no {what}: take it out")
+    return found
+
+
+def recorded_skipping(model_dir: Path) -> dict[str, Any]:
+    """`SKIPPING` of the coefficient form that a stock form was made from. {} for any other directory, for a model that
+    skips nothing, and for a stock form that was made before this was recorded. Raises CheckpointError."""
+    path = model_dir / STOCK_FORM
+    return skipping_in(path, read_json(path)) if path.is_file() else {}
+
+
+def note_on_all_cells(model_dir: Path) -> str | None:
+    """A line for who is about to ask a stock form whose model was trained with skipped cells; None for any other
+    directory. Raises CheckpointError."""
+    skipping = recorded_skipping(model_dir)
+    if not skipping:
+        return None
+    share = skipping.get("skip_share")
+    more = [*([] if share is None else [f"share {share:g}"]), *(["noise floor"] * skipping.get("skip_noise_floor", 0))]
+    how = f"{skipping['skip_db']:g} dB" + (f" ({', '.join(more)})" if more else "")
+    advice = "" if share is not None and share < 1 else "; for both readings, train with SKIP_SHARE=0.5"
+    return (
+        f"{model_dir} was trained with cells left out at {how}, but it is a stock form, which reads all cells. "
+        f"This can cost accuracy. To leave them out: {_how_to_skip(model_dir)}{advice}"
+    )
+
+
+def _how_to_skip(model_dir: Path) -> str:
+    """The command that asks the coefficient form of a stock form; where a run has not left one, that makes it."""
+    trained = model_dir.with_name("hf_dct") if model_dir.name == "hf" else None
+    if trained and (trained / "config.json").is_file():
+        return f"python evaluate_qwen2vl.py --model-dir {trained} --data-dir SHARDS --output-dir SKIPPED"
+    return f"python convert_checkpoint.py --to dct --model-dir {model_dir} --output-dir {model_dir}-dct, and ask that"
 
 
 def cost_of_all_cells(model_dir: Path) -> str:

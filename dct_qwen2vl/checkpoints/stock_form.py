@@ -4,7 +4,8 @@
     stock form         what is handed out: a plain Qwen2-VL, whose patch is the block of pixels, with stock processors
 
 Both compute the same: tokens are linear in the pixels (dct/folding.py). The stock form needs no code of this
-repository. Its token format lies in dct_format.json, which loaders ignore, so that the way back needs no flag.
+repository. Its token format lies in dct_format.json, which loaders ignore, so that the way back needs no flag. The file
+also says which cells the model was trained without. The stock form itself reads all cells.
 """
 
 from pathlib import Path
@@ -36,6 +37,8 @@ from dct_qwen2vl.checkpoints.inspection import (
     read_config,
     read_json,
     read_processor,
+    recorded_skipping,
+    skipping_in,
     token_format,
     unfolded_format,
     with_patch,
@@ -89,6 +92,7 @@ def to_stock(
         dct, config = _coefficient_format(source), read_config(source.folder)
         bounds = chosen_bounds(source.folder, min_pixels, max_pixels)
         dtype = str(patch_embedding(source).dtype).removeprefix("torch.")
+        skipping = skipping_in(source.folder / PROCESSOR, read_processor(source.folder))
 
         def unfold(weight: "torch.Tensor") -> "torch.Tensor":
             return unfold_patch_embedding(weight, dct, dtype=torch.promote_types(weight.dtype, torch.float32))
@@ -97,7 +101,7 @@ def to_stock(
             copy_other_files(source.folder, folder, without=(".py",))
             write_json(folder / "config.json", stock_config(config, dct))
             _write_processors(source.folder, folder, dct, bounds)
-            write_json(folder / STOCK_FORM, {"patch_embedding_dtype": dtype, "dct": dct.to_dict()})
+            write_json(folder / STOCK_FORM, {"patch_embedding_dtype": dtype, **skipping, "dct": dct.to_dict()})
             total = write_shards(changed_tensors(source, unfold), folder, shard_bytes)
         return Converted(dct, total, notes=all_notes(source, min_pixels, max_pixels))
 
@@ -160,6 +164,8 @@ def to_dct(
         saved = read_processor(source.folder)
         for name in ("do_resize", "do_rescale", "do_convert_rgb", "resample"):
             setattr(processor, name, saved.get(name, getattr(processor, name)))
+        for name, value in recorded_skipping(source.folder).items():
+            setattr(processor, name, value)
         dtype = _saved_dtype(source.folder, weight)
         with new_directory(model_dir, output_dir, force) as folder:
             copy_other_files(source.folder, folder)

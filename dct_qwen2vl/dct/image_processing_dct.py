@@ -54,6 +54,7 @@ class DCTImageProcessor(BaseImageProcessor):
     skip_db: dB, None for no skipping. Which cells the model was trained without (skipping_dct.py). This repository's
         training and evaluation follow it. The processor itself always gives all tokens, which stock models expect.
     skip_noise_floor: bool. Whether the noise of a video was measured and added to that threshold.
+    skip_share: float or None. In which share of the training samples cells were left out. None: not known.
 
     Images are PIL, numpy or torch; grey ([H, W], or one channel), RGB or RGBA; channels first or last; uint8, uint16
     (0..65535), bool, other whole numbers in 0..255, or floats. Transparent images are composed with white, as files
@@ -81,6 +82,7 @@ class DCTImageProcessor(BaseImageProcessor):
         size: dict[str, int] | None = None,
         skip_db: float | None = None,
         skip_noise_floor: bool | None = None,
+        skip_share: float | None = None,
         **kwargs: Any,
     ) -> None:
         config = DCTConfig.resolve(dct)
@@ -102,6 +104,7 @@ class DCTImageProcessor(BaseImageProcessor):
         self.dct = config.to_dict()
         self.skip_db = None if skip_db is None else check_skip_db(skip_db)
         self.skip_noise_floor = bool(skip_noise_floor)
+        self.skip_share = skip_share
         self._tokenizers: dict[torch.device, DCTTokenizer] = {}
 
     @property
@@ -148,6 +151,8 @@ class DCTImageProcessor(BaseImageProcessor):
             values.pop("skip_db", None)  # transformers 5 leaves out what is None
         if not self.skip_noise_floor:
             values.pop("skip_noise_floor", None)
+        if self.skip_db is None or self.skip_share is None:
+            values.pop("skip_share", None)
         if "AutoImageProcessor" in values.get("auto_map", {}):  # transformers 4.52 and later ask for both
             name = values["auto_map"]["AutoImageProcessor"].replace("ImageProcessor", "VideoProcessor")
             values["auto_map"] = {**values["auto_map"], "AutoVideoProcessor": name}

@@ -284,11 +284,11 @@ class TrainingConfig:
 
     @property
     def _skipping(self) -> dict[str, Any]:
-        """A threshold that is given brings its own noise floor, on or off."""
-        floor = {"skip_noise_floor": self.skip_noise_floor or None}
+        """A threshold that is given brings its own noise floor, on or off. The share is always the run's own."""
+        floor, share = {"skip_noise_floor": self.skip_noise_floor or None}, {"skip_share": self.skip_share}
         if self.skip_db is None:
-            return floor if self.skip_noise_floor else {}
-        return {"skip_db": self.skip_db or None, **floor}
+            return {**(floor if self.skip_noise_floor else {}), **share}
+        return {"skip_db": self.skip_db or None, **floor, **share}
 
     @property
     def world_size(self) -> int:

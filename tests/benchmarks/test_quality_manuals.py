@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,17 @@ import torch
 from PIL import Image
 
 from benchmarks.quality.manuals import build_model, crops, make_samples, score
-from benchmarks.quality.manuals.crops import PAPER, Crop, PrintedPage, Shape, ask, following, neighbours, random_crop
+from benchmarks.quality.manuals.crops import (
+    PAPER,
+    Crop,
+    PrintedPage,
+    Shape,
+    ask,
+    following,
+    neighbours,
+    random_crop,
+    shuffled_crop,
+)
 from benchmarks.quality.manuals.lines import PrintedLine, Word, line_of, marked, undivided
 from benchmarks.quality.manuals.make_samples import Job, make_sample
 from benchmarks.quality.ocr import pages
@@ -124,6 +135,24 @@ def test_more_dots_per_inch_leave_fewer_words():
     assert np.count_nonzero(crop.image == 1) == 20 * 48
 
 
+def test_a_shuffled_crop_shows_words_of_the_page_in_any_order():
+    rng, orders = np.random.default_rng(0), set()
+    for _ in range(60):
+        crop = shuffled_crop(drawn_page(), SHAPE, rng)
+        assert crop.image.shape == (56, 112) and not crop.heading and 1 <= len(crop.lines) <= 3
+        assert 1 <= len(crop.lines[0]) <= 4  # 24 px and a space each
+        for number, words in enumerate(crop.lines):
+            row = crop.image[2 + 12 * number + 5]  # in the middle of the words
+            runs = [value for value, _ in groupby(row.tolist()) if value != PAPER]
+            assert runs == [NAMES.index(word) + 1 for word in words]
+        orders |= {pair for words in crop.lines for pair in pairwise(words)}
+        below = crop.image[2 + 12 * len(crop.lines) :]
+        assert (below == PAPER).all()
+    assert len(orders) > 50  # of 144; a page has 8
+    assert shuffled_crop(PrintedPage(drawn_page().grey, [], 72), SHAPE, rng) is None
+    assert shuffled_crop(drawn_page(), Shape(8, 112, 3), rng) is None
+
+
 # Questions
 
 
@@ -140,13 +169,13 @@ def test_questions_have_the_answers_that_the_crop_shows():
     assert ask(Crop(crop.image, (("2",),), False), "next word", rng) is None
 
 
-def job(split: str) -> Job:
-    return Job(Path("R-FAQ.pdf"), (0,), 0, split, (1,), (72,), SHAPE, 0)
+def job(split: str, shuffled: float) -> Job:
+    return Job(Path("R-FAQ.pdf"), (0,), 0, split, (1,), (72,), SHAPE, shuffled, 0)
 
 
-def samples_of(split: str, count: int, seed: int = 0) -> list:
+def samples_of(split: str, count: int, seed: int = 0, shuffled: float = 0.0) -> list:
     rng = np.random.default_rng(seed)
-    return [make_sample(drawn_page(), job(split), f"R-FAQ/0001-72dpi-{n:03d}.png", rng) for n in range(count)]
+    return [make_sample(drawn_page(), job(split, shuffled), f"R-FAQ/0001-72dpi-{n:03d}.png", rng) for n in range(count)]
 
 
 def test_an_entry_of_the_test_asks_and_transcribes_and_one_of_the_training_does_either():
@@ -161,6 +190,17 @@ def test_an_entry_of_the_test_asks_and_transcribes_and_one_of_the_training_does_
         first = described["conversations"][0]
         assert first["from"] == "human" and first["value"].startswith("<image>\n")
         assert "<image>" not in described["conversations"][2]["value"]
+
+
+def test_a_share_of_the_training_is_shuffled_and_transcribed():
+    on_page = {" ".join(NAMES[at : at + count]) for count in (1, 2, 3) for at in range(len(NAMES))}
+    shares = []
+    for shuffled in (0.5, 1.0):
+        answers = [described["conversations"][1]["value"] for *_, described in samples_of("train", 80, 0, shuffled)]
+        shares.append(np.mean([not on_page.issuperset(answer.split("\n")) for answer in answers]))
+        kinds = {described["question_type"][0] for *_, described in samples_of("train", 80, 0, shuffled)}
+        assert (kinds == {"transcribe, 72 dpi"}) == (shuffled == 1.0)
+    assert 0.2 < shares[0] < 0.6 < shares[1]
 
 
 def test_the_same_seed_gives_the_same_samples():

@@ -1,5 +1,6 @@
 """What the training benchmark makes of a profile, and of drawn material with and without skipping."""
 
+import gzip
 import json
 import socket
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.speed.kernels import busy_seconds, kind_of, longest, shares
+from benchmarks.speed.kernels import busy_seconds, kind_of, longest, print_kinds, shares, trace_shares
 from benchmarks.speed.scenes import WORKS, kept_in
 from benchmarks.speed.training import make_work, print_skipping, sequences_of
 
@@ -43,6 +44,25 @@ def test_kernels_side_by_side_are_busy_once():
 def test_shares_are_of_the_whole_step():
     assert shares(SPANS, 1.0) == pytest.approx({"matrix products": 0.7, "copies": 0.1, "gaps": 0.3})
     assert [(line["kernel"], line["calls"]) for line in longest(SPANS, 1.0)] == [(SPANS[0][0], 2), ("Memcpy HtoD", 1)]
+
+
+def test_communication_waits_where_nothing_else_runs(tmp_path):
+    spans = [*SPANS, ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL", 5e5, 7.5e5)]
+    expected = {
+        "matrix products": 0.7, "communication": 0.25, "copies": 0.1, "waits for communication": 0.1, "gaps": 0.2
+    }  # fmt: skip
+    assert shares(spans, 1.0) == pytest.approx(expected)
+    events = [{"cat": "kernel", "name": name, "ts": 1e9 + at, "dur": end - at} for name, at, end in spans]
+    with gzip.open(tmp_path / "rank0.json.gz", "wt") as file:
+        json.dump({"traceEvents": [{"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 9e9}, *events]}, file)
+    found = trace_shares(tmp_path / "rank0.json.gz")
+    assert found == pytest.approx({kind: share / 0.8 for kind, share in expected.items()} | {"gaps": 0.0}, abs=1e-9)
+
+
+def test_kinds_are_printed_a_column_a_run(capsys):
+    print_kinds({"1 GPU": {"copies": 0.1, "gaps": 0.2}, "2 GPU": {"copies": 0.3, "communication": 0.05}})
+    _, *lines = [line.split() for line in capsys.readouterr().out.strip().splitlines()]
+    assert lines == [["gaps", "20.0", "0.0"], ["copies", "10.0", "30.0"], ["communication", "0.0", "5.0"]]
 
 
 @pytest.mark.parametrize(("work", "most", "ratio"), [("camera", 0.2, 3), ("screens", 0.2, 3), ("pages", 0.6, 1.4)])

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
 
 import convert_checkpoint
-from dct_qwen2vl.checkpoints.inspection import PROCESSOR
+from dct_qwen2vl.checkpoints.hf_folder import load_processor, write_reading
+from dct_qwen2vl.checkpoints.inspection import PROCESSOR, note_on_all_cells, recorded_skipping
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.dct.configuration_dct import CLIP_MEAN, CLIP_STD
 from dct_qwen2vl.dct.folding import distance_from_format, fold_block_embedding, unfold_patch_embedding
@@ -108,6 +109,67 @@ def test_who_converts_a_model_that_skips_is_told_once_what_the_stock_form_does(t
     assert f"Note: {skipping} was trained with --skip-db 38, but its stock form reads all cells. This can" in printed
     assert f"evaluate_qwen2vl.py --skip-db 0 --model-dir {skipping} --data-dir" in printed
     assert "skip_db" not in (tmp_path / "stock" / PROCESSOR).read_text()
+
+
+# What it was trained without
+
+SKIPPINGS = {
+    "all": {"skip_db": 38.0, "skip_noise_floor": True, "skip_share": 0.5},
+    "every sample": {"skip_db": 38.0, "skip_share": 1.0},
+    "before shares were recorded": {"skip_db": 36.5},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("skipping", SKIPPINGS.values(), ids=SKIPPINGS)
+def test_skipping_is_recorded_and_comes_back(skipping, trained, stock, tmp_path):
+    """Without it, the files are those of a model that never skipped. Other loaders find nothing new in theirs."""
+    folder = Path(shutil.copytree(trained("x4"), tmp_path / "x4"))
+    edit_json(folder / PROCESSOR, **skipping)
+    assert run(folder, tmp_path / "stock", "--to", "stock") == 0
+    files = {path.name: path.read_bytes() for path in (tmp_path / "stock").iterdir()}
+    same = {path.name for path in stock("x4").iterdir() if files.get(path.name) == path.read_bytes()}
+    assert files.keys() == {path.name for path in stock("x4").iterdir()}
+    assert files.keys() - same == ({"dct_format.json"} if skipping else set())
+    saved = json.loads(files["dct_format.json"])
+    assert {name: value for name, value in saved.items() if name.startswith("skip")} == skipping
+    processor = AutoProcessor.from_pretrained(tmp_path / "stock").image_processor
+    assert type(processor) is Qwen2VLImageProcessor and "skip" not in processor.to_json_string()
+    assert run(tmp_path / "stock", tmp_path / "back", "--to", "dct") == 0
+    assert json.loads((tmp_path / "back" / PROCESSOR).read_text()) == json.loads((folder / PROCESSOR).read_text())
+    remote = AutoProcessor.from_pretrained(tmp_path / "back", trust_remote_code=True).image_processor
+    for read in (remote, load_processor(tmp_path / "back").image_processor):
+        assert {name: getattr(read, name) for name in skipping} == skipping and (read.skip_db is None) == (not skipping)
+
+
+def test_the_record_survives_other_bounds_and_goes_when_all_cells_are_trained(trained, tmp_path):
+    folder = Path(shutil.copytree(trained("x4"), tmp_path / "x4"))
+    edit_json(folder / PROCESSOR, **SKIPPINGS["all"])
+    assert run(folder, tmp_path / "stock", "--to", "stock") == 0
+    assert run(tmp_path / "stock", tmp_path / "smaller", "--to", "stock", "--max-pixels", "50176") == 0
+    assert recorded_skipping(tmp_path / "smaller") == SKIPPINGS["all"] == recorded_skipping(tmp_path / "stock")
+    write_reading(tmp_path / "smaller", {}, None)  # as a run with --dct none leaves it
+    assert recorded_skipping(tmp_path / "smaller") == {} and note_on_all_cells(tmp_path / "smaller") is None
+    assert run(tmp_path / "smaller", tmp_path / "back", "--to", "dct") == 0
+    assert "skip" not in (tmp_path / "back" / PROCESSOR).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("skip_db", -1, "has skip_db -1, which is no PSNR in dB over 0: take it out"),
+        ("skip_db", "38", "has skip_db '38', which is no PSNR in dB over 0: take it out"),
+        ("skip_noise_floor", 1, "has skip_noise_floor 1, which is no true or false: take it out"),
+        ("skip_share", 0, "has skip_share 0, which is no share over 0 and at most 1: take it out"),
+        ("skip_share", 1.5, "has skip_share 1.5, which is no share over 0 and at most 1: take it out"),
+    ],
+)
+def test_a_record_that_cannot_be_is_one_line(copy_of, tmp_path, one_line_error, name, value, says):
+    folder = copy_of("x4")
+    edit_json(folder / "dct_format.json", **{"skip_db": 38.0, name: value})
+    assert run(folder, tmp_path / "back", "--to", "dct") == 1
+    assert one_line_error().endswith(f"{folder / 'dct_format.json'} {says}")
+    assert not (tmp_path / "back").exists()
 
 
 # It computes the same

@@ -20,7 +20,7 @@ from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 import evaluate_qwen2vl
 from dct_qwen2vl.checkpoints.hf_folder import load_image_processor, load_processor
-from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError
+from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, note_on_all_cells
 from dct_qwen2vl.checkpoints.stock_form import to_stock
 from dct_qwen2vl.checkpoints.video_sampling import VIDEO_PROCESSOR, write_sampling
 from dct_qwen2vl.data.media import as_array
@@ -488,6 +488,59 @@ def test_skipping_that_cannot_be_is_one_line(prepared, tmp_path, one_line_error,
     given = [*words, "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path / "out")]
     assert evaluate_qwen2vl.main(given) == 1
     assert says in one_line_error()
+
+
+@pytest.fixture(scope="module")
+def run_that_skipped(prepared, tmp_path_factory) -> Path:
+    """A run's folder with the two forms of a model that was trained with skipping."""
+    folder = tmp_path_factory.mktemp("run") / "E"
+    shutil.copytree(prepared.model, folder / "hf_dct")
+    edit_json(folder / "hf_dct" / PROCESSOR, skip_db=38.0, skip_share=1.0)
+    to_stock(folder / "hf_dct", folder / "hf")
+    return folder
+
+
+def test_who_asks_the_stock_form_of_a_model_that_skipped_is_told_once(prepared, run_that_skipped, tmp_path):
+    words = ["--data-dir", str(prepared.shards), "--output-dir", str(tmp_path), "--limit", "2", "--max-new-tokens", "2"]
+    told = run([sys.executable, "evaluate_qwen2vl.py", "--model-dir", str(run_that_skipped / "hf"), *words])
+    (line,) = (line for line in (told.stdout + told.stderr).splitlines() if "Note" in line or "cells" in line)
+    hf = run_that_skipped / "hf"
+    assert line == (
+        f"Note: {hf} was trained with cells left out at 38 dB (share 1), but it is a stock form, "
+        "which reads all cells. This can cost accuracy. To leave them out: python evaluate_qwen2vl.py --model-dir "
+        f"{hf}_dct --data-dir SHARDS --output-dir SKIPPED; for both readings, train with SKIP_SHARE=0.5"
+    )
+    assert "Predictions are in" in told.stdout
+
+
+@pytest.mark.parametrize("asked", ["hf_dct", "hf with all cells", "old hf", "hf of a model that reads all cells"])
+def test_nothing_is_said_where_a_model_is_asked_as_it_was_trained(prepared, run_that_skipped, tmp_path, capsys, asked):
+    """Or where all cells are asked for, or a stock form is too old to say it."""
+    folder, flags = run_that_skipped / asked.split()[0], ["--skip-db", "0"] if asked == "hf with all cells" else []
+    if "hf of" in asked:
+        folder = tmp_path / "hf"
+        to_stock(prepared.model, folder)
+    if asked == "old hf":
+        folder = Path(shutil.copytree(run_that_skipped / "hf", tmp_path / "hf"))
+        saved = json.loads((folder / "dct_format.json").read_text())
+        old = {name: saved[name] for name in ("patch_embedding_dtype", "dct")}
+        (folder / "dct_format.json").write_text(json.dumps(old))
+    words = ["--model-dir", str(folder), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path / "out")]
+    assert evaluate_qwen2vl.main([*words, "--limit", "2", "--max-new-tokens", "2", *flags]) == 0
+    said = capsys.readouterr()
+    assert "Predictions are in" in said.out and "cells" not in said.out + said.err
+
+
+def test_the_note_names_what_is_known_and_the_way_back(run_that_skipped, tmp_path):
+    """A stock form that was copied elsewhere has no hf_dct beside it."""
+    folder = Path(shutil.copytree(run_that_skipped / "hf", tmp_path / "hf"))
+    way = f"python convert_checkpoint.py --to dct --model-dir {folder} --output-dir {folder}-dct, and ask that"
+    assert f"To leave them out: {way}; for both readings" in note_on_all_cells(folder)
+    edit_json(folder / "dct_format.json", skip_db=36.5, skip_share=0.5, skip_noise_floor=True)
+    said = note_on_all_cells(folder)
+    assert "at 36.5 dB (share 0.5, noise floor), but" in said and said.endswith(way)
+    edit_json(folder / "dct_format.json", skip_share=None, skip_noise_floor=None)
+    assert "at 36.5 dB, but" in note_on_all_cells(folder)
 
 
 def test_an_output_folder_that_cannot_be_is_refused_before_anything_is_asked(prepared, tmp_path, one_line_error):

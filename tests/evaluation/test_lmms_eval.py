@@ -17,11 +17,12 @@ import pytest
 import torch
 from media_files import rotated_exif
 from PIL import Image
-from pipeline import REPOSITORY, run
+from pipeline import REPOSITORY, edit_json, run
 from samples_by_hand import answer, conversation_sample
 
 from benchmarks.quality.analysis import compare_answers
 from dct_qwen2vl.checkpoints.hf_folder import load_processor
+from dct_qwen2vl.checkpoints.inspection import PROCESSOR
 from dct_qwen2vl.checkpoints.stock_form import to_stock
 from dct_qwen2vl.checkpoints.video_sampling import write_sampling
 from dct_qwen2vl.common.scripts import UserError
@@ -194,6 +195,21 @@ def test_the_wrapper_takes_a_stock_form_and_its_sampling(wrapper, prepared, tmp_
         frames[name] = len(read.luma if name == "untrained" else read)
     assert kind == "video" and frames == {"of training": 6, "given": 4, "untrained": 24}
     assert type(wrapper(str(stock)).answerer.processor.image_processor).__name__ == "Qwen2VLImageProcessor"
+
+
+def test_the_wrapper_says_once_that_a_stock_form_cannot_skip(wrapper, prepared, tmp_path, capsys, monkeypatch):
+    for name, skipping in (("plain", {}), ("skipping", {"skip_db": 38.0, "skip_share": 1.0})):
+        model_dir = Path(shutil.copytree(prepared.model, tmp_path / name / "hf_dct"))
+        edit_json(model_dir / PROCESSOR, **skipping)
+        to_stock(model_dir, tmp_path / name / "hf")
+        for form in ("hf", "hf_dct"):
+            wrapper(str(tmp_path / name / form))
+            noted = [line for line in capsys.readouterr().out.splitlines() if "Note" in line]
+            assert len(noted) == (1 if skipping and form == "hf" else 0)
+            assert all("cells left out at 38 dB (share 1), but it is a stock form" in line for line in noted)
+    monkeypatch.setattr(StandIn, "local_process_index", 1)
+    wrapper(str(tmp_path / "skipping" / "hf"))
+    assert "Note" not in capsys.readouterr().out, "the first process says it"
 
 
 def test_the_wrapper_has_the_video_settings_of_training(wrapper, prepared):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from stand_in_python import SCRIPT, write_interpreter
 
 import finetune_qwen2vl
-from dct_qwen2vl.checkpoints.inspection import CheckpointError
+from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, recorded_skipping
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.training import checks, config, processes, run_file, run_lock
 
@@ -791,6 +791,42 @@ def test_a_threshold_that_is_given_brings_its_own_noise_floor(prepared, tmp_path
     assert again.get("skip_noise_floor", False) == floor and (floor or "skip_noise_floor" not in again)
 
 
+@pytest.mark.parametrize(
+    ("typed", "before", "saved"),
+    [
+        ({"skip_db": 38.0}, None, 1.0),
+        ({"skip_db": 38.0, "skip_share": 0.5}, None, 0.5),
+        ({}, 0.5, 1.0),
+        ({"skip_share": 0.8}, None, 0.8),
+        ({"skip_db": 0.0}, 0.5, None),
+    ],
+)
+def test_the_share_that_is_saved_is_that_of_the_last_run(prepared, tmp_path, typed, before, saved):
+    """A checkpoint that skips at 36 dB; its own share is no default of further training."""
+    from dct_qwen2vl.checkpoints.hf_folder import write_processor_settings
+
+    model = shutil.copytree(prepared.model, tmp_path / "model")
+    edit_json(model / PROCESSOR, skip_db=36.0, **({"skip_share": before} if before else {}))
+    settings = config.TrainingConfig(model_dir=model, data_dir=prepared.shards, **typed)
+    _, processor = finetune_qwen2vl.load_processor(settings, checks.check_model(model, None))
+    write_processor_settings(model, settings.processor_settings)
+    assert json.loads((model / PROCESSOR).read_text()).get("skip_share") == saved
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / PROCESSOR).read_text()).get("skip_share") == saved
+
+
+@pytest.mark.parametrize("form", ["pixels", "x4"])
+def test_a_run_without_skipping_leaves_the_processor_as_it_is(prepared, tmp_path, form):
+    from dct_qwen2vl.checkpoints.hf_folder import write_processor_settings
+
+    model = Path(shutil.copytree(prepared.model if form == "x4" else prepared.pixel_model, tmp_path / "model"))
+    before = (model / PROCESSOR).read_bytes()
+    settings = config.TrainingConfig(model_dir=model, data_dir=prepared.shards)
+    finetune_qwen2vl.load_processor(settings, checks.check_model(model, "none" if form == "pixels" else None))
+    write_processor_settings(model, settings.processor_settings)
+    assert (model / PROCESSOR).read_bytes() == before
+
+
 def launch_with_skipping(
     command: list[str], prepared: Prepared, folder: Path, name: str, share: str, **settings: str
 ) -> dict:
@@ -806,7 +842,8 @@ def launch_with_skipping(
     assert "Done: the fine-tuned model is in" in done.stdout
     assert done.stdout.count("but its stock form reads all cells") == 1
     written = json.loads((folder / name / "run.json").read_text())
-    assert (written["skip_db"], written["skip_share"]) == (15, float(share or 1))
+    skipping = {"skip_db": 15, "skip_share": float(share or 1)}
+    assert skipping.items() <= written.items() and recorded_skipping(folder / name / "hf") == skipping
     return {"kept_share": sum(line["kept_share"] for line in lines) / len(lines), "said": done.stdout}
 
 

@@ -75,6 +75,7 @@ PAIRS = (
     *(("x4-skip", other) for other in ("x4", "x4-slow", "x4-small", "x4-evs")),
     ("x4-skip-ring", "x4"),
     ("x4-skip-refresh", "x4"),
+    *(("x4-mixed", other) for other in ("x4", "quarter", "exact-skip")),
     *((both, "x4-skip") for both in ("x4-skip-half", "x4-skip-most", "x4-skip-then-all")),
 )
 LIMITED = "reading"  # the task that digit_classifier.py reads

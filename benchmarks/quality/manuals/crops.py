@@ -6,6 +6,7 @@ Letters used for shapes:
     H W    rows and columns of a crop in pixels
 
 A crop shows whole words only. What its edges would cut through becomes paper, so that its text is all that is there.
+In a shuffled crop the words are those of the whole page in random order: they have to be read, not guessed.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from benchmarks.quality.ocr.pages import POINTS_AN_INCH
 EDGE = 2  # px of paper around the text, at least
 PAPER = 255
 TRIES = 20  # places on a page at which a crop is looked for
+SPACE = 0.25  # between shuffled words, of the height of a line
 SHORTEST_WORD = 3  # letters of a word that is asked for
 FROM_THE_START = 0.5  # share of crops that begin where their lines begin
 KINDS = ("next word", "line count", "heading")  # beside "transcribe"
@@ -91,6 +93,50 @@ def random_crop(page: PrintedPage, shape: Shape, heading: bool, rng: np.random.G
             words = tuple(tuple(word.text for word in each) for each in shown)
             return Crop(cut(page, lines, shown, shape, rng), words, lines[0].heading)
     return None
+
+
+def shuffled_crop(page: PrintedPage, shape: Shape, rng: np.random.Generator) -> Crop | None:
+    """None where the page has no word that fits.
+
+    page: To cut words from.
+    shape: Of the crop.
+    rng: Chooses the number of lines, and the words.
+    """
+    places = [(line, word) for line in page.lines if line.usable for word in line.words]
+    image = np.full((shape.height, shape.width), PAPER, np.uint8)
+    lines: list[tuple[str, ...]] = []
+    top = EDGE
+    for _ in range(1 + int(rng.integers(shape.lines)) if places else 0):
+        words, tall = set_line(image[top:-EDGE, EDGE:-EDGE], page, places, rng)
+        if not words:
+            break
+        lines.append(words)
+        top += tall
+    return Crop(image, tuple(lines), heading=False) if lines else None
+
+
+def set_line(
+    room: np.ndarray, page: PrintedPage, places: list[tuple[PrintedLine, Word]], rng: np.random.Generator
+) -> tuple[tuple[str, ...], int]:
+    """Sets words side by side until one does not fit. Returns them, and the rows that they take.
+
+    room: uint8 [rows, columns], part of the crop. Gets the words at its top.
+    page: Has the words.
+    places: The words, each with its line.
+    rng: Chooses from them.
+    """
+    words: list[str] = []
+    left = tall = 0
+    while True:
+        line, word = places[rng.integers(len(places))]
+        first_row, first_column, last_row, last_column = pixel_box(line, (word,), page)
+        height, width = last_row - first_row, last_column - first_column
+        if height > room.shape[0] or left + width > room.shape[1]:
+            return tuple(words), tall
+        room[:height, left : left + width] = page.grey[first_row:last_row, first_column:last_column]
+        words.append(word.text)
+        left += width + max(2, round(SPACE * height))
+        tall = max(tall, height)
 
 
 def following(page: PrintedPage, start: int, count: int, shape: Shape) -> list[PrintedLine]:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.quality.manuals.make_samples --output raw
 
-    raw/train/cambrian737k.json, raw/train/*.tar     one question a crop; no page of the test's manuals
+    raw/train/cambrian737k.json, raw/train/*.tar     one question a crop; no page of the test's manuals; half of the
+                                                     crops have the page's words in random order
     raw/test/cambrian737k.json, raw/test/*.tar       two questions a crop; pages of R-FAQ, R-data, R-intro, R-lang alone
 
 It needs pypdfium2 (benchmarks/quality/requirements.txt) and Debian's r-doc-pdf. data_preparation.py reads the folders.
@@ -26,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.quality.dense.pages import REFERENCE, TEST, chosen, in_parts
-from benchmarks.quality.manuals.crops import KINDS, Crop, PrintedPage, Question, Shape, ask, random_crop
+from benchmarks.quality.manuals.crops import KINDS, Crop, PrintedPage, Question, Shape, ask, random_crop, shuffled_crop
 from benchmarks.quality.manuals.lines import printed_lines
 from benchmarks.quality.ocr.pages import MANUALS, POINTS_AN_INCH, add_manuals_flag, opened
 from benchmarks.quality.settings import parser_of
@@ -40,7 +41,8 @@ QUESTIONS = 0.25  # share of training samples that ask something; the others tra
 
 @dataclass(frozen=True)
 class Job:
-    """Pages of one file. first: number of the first page among all pages of the split. crops: of each page and dpi."""
+    """Pages of one file. first: number of the first page among all pages of the split. crops: of each page and dpi.
+    shuffled: share of the crops whose words are in random order."""
 
     path: Path
     numbers: tuple[int, ...]
@@ -49,6 +51,7 @@ class Job:
     crops: tuple[int, ...]
     dpi: tuple[int, ...]
     shape: Shape
+    shuffled: float
     seed: int
 
 
@@ -79,6 +82,9 @@ def page_samples(document: Any, job: Job, place: int) -> Iterator[Sample]:
 
 def make_sample(page: PrintedPage, job: Job, name: str, rng: np.random.Generator) -> Sample | None:
     """None where the page has no such crop."""
+    if job.shuffled and rng.random() < job.shuffled:
+        crop = shuffled_crop(page, job.shape, rng)
+        return (name, png(crop.image), entry(name, questions_on(crop, None, True, rng), page.dpi)) if crop else None
     kind = KINDS[rng.integers(len(KINDS))]
     asks = job.split == "test" or rng.random() < QUESTIONS
     with_heading = asks and kind == "heading" and any(line.heading and line.usable for line in page.lines)
@@ -127,7 +133,8 @@ def make_jobs(arguments: argparse.Namespace, split: str, wanted: int) -> list[Jo
     first = np.cumsum([0, *(len(part) for _, part in parts)]).tolist()
     crops = tuple(-(-wanted // shares) for _ in arguments.dpi)
     shape = Shape(arguments.height, arguments.width, arguments.lines)
-    more = (split, crops, tuple(arguments.dpi), shape, arguments.seed)
+    shuffled = arguments.shuffled if split == "train" else 0.0
+    more = (split, crops, tuple(arguments.dpi), shape, shuffled, arguments.seed)
     return [Job(path, tuple(part), start, *more) for (path, part), start in zip(parts, first)]
 
 
@@ -155,13 +162,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, metavar="DIR", help="folder to make; gets train/ and test/")
     add_manuals_flag(parser)
     add("--seed", type=int, default=0, help="of crops and questions (default: %(default)s)")
-    add("--train", type=int, default=160000, help="training samples, at most (default: %(default)s)")
+    add("--train", type=int, default=600000, help="training samples, at most (default: %(default)s)")
     add("--test", type=int, default=800, help="test samples, at most (default: %(default)s)")
     add("--dpi", type=int, nargs="+", default=[60, 75, 100, 150], help="of the pages (default: %(default)s)")
     add("--height", type=int, default=56, help=f"of a crop, px, a multiple of {MULTIPLE} (default: %(default)s)")
     add("--width", type=int, default=336, help=f"of a crop, px, a multiple of {MULTIPLE} (default: %(default)s)")
     add("--lines", type=int, default=3, help="of a crop, at most (default: %(default)s)")
-    add("--limit", type=int, default=1000, help="pages of a manual, at most (default: %(default)s)")
+    add("--shuffled", type=float, default=0.5, help="share of training crops whose words are in random order, so that "
+        "they cannot be guessed (default: %(default)s)")  # fmt: skip
+    add("--limit", type=int, default=2500, help="pages of a manual, at most (default: %(default)s)")
     add("--processes", type=int, default=os.cpu_count(), help="(default: %(default)s)")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
@@ -173,6 +182,8 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value <= 0 or value % MULTIPLE:
             raise UserError(f"--{name} {value} is no multiple of {MULTIPLE}: x4 would have other visual tokens")
+    if not 0 <= arguments.shuffled <= 1:
+        raise UserError(f"--shuffled {arguments.shuffled:g} is no share: give a number from 0 to 1")
     for split in SPLITS:
         if (arguments.output / split).exists():
             raise UserError(f"{arguments.output / split} exists: remove it, or name another folder with --output")
