@@ -78,7 +78,7 @@ def write_folder(folder: Path, tiny: bool) -> None:
     """Configuration, tokenizer and processor of a pixel model of 2B's size, without weights."""
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor
 
-    from benchmarks.speed.training import real_config
+    from benchmarks.speed.samples import real_config
     from dct_qwen2vl.toy.model import CHAT_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
 
     words = [QUESTION, "You are a helpful assistant.", *(sample.answer for sample in make_samples())]

@@ -41,7 +41,8 @@ def main() -> None:
         import torch
         from megatron_cpu import CPU_OPTIONS, plain_layers
 
-        from benchmarks.speed.training import PackedTraining, Training, make_work, packed_forward, sequences_of
+        from benchmarks.speed.samples import make_work, sequences_of
+        from benchmarks.speed.training import PackedTraining, Training, packed_forward
         from dct_qwen2vl.training.megatron_model import model_config
 
     begin()

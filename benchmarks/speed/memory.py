@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.training import packed_forward, real_config, set_up
+from benchmarks.speed.samples import real_config
+from benchmarks.speed.training import packed_forward, set_up
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.dct.configuration_dct import DCTConfig
 from dct_qwen2vl.training.memory import GIB, MEASURED, Chosen, Corrections, Stage, Training, choose, peak, stages

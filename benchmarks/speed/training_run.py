@@ -150,7 +150,7 @@ def make_model(preset: str, folder: Path, seed: int) -> Path:
     import torch
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
-    from benchmarks.speed.training import real_config
+    from benchmarks.speed.samples import real_config
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
     from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
     from dct_qwen2vl.toy.model import write_checkpoint

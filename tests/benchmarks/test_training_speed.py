@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from benchmarks.speed.kernels import busy_seconds, kind_of, longest, print_kinds, shares, trace_shares
+from benchmarks.speed.samples import make_work, pad, sequences_of
 from benchmarks.speed.scenes import WORKS, kept_in
-from benchmarks.speed.training import make_work, print_skipping, sequences_of
+from benchmarks.speed.training import print_skipping
 
 SPANS = [("nvjet_sm90_tst_128x248", 0.0, 4e5), ("nvjet_sm90_tst_128x248", 3e5, 6e5), ("Memcpy HtoD", 7e5, 8e5)]
 
@@ -145,7 +146,6 @@ def test_a_sequence_is_padded_by_a_sample_that_learns_nothing(converted):
     import torch
     from transformers import Qwen2VLConfig
 
-    from benchmarks.speed.training import pad
     from dct_qwen2vl.training.full_sequence import full_sequence
 
     sequence = full_sequence(Qwen2VLConfig.from_pretrained(converted("x4")), (300, 400), seq_length=150)

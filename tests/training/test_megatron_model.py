@@ -168,7 +168,7 @@ def test_every_tensor_comes_back_bit_for_bit(name, directory, tmp_path):
 @pytest.mark.skipif(not os.environ.get("FULL_SIZE"), reason="two minutes, 18 GB of memory, 9 GB of disk: FULL_SIZE=1")
 def test_every_tensor_of_the_2b_model_comes_back_bit_for_bit(converted, tmp_path):
     """With random bits, not-a-numbers among them."""
-    from benchmarks.speed.training import real_config
+    from benchmarks.speed.samples import real_config
     from dct_qwen2vl.training.megatron_weights import save_hf
 
     folder, hf_config = tmp_path / "2b", real_config(1764)
