@@ -25,6 +25,7 @@ from typing import Any
 from dct_qwen2vl.checkpoints.inspection import check_checkpoint, note_on_all_cells, note_on_old_code, where_it_is
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.files import write_bytes, write_json
+from dct_qwen2vl.common.imports import importing
 from dct_qwen2vl.common.scripts import UserError, run_main, run_program
 from dct_qwen2vl.common.settings import DefaultsFormatter, add_flags, check_ranges, flag_of
 from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
@@ -69,7 +70,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises UserError or OSError with one line. Makes the output folder, so that no answer is in vain."""
-    from dct_qwen2vl.checkpoints.loading import check_directory
+    with importing():
+        from dct_qwen2vl.checkpoints.loading import check_directory
 
     for name in ("limit", "batch_size", "max_new_tokens"):
         value = getattr(arguments, name)

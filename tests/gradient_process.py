@@ -55,7 +55,12 @@ def main() -> None:
     import os
 
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-    import torch
+    from dct_qwen2vl.common.imports import importing
+
+    with importing():
+        import torch
+
+        import dct_qwen2vl.training.automodel  # noqa: F401
 
     model_dir, folder, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
     for per_micro_batch in (2, 1):

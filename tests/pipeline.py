@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +39,16 @@ def run(command: list[str], check: bool = True, **environment: str) -> subproces
 
 def prepare(folder: Path) -> Prepared:
     """Sample data (few images), shards with Energon metadata, the tiny model in `x4`."""
-    python = sys.executable
+    import convert_checkpoint
+    import data_preparation
+    from dct_qwen2vl.toy import sample_data
+
     sample, shards, model = folder / "sample", folder / "shards", folder / "tiny-x4"
-    run([python, "-m", "dct_qwen2vl.toy.sample_data", "--output-dir", str(sample), "--num-images", "300"])
+    assert sample_data.main(["--output-dir", str(sample), "--num-images", "300"]) == 0
     data = ["--data-dir", str(sample / "data"), "--output-dir", str(shards)]
-    run([python, "data_preparation.py", *data, "--maxcount", "20", "--energon-prepare"])
+    assert data_preparation.main([*data, "--maxcount", "20", "--energon-prepare", "--no-report"]) == 0
     source = sample / "model" / "tiny-qwen2-vl"
-    run([python, "convert_checkpoint.py", "--model-dir", str(source), "--output-dir", str(model)])
+    assert convert_checkpoint.main(["--model-dir", str(source), "--output-dir", str(model)]) == 0
     return Prepared(sample / "data", source, model, shards)
 
 

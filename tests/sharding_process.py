@@ -115,7 +115,12 @@ def count_numbers(module, trainer) -> dict[str, int]:
 
 def main() -> None:
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-    import torch.distributed
+    from dct_qwen2vl.common.imports import importing
+
+    with importing():
+        import torch.distributed
+
+        import dct_qwen2vl.training.automodel  # noqa: F401
 
     models, output = [Path(word) for word in sys.argv[1:3]], Path(sys.argv[3])
     rank, found = int(os.environ["RANK"]), {}

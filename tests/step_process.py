@@ -35,12 +35,15 @@ def begin() -> None:
 def main() -> None:
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    import torch
-    from megatron_cpu import CPU_OPTIONS, plain_layers
+    from dct_qwen2vl.common.imports import importing
 
-    from benchmarks.speed.samples import make_work, sequences_of
-    from benchmarks.speed.training import PackedTraining, Training, packed_forward
-    from dct_qwen2vl.training.megatron_model import model_config
+    with importing():
+        import torch
+        from megatron_cpu import CPU_OPTIONS, plain_layers
+
+        from benchmarks.speed.samples import make_work, sequences_of
+        from benchmarks.speed.training import PackedTraining, Training, packed_forward
+        from dct_qwen2vl.training.megatron_model import model_config
 
     begin()
     config, sequences = sequences_of("x4", make_work("mix", 8, seed=0), (2048, 4096), 0)

@@ -31,7 +31,13 @@ def data_module(model_dir: Path, data_dir: Path, rank: int = 0, world_size: int 
 
 def main() -> None:
     model_dir, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
-    import torch.distributed
+    sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+    from dct_qwen2vl.common.imports import importing
+
+    with importing():
+        import torch.distributed
+
+        import task_encoder  # noqa: F401
 
     torch.distributed.init_process_group("gloo")
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -15,6 +15,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dct_qwen2vl.common.scripts import UserError, run_main
@@ -33,6 +35,7 @@ PINS = {
 }
 NEWEST = "5.24.0" if sys.version_info >= (3, 11) else "5.20.2"
 DEFAULT = (OWN, "4.57.6", NEWEST)
+AT_ONCE = 2  # processes of one thread each
 MOST = 1e-5  # relative difference of logits in float32
 MOST_RESIZED = 1e-2  # stock processors resize by Pillow up to 4.51 and by torchvision later; pixels differ by one level
 TEXTS = ["user\nWhat colour is the circle?", "assistant\nThe circle is red.", "You are a helpful assistant."] * 8
@@ -135,21 +138,23 @@ def _run(command: list[str], version: str) -> None:
         raise UserError(f"transformers {version} could not be installed ({line}): give pip a package index that has it")
 
 
-def answers(folder: Path | None, checkpoint: Path, reference: Path) -> dict:
-    """What forward.py prints with the version in `folder`. Raises UserError where it prints nothing."""
+def answers(folder: Path | None, checkpoints: Iterable[Path], reference: Path) -> list[dict]:
+    """What forward.py prints of each checkpoint with the version in `folder`. Raises UserError where it prints less."""
+    checkpoints = list(checkpoints)
     with tempfile.TemporaryDirectory() as modules:
         path = {} if folder is None else {"PYTHONPATH": str(folder)}
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_MODULES_CACHE": modules}
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         ran = subprocess.run(
-            [sys.executable, str(FORWARD), str(checkpoint), str(reference)],
+            [sys.executable, str(FORWARD), str(reference), *map(str, checkpoints)],
             env={**environment, **offline, **path},
             capture_output=True,
             text=True,
         )
-    if ran.returncode or not ran.stdout.strip():
+    lines = ran.stdout.strip().splitlines()
+    if ran.returncode or len(lines) < len(checkpoints):
         raise UserError(f"{FORWARD.name} failed with {folder or OWN}: {ran.stderr.strip().splitlines()[-1:]}")
-    return json.loads(ran.stdout.strip().splitlines()[-1])
+    return [json.loads(line) for line in lines[-len(checkpoints) :]]
 
 
 def verdict(found: dict, form: str) -> str:
@@ -171,17 +176,17 @@ def line_of(version: str, form: str, found: dict) -> str:
 
 def compare(versions: list[str]) -> int:
     """Prints the table. Returns 1 if anything is wrong."""
-    folders = {version: install(version) for version in versions}
     wrong = 0
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(AT_ONCE) as pool:
+        folders = pool.submit(lambda: [install(version) for version in versions])  # while the checkpoints are made
         forms, reference = make_checkpoints(Path(temporary)), Path(temporary) / "reference.safetensors"
         write_reference(forms["coefficients"], reference)
+        results = pool.map(lambda folder: answers(folder, forms.values(), reference), folders.result())
         print("transformers | form | " + " | ".join(CASES) + " | verdict", flush=True)
-        for version, folder in folders.items():
-            for form, checkpoint in forms.items():
-                found = answers(folder, checkpoint, reference)
-                print(line_of(version, form, found), flush=True)
-                wrong += verdict(found, form) == "WRONG"
+        for version, found in zip(versions, results, strict=True):
+            for form, of_form in zip(forms, found, strict=True):
+                print(line_of(version, form, of_form), flush=True)
+                wrong += verdict(of_form, form) == "WRONG"
     return int(wrong > 0)
 
 

@@ -1,10 +1,10 @@
-"""One version of transformers answers: are the logits of a checkpoint those of the reference?
+"""One version of transformers answers: are the logits of checkpoints those of the reference?
 
-    PYTHONPATH=.compat/5.24.0 python benchmarks/compat/forward.py CHECKPOINT REFERENCE.safetensors
+    PYTHONPATH=.compat/5.24.0 python benchmarks/compat/forward.py REFERENCE.safetensors CHECKPOINT...
 
 It imports nothing of this repository: a server has the checkpoint's folder and stock classes, nothing else.
-It prints one JSON object: the case's name -> the largest difference of logits, relative to the largest logit.
-Where the checkpoint cannot be used, it prints {"error": the last line of the error}.
+For each checkpoint it prints one line, a JSON object: the case's name -> the largest difference of logits, relative to
+the largest logit. Where the checkpoint cannot be used, that is {"error": the last line of the error}.
 """
 
 import json
@@ -45,13 +45,18 @@ def compare(checkpoint: Path, reference: Path) -> dict[str, float]:
         return {name: difference(processor, model, *read_case(tensors, name)) for name in tensors.metadata()}
 
 
-def main(checkpoint: str, reference: str) -> int:
-    torch.set_num_threads(1)  # the last digits of a product depend on the number
+def answer(checkpoint: Path, reference: Path) -> dict:
+    """What is printed of one checkpoint."""
     try:
-        answer = compare(Path(checkpoint), Path(reference))
+        return compare(checkpoint, reference)
     except Exception as error:
-        answer = {"error": f"{type(error).__name__}: {error}".strip().splitlines()[-1]}
-    print(json.dumps(answer))
+        return {"error": f"{type(error).__name__}: {error}".strip().splitlines()[-1]}
+
+
+def main(reference: str, *checkpoints: str) -> int:
+    torch.set_num_threads(1)  # the last digits of a product depend on the number
+    for checkpoint in checkpoints:
+        print(json.dumps(answer(Path(checkpoint), Path(reference))), flush=True)
     return 0
 
 

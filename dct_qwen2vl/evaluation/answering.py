@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dct_qwen2vl.common.imports import importing
+from dct_qwen2vl.common.imports import collecting_nothing
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.evaluation.questions import Question, blinded
 
@@ -46,7 +46,7 @@ class Answerer:
         dtype: "torch.dtype | None" = None,
         **settings: Any,
     ) -> None:
-        with importing():
+        with collecting_nothing():
             import torch
             from transformers import AutoModelForImageTextToText
 
@@ -56,7 +56,7 @@ class Answerer:
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
             dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
-            model = AutoModelForImageTextToText.from_pretrained(model_dir, torch_dtype=dtype)  # imports the class
+            model = AutoModelForImageTextToText.from_pretrained(model_dir, torch_dtype=dtype)  # imports its class
         self.model = model.to(device).eval()
         self.processor = load_processor(model_dir, **settings)
         self.text_tokens = TextTokens(self.processor.tokenizer)

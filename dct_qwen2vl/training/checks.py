@@ -23,6 +23,7 @@ from dct_qwen2vl.checkpoints.inspection import (
 )
 from dct_qwen2vl.common import settings
 from dct_qwen2vl.common.files import read_json as read_file
+from dct_qwen2vl.common.imports import importing
 from dct_qwen2vl.common.settings import flag_of
 from dct_qwen2vl.data.energon_files import count_samples, read_splits, refuse_other_data
 from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig
@@ -210,7 +211,8 @@ def check_lora(config: TrainingConfig) -> None:
 def check_loading(config: TrainingConfig) -> None:
     """Whether transformers loads what --model-dir holds: every tensor but not its numbers, the tokenizer, the
     processor. It takes seconds, of which most are imports. Raises CheckpointError."""
-    from dct_qwen2vl.checkpoints.loading import check_directory
+    with importing():
+        from dct_qwen2vl.checkpoints.loading import check_directory
 
     check_directory(config.model_dir)
     note = note_on_old_code(config.model_dir)

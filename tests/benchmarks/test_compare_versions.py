@@ -20,12 +20,22 @@ def made(tmp_path_factory):
     return forms, folder / "reference.safetensors"
 
 
-@pytest.mark.parametrize("form", ["stock", "coefficients"])
-def test_both_forms_have_the_reference_s_logits(made, form):
+@pytest.fixture(scope="module")
+def found(made, tmp_path_factory) -> dict[str, dict]:
+    """What one process says of the stock form, of an empty folder and of the coefficient form."""
     forms, reference = made
-    found = answers(None, forms[form], reference)
-    assert verdict(found, form) == "equal", found
-    assert list(found) and set(found) == set(CASES)
+    folders = {"stock": forms["stock"], "nothing": tmp_path_factory.mktemp("nothing"), **forms}
+    return dict(zip(folders, answers(None, folders.values(), reference), strict=True))
+
+
+@pytest.mark.parametrize("form", ["stock", "coefficients"])
+def test_both_forms_have_the_reference_s_logits(found, form):
+    assert verdict(found[form], form) == "equal", found
+    assert list(found[form]) and set(found[form]) == set(CASES)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_an_error(found):
+    assert "error" in found["nothing"]
 
 
 def test_other_logits_are_seen(made, tmp_path):
@@ -35,7 +45,7 @@ def test_other_logits_are_seen(made, tmp_path):
     tensors["image.logits"][-1, 7] += 3 * MOST * tensors["image.logits"].abs().max()
     tensors["video.input_ids"][0, 0] += 1
     save_file(tensors, tmp_path / "other.safetensors", metadata=told)
-    found = answers(None, forms["stock"], tmp_path / "other.safetensors")
+    (found,) = answers(None, [forms["stock"]], tmp_path / "other.safetensors")
     assert 2 * MOST < found["image"] < 4 * MOST and found["video"] == float("inf") and found["text"] <= MOST
     assert verdict(found, "stock") == "WRONG" and "WRONG" in line_of("4.51.3", "stock", found)
 
@@ -48,10 +58,6 @@ def test_verdicts():
     assert verdict({"text": 0.0}, "stock") == "WRONG"
     assert verdict(refused, "coefficients") == "refused" and verdict(refused, "stock") == "WRONG"
     assert verdict({"error": "KeyError: 'size'"}, "coefficients") == "WRONG"
-
-
-def test_a_checkpoint_that_cannot_be_read_is_an_error(made, tmp_path):
-    assert "error" in answers(None, tmp_path, made[1])
 
 
 def test_unknown_versions_are_refused(capsys):

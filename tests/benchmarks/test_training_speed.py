@@ -92,8 +92,9 @@ def test_without_skipping_samples_are_those_of_before():
         assert torch.equal(getattr(drawn, name), getattr(plain, name))
 
 
+@torch.compiler.set_stance("force_eager")
 def test_a_tiny_model_learns_from_the_sequences_of_all_scenes():
-    """Megatron-core's model on the CPU."""
+    """Megatron-core's model on the CPU, where nothing is compiled: it would be C++."""
     from megatron.core import parallel_state
     from megatron_cpu import CPU_OPTIONS, plain_layers
 

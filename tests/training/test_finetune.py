@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,18 +22,19 @@ import pytest
 import torch
 from pipeline import REPOSITORY, Prepared, edit_json, metrics, run
 from safetensors.torch import load_file
-from stand_in_python import write_interpreter
+from stand_in_python import SCRIPT, write_interpreter
 
 import finetune_qwen2vl
 from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, recorded_skipping
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
-from dct_qwen2vl.training import checks, config, run_file, run_lock
+from dct_qwen2vl.training import checks, config, processes, run_file, run_lock
 
 STEPS, SAVE_INTERVAL, VAL_INTERVAL = 24, 8, 12
 KILL_AFTER = 14  # steps: well past a checkpoint, before the next
 SEQ_LENGTH = 66  # tokens; one sample in eight is longer
 CODE = "image_processing_dct.py"  # beside the weights
 FAULT_STEP, SAMPLES_PER_STEP = 4, 8
+NOT_COMPARED = ("--compare-samples", "0")  # the two forms of the model, which other launches compare
 
 
 def launch_environment(prepared: Prepared, output_dir: Path, name: str, processes: int) -> dict[str, str]:
@@ -65,13 +67,18 @@ def finish(process: subprocess.Popen, environment: dict[str, str]) -> str:
     return log
 
 
-def kill_when_under_way(process: subprocess.Popen, run_dir: Path) -> None:
-    """kill -9 of every process of a launch once KILL_AFTER steps are logged."""
+def wait_until_under_way(process: subprocess.Popen, run_dir: Path) -> None:
+    """Until KILL_AFTER steps are logged."""
     deadline = time.monotonic() + 390
     while not any(line["step"] >= KILL_AFTER for line in whole_lines(run_dir)):
         assert process.poll() is None, "the launch ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def kill_when_under_way(process: subprocess.Popen, run_dir: Path) -> None:
+    """kill -9 of every process of a launch."""
+    wait_until_under_way(process, run_dir)
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         member.send_signal(signal.SIGKILL)
@@ -104,10 +111,10 @@ def one_process(prepared, broken_shards, tmp_path_factory) -> dict:
     whole = launch_environment(prepared, output, "whole", 1)
     killed = launch_environment(prepared, output, "killed", 1)
     unusable = {**launch_environment(prepared, output, "unusable", 1), "DATASET_DIR": str(broken_shards)}
-    first, second = start(killed), start(whole, "--profile", "3")
+    first, second = start(killed, *NOT_COMPARED), start(whole, "--profile", "3")
     kill_when_under_way(first, output / "killed")
     finish(second, whole)
-    third, fourth = start(killed), start(unusable, "--max-bad-in-a-row", "20")
+    third, fourth = start(killed, *NOT_COMPARED), start(unusable, "--max-bad-in-a-row", "20", *NOT_COMPARED)
     log = finish(third, killed)
     code = fourth.wait(timeout=390)
     return {"output": output, "log": log, "unusable": (code, (output / "unusable.log").read_text()), "whole": whole}
@@ -206,7 +213,7 @@ def faulty(prepared, tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("faulty")
     python = str(write_interpreter(output, "faulty_gradient"))
     environment = launch_environment(prepared, output, "faulty", 2) | {"PYTHON": python, "PYTHON_EXEC": python}
-    process = start(environment | {"FAULT_STEP": str(FAULT_STEP), "SAVE_INTERVAL": "2"})
+    process = start(environment | {"FAULT_STEP": str(FAULT_STEP), "SAVE_INTERVAL": "2"}, *NOT_COMPARED)
     code = process.wait(timeout=390)
     return {"run_dir": output / "faulty", "code": code, "log": (output / "faulty.log").read_text()}
 
@@ -270,11 +277,10 @@ def test_a_checkpoint_s_model_is_the_one_with_its_adapters(two_processes):
 
 
 @pytest.mark.launch
-def test_run_with_other_adapters_is_not_continued(two_processes, prepared):
-    settings = launch_environment(prepared, two_processes["output"], "killed", 2)
-    result = run(["bash", "qwen_launch.sh", "--lora-rank", "8", "--freeze", "projector"], check=False, **settings)
-    assert result.returncode == 1
-    assert "was started with --lora-rank 4, now it is 8" in result.stderr
+def test_run_with_other_adapters_is_not_continued(two_processes, refused):
+    folder = {"OUTPUT_DIR": str(two_processes["output"]), "EXPERIMENT_NAME": "killed"}
+    line = refused("--lora-rank", "8", "--freeze", "projector", **folder)
+    assert "was started with --lora-rank 4, now it is 8" in line
 
 
 @pytest.mark.launch
@@ -339,9 +345,9 @@ def test_the_two_forms_are_compared_before_and_after(launched, request):
 
 
 @pytest.mark.launch
-def test_a_stock_form_is_not_trained_on(one_process, prepared, tmp_path):
+def test_a_stock_form_is_not_trained_on(one_process, refused):
     folder = one_process["output"] / "whole" / "hf"
-    line = refused(prepared, tmp_path, MODEL_DIR=str(folder)).rstrip()
+    line = refused(MODEL_DIR=str(folder)).rstrip()
     assert (
         "is the stock form of a DCT model (x4), but training needs its coefficient form: give a run's hf_dct, or "
         in line
@@ -374,9 +380,9 @@ def restarted(one_process, prepared) -> dict:
     shutil.copyfile(whole / "run.json", run_dir / "run.json")
     environment = launch_environment(prepared, one_process["output"], "restarted", 1)
     environment |= {"GBS": "6", "VAL_INTERVAL": "3", "SAVE_INTERVAL": "0"}
-    kill_when_under_way(start(environment, "--restart-data"), run_dir)
+    kill_when_under_way(start(environment, "--restart-data", *NOT_COMPARED), run_dir)
     before = whole_lines(run_dir)
-    log = finish(start(environment), environment)
+    log = finish(start(environment, *NOT_COMPARED), environment)
     return {"run_dir": run_dir, "before": before, "log": log}
 
 
@@ -415,11 +421,9 @@ def test_finished_run_is_not_repeated(one_process):
 
 
 @pytest.mark.launch
-def test_run_folder_of_other_settings_is_refused(one_process):
-    environment = {**one_process["whole"], "LR": "5e-4"}
-    result = run(["bash", "qwen_launch.sh"], check=False, **environment)
-    assert result.returncode == 1
-    assert "was started with --lr 0.001, now it is 0.0005" in result.stderr
+def test_run_folder_of_other_settings_is_refused(one_process, refused):
+    folder = {"OUTPUT_DIR": str(one_process["output"]), "EXPERIMENT_NAME": "whole"}
+    assert "was started with --lr 0.001, now it is 0.0005" in refused(LR="5e-4", **folder)
 
 
 @pytest.mark.parametrize(
@@ -443,26 +447,46 @@ def test_precision_and_engine_stay_when_a_run_goes_on(changed, said, prepared, t
 
 def test_run_that_is_being_trained_is_not_started_twice(prepared, tmp_path):
     run_lock.lock(tmp_path / "refused")
-    assert f"is being trained by another process (pid {os.getpid()} on" in refused(prepared, tmp_path)
+    assert f"is being trained by another process (pid {os.getpid()} on" in refused_by_launcher(prepared, tmp_path)
 
 
-def refused(prepared: Prepared, tmp_path: Path, *arguments: str, **settings: str) -> str:
-    """The one line with which qwen_launch.sh refuses."""
+def refused_by_launcher(prepared: Prepared, tmp_path: Path, **settings: str) -> str:
+    """The one line with which qwen_launch.sh refuses to start two processes."""
     environment = {**launch_environment(prepared, tmp_path, "refused", 2), **settings}
-    result = run(["bash", "qwen_launch.sh", *arguments], check=False, **environment)
+    result = run(["bash", "qwen_launch.sh"], check=False, **environment)
     assert result.returncode == 1, result.stdout + result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
     return result.stderr
 
 
+@pytest.fixture
+def refused(prepared, tmp_path, monkeypatch, one_line_error) -> Callable[..., str]:
+    """refused("--dct", "x16", GBS="10"): the one line with which the first of two processes refuses what qwen_launch.sh
+    makes of arguments and settings. It is called here, without torchrun, which takes longer than all checks."""
+    shows_arguments = tmp_path / "shows_arguments"
+    shows_arguments.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    shows_arguments.chmod(0o755)
+    for name, value in {processes.TORCHRUN: "1", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+    def refuse(*arguments: str, **settings: str) -> str:
+        environment = launch_environment(prepared, tmp_path, "refused", 2) | settings | {"PYTHON": str(shows_arguments)}
+        words = run(["bash", "qwen_launch.sh", *arguments], **environment).stdout.splitlines()
+        assert words[:6] == ["-m", "dct_qwen2vl.training.launch", "--standalone", "--nproc-per-node", "2", SCRIPT]
+        assert finetune_qwen2vl.main([*words[6:], "--check"]) == 1
+        return one_line_error()
+
+    return refuse
+
+
 def test_indivisible_batch_is_refused(prepared, tmp_path):
-    assert "GBS 10 is not divisible by MBS 2 x 2 processes = 4" in refused(prepared, tmp_path, GBS="10")
+    assert "GBS 10 is not divisible by MBS 2 x 2 processes = 4" in refused_by_launcher(prepared, tmp_path, GBS="10")
 
 
-def test_flags_of_the_other_engine_are_refused(prepared, tmp_path):
-    line = refused(prepared, tmp_path, PP="2")
+def test_flags_of_the_other_engine_are_refused(refused):
+    line = refused(PP="2")
     assert "--pipeline-parallel belongs to the megatron engine, but --engine megatron needs" in line
-    assert "--pack-tokens belongs to the megatron engine" in refused(prepared, tmp_path, PACK_TOKENS="512", MBS="")
+    assert "--pack-tokens belongs to the megatron engine" in refused(PACK_TOKENS="512", MBS="")
 
 
 @pytest.mark.parametrize(
@@ -634,8 +658,8 @@ def test_what_is_given_in_place_of_a_model_is_named(prepared, tmp_path, one_line
     assert one_line_error().rstrip().endswith(f"give --model-dir {tmp_path / 'run' / 'hf_dct'}")
 
 
-def test_missing_model_is_refused(prepared, tmp_path):
-    assert "no model in /nowhere" in refused(prepared, tmp_path, MODEL_DIR="/nowhere")
+def test_missing_model_is_refused(refused):
+    assert "no model in /nowhere" in refused(MODEL_DIR="/nowhere")
 
 
 def test_relative_folders_are_those_of_the_caller(tmp_path):
@@ -656,32 +680,32 @@ def test_relative_folders_are_those_of_the_caller(tmp_path):
     assert launched(REPOSITORY, OUTPUT_DIR="r") == {"model-dir": "models/x4", **data, "output-dir": "r"}
 
 
-def test_unprepared_data_is_refused(prepared, tmp_path):
-    assert "no shards in" in refused(prepared, tmp_path, DATASET_DIR=str(tmp_path))
+def test_unprepared_data_is_refused(prepared, tmp_path, refused):
+    assert "no shards in" in refused(DATASET_DIR=str(tmp_path))
     shutil.copy(next(prepared.shards.glob("*.tar")), tmp_path)
-    assert "is not prepared" in refused(prepared, tmp_path, DATASET_DIR=str(tmp_path))
+    assert "is not prepared" in refused(DATASET_DIR=str(tmp_path))
 
 
-def test_contradicting_dct_flag_is_refused_naming_both(prepared, tmp_path):
-    line = refused(prepared, tmp_path, "--dct", "x16")
+def test_contradicting_dct_flag_is_refused_naming_both(refused):
+    line = refused("--dct", "x16")
     assert "--dct x16 contradicts the checkpoint" in line
     assert "converted with x4" in line
 
 
-def test_pixel_checkpoint_is_refused_unless_asked_for(prepared, tmp_path):
-    line = refused(prepared, tmp_path, MODEL_DIR=str(prepared.pixel_model))
+def test_pixel_checkpoint_is_refused_unless_asked_for(prepared, refused):
+    line = refused(MODEL_DIR=str(prepared.pixel_model))
     assert "reads pixels, not DCT tokens" in line
     info = checks.check_model(prepared.pixel_model, "none")
     assert (info.dct_name, info.dct) == ("none", None)
 
 
 def test_unequal_devices_are_refused(prepared, tmp_path):
-    assert "DEVICES=3, but NUM_PROC_PER_NODE=2" in refused(prepared, tmp_path, DEVICES="3")
+    assert "DEVICES=3, but NUM_PROC_PER_NODE=2" in refused_by_launcher(prepared, tmp_path, DEVICES="3")
 
 
-def test_pixel_bounds_the_wrong_way_round_are_refused(prepared, tmp_path):
+def test_pixel_bounds_the_wrong_way_round_are_refused(refused):
     said = "got min_pixels 200000 and max_pixels 100000: change --min-pixels or --max-pixels"
-    assert said in refused(prepared, tmp_path, MINPIXELS="200000", MAXPIXELS="100000")
+    assert said in refused(MINPIXELS="200000", MAXPIXELS="100000")
 
 
 def test_the_checkpoint_s_least_gives_way_to_lower_most_pixels(prepared, tmp_path, capsys, monkeypatch):
@@ -709,12 +733,12 @@ def test_every_loader_of_processors_lets_the_least_give_way(prepared, form):
     assert (processor.min_pixels, processor.max_pixels) == (2000, 2000)
 
 
-def test_skipping_needs_tokens_that_can_be_skipped(prepared, tmp_path):
+def test_skipping_needs_tokens_that_can_be_skipped(prepared, tmp_path, refused):
     pixels = {"MODEL_DIR": str(prepared.pixel_model), "SKIP_DB": "38"}
-    assert "--skip-db 38 needs DCT tokens" in refused(prepared, tmp_path, "--dct", "none", **pixels)
-    assert "--skip-db must be at least 0, got -1.0" in refused(prepared, tmp_path, SKIP_DB="-1")
-    assert "--skip-share must be over 0, got 0.0" in refused(prepared, tmp_path, SKIP_DB="38", SKIP_SHARE="0")
-    assert "--skip-share must be at most 1, got 1.5" in refused(prepared, tmp_path, SKIP_DB="38", SKIP_SHARE="1.5")
+    assert "--skip-db 38 needs DCT tokens" in refused("--dct", "none", **pixels)
+    assert "--skip-db must be at least 0, got -1.0" in refused(SKIP_DB="-1")
+    assert "--skip-share must be over 0, got 0.0" in refused(SKIP_DB="38", SKIP_SHARE="0")
+    assert "--skip-share must be at most 1, got 1.5" in refused(SKIP_DB="38", SKIP_SHARE="1.5")
     model = shutil.copytree(prepared.model, tmp_path / "other")
     info, values = checks.check_model(model, None), {"model_dir": model, "data_dir": prepared.shards}
     checks.check_skipping(config.TrainingConfig(**values, skip_db=38.0, skip_noise_floor=True), info)
@@ -830,38 +854,24 @@ def test_a_run_that_began_with_another_share_goes_on_with_it(prepared, tmp_path,
     assert finetune_qwen2vl.main([*command, "--experiment-name", "new"]) == 0 and seen[-1] == 0.8
 
 
-@pytest.mark.launch
-def test_a_run_with_skipping_is_evaluated_with_skipping(prepared, tmp_path):
-    """Fewer visual tokens, the same samples, in all of them, most or half; the model that is written says so, and is
-    asked alike. 15 dB, since the images of the sample data are small and full of texture."""
-    from dct_qwen2vl.evaluation.answering import Answerer
-
-    visual = {}
-    for name, share in (("half", "0.5"), ("most", ""), ("skips", "1")):
-        environment = launch_environment(prepared, tmp_path, name, 1)
-        environment |= {"MAX_STEPS": "2", "VAL_INTERVAL": "2", "SAVE_INTERVAL": "0", "ENGINE": "automodel"}
-        skipping = {"SKIP_DB": "15", "SKIP_SHARE": share}
-        log = finish(start(environment | skipping | {"SEQ_LENGTH": "2048"}), environment)
-        assert "Done: the fine-tuned model is in" in log
-        lines = [line for line in metrics(tmp_path / name) if "loss" in line]
-        assert [line["samples"] for line in lines] == [8, 8]
-        visual[name] = sum(line["visual_tokens"] for line in lines)
-        assert all(0 < line["kept_share"] < 1 for line in lines) and "| cells kept " in log
-        assert log.count("but its stock form reads all cells") == (name == "skips")
-    assert 0 < visual["skips"] < visual["most"] < visual["half"]
-    settings = {name: json.loads((tmp_path / name / "run.json").read_text()) for name in visual}
-    assert {name: (found["skip_db"], found["skip_share"]) for name, found in settings.items()} == {
-        "half": (15, 0.5),
-        "most": (15, 0.8),
-        "skips": (15, 1),
-    }
-    assert Answerer(tmp_path / "skips" / "hf_dct", 4).media.skip_db == 15
-    assert "skip_db" not in (tmp_path / "skips/hf/preprocessor_config.json").read_text(), "the stock form takes all"
-    assert {name: recorded_skipping(tmp_path / name / "hf") for name in visual} == {
-        "half": {"skip_db": 15, "skip_share": 0.5},
-        "most": {"skip_db": 15, "skip_share": 0.8},
-        "skips": {"skip_db": 15, "skip_share": 1},
-    }
+def launch_with_skipping(
+    command: list[str], prepared: Prepared, folder: Path, name: str, share: str, **settings: str
+) -> dict:
+    """Two steps of eight samples: the share of cells that has tokens, and what was printed. 15 dB, since the images of
+    the sample data are small and full of texture."""
+    environment = launch_environment(prepared, folder, name, 1) | {"ENGINE": "automodel", "SEQ_LENGTH": "2048"}
+    environment |= {"MAX_STEPS": "2", "VAL_INTERVAL": "2", "SAVE_INTERVAL": "0", "SKIP_DB": "15", "SKIP_SHARE": share}
+    done = run([*command, "--log-interval", "1"], check=False, **(environment | settings))
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [line for line in metrics(folder / name) if "loss" in line]
+    assert [line["samples"] for line in lines] == [8, 8]
+    assert all(0 < line["kept_share"] < 1 for line in lines) and "| cells kept " in done.stdout
+    assert "Done: the fine-tuned model is in" in done.stdout
+    assert done.stdout.count("but its stock form reads all cells") == (share == "1")
+    written = json.loads((folder / name / "run.json").read_text())
+    skipping = {"skip_db": 15, "skip_share": float(share)}
+    assert skipping.items() <= written.items() and recorded_skipping(folder / name / "hf") == skipping
+    return {"kept_share": sum(line["kept_share"] for line in lines) / len(lines), "said": done.stdout}
 
 
 FAKE_SRUN = """#!/usr/bin/env bash
@@ -874,23 +884,37 @@ wait $! && exit $code
 """
 
 
-def test_two_nodes_through_slurm(prepared, tmp_path):
-    folder = tmp_path / "bin"
+@pytest.fixture(scope="module")
+def two_nodes(prepared, tmp_path_factory) -> dict:
+    """A run of two nodes through Slurm, which leaves out cells in half of the samples."""
+    output = tmp_path_factory.mktemp("nodes")
+    folder = output / "bin"
     folder.mkdir()
     for name, text in {"srun": FAKE_SRUN, "scontrol": "#!/usr/bin/env bash\nprintf '127.0.0.1\\nother\\n'\n"}.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    environment = {
-        **launch_environment(prepared, tmp_path, "nodes", 1),
-        **{"PATH": f"{folder}:{os.environ['PATH']}", "MAX_STEPS": "2", "SAVE_INTERVAL": "0", "ENGINE": "automodel"},
-        **{"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": str(os.getpid())},
-    }
-    done = run(["bash", "slurm/train_slurm.sh", "--log-interval", "1"], check=False, **environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "2 process(es)" in done.stdout
-    steps = [line for line in metrics(tmp_path / "nodes") if "loss" in line]
-    assert [line["samples"] for line in steps] == [8, 8]
-    assert not (tmp_path / "nodes" / "checkpoints").exists() and (tmp_path / "nodes" / "hf").is_dir()
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": str(os.getpid())}
+    command, path = ["bash", "slurm/train_slurm.sh"], f"{folder}:{os.environ['PATH']}"
+    launched = launch_with_skipping(command, prepared, output, "nodes", "0.5", PATH=path, **job)
+    return {"run_dir": output / "nodes", **launched}
+
+
+@pytest.mark.launch
+def test_two_nodes_through_slurm(two_nodes):
+    assert "2 process(es)" in two_nodes["said"]
+    assert not (two_nodes["run_dir"] / "checkpoints").exists() and (two_nodes["run_dir"] / "hf").is_dir()
+
+
+@pytest.mark.launch
+def test_a_run_with_skipping_is_evaluated_with_skipping(prepared, two_nodes, tmp_path):
+    """Fewer visual tokens, the same number of samples, and more so in all than in half; the model that is written says
+    so, and is asked alike."""
+    from dct_qwen2vl.evaluation.answering import Answerer
+
+    skips = launch_with_skipping(["bash", "qwen_launch.sh"], prepared, tmp_path, "skips", "1")
+    assert skips["kept_share"] < two_nodes["kept_share"]
+    assert Answerer(tmp_path / "skips" / "hf_dct", 4).media.skip_db == 15
+    assert "skip_db" not in (tmp_path / "skips/hf/preprocessor_config.json").read_text(), "the stock form takes all"
 
 
 def test_slurm_s_task_has_the_cores_of_its_processes_and_loaders(tmp_path):
@@ -912,8 +936,8 @@ def test_profile_is_a_trace_of_one_step(one_process):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_megatron_without_cuda_is_refused(prepared, tmp_path):
-    assert "--engine megatron needs a CUDA device" in refused(prepared, tmp_path, ENGINE="megatron")
+def test_megatron_without_cuda_is_refused(refused):
+    assert "--engine megatron needs a CUDA device" in refused(ENGINE="megatron")
 
 
 def test_unknown_argument_is_a_usage_error(prepared, tmp_path):

@@ -4,6 +4,7 @@ With a CUDA device and TransformerEngine in bf16 on the layers that training use
 the layers are Megatron-core's plain ones and attention is torch's.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -27,7 +28,7 @@ FORMATS = ("none", "exact", "x4")
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process():
-    """Megatron's process groups of a single process."""
+    """Megatron's process groups of a single process. On a CPU nothing is compiled: it would be C++."""
     from megatron.core import parallel_state, tensor_parallel
 
     with socket.socket() as free:
@@ -38,7 +39,8 @@ def one_process():
     parallel_state.initialize_model_parallel()
     if GPU:
         tensor_parallel.model_parallel_cuda_manual_seed(1)
-    yield
+    with contextlib.nullcontext() if GPU else torch.compiler.set_stance("force_eager"):
+        yield
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
 

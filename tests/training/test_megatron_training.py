@@ -41,6 +41,13 @@ LAYOUTS = {
     # One loader process each, where a single process has two: the same sequences a step.
     "DP": {**(TWO if GPUS else TWO_NODES), "NUM_WORKERS": 1},
 }
+# The size of packed sequences is left open; the device is full at the first sizes that are tried.
+OPEN_SIZE = {"PACK_TOKENS": "", "PACK_VISION_TOKENS": 2 * PACK_TOKENS, "ROOM_FOR": 300}
+LIMIT = ("--memory-limit", "1.05614")  # GiB
+FULL = "The device's memory is full at a packed sequence of {} tokens, 512 vision tokens"
+FITS = "A full packed sequence fits: 256 tokens, 512 vision tokens"
+NOT_COMPARED = ("--compare-samples", "0")  # the two forms of the model, which `whole` compares
+FAULT_STEP = 6
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +123,11 @@ def launch(variables: dict[str, str], *arguments: str, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def whole(environment, tmp_path_factory) -> Path:
-    """The folder of a run of one process that nothing has stopped; waits of its third step are recorded."""
+    """The folder of a run of one process that nothing has stopped; waits of its third step are recorded. On a CPU it
+    chooses the size of its packed sequences, which the others are given."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    launch(environment(run_dir, WAITS=run_dir.with_name("waits.json")), "--profile", "2")
+    size, limit = ({}, ()) if GPUS else (OPEN_SIZE, LIMIT)
+    launch(environment(run_dir, WAITS=run_dir.with_name("waits.json"), **size), "--profile", "2", *limit)
     return run_dir
 
 
@@ -129,7 +138,7 @@ def trained(environment, whole):
     @functools.cache
     def run(layout: str) -> Path:
         run_dir = whole.with_name(layout)
-        launch(environment(run_dir, **LAYOUTS[layout]))
+        launch(environment(run_dir, **LAYOUTS[layout]), *NOT_COMPARED)
         return run_dir
 
     return run
@@ -144,19 +153,19 @@ def copy_run(source: Path, target: Path, step: int) -> None:
     (target / "checkpoints" / f".step{step + 1:06d}.tmp").mkdir()
 
 
-def go_on(environment, source: Path, step: int, layout: str, *arguments: str) -> Path:
+def go_on(environment, source: Path, step: int, layout: str, *arguments: str, **settings: str) -> Path:
     """The folder of a run that goes on under `layout` from a copy of the checkpoint of `step`."""
     run_dir = source.with_name(f"{layout}-from-{source.name}")
     copy_run(source, run_dir, step)
-    log = launch(environment(run_dir, **LAYOUTS[layout], SAVE_INTERVAL=2), *arguments)
+    log = launch(environment(run_dir, **LAYOUTS[layout], SAVE_INTERVAL=2, **settings), *NOT_COMPARED, *arguments)
     assert f"Resuming from {run_dir}/checkpoints/step{step:06d}\n" in log
     return run_dir
 
 
 @pytest.fixture(scope="module")
 def tensor_parallel(environment, whole) -> Path:
-    """From the middle of `whole`."""
-    return go_on(environment, whole, STEPS // 2, "TP")
+    """From the middle of `whole`. The size of packed sequences and of a step is left to what that had."""
+    return go_on(environment, whole, STEPS // 2, "TP", "--memory-limit", "1.2", PACK_TOKENS="", GBS="")
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +284,7 @@ def test_a_checkpoint_exports_the_same_under_another_layout(writer, reader, trai
 
 def test_adapters_go_on_in_two_tensor_parallel_processes_and_are_merged(environment, model_dir, tmp_path):
     flags = ("--lora-rank", "4", "--freeze", "projector")
-    launch(environment(tmp_path / "adapters"), *flags)
+    launch(environment(tmp_path / "adapters"), *NOT_COMPARED, *flags)
     both = go_on(environment, tmp_path / "adapters", STEPS - SAVE_INTERVAL, "TP", *flags)
     assert_same_training(both, tmp_path / "adapters", after=STEPS - SAVE_INTERVAL)
     changed = assert_close_weights(both, tmp_path / "adapters", model_dir)
@@ -285,42 +294,43 @@ def test_adapters_go_on_in_two_tensor_parallel_processes_and_are_merged(environm
 
 
 @cpu_only
-def test_the_size_that_fits_is_chosen_tried_kept_and_gone_on_with(environment, whole, tmp_path):
-    """The run sees what a run sees that was given the size. The device is full at the first sizes that are tried."""
-    run_dir, limit = tmp_path / "sized", ["--memory-limit", "1.05614"]
-    environment_of = functools.partial(environment, PACK_TOKENS="")
-    log = launch(environment_of(run_dir, PACK_VISION_TOKENS=2 * PACK_TOKENS, ROOM_FOR=300), *limit)
-    lines = [line for line in log.splitlines() if "packed sequence" in line.lower()]
+def test_the_size_that_fits_is_chosen_tried_and_kept(whole):
+    """`test_two_processes_learn_what_one_learns` compares the run with one that was given the size."""
+    lines = packed_lines(whole)
     assert lines[0] == (
         "Packed sequences of up to 768 tokens, 512 vision tokens: expected to take 0.0 of 1.1 GiB, model and optimizer "
         "0.0"
     )
-    full = "The device's memory is full at a packed sequence of {} tokens, 512 vision tokens"
-    fits = "A full packed sequence fits: 256 tokens, 512 vision tokens"
-    assert lines[1:] == [full.format(768), full.format(512), fits]
-    settings = json.loads((run_dir / "run.json").read_text())
+    assert lines[1:] == [FULL.format(768), FULL.format(512), FITS]
+    settings = json.loads((whole / "run.json").read_text())
     assert (settings["pack_tokens"], settings["pack_vision_tokens"], settings["global_batch_size"]) == (256, 512, 4)
-    assert_equal_steps(run_dir, whole)
-    copy_run(run_dir, tmp_path / "again", STEPS // 2)
-    log = launch(environment_of(tmp_path / "again", GBS=""), "--memory-limit", "1.2")
-    assert "Resuming from" in log and "acked sequence" not in log
-    assert_equal_steps(tmp_path / "again", whole)
 
 
 @cpu_only
-def test_data_parallel_processes_shrink_together(environment, trained, tmp_path):
+def test_a_run_goes_on_with_the_size_that_was_chosen(tensor_parallel, whole):
+    """It does not choose again. Each step has the same samples in as full sequences."""
+    assert packed_lines(tensor_parallel) == []
+    names = ("step", "samples", "sequence_fill")
+    assert figures(tensor_parallel, names) == figures(whole, names)
+
+
+def packed_lines(run_dir: Path) -> list[str]:
+    """What a launch has said about the size of packed sequences."""
+    log = run_dir.with_name(f"{run_dir.name}.log").read_text()
+    return [line for line in log.splitlines() if "packed sequence" in line.lower()]
+
+
+@cpu_only
+def test_data_parallel_processes_shrink_together(faulty, trained):
     """Two nodes of a process each, of which each says alone whether its memory is full."""
-    settings = {**LAYOUTS["DP"], "PACK_TOKENS": "", "PACK_VISION_TOKENS": 2 * PACK_TOKENS, "ROOM_FOR": 300}
-    log = launch(environment(tmp_path / "sized", **settings), "--memory-limit", "1.05614")
-    assert log.count("The device's memory is full at a packed sequence of 768 tokens") == 1
-    assert log.count("A full packed sequence fits: 256 tokens, 512 vision tokens") == 1
-    assert_equal_steps(tmp_path / "sized", trained("DP"))
-
-
-def assert_equal_steps(found: Path, wanted: Path) -> None:
+    lines = packed_lines(faulty)
+    assert lines.count(FULL.format(768)) == 1 and lines.count(FITS) == 1
     names = ("step", "loss", "gradient_norm", "samples", "sequence_fill")
-    ours, theirs = ([[line[name] for name in names] for line in steps_of(folder)] for folder in (found, wanted))
-    assert ours == theirs
+    assert figures(faulty, names) == figures(trained("DP"), names)[: FAULT_STEP - 1]
+
+
+def figures(run_dir: Path, names: tuple[str, ...]) -> list[list]:
+    return [[line[name] for name in names] for line in steps_of(run_dir)]
 
 
 @gpu_only
@@ -358,14 +368,23 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_samples(environment, t
     assert not list((tmp_path / "wild" / "checkpoints").glob(f"step{STEPS:06d}*"))
 
 
-def test_a_gradient_that_is_no_number_stops_the_run_and_is_never_saved(environment, tmp_path):
-    fault = {"FAULT_STEP": 4, "SAVE_INTERVAL": 3, **LAYOUTS["DP"]}
+@pytest.fixture(scope="module")
+def faulty(environment, tmp_path_factory) -> Path:
+    """Two processes, of which one has a gradient that is no number in FAULT_STEP. On a CPU they choose a size first."""
+    folder = tmp_path_factory.mktemp("faulty")
+    fault = {"FAULT_STEP": FAULT_STEP, "SAVE_INTERVAL": FAULT_STEP - 1, **LAYOUTS["DP"]}
     if GPUS:
-        fault |= dict.fromkeys(("PYTHON", "PYTHON_EXEC"), write_interpreter(tmp_path, "faulty_gradient"))
-    log = launch(environment(tmp_path / "faulty", **fault), code=1)
+        fault |= dict.fromkeys(("PYTHON", "PYTHON_EXEC"), write_interpreter(folder, "faulty_gradient"))
+    size, limit = ({}, ()) if GPUS else (OPEN_SIZE, LIMIT)
+    launch(environment(folder / "faulty", **fault, **size), *NOT_COMPARED, *limit, code=1)
+    return folder / "faulty"
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_and_is_never_saved(faulty):
+    log = faulty.with_name("faulty.log").read_text()
     (line,) = [line for line in log.splitlines() if line.startswith("finetune_qwen2vl.py: ")]
-    assert "the gradient norm is nan at step 4, which has changed no weight; its samples: " in line
-    assert [path.name for path in (tmp_path / "faulty" / "checkpoints").iterdir()] == ["step000003"]
-    assert [line["step"] for line in metrics(tmp_path / "faulty")] == [1, 2, 3]
-    seen = json.loads((tmp_path / "faulty" / "non_finite_step.json").read_text())["samples"]
+    assert f"the gradient norm is nan at step {FAULT_STEP}, which has changed no weight; its samples: " in line
+    assert [path.name for path in (faulty / "checkpoints").iterdir()] == [f"step{FAULT_STEP - 1:06d}"]
+    assert [line["step"] for line in steps_of(faulty)] == list(range(1, FAULT_STEP))
+    seen = json.loads((faulty / "non_finite_step.json").read_text())["samples"]
     assert len(seen) == len(set(seen)) > 4  # more than one of each of four sequences

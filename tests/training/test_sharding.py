@@ -2,24 +2,28 @@
 
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from pipeline import REPOSITORY, metrics, run
 from safetensors.torch import load_file
 from sharding_process import CASES, MIDDLE, RUNS, STEPS
 from test_finetune import (
+    NOT_COMPARED,
     SAVE_INTERVAL,
     figures,
     finish,
-    kill_when_under_way,
     launch_environment,
     resumed_step,
     start,
+    wait_until_under_way,
     whole_lines,
 )
+from test_starts_and_ends import GOES_ON, assert_no_line_is_lost
 
 from dct_qwen2vl.data.media_embedding import blank_image, embed_media
 from dct_qwen2vl.training.sharding import embed_first
@@ -171,12 +175,18 @@ def test_a_medium_without_its_tokens_is_an_error(models):
 
 @pytest.fixture(scope="module")
 def launched(prepared, tmp_path_factory) -> dict:
-    """A sharded run, killed and started again by the launcher."""
+    """A sharded run of which kill -9 has ended one process, started again by the launcher."""
     output = tmp_path_factory.mktemp("launched")
-    killed = launch_environment(prepared, output, "killed", 2) | {"SHARDING": "fsdp2"}
-    kill_when_under_way(start(killed), output / "killed")
-    before = whole_lines(output / "killed")
-    return {"output": output, "log": finish(start(killed), killed), "before": before}
+    environment = launch_environment(prepared, output, "killed", 2) | {"SHARDING": "fsdp2"}
+    process, log = start(environment, *NOT_COMPARED), output / "killed.log"
+    wait_until_under_way(process, output / "killed")
+    children = psutil.Process(process.pid).children()  # of torchrun
+    training = next(child for child in children if "finetune_qwen2vl.py" in child.cmdline())
+    size = log.stat().st_size
+    training.kill()
+    first = {"code": process.wait(timeout=90), "said": log.read_text(), "lines": whole_lines(output / "killed")}
+    first["last"] = [line for line in first["said"][size:].splitlines() if line and not line.startswith("step ")]
+    return {"output": output, "log": finish(start(environment), environment), "first": first}
 
 
 @pytest.fixture(scope="module")
@@ -188,12 +198,21 @@ def alone(launched, prepared) -> dict:
     step = Path("checkpoints") / f"step{2 * SAVE_INTERVAL:06d}"
     shutil.copytree(output / "killed" / step, output / "alone" / step)
     shutil.copyfile(output / "killed" / "run.json", output / "alone" / "run.json")
-    return {"run_dir": output / "alone", "log": finish(start(alone, "--restart-data"), alone)}
+    return {"run_dir": output / "alone", "log": finish(start(alone, "--restart-data", *NOT_COMPARED), alone)}
+
+
+@pytest.mark.launch
+def test_a_process_that_was_killed_is_told(launched):
+    first = launched["first"]
+    assert first["code"] == 128 + signal.SIGKILL
+    assert f"was ended by SIGKILL (is the machine's memory full?); {GOES_ON}" in first["last"][-1]
+    assert not any("Traceback" in line for line in first["last"])
+    assert_no_line_is_lost(first["said"], [line["step"] for line in first["lines"] if "loss" in line])
 
 
 @pytest.mark.launch
 def test_a_killed_sharded_run_goes_on_bit_for_bit(launched):
-    before, after = launched["before"], metrics(launched["output"] / "killed")
+    before, after = launched["first"]["lines"], metrics(launched["output"] / "killed")
     repeated = [line for line in before if line["step"] > resumed_step(launched["log"])]
     assert len(repeated) >= 3, "the launch was killed too early to compare anything"
     assert figures(after[: len(before)]) == figures(before)

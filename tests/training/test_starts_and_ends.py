@@ -1,6 +1,7 @@
 """First tries, small sets, data that were prepared again, what a shell has left over, Ctrl-C: through qwen_launch.sh,
 with two real processes on both engines."""
 
+import functools
 import json
 import os
 import shutil
@@ -84,15 +85,6 @@ def test_a_first_try_without_a_val_split_trains_and_says_so_once(engine, prepare
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_val_split_smaller_than_the_processes_works(engine, prepared, variables, tmp_path):
-    """One sample for two processes."""
-    shards = prepare(prepared, tmp_path / "shards", "--limit", "24", "--split", "20,1,1", "--maxcount", "2")
-    launch(variables(engine, tmp_path, DATASET_DIR=shards))
-    assert [line["val_samples"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [1, 1]
-
-
-@pytest.mark.launch
 def test_a_model_that_cannot_be_saved_ends_both_processes_in_one_line(prepared, variables, tmp_path):
     model_dir = Path(shutil.copytree(prepared.model, tmp_path / "model"))
     edit_json(model_dir / "generation_config.json", do_sample=False, temperature=0.5)
@@ -104,18 +96,25 @@ def test_a_model_that_cannot_be_saved_ends_both_processes_in_one_line(prepared, 
 
 def start(environment: dict[str, str], log: Path) -> subprocess.Popen:
     """A launch as from a terminal: a process group of its own, which Ctrl-C reaches as a whole."""
+    command = command_of(environment, "--compare-samples", "0")
     with log.open("w") as file:
         return subprocess.Popen(
-            command_of(environment), cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+            command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
-def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int = 3) -> None:
-    path, deadline = run_dir / "metrics.jsonl", time.monotonic() + 300
-    while not path.is_file() or path.read_text().count("\n") < step:
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while step not in steps_of(run_dir):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    """The steps that a run has written whole lines about; it may still go on."""
+    path = run_dir / "metrics.jsonl"
+    lines = map(json.loads, path.read_text().split("\n")[:-1]) if path.is_file() else ()
+    return [line["step"] for line in lines if "loss" in line]
 
 
 def end(process: subprocess.Popen, log: Path, act) -> tuple[int, list[str]]:
@@ -130,10 +129,9 @@ def end(process: subprocess.Popen, log: Path, act) -> tuple[int, list[str]]:
     return code, [line for line in log.read_text()[size:].splitlines() if line and not line.startswith("step ")]
 
 
-def assert_no_line_is_lost(folder: Path) -> None:
+def assert_no_line_is_lost(log: str, written: list[int]) -> None:
     """Each step that was shown is in metrics.jsonl."""
-    shown = [int(line.split("/")[0].split()[1]) for line in (folder / "log").read_text().splitlines() if "| lr" in line]
-    written = [line["step"] for line in metrics(folder / "run")]
+    shown = [int(line.split("/")[0].split()[1]) for line in log.splitlines() if "| lr" in line]
     assert len(shown) >= 2 and written[: len(shown)] == shown == list(range(1, len(shown) + 1))
 
 
@@ -144,31 +142,43 @@ def test_a_flag_that_there_is_not_is_told_once_before_any_process_starts(variabl
     assert done.stderr.endswith("finetune_qwen2vl.py: error: unrecognized arguments: --no-such-flag\n")
 
 
+@pytest.fixture(scope="module")
+def interrupted(prepared, variables, tmp_path_factory):
+    """interrupted(engine): a run that Ctrl-C has ended after its second validation, of one sample for two processes."""
+    shards = prepare(
+        prepared, tmp_path_factory.mktemp("small") / "shards", "--limit", "24", "--split", "20,1,1", "--maxcount", "2"
+    )
+
+    @functools.cache
+    def interrupt(engine: str) -> dict:
+        folder = tmp_path_factory.mktemp(engine)
+        environment = variables(engine, folder, DATASET_DIR=shards, MAX_STEPS=5000, SAVE_INTERVAL=5000)
+        process = start(environment, folder / "log")
+        wait_for_step(process, folder / "run", 5)
+        family = psutil.Process(process.pid).children(recursive=True)
+        code, lines = end(process, folder / "log", lambda: os.killpg(process.pid, signal.SIGINT))
+        left = psutil.wait_procs(family, timeout=20)[1]
+        return {"folder": folder, "code": code, "lines": lines, "left": left}
+
+    return interrupt
+
+
 @pytest.mark.launch
 @pytest.mark.parametrize("engine", ENGINES)
-def test_ctrl_c_ends_in_one_line(engine, variables, tmp_path):
-    environment = variables(engine, tmp_path, MAX_STEPS=5000, VAL_INTERVAL=5000, SAVE_INTERVAL=5000)
-    process = start(environment, tmp_path / "log")
-    wait_for_step(process, tmp_path / "run")
-    family = psutil.Process(process.pid).children(recursive=True)
-    code, lines = end(process, tmp_path / "log", lambda: os.killpg(process.pid, signal.SIGINT))
-    assert (code, lines) == (130, [f"qwen_launch.sh: interrupted; {GOES_ON}"])
-    assert_no_line_is_lost(tmp_path)
-    assert psutil.wait_procs(family, timeout=20)[1] == []
+def test_a_val_split_smaller_than_the_processes_works(engine, interrupted):
+    """Validation is every two steps."""
+    lines = metrics(interrupted(engine)["folder"] / "run")
+    validations = [(line["step"], line["val_samples"]) for line in lines if "val_loss" in line]
+    assert validations[:2] == [(2, 1), (4, 1)] and {samples for _, samples in validations} == {1}
 
 
 @pytest.mark.launch
-def test_a_process_that_was_killed_is_told(variables, tmp_path):
-    environment = variables("automodel", tmp_path, MAX_STEPS=5000, VAL_INTERVAL=5000, SAVE_INTERVAL=5000)
-    process = start(environment, tmp_path / "log")
-    wait_for_step(process, tmp_path / "run")
-    children = psutil.Process(process.pid).children()  # of torchrun
-    training = next(child for child in children if "finetune_qwen2vl.py" in child.cmdline())
-    code, lines = end(process, tmp_path / "log", training.kill)
-    assert code == 128 + signal.SIGKILL
-    assert f"was ended by SIGKILL (is the machine's memory full?); {GOES_ON}" in lines[-1]
-    assert not any("Traceback" in line for line in lines)
-    assert_no_line_is_lost(tmp_path)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ctrl_c_ends_in_one_line(engine, interrupted):
+    run = interrupted(engine)
+    assert (run["code"], run["lines"]) == (130, [f"qwen_launch.sh: interrupted; {GOES_ON}"])
+    assert_no_line_is_lost((run["folder"] / "log").read_text(), steps_of(run["folder"] / "run"))
+    assert run["left"] == []
 
 
 def test_a_thread_that_has_lost_its_other_end_is_silent():
