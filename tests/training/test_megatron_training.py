@@ -1,6 +1,7 @@
 """The Megatron engine through qwen_launch.sh: real torchrun, layouts of two processes, checkpoints, exports, kill -9.
 
 On GPUs with TransformerEngine everything; on CPUs, by tests/megatron_on_cpu.py, short launches of the same engine.
+Layouts of four processes are tried on four GPUs, and on CPUs with FOUR_PROCESSES=1 (six launches, ten minutes).
 Two processes are one node where there are two GPUs, and two nodes of this machine where they share one.
 Nearly all of a launch is NeMo's import.
 """
@@ -41,6 +42,15 @@ LAYOUTS = {
     # One loader process each, where a single process has two: the same sequences a step.
     "DP": {**(TWO if GPUS else TWO_NODES), "NUM_WORKERS": 1},
 }
+# As many loader processes together, so that all see the same sequences in a step.
+FOUR = {
+    "DP x 4": {"NUM_PROC_PER_NODE": 4, "NUM_WORKERS": 1},
+    "TP x DP": {"NUM_PROC_PER_NODE": 4, "TP": 2, "NUM_WORKERS": 2},
+    "PP x DP": {"NUM_PROC_PER_NODE": 4, "PP": 2, "NUM_WORKERS": 2},
+}
+four_only = pytest.mark.skipif(
+    GPUS < 4 if GPUS else not os.environ.get("FOUR_PROCESSES"), reason="needs four GPUs, or FOUR_PROCESSES=1 on CPUs"
+)
 # The size of packed sequences is left open; the device is full at the first sizes that are tried.
 OPEN_SIZE = {"PACK_TOKENS": "", "PACK_VISION_TOKENS": 2 * PACK_TOKENS, "ROOM_FOR": 300}
 LIMIT = ("--memory-limit", "1.05614")  # GiB
@@ -133,12 +143,12 @@ def whole(environment, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(environment, whole):
-    """trained("DP"): the folder of a run of two processes from the start."""
+    """trained("DP"): the folder of a run of two or four processes from the start."""
 
     @functools.cache
     def run(layout: str) -> Path:
         run_dir = whole.with_name(layout)
-        launch(environment(run_dir, **LAYOUTS[layout]), *NOT_COMPARED)
+        launch(environment(run_dir, **(LAYOUTS | FOUR)[layout]), *NOT_COMPARED)
         return run_dir
 
     return run
@@ -157,7 +167,9 @@ def go_on(environment, source: Path, step: int, layout: str, *arguments: str, **
     """The folder of a run that goes on under `layout` from a copy of the checkpoint of `step`."""
     run_dir = source.with_name(f"{layout}-from-{source.name}")
     copy_run(source, run_dir, step)
-    log = launch(environment(run_dir, **LAYOUTS[layout], SAVE_INTERVAL=2, **settings), *NOT_COMPARED, *arguments)
+    log = launch(
+        environment(run_dir, **(LAYOUTS | FOUR)[layout], SAVE_INTERVAL=2, **settings), *NOT_COMPARED, *arguments
+    )
     assert f"Resuming from {run_dir}/checkpoints/step{step:06d}\n" in log
     return run_dir
 
@@ -274,10 +286,36 @@ def test_two_processes_learn_what_one_learns(layout, trained, whole, model_dir):
 @gpu_only
 @pytest.mark.parametrize("writer, reader", [("TP", "PP"), ("PP", "DP"), ("DP", "TP")])
 def test_a_checkpoint_exports_the_same_under_another_layout(writer, reader, trained, environment, tmp_path):
-    """The run is at its end: it trains no more, it only exports."""
-    copy_run(trained(writer), tmp_path / reader, STEPS)
-    launch(environment(tmp_path / reader, **LAYOUTS[reader]), "--restart-data")
-    found, expected = exported(tmp_path / reader), exported(trained(writer))
+    assert_exported_the_same(trained(writer), environment(tmp_path / reader, **LAYOUTS[reader]))
+
+
+@four_only
+@pytest.mark.parametrize("layout", ["TP x DP", "PP x DP"])
+def test_four_processes_learn_the_same_under_each_layout(layout, trained, model_dir):
+    assert_same_training(trained(layout), trained("DP x 4"))
+    if not GPUS:
+        assert_close_weights(trained(layout), trained("DP x 4"), model_dir)
+
+
+@four_only
+def test_four_processes_go_on_from_a_checkpoint_of_another_layout(environment, trained):
+    found = go_on(environment, trained("TP x DP"), STEPS - SAVE_INTERVAL, "PP x DP")
+    assert_same_training(found, trained("TP x DP"), after=STEPS - SAVE_INTERVAL)
+
+
+@gpu_only
+@four_only
+@pytest.mark.parametrize("writer, reader", [("TP x DP", "PP x DP"), ("PP x DP", "DP x 4"), ("DP x 4", "TP x DP")])
+def test_a_checkpoint_of_four_exports_the_same_under_another_layout(writer, reader, trained, environment, tmp_path):
+    assert_exported_the_same(trained(writer), environment(tmp_path / reader, **FOUR[reader]))
+
+
+def assert_exported_the_same(run_dir: Path, variables: dict[str, str]) -> None:
+    """The run is at its end: under other variables it trains no more, it only exports."""
+    folder = Path(variables["OUTPUT_DIR"]) / variables["EXPERIMENT_NAME"]
+    copy_run(run_dir, folder, STEPS)
+    launch(variables, "--restart-data", *NOT_COMPARED)
+    found, expected = exported(folder), exported(run_dir)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -349,6 +387,24 @@ def test_killed_run_goes_on_with_the_same_samples(environment, whole, tmp_path):
     log = launch(environment(run_dir))
     assert "Resuming from" in log
     assert_same_training(run_dir, whole)
+
+
+@four_only
+def test_four_processes_of_which_one_is_killed_go_on_with_the_same_samples(environment, trained, tmp_path):
+    variables = environment(tmp_path / "killed", **FOUR["TP x DP"])
+    launcher = start(variables, *NOT_COMPARED)
+    file, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 300
+    while time.monotonic() < deadline and launcher.poll() is None:
+        if file.exists() and len(metrics(file.parent)) > SAVE_INTERVAL:
+            break
+        time.sleep(0.05)
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    trains = [member for member in family if member.environ().get("RANK") == "2" and "LOCAL_RANK" in member.environ()]
+    trains[0].send_signal(signal.SIGKILL)
+    assert launcher.wait(timeout=120) != 0
+    assert not psutil.pid_exists(trains[0].pid) or psutil.Process(trains[0].pid).status() == psutil.STATUS_ZOMBIE
+    assert "Resuming from" in launch(variables, *NOT_COMPARED)
+    assert_same_training(tmp_path / "killed", trained("TP x DP"))
 
 
 @gpu_only
