@@ -283,9 +283,7 @@ def freeze_objects() -> None:
 
 
 def free() -> None:
-    """Of a model that is not used any more. What is compiled may hold its first inputs, and by their graph a model."""
     gc.unfreeze()
-    torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
 
