@@ -2,10 +2,12 @@
 
     python -m benchmarks.speed.training_run --work videos --gpus 1 2 --json training_run.json
     python -m benchmarks.speed.training_run --videos FOLDER --skip-db 38 --num-workers 14
+    python -m benchmarks.speed.training_run --size 7b --gpus 4 --tensor-parallel 2
 
-Makes a Qwen2-VL-2B in DCT tokens with random weights, draws images (JPEG, 640 x 480 to 1024 x 768) or videos (H.264,
-16 frames of 448 x 448) with conversations, prepares shards, and starts qwen_launch.sh as a user would. The figures are
-those of metrics.jsonl without the first steps: samples/s, MFU, the share of time in which training waited for data.
+Makes a Qwen2-VL-2B or 7B in DCT tokens with random weights, draws images (JPEG, 640 x 480 to 1024 x 768) or videos
+(H.264, 16 frames of 448 x 448) with conversations, prepares shards, and starts qwen_launch.sh as a user would. The
+figures are those of metrics.jsonl without the first steps: samples/s, MFU, the share of time in which training waited
+for data.
 With several numbers of GPUs the packed sequences of a step are in proportion to them. The last column is the speed-up
 over the first.
 
@@ -145,8 +147,8 @@ def make_shards(
     return shards
 
 
-def make_model(preset: str, folder: Path, seed: int) -> Path:
-    """A directory of a Qwen2-VL-2B that reads `preset` tokens: random weights, the tokenizer of the sample data."""
+def make_model(preset: str, folder: Path, seed: int, size: str = "2b") -> Path:
+    """A directory of a Qwen2-VL that reads `preset` tokens: random weights, the tokenizer of the sample data."""
     import torch
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
@@ -158,7 +160,7 @@ def make_model(preset: str, folder: Path, seed: int) -> Path:
     tiny, model_dir = folder / "tiny", folder / "model"
     write_checkpoint([" ".join(WORDS)] * 20, tiny, seed)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    config = real_config(DCTConfig.preset(preset).num_coefficients)
+    config = real_config(DCTConfig.preset(preset).num_coefficients, size)
     for name, token in SPECIAL_TOKENS.items():
         setattr(config, name, tokenizer.convert_tokens_to_ids(token))
     torch.manual_seed(seed)
@@ -170,8 +172,8 @@ def make_model(preset: str, folder: Path, seed: int) -> Path:
     return model_dir
 
 
-def make_tiny_model(preset: str, folder: Path, seed: int) -> Path:
-    """The sample data's model with `preset` tokens, for a try without a GPU."""
+def make_tiny_model(preset: str, folder: Path, seed: int, size: str = "") -> Path:
+    """The sample data's model with `preset` tokens, for a try without a GPU. It has one size."""
     from dct_qwen2vl.checkpoints.conversion import convert
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
     from dct_qwen2vl.toy.model import write_checkpoint
@@ -207,6 +209,7 @@ def settings_of(arguments: argparse.Namespace, model_dir: Path, shards: Path, fo
     else:
         vision_tokens = arguments.pack_vision_tokens or ""
         settings |= {"ENGINE": "megatron", "PACK_TOKENS": arguments.pack_tokens, "PACK_VISION_TOKENS": vision_tokens}
+        settings |= {"TP": arguments.tensor_parallel, "PP": arguments.pipeline_parallel}
     if arguments.videos:
         settings["MAXPIXELS"] = arguments.max_pixels
     return {name: str(value) for name, value in settings.items()}
@@ -281,6 +284,9 @@ def new_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-pixels", type=int, default=VIDEO_SIDE**2, help="of a frame of such a video")
     parser.add_argument("--dct", default="x4", help="token format")
     parser.add_argument("--skip-db", type=float, default=0.0, help="dB: each run again with skipping")
+    parser.add_argument("--size", choices=("2b", "7b"), default="2b", help="of the model")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each layer")
+    parser.add_argument("--pipeline-parallel", type=int, default=1, help="GPUs that share the layers")
     parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="one launch for each number")
     parser.add_argument("--samples", type=int, default=400, help="of the data set, which is repeated")
     parser.add_argument("--steps", type=int, default=25, help=f"optimizer steps; the first {WARM_UP} do not count")
@@ -298,9 +304,13 @@ def new_parser() -> argparse.ArgumentParser:
 
 
 def check_devices(arguments: argparse.Namespace) -> None:
-    """Raises UserError for too few GPUs."""
+    """Raises UserError for too few GPUs, or for numbers that a layout does not divide."""
     import torch
 
+    each = arguments.tensor_parallel * arguments.pipeline_parallel
+    if any(gpus % each for gpus in arguments.gpus):
+        raise UserError(f"--gpus {' '.join(map(str, arguments.gpus))}: a copy of the model takes {each} GPUs, give "
+                        "multiples")  # fmt: skip
     found, wanted = torch.cuda.device_count(), max(arguments.gpus)
     if not arguments.tiny and found < wanted:
         raise UserError(f"{found} CUDA devices, not {wanted}: lower --gpus, or try the command with --tiny")
@@ -316,19 +326,22 @@ def run_all(arguments: argparse.Namespace) -> int:
             arguments.work, arguments.samples, folder, arguments.seed, arguments.videos, arguments.video_seconds
         )
         make = make_tiny_model if arguments.tiny else make_model
-        settings = settings_of(arguments, make(arguments.dct, folder, arguments.seed), shards, folder / "runs")
+        model_dir = make(arguments.dct, folder, arguments.seed, arguments.size)
+        settings = settings_of(arguments, model_dir, shards, folder / "runs")
         material = arguments.videos.resolve().name if arguments.videos else arguments.work
         for gpus in arguments.gpus:
             for skip_db in dict.fromkeys((0.0, arguments.skip_db)):
                 lines.append(launch(arguments, settings, gpus, skip_db))
-                print(f"{material} {arguments.dct}, {described(lines[-1], lines[0])}", flush=True)
+                print(f"{material} {arguments.dct} {arguments.size}, {described(lines[-1], lines[0])}", flush=True)
     if arguments.kernels:
         print_kinds({f"{line['gpus']} GPU{' skip' * (line['skip_db'] > 0)}": line["kinds"] for line in lines})
     if arguments.json:
         import torch
 
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        write_json(arguments.json, {"device": device, "work": material, "dct": arguments.dct, "runs": lines})
+        layout = {"size": arguments.size, "tensor_parallel": arguments.tensor_parallel}
+        layout |= {"pipeline_parallel": arguments.pipeline_parallel}
+        write_json(arguments.json, {"device": device, "work": material, "dct": arguments.dct, **layout, "runs": lines})
     return 0
 
 

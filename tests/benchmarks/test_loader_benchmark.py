@@ -107,6 +107,15 @@ def test_real_videos_are_bounded_and_drawn_ones_are_not(tmp_path):
     assert (drawn["NUM_WORKERS"], real["NUM_WORKERS"]) == ("8", "14") and real["ENGINE"] == "megatron"
 
 
+def test_a_layout_is_that_of_the_launch_and_divides_the_gpus(tmp_path):
+    layout = ["--gpus", "4", "--tensor-parallel", "2", "--pipeline-parallel", "2"]
+    settings = training_run.settings_of(options(*layout), tmp_path, tmp_path, tmp_path)
+    assert (settings["TP"], settings["PP"]) == ("2", "2")
+    with pytest.raises(UserError, match="--gpus 1 4: a copy of the model takes 4 GPUs, give multiples"):
+        training_run.check_devices(options(*layout, "--gpus", "1", "4"))
+    training_run.check_devices(options(*layout, "--tiny"))
+
+
 def test_a_launch_with_skipping_has_a_folder_of_its_own(tmp_path, monkeypatch):
     launched = []
 
