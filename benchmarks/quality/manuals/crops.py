@@ -6,7 +6,7 @@ Letters used for shapes:
     H W    rows and columns of a crop in pixels
 
 A crop shows whole words only. What its edges would cut through becomes paper, so that its text is all that is there.
-In a shuffled crop the words are those of the whole page in random order: they have to be read, not guessed.
+A shuffled crop shows random words of the page, some of them more than once: they have to be read, not guessed.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
     python -m benchmarks.quality.manuals.make_samples --output raw
 
     raw/train/cambrian737k.json, raw/train/*.tar     one question a crop; no page of the test's manuals; half of the
-                                                     crops have the page's words in random order
+                                                     crops show random words of the page
     raw/test/cambrian737k.json, raw/test/*.tar       two questions a crop; pages of R-FAQ, R-data, R-intro, R-lang alone
 
 It needs pypdfium2 (benchmarks/quality/requirements.txt) and Debian's r-doc-pdf. data_preparation.py reads the folders.
@@ -36,13 +36,13 @@ from dct_qwen2vl.toy.sample_data import DataSet, write_data_set
 
 SPLITS = ("train", "test")
 MULTIPLE = 56  # px. Sides are multiples, so that x4 has as many visual tokens as the half-size image.
-QUESTIONS = 0.25  # share of training samples that ask something; the others transcribe
+QUESTIONS = 0.25  # share of training samples not shuffled that ask something; all others transcribe
 
 
 @dataclass(frozen=True)
 class Job:
     """Pages of one file. first: number of the first page among all pages of the split. crops: of each page and dpi.
-    shuffled: share of the crops whose words are in random order."""
+    shuffled: share of the crops that show random words."""
 
     path: Path
     numbers: tuple[int, ...]
@@ -168,7 +168,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--height", type=int, default=56, help=f"of a crop, px, a multiple of {MULTIPLE} (default: %(default)s)")
     add("--width", type=int, default=336, help=f"of a crop, px, a multiple of {MULTIPLE} (default: %(default)s)")
     add("--lines", type=int, default=3, help="of a crop, at most (default: %(default)s)")
-    add("--shuffled", type=float, default=0.5, help="share of training crops whose words are in random order, so that "
+    add("--shuffled", type=float, default=0.5, help="share of training crops that show random words of a page, so that "
         "they cannot be guessed (default: %(default)s)")  # fmt: skip
     add("--limit", type=int, default=2500, help="pages of a manual, at most (default: %(default)s)")
     add("--processes", type=int, default=os.cpu_count(), help="(default: %(default)s)")
