@@ -23,6 +23,7 @@ KINDS = {
     "loss": r"cross_entropy|online_softmax|element_mul_kernel",
     "optimizer": r"multi_tensor|adam|l2norm",
     "activations": r"gelu|silu|swiglu|sigmoid|gated",
+    "casts to FP8": r"cast_transpose|amax_kernel",
     "copies": r"memcpy|memset|copy|CatArray|direct_copy",
     "element by element": r"elementwise|triton_poi|reduce|triton_red|index|scatter|gather|fill",
 }

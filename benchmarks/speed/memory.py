@@ -207,8 +207,8 @@ def plans(hf_config: Any, arguments: argparse.Namespace) -> list[dict[str, Any]]
 
 
 def measure_way(hf_config: Any, name: str, recompute: bool, lines: list[dict[str, Any]], seq_length: int) -> tuple:
-    """The terms of a way, and its lines with what was measured. In a process of its own: what a model before it has
-    left on the device would count."""
+    """The terms of a way, and its lines with what was measured. It wants a new process: what an earlier model has left
+    on the device would count."""
     set_up()
     way, total = way_of(name, recompute), torch.cuda.get_device_properties(0).total_memory
     trained = build(hf_config, way)
@@ -229,15 +229,20 @@ def titled(name: str, recompute: bool) -> str:
 def measure(hf_config: Any, lines: list[dict[str, Any]], seq_length: int, save: Callable[[], None]) -> dict[str, Any]:
     """Fills the lines; returns the terms of each way. A model is built once for each."""
     terms = {}
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
-        for name, recompute in sorted({(line["way"], line["recompute"]) for line in lines if line["chosen"]}):
-            mine = [line for line in lines if line["chosen"] and (line["way"], line["recompute"]) == (name, recompute)]
-            measured = processes.submit(measure_way, hf_config, name, recompute, mine, seq_length).result()
-            terms[titled(name, recompute)], found = measured
-            for line, filled in zip(mine, found, strict=True):
-                line |= filled
-            save()
+    for name, recompute in sorted({(line["way"], line["recompute"]) for line in lines if line["chosen"]}):
+        mine = [line for line in lines if line["chosen"] and (line["way"], line["recompute"]) == (name, recompute)]
+        measured = in_new_process(measure_way, hf_config, name, recompute, mine, seq_length)
+        terms[titled(name, recompute)], found = measured
+        for line, filled in zip(mine, found, strict=True):
+            line |= filled
+        save()
     return terms
+
+
+def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What the work returns. Nothing of it stays on the device."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:  # a pool's max_tasks_per_child needs Python 3.11
+        return process.submit(work, *arguments).result()
 
 
 def main(argv: list[str] | None = None) -> int:

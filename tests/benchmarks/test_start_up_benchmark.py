@@ -31,6 +31,11 @@ def test_a_process_notes_the_imports_that_no_other_waits_for(tmp_path):
     assert name == "numpy.linalg" and trace["begun"] <= begun < ended
 
 
+def test_each_way_has_a_process_of_its_own():
+    processes = [memory.in_new_process(os.getpid) for _ in range(2)]
+    assert len({os.getpid(), *processes}) == 3
+
+
 def test_without_a_device_the_memory_of_cards_is_expected_only(capsys, monkeypatch):
     monkeypatch.setattr(memory.torch.cuda, "is_available", lambda: False)
     assert memory.main(["--cards", "24", "80"]) == 0

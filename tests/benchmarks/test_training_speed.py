@@ -31,6 +31,8 @@ SPANS = [("nvjet_sm90_tst_128x248", 0.0, 4e5), ("nvjet_sm90_tst_128x248", 3e5, 6
         ("void transformer_engine::fused_rope_backward_kernel<__nv_bfloat16>", "rotary"),
         ("void transformer_engine::normalization::ln_bwd_general_kernel<", "norms"),
         ("void multi_tensor_apply_kernel<TensorListMetadata<4, false>", "optimizer"),
+        ("cast_transpose_optimized_kernel(__nv_bfloat16 const*, float const*, __nv_fp8_e4m3*", "casts to FP8"),
+        ("void transformer_engine::(anonymous namespace)::amax_kernel<16, true, __nv_bfloat16>", "casts to FP8"),
         ("something_new", "other"),
     ],
 )
