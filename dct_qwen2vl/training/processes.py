@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from typing import Any
 
 from dct_qwen2vl.common.scripts import UserError
 
@@ -13,6 +14,7 @@ TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for the processes that it s
 FROM_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 PEER_ENDED = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of another process
 CONTINUE = "run the same command again to continue from the newest checkpoint"
+AGAIN = 0.05  # s until a signal whose exception was dropped is sent once more
 INTERRUPTED = f"interrupted; {CONTINUE}"
 
 
@@ -42,21 +44,43 @@ def without_lost_ends(show: Callable) -> Callable:
     return hook
 
 
+def raise_again(show: Callable, lost: list[object]) -> Callable:
+    """An unraisablehook, else `show`. Python drops what a signal's handler raises inside a callback, such as a weak
+    reference's: then the signal is sent once more.
+
+    show: The hook before.
+    lost: Gets the Interrupted that was dropped.
+    """
+
+    def hook(dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, Interrupted):
+            show(dropped)
+            return
+        lost.append(dropped.exc_value)
+        main = threading.main_thread().ident
+        threading.Timer(AGAIN, signal.pthread_kill, (main, signal.SIGINT)).start()
+
+    return hook
+
+
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
     """Inside the block the first Ctrl-C raises Interrupted in this process, and no later one does: torchrun passes on
     what the terminal has sent already. Processes that it forks leave their end to it. Gives a list that holds the
     signal once it has come, since what a library raises meanwhile may hide the exception."""
     seen: list[int] = []
+    lost: list[object] = []
     owner = os.getpid()
 
     def stop(number: int, frame: object) -> None:
-        if os.getpid() == owner and not seen:
-            seen.append(number)
+        if os.getpid() == owner and (lost or not seen):
+            seen[:] = [number]
+            lost.clear()
             sys.excepthook = lambda *error: None  # threads that lose their other end
             raise Interrupted
 
     sys.excepthook = without_lost_ends(sys.excepthook)
+    sys.unraisablehook = raise_again(sys.unraisablehook, lost)
     before = signal.signal(signal.SIGINT, stop)
     try:
         yield seen

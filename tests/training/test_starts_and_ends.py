@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -179,6 +181,35 @@ def test_ctrl_c_ends_in_one_line(engine, interrupted):
     assert (run["code"], run["lines"]) == (130, [f"qwen_launch.sh: interrupted; {GOES_ON}"])
     assert_no_line_is_lost((run["folder"] / "log").read_text(), steps_of(run["folder"] / "run"))
     assert run["left"] == []
+
+
+def test_an_interrupt_that_a_callback_drops_comes_once_more(monkeypatch, capfd):
+    """Python prints and drops what is raised while a weak reference's callback runs."""
+    for name in ("excepthook", "unraisablehook"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    before, thing = signal.getsignal(signal.SIGINT), threading.Event()
+
+    def interrupt(reference) -> None:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)
+
+    reference = weakref.ref(thing, interrupt)
+    try:
+        with pytest.raises(processes.Interrupted), processes.interruptible() as seen:
+            del thing
+            assert seen == [signal.SIGINT] and reference() is None
+            time.sleep(20)
+        time.sleep(3 * processes.AGAIN)  # and no more after it
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "Exception ignored" not in capfd.readouterr().err
+
+
+def test_what_else_a_callback_drops_is_shown():
+    shown, lost = [], []
+    dropped = SimpleNamespace(exc_value=ValueError("another"))
+    processes.raise_again(shown.append, lost)(dropped)
+    assert shown == [dropped] and not lost
 
 
 def test_a_thread_that_has_lost_its_other_end_is_silent():
