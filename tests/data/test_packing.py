@@ -8,6 +8,7 @@ import media_files
 import numpy as np
 import pytest
 import torch
+from data_modules import data_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.energon import SkipSample
@@ -214,23 +215,11 @@ def packed_data(
     prepared, num_workers: int, packing_buffer_size: int = 16, skip_db: float | None = None, held_bytes: int = 1 << 30
 ):
     """The data module of the Megatron engine on the prepared set."""
-    from dct_qwen2vl.data.loader import EnergonDataModule
-
     processor = DCTImageProcessor.from_pretrained(prepared.model, skip_db=skip_db)
     tokenizer = AutoTokenizer.from_pretrained(prepared.model)
     encoder = PackingTaskEncoder(tokenizer, processor, pack_tokens=600, pack_vision_tokens=1200, held_bytes=held_bytes)
-    return EnergonDataModule(
-        prepared.shards,
-        encoder,
-        micro_batch_size=1,
-        global_batch_size=1,
-        total_batches=12,
-        num_workers=num_workers,
-        rank=0,
-        world_size=1,
-        seed=1,
-        packing_buffer_size=packing_buffer_size,
-    )
+    settings = {"micro_batch_size": 1, "global_batch_size": 1, "total_batches": 12}
+    return data_module(prepared.shards, encoder, num_workers, packing_buffer_size=packing_buffer_size, **settings)
 
 
 def test_energon_packs_a_prepared_set(prepared):

@@ -5,6 +5,7 @@ from itertools import islice
 
 import pytest
 import torch
+from data_modules import data_module
 from transformers import AutoTokenizer
 
 from dct_qwen2vl.data.loader import EnergonDataModule, end_loader_processes
@@ -28,19 +29,9 @@ def make_encoder(prepared, skipping: SkippingShare | None, skip_db: float | None
 
 def make_data(prepared, skipping: SkippingShare | None, num_workers: int, packed: bool, **options) -> EnergonDataModule:
     packing = {"pack_tokens": 600, "pack_vision_tokens": 1200, **options} if packed else {}
-    return EnergonDataModule(
-        prepared.shards,
-        make_encoder(prepared, skipping, **packing),
-        micro_batch_size=1 if packed else 2,
-        global_batch_size=2,
-        total_batches=100,
-        num_workers=num_workers,
-        rank=0,
-        world_size=1,
-        seed=1,
-        shuffle_buffer_size=8,
-        packing_buffer_size=4 if packed else None,
-    )
+    settings = {"micro_batch_size": 1, "packing_buffer_size": 4} if packed else {}
+    encoder = make_encoder(prepared, skipping, **packing)
+    return data_module(prepared.shards, encoder, num_workers, shuffle_buffer_size=8, **settings)
 
 
 def take(data: EnergonDataModule, count: int, after: int = 0) -> tuple[list, dict]:

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from data_modules import data_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.energon import Cooker, CrudeSample, SkipSample
@@ -942,20 +943,8 @@ def shards(tmp_path_factory, image_file, video_file, natural_frames) -> Path:
     return folder
 
 
-def data_module(path: Path, encoder: QwenTaskEncoder, num_workers: int, **options) -> EnergonDataModule:
-    return EnergonDataModule(
-        path,
-        encoder,
-        micro_batch_size=2,
-        global_batch_size=2,
-        total_batches=100,
-        num_workers=num_workers,
-        rank=0,
-        world_size=1,
-        seed=5,
-        shuffle_buffer_size=6,
-        **options,
-    )
+def shuffled_data(path: Path, encoder: QwenTaskEncoder, num_workers: int, **options) -> EnergonDataModule:
+    return data_module(path, encoder, num_workers, seed=5, shuffle_buffer_size=6, **options)
 
 
 def assert_same_batches(found: list[QwenBatch], expected: list[QwenBatch], but_for: tuple[str, ...] = ()) -> None:
@@ -974,7 +963,7 @@ def usable_samples(numbers: Iterable[int]) -> list[str]:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_validation_sees_every_sample_once(shards, new_encoder, num_workers):
-    loader = data_module(shards, new_encoder(), num_workers).val_dataloader()
+    loader = shuffled_data(shards, new_encoder(), num_workers).val_dataloader()
     for _ in range(2):  # and so does the next epoch
         keys = [key.split("/")[-1] for batch in loader for key in batch.keys]
         assert sorted(keys) == usable_samples(range(8 * PER_SHARD, 9 * PER_SHARD))
@@ -991,7 +980,7 @@ class NotToBeLookedAt:
 @pytest.mark.parametrize("which", ["train_dataloader", "val_dataloader"])
 def test_loader_processes_live_with_objects_on_which_isinstance_raises(shards, new_encoder, which):
     left_behind = [NotToBeLookedAt()]
-    loader = getattr(data_module(shards, new_encoder(), 1), which)()
+    loader = getattr(shuffled_data(shards, new_encoder(), 1), which)()
     batches = iter(loader)
     assert next(batches).keys
     if which == "train_dataloader":
@@ -1002,7 +991,7 @@ def test_loader_processes_live_with_objects_on_which_isinstance_raises(shards, n
 
 
 def test_training_sees_its_shards_only(shards, new_encoder):
-    loader = data_module(shards, new_encoder(), 0).train_dataloader()
+    loader = shuffled_data(shards, new_encoder(), 0).train_dataloader()
     assert len(loader) == 100
     batches = list(islice(loader, 100))
     keys = {key.split("/")[-1] for batch in batches for key in batch.keys}
@@ -1015,7 +1004,7 @@ def test_training_sees_its_shards_only(shards, new_encoder):
 
 def test_batches_tell_of_samples_that_were_not_cooked(shards, tokenizer):
     encoder = HalfCooked(tokenizer, DCTImageProcessor("x4", max_pixels=224 * 224))
-    batches = list(islice(data_module(shards, encoder, 0).train_dataloader(), 8))
+    batches = list(islice(shuffled_data(shards, encoder, 0).train_dataloader(), 8))
     assert all(int(key[-1]) % 2 == 0 for batch in batches for key in batch.keys)
     assert max(batch.skipped.get("unexpected_error", 0) for batch in batches) > 0
 
@@ -1041,8 +1030,8 @@ def test_who_decodes_makes_no_difference(shards, new_encoder, tmp_path, auto_dec
     assert "CrudeWebdataset" in dialogue and "auto_decode" not in dialogue
     other = Path(shutil.copytree(shards, tmp_path / "other"))
     (other / ".nv-meta" / "dataset.yaml").write_text(f"{dialogue.rstrip()}\nauto_decode: {auto_decode}\n")
-    expected = list(islice(data_module(shards, new_encoder(), 0).train_dataloader(), 16))
-    found = list(islice(data_module(other, new_encoder(), 0).train_dataloader(), 16))
+    expected = list(islice(shuffled_data(shards, new_encoder(), 0).train_dataloader(), 16))
+    found = list(islice(shuffled_data(other, new_encoder(), 0).train_dataloader(), 16))
     assert_same_batches(found, expected, ("pixel_values_videos",) if auto_decode == "true" else ())
     for one, other in zip(found, expected, strict=True):
         for grid in other.video_grid_thw.tolist()[:1]:
@@ -1055,14 +1044,14 @@ def test_who_decodes_makes_no_difference(shards, new_encoder, tmp_path, auto_dec
 
 @pytest.mark.parametrize("num_workers", [0, 2, 3])
 def test_a_restored_loader_goes_on_where_it_stopped(shards, new_encoder, tmp_path, num_workers):
-    first = data_module(shards, new_encoder(), num_workers)
+    first = shuffled_data(shards, new_encoder(), num_workers)
     batches = iter(first.train_dataloader())
     before = list(islice(batches, 7))
     torch.save(first.state_dict(), tmp_path / "state.pt")
     expected = list(islice(batches, 12))
     with torch.serialization.safe_globals(energon_state_classes()):
         state = torch.load(tmp_path / "state.pt", weights_only=True)
-    second = data_module(shards, new_encoder(), num_workers)
+    second = shuffled_data(shards, new_encoder(), num_workers)
     second.load_state_dict(state)
     found = list(islice(second.train_dataloader(), 12))
     assert_same_batches(found, expected)
@@ -1075,12 +1064,12 @@ def test_a_restored_loader_goes_on_where_it_stopped(shards, new_encoder, tmp_pat
 @pytest.mark.parametrize("num_workers", [0, 3])
 @pytest.mark.parametrize("taken", [0, 1, 2])
 def test_a_loader_is_saved_and_restored_before_each_process_has_given_a_batch(shards, new_encoder, num_workers, taken):
-    whole = data_module(shards, new_encoder(), num_workers)
+    whole = shuffled_data(shards, new_encoder(), num_workers)
     expected = list(islice(whole.train_dataloader(), 12))
     end_loader_processes(whole.train_loader.loader)
     state, found = None, []
     for wanted in (taken, taken, 12 - 2 * taken):  # begun, gone on from its state, and once more
-        module = data_module(shards, new_encoder(), num_workers)
+        module = shuffled_data(shards, new_encoder(), num_workers)
         if state is not None:
             module.load_state_dict(state)
         found += islice(module.train_dataloader(), wanted)
@@ -1090,7 +1079,7 @@ def test_a_loader_is_saved_and_restored_before_each_process_has_given_a_batch(sh
 
 
 def test_a_state_of_another_world_is_refused(shards, new_encoder):
-    module = data_module(shards, new_encoder(), 0)
+    module = shuffled_data(shards, new_encoder(), 0)
     with pytest.raises(ValueError, match="loader states of 2 processes, this run has 1: resume with the same number"):
         module.load_state_dict({"energon": [None, None]})
 
@@ -1098,7 +1087,7 @@ def test_a_state_of_another_world_is_refused(shards, new_encoder):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_the_loader_stops_after_too_many_failures(shards, new_encoder, num_workers):
     """Energon wraps what the encoder raises, and a loader process sends it as text; the reason is in it either way."""
-    loader = data_module(shards, new_encoder(seq_length=5, max_bad_in_a_row=7), num_workers).train_dataloader()
+    loader = shuffled_data(shards, new_encoder(seq_length=5, max_bad_in_a_row=7), num_workers).train_dataloader()
     with pytest.raises(FatalSampleError) as caught:
         next(iter(loader))
     end_loader_processes(loader.loader)
