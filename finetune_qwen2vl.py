@@ -124,7 +124,8 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
             print(f"Note: --warmup-steps {config.warmup_steps} is not below --max-steps {config.max_steps}: the run "
                   "ends before the learning rate falls again", flush=True)  # fmt: skip
         if engine == "megatron":
-            engine_module(engine)  # TransformerEngine and then PyTorch load cuDNN; where there are two, not vice versa
+            with importing():  # TransformerEngine and then PyTorch load cuDNN; where there are two, not vice versa
+                engine_module(engine)
         if not (config.run_dir / "comparison" / "before" / "comparison.json").is_file():
             compare_forms(config, info, "before", config.model_dir)
     else:
@@ -140,7 +141,7 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
         if config.rank == 0 and not data.validates:
             print(f"Note: the val split of {config.data_dir} is empty, so there is no validation", flush=True)
         callbacks = [ProfileStep(config.profile, config.run_dir / "profile")] if config.profile else []
-    chosen = engine_module(engine)
+        chosen = engine_module(engine)
     chosen.run(config, info, data, data.task_encoder.image_processor.merge_size, callbacks)
     if config.rank == 0:
         write_stock_form(info, config.run_dir)
@@ -152,13 +153,12 @@ def engine_module(engine: str) -> ModuleType:
 
     engine: "automodel" or "megatron".
     """
-    with importing():
-        if engine == "megatron":
-            from dct_qwen2vl.training import megatron as chosen
-        else:
-            # Nothing is compiled; Megatron-core, which NeMo imports, would start processes that could.
-            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-            from dct_qwen2vl.training import automodel as chosen
+    if engine == "megatron":
+        from dct_qwen2vl.training import megatron as chosen
+    else:
+        # Nothing is compiled; Megatron-core, which NeMo imports, would start processes that could.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        from dct_qwen2vl.training import automodel as chosen
     return chosen
 
 

@@ -172,8 +172,8 @@ def make_model(preset: str, folder: Path, seed: int, size: str = "2b") -> Path:
     return model_dir
 
 
-def make_tiny_model(preset: str, folder: Path, seed: int, size: str = "") -> Path:
-    """The sample data's model with `preset` tokens, for a try without a GPU. It has one size."""
+def make_tiny_model(preset: str, folder: Path, seed: int) -> Path:
+    """The sample data's model with `preset` tokens, for a try without a GPU."""
     from dct_qwen2vl.checkpoints.conversion import convert
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
     from dct_qwen2vl.toy.model import write_checkpoint
@@ -325,8 +325,8 @@ def run_all(arguments: argparse.Namespace) -> int:
         shards = make_shards(
             arguments.work, arguments.samples, folder, arguments.seed, arguments.videos, arguments.video_seconds
         )
-        make = make_tiny_model if arguments.tiny else make_model
-        model_dir = make(arguments.dct, folder, arguments.seed, arguments.size)
+        make = make_tiny_model if arguments.tiny else partial(make_model, size=arguments.size)
+        model_dir = make(arguments.dct, folder, arguments.seed)
         settings = settings_of(arguments, model_dir, shards, folder / "runs")
         material = arguments.videos.resolve().name if arguments.videos else arguments.work
         for gpus in arguments.gpus:
