@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dct_qwen2vl.checkpoints.conversion import convert, patch_embedding
-from dct_qwen2vl.checkpoints.inspection import CheckpointError, note_on_skipping
+from dct_qwen2vl.checkpoints.inspection import CheckpointError, note_on_skipping, patch_of, read_config
 from dct_qwen2vl.checkpoints.source import Source
 from dct_qwen2vl.checkpoints.stock_form import to_dct, to_stock
 from dct_qwen2vl.common.scripts import UserError, run_main, run_program
@@ -32,14 +32,16 @@ if TYPE_CHECKING:
     import torch
 
 MOST_GAIN = 1000  # of detail; more than training could use
+Patch = tuple[int, int, int]  # frames, rows, columns
 
 
-def own_format(arguments: argparse.Namespace, weight: "torch.Tensor | None" = None):
+def own_format(arguments: argparse.Namespace, weight: "torch.Tensor | None" = None, patch: Patch | None = None):
     """The DCTConfig of --block and the flags beside it. Raises UserError, OSError.
 
     weight: the patch embedding, for the order "weighted"; without it the other flags are checked and the order is not.
+    patch: that the model reads, (frames, rows, columns); without it Qwen2-VL's.
     """
-    from dct_qwen2vl.dct.configuration_dct import CoefficientTable, DCTConfig
+    from dct_qwen2vl.dct.configuration_dct import PIXEL_PATCH, CoefficientTable, DCTConfig
 
     block = tuple(arguments.block)
     if block[1] != block[2]:
@@ -50,7 +52,8 @@ def own_format(arguments: argparse.Namespace, weight: "torch.Tensor | None" = No
     name = "-".join([*words, str(count)] if count else words)
     with usable():
         table = arguments.coefficient_table and CoefficientTable.from_file(arguments.coefficient_table)
-        return DCTConfig.select(block, arguments.chroma, count, name=name, order=order, weight=weight, table=table)
+        chosen = {"name": name, "order": order, "weight": weight, "table": table, "patch": patch or PIXEL_PATCH}
+        return DCTConfig.select(block, arguments.chroma, count, **chosen)
 
 
 @contextmanager
@@ -192,22 +195,35 @@ def say(notes: tuple[str, ...]) -> None:
         print(f"Note: {note}.")
 
 
+def flags_format(arguments: argparse.Namespace, source: Source, patch: Patch):
+    """The DCTConfig that the flags describe for a pixel model. A preset's blocks are in proportion to its patch."""
+    from dct_qwen2vl.dct.configuration_dct import DCTConfig
+
+    if arguments.block:
+        weight = patch_embedding(source) if arguments.order == "weighted" else None
+        return own_format(arguments, weight, patch)
+    return DCTConfig.preset(arguments.dct.name, patch)
+
+
 def convert_and_say(arguments: argparse.Namespace) -> int:
-    given = read_format(arguments.dct) if isinstance(arguments.dct, str) else arguments.dct
+    given = read_format(arguments.dct) if isinstance(arguments.dct, str) else None
+    patches = []
 
     def choose(source: Source):
-        weighted = arguments.block and arguments.order == "weighted"
-        dct = own_format(arguments, patch_embedding(source)) if weighted else given
+        patch = patch_of(read_config(source.folder))
+        patches.append(patch)
         with usable():
-            return dct.with_detail_gain(arguments.detail_gain)
+            dct = given or flags_format(arguments, source, patch)
+            return dct.with_detail_gain(arguments.detail_gain, patch)
 
     bounds = arguments.min_pixels, arguments.max_pixels
     done = convert(arguments.model_dir, arguments.output_dir, choose, *bounds, arguments.force)
     say(done.notes)
-    dct = done.dct
-    side = dct.block[1] * dct.merge
+    dct, (frames, before, _) = done.dct, patches[0]
+    side, before = dct.block[1] * dct.merge, before * dct.merge
     print(f"Folded the patch embedding: {dct.name}, blocks of {dct.block} -> {dct.num_coefficients} coefficients.")
-    print(f"One token of the language model now covers {side}x{side} px of {dct.block[0]} frames (was 28x28 px of 2).")
+    was = f"was {before}x{before} px of {frames}"
+    print(f"One token of the language model now covers {side}x{side} px of {dct.block[0]} frames ({was}).")
     print(f"Wrote {done.weight_bytes / 1e6:.1f} MB of weights and the processor to {arguments.output_dir}.")
     return 0
 

@@ -22,6 +22,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     STOCK_FORM,
     CheckpointError,
     chosen_bounds,
+    keeps_part_of_a_block,
     notes_on_bounds,
     patch_of,
     read_json,
@@ -66,7 +67,7 @@ def read_config(model_dir: Path) -> dict:
     """config.json of a pixel Qwen2-VL. Raises CheckpointError."""
     config = inspection.read_config(model_dir)
     unfolded = unfolded_format(model_dir)
-    if not reads_pixel_patches(config) and unfolded:
+    if unfolded and (not reads_pixel_patches(config) or keeps_part_of_a_block(unfolded)):
         raise CheckpointError(f"{model_dir} is the stock form of a DCT model ({unfolded['name']}): add --to dct to "
                               "make its coefficient form")  # fmt: skip
     if reads_larger_patches(config):
@@ -74,7 +75,7 @@ def read_config(model_dir: Path) -> dict:
         raise CheckpointError(f"{model_dir / 'config.json'} reads patches of {patch} px: if it is the stock form of "
                               "a DCT model, add --to dct")  # fmt: skip
     if not reads_pixel_patches(config):
-        raise CheckpointError(f"{model_dir / 'config.json'} does not read 2x14x14 pixel patches: is it converted "
+        raise CheckpointError(f"{model_dir / 'config.json'} does not read pixel patches of 2 frames: is it converted "
                               "already? Use it as it is")  # fmt: skip
     return config
 
@@ -94,7 +95,7 @@ def converted_config(config: dict, num_coefficients: int) -> dict:
 
 
 def patch_embedding(source: Source) -> "torch.Tensor":
-    """The weight of the patch embedding, [E, 3, 2, 14, 14] of a pixel model."""
+    """The weight of the patch embedding, [E, 3, 2, p, p] of a pixel model; p is 14 in Qwen2-VL."""
     ((_, weight),) = read_tensors({PATCH_EMBEDDING: source.tensors[PATCH_EMBEDDING]})
     return weight
 
@@ -264,7 +265,8 @@ def convert(
             write_json(temporary / "config.json", converted_config(config, dct.num_coefficients))
             processor.save_pretrained(temporary)
             write_sampling(temporary)
-            tensors = changed_tensors(source, lambda weight: fold_patch_embedding(weight, dct))
+            patch = patch_of(config)
+            tensors = changed_tensors(source, lambda weight: fold_patch_embedding(weight, dct, patch))
             total = write_shards(tensors, temporary, shard_bytes)
         return Converted(dct, total, notes=all_notes(source, min_pixels, max_pixels))
 

@@ -15,6 +15,7 @@ from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS, pixel_bounds
 
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
+QWEN2_VL_PATCH = 14  # px
 PROCESSOR = "preprocessor_config.json"
 SHARED = "processor_config.json"  # transformers 5 saves all processors in it, and reads them there first
 INDEX = "model.safetensors.index.json"
@@ -168,20 +169,29 @@ def with_patch(config: dict[str, Any], channels: int, frames: int, side: int) ->
 
 
 def reads_pixel_patches(config: dict[str, Any]) -> bool:
-    """Whether a model's patch embedding is over 2 x 14 x 14 pixels, as Qwen2-VL's is; not so after a conversion."""
-    return patch_of(config) == (2, 14, 14)
+    """Whether a model's patch embedding is over 2 frames of at most 14 x 14 pixels, as Qwen2-VL's is; not so after a
+    conversion."""
+    frames, side, _ = patch_of(config)
+    return frames == 2 and isinstance(side, int) and 2 <= side <= QWEN2_VL_PATCH
+
+
+def keeps_part_of_a_block(dct: dict[str, Any]) -> bool:
+    """Whether a token format, as `unfolded_format` gives it, leaves out coefficients of its block, as all presets but
+    `exact` do."""
+    block, kept = dct.get("block"), dct.get("kept")
+    return _whole_numbers(block) and _whole_numbers(kept) and len(kept) < 3 * math.prod(block)
 
 
 def reads_larger_patches(config: dict[str, Any]) -> bool:
     """Whether the patch embedding is over larger patches of pixels, as that of a stock form is."""
     side = patch_of(config)[1]
-    return isinstance(side, int) and side > 14
+    return isinstance(side, int) and side > QWEN2_VL_PATCH
 
 
 def patch_of(config: dict[str, Any]) -> tuple[int, int, int]:
     """Frames, rows and columns of what the patch embedding reads; Qwen2-VL's where config.json says nothing."""
     vision = config["vision_config"]
-    side = vision.get("patch_size", 14)
+    side = vision.get("patch_size", QWEN2_VL_PATCH)
     return vision.get("temporal_patch_size", 2), side, side
 
 

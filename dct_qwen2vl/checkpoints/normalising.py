@@ -12,8 +12,10 @@ from dct_qwen2vl.checkpoints.inspection import (
     MODEL_TYPES,
     PARSED,
     PROCESSOR,
+    QWEN2_VL_PATCH,
     SHARED,
     CheckpointError,
+    patch_of,
     pixel_bounds_in,
     read_config,
     read_json,
@@ -168,8 +170,9 @@ def _give_processor(folder: Path) -> list[str]:
     config = read_config(folder)
     if not reads_pixel_patches(config):
         return []
-    names = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": MODEL_TYPES[config["model_type"]]}
-    write_json(folder / PROCESSOR, names)
+    settings = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": MODEL_TYPES[config["model_type"]]}
+    side = patch_of(config)[1]
+    write_json(folder / PROCESSOR, settings if side == QWEN2_VL_PATCH else {**settings, "patch_size": side})
     return [f"{PROCESSOR} is missing: Qwen2-VL's own settings are taken"]
 
 

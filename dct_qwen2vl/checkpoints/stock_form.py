@@ -37,6 +37,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     read_config,
     read_json,
     read_processor,
+    reads_pixel_patches,
     recorded_skipping,
     skipping_in,
     token_format,
@@ -302,9 +303,8 @@ def _check_patch(model_dir: Path, config: dict[str, Any], dct) -> None:
     own, wanted = (
         f"{' x '.join(map(str, sides))}, merged {m} x {m}" for sides, m in ((patch, merge), (dct.block, dct.merge))
     )
-    advice = (
-        "leave out --to dct to fold a pixel model" if patch == (2, 14, 14) else "name the format with --dct or --block"
-    )
+    pixels = reads_pixel_patches(config)
+    advice = "leave out --to dct to fold a pixel model" if pixels else "name the format with --dct or --block"
     raise CheckpointError(f"{model_dir} has patches of {own}, the format {dct.name} blocks of {wanted}: {advice}")
 
 

@@ -77,6 +77,77 @@ def run(model_dir: Path, output_dir: Path, *options: str) -> int:
 # The weights
 
 
+@pytest.fixture(scope="module")
+def small_patches(qwen2vl_directory, tmp_path_factory) -> Path:
+    """The tiny model with patches of 7 px."""
+    folder = tmp_path_factory.mktemp("small") / "patches-7"
+    shutil.copytree(qwen2vl_directory, folder)
+    tensors = read_tensors(folder)
+    tensors[PATCH_EMBEDDING] = tensors[PATCH_EMBEDDING][..., ::2, ::2].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    vision = json.loads((folder / "config.json").read_text())["vision_config"]
+    edit_json(folder / "config.json", vision_config={**vision, "patch_size": 7})
+    edit_json(folder / "preprocessor_config.json", patch_size=7)
+    return folder
+
+
+def test_blocks_are_in_proportion_to_the_patch_of_the_model(small_patches, tmp_path, capsys):
+    """The folded model reads an image as the pixel model reads it at half its sides; the way back gives the pixels."""
+    assert run(small_patches, tmp_path / "x4", "--dct", "x4") == 0
+    assert "now covers 28x28 px of 2 frames (was 14x14 px of 2)" in capsys.readouterr().out
+    processor = DCTImageProcessor.from_pretrained(tmp_path / "x4")
+    assert processor.dct_config.block == (2, 14, 14) and processor.dct_config.num_coefficients == 441
+    flat = torch.full((2, 3, 56, 56), 0.7)
+    stock = Qwen2VLForConditionalGeneration.from_pretrained(small_patches)
+    folded = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "x4")
+    small = AutoProcessor.from_pretrained(small_patches, use_fast=False).image_processor
+    pixels = small(flat[0, :, :28, :28], do_rescale=False, do_resize=False, return_tensors="pt")
+    tokens = processor(flat[0].permute(1, 2, 0).numpy() * 255, do_resize=False, return_tensors="pt")
+    with torch.no_grad():
+        wanted = stock.visual(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"])
+        found = folded.visual(tokens["pixel_values"], grid_thw=tokens["image_grid_thw"])
+    assert wanted.shape == found.shape == (4, stock.config.hidden_size)
+    assert torch.allclose(found, wanted, atol=1e-3 * float(wanted.abs().max()))
+
+    assert (
+        convert_checkpoint.main(
+            ["--to", "stock", "--model-dir", str(tmp_path / "x4"), "--output-dir", str(tmp_path / "stock")]
+        )
+        == 0
+    )
+    vision = json.loads((tmp_path / "stock/config.json").read_text())["vision_config"]
+    assert vision["patch_size"] == 14  # as large as the patch of a pixel model
+    assert run(tmp_path / "stock", tmp_path / "again") == 1
+    assert "is the stock form of a DCT model (x4): add --to dct" in capsys.readouterr().err
+    assert (
+        convert_checkpoint.main(
+            ["--to", "dct", "--model-dir", str(tmp_path / "stock"), "--output-dir", str(tmp_path / "again")]
+        )
+        == 0
+    )
+    before, after = (read_tensors(tmp_path / name)[PATCH_EMBEDDING] for name in ("x4", "again"))
+    assert torch.allclose(before, after, atol=1e-5 * float(before.abs().max()))
+
+
+def test_a_model_of_all_tokens_with_another_patch_is_a_pixel_model_again(small_patches, tmp_path):
+    assert run(small_patches, tmp_path / "exact", "--dct", "exact") == 0
+    for target, source in (("stock", "exact"), ("x4", "stock")):
+        more = ["--to", "stock"] if target == "stock" else ["--dct", "x4"]
+        assert run(tmp_path / source, tmp_path / target, *more) == 0
+    direct = convert(small_patches, tmp_path / "direct", DCTConfig.preset("x4", (2, 7, 7))).dct
+    assert direct == DCTImageProcessor.from_pretrained(tmp_path / "x4").dct_config
+    ways = [read_tensors(tmp_path / name)[PATCH_EMBEDDING] for name in ("x4", "direct")]
+    assert torch.allclose(*ways, atol=1e-5 * float(ways[0].abs().max()))
+
+
+def test_a_missing_processor_gets_the_patch_of_the_model(small_patches, tmp_path, capsys):
+    folder = Path(shutil.copytree(small_patches, tmp_path / "alone"))
+    (folder / "preprocessor_config.json").unlink()
+    assert run(folder, tmp_path / "x4") == 0
+    assert "Qwen2-VL's own settings are taken" in capsys.readouterr().out
+    assert DCTImageProcessor.from_pretrained(tmp_path / "x4").dct_config.block == (2, 14, 14)
+
+
 def test_only_the_patch_embedding_changes(source, output):
     before, after = read_tensors(source), read_tensors(output)
     assert set(before) == set(after)
@@ -406,7 +477,7 @@ def test_a_format_of_another_merge(qwen2vl_directory, tmp_path, one_line_error):
 
 def test_a_converted_checkpoint_is_not_converted_again(output, tmp_path, one_line_error):
     assert run(output, tmp_path / "again") == 1
-    assert "does not read 2x14x14 pixel patches: is it converted already?" in one_line_error()
+    assert "does not read pixel patches of 2 frames: is it converted already?" in one_line_error()
     assert not list(tmp_path.iterdir())
 
 
