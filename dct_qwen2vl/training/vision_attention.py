@@ -20,14 +20,15 @@ def attend_within_steps(
     hidden: torch.Tensor,
     cu_seqlens: torch.Tensor,
     rotary_pos_emb: None = None,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     """In place of the attention's own `forward`: [N, E] -> [N, E]. Up to rounding it gives the same.
 
     attention: Of a block of Qwen2-VL's tower, or of Qwen2.5-VL's.
     hidden: [N, E].
     cu_seqlens: int. Where time steps begin, or windows, and where the last one ends.
-    rotary_pos_emb: Not used, as in transformers.
+    rotary_pos_emb: Not used. transformers gives it as well.
     position_embeddings: Cosines and sines of each token, [N, D] twice.
     """
     query, key, value = attention.qkv(hidden).unflatten(1, (3, attention.num_heads, -1)).unbind(1)
