@@ -350,10 +350,16 @@ def print_waits(step: Callable[[], object], name: str) -> dict[str, int]:
 
 
 def set_up() -> None:
-    """torch.distributed and Megatron's groups: of torchrun's processes, or of one."""
+    """torch.distributed and Megatron's groups: of torchrun's processes, or of one.
+
+    NeMo is imported here. Something keeps an exception of its first import, and with it the frames that wait for the
+    import: imported by a function that then makes a model, it would keep that model on the device.
+    """
     import socket
 
     from megatron.core import parallel_state, tensor_parallel
+
+    import dct_qwen2vl.training.megatron_model  # noqa: F401
 
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if processes() > 1:

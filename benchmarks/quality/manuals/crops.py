@@ -6,7 +6,8 @@ Letters used for shapes:
     H W    rows and columns of a crop in pixels
 
 A crop shows whole words only. What its edges would cut through becomes paper, so that its text is all that is there.
-A shuffled crop shows random words of the page, some of them more than once: they have to be read, not guessed.
+A shuffled crop shows random words of the page, some of them more than once: they have to be read, not guessed. Half of
+the shuffled crops show few words, so that they are easy to begin with.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from benchmarks.quality.ocr.pages import POINTS_AN_INCH
 EDGE = 2  # px of paper around the text, at least
 PAPER = 255
 TRIES = 20  # places on a page at which a crop is looked for
+FEW, SHARE_OF_FEW = 3, 0.5  # words of some shuffled crops, at most; how many crops these are
+MANY = 1000  # words that no crop has
 SPACE = 0.25  # between shuffled words, of the height of a line
 SHORTEST_WORD = 3  # letters of a word that is asked for
 FROM_THE_START = 0.5  # share of crops that begin where their lines begin
@@ -100,43 +103,47 @@ def shuffled_crop(page: PrintedPage, shape: Shape, rng: np.random.Generator) -> 
 
     page: To cut words from.
     shape: Of the crop.
-    rng: Chooses the number of lines, and the words.
+    rng: Chooses the number of lines and of words, and the words.
     """
+    most = 1 + int(rng.integers(FEW)) if rng.random() < SHARE_OF_FEW else MANY
     places = [(line, word) for line in page.lines if line.usable for word in line.words]
     image = np.full((shape.height, shape.width), PAPER, np.uint8)
     lines: list[tuple[str, ...]] = []
     top = EDGE
     for _ in range(1 + int(rng.integers(shape.lines)) if places else 0):
-        words, tall = set_line(image[top:-EDGE, EDGE:-EDGE], page, places, rng)
+        words, tall = set_line(image[top:-EDGE, EDGE:-EDGE], page, places, most, rng)
         if not words:
             break
         lines.append(words)
         top += tall
+        most -= len(words)
     return Crop(image, tuple(lines), heading=False) if lines else None
 
 
 def set_line(
-    room: np.ndarray, page: PrintedPage, places: list[tuple[PrintedLine, Word]], rng: np.random.Generator
+    room: np.ndarray, page: PrintedPage, places: list[tuple[PrintedLine, Word]], most: int, rng: np.random.Generator
 ) -> tuple[tuple[str, ...], int]:
     """Sets words side by side until one does not fit. Returns them, and the rows that they take.
 
     room: uint8 [rows, columns], part of the crop. Gets the words at its top.
     page: Has the words.
     places: The words, each with its line.
+    most: Words to set.
     rng: Chooses from them.
     """
     words: list[str] = []
     left = tall = 0
-    while True:
+    while len(words) < most:
         line, word = places[rng.integers(len(places))]
         first_row, first_column, last_row, last_column = pixel_box(line, (word,), page)
         height, width = last_row - first_row, last_column - first_column
         if height > room.shape[0] or left + width > room.shape[1]:
-            return tuple(words), tall
+            break
         room[:height, left : left + width] = page.grey[first_row:last_row, first_column:last_column]
         words.append(word.text)
         left += width + max(2, round(SPACE * height))
         tall = max(tall, height)
+    return tuple(words), tall
 
 
 def following(page: PrintedPage, start: int, count: int, shape: Shape) -> list[PrintedLine]:

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The whole way for one variant: shards, conversion, training, evaluation on other manuals, answers of the stock form.
 #
-#   MODEL_DIR=models/manuals RAW_DIR=raw bash benchmarks/quality/manuals/run_variant.sh pixels|half|block|x4
+#   MODEL_DIR=models/letters RAW_DIR=raw bash benchmarks/quality/manuals/run_variant.sh base
+#   MODEL_DIR=work/runs/base/hf RAW_DIR=raw bash benchmarks/quality/manuals/run_variant.sh pixels|half|block|x4
 #
-# pixels: all tokens. half: max_pixels is a quarter of a crop's pixels. x4: DCT tokens, as many as half has.
-# block: the pixels of x4's blocks, by the stock form of the same start.
+# base: learns to read with all tokens; the others start from it. pixels: all tokens. half: max_pixels is a quarter of a
+# crop's pixels. x4: DCT tokens, as many as half has. block: the pixels of x4's blocks, by the stock form of the same start.
 # MODEL_DIR is a pixel Qwen2-VL, RAW_DIR has train/ and test/ as make_samples.py writes them. Everything is written to
 # WORK_DIR; what is there already is not made again, so that variants share shards and a stopped run goes on.
 # Steps, samples of a step and their order are the same for all variants. Other settings of qwen_launch.sh come from the
@@ -12,7 +13,7 @@
 # STAGES chooses some of prepare, train, answer: prepared one after the other, variants can train side by side on a GPU.
 set -euo pipefail
 
-variant=${1:?usage: run_variant.sh pixels|half|block|x4 [arguments of finetune_qwen2vl.py]}
+variant=${1:?usage: run_variant.sh base|pixels|half|block|x4 [arguments of finetune_qwen2vl.py]}
 shift
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 MODEL_DIR=$(realpath "${MODEL_DIR:?a Hugging Face directory of a pixel Qwen2-VL}")
@@ -24,7 +25,7 @@ EVALUATION_BATCH=${EVALUATION_BATCH:-256}  # questions answered at a time
 COMPARED=${COMPARED:-16}                   # questions that the stock form is asked
 STAGES=${STAGES:-prepare train answer}
 export NUM_PROC_PER_NODE=${NUM_PROC_PER_NODE:-1} NUM_WORKERS=${NUM_WORKERS:-8}
-export MBS=${MBS:-512} SEQ_LENGTH=${SEQ_LENGTH:-256} MAX_STEPS=${MAX_STEPS:-3000} LR=${LR:-5e-4} MIN_LR=${MIN_LR:-1e-5}
+export MBS=${MBS:-512} SEQ_LENGTH=${SEQ_LENGTH:-384} MAX_STEPS=${MAX_STEPS:-3000} MIN_LR=${MIN_LR:-1e-5}
 export GBS=${GBS:-$MBS} WARMUP_STEPS=${WARMUP_STEPS:-100}
 export VAL_INTERVAL=${VAL_INTERVAL:-500} SAVE_INTERVAL=${SAVE_INTERVAL:-500}
 
@@ -35,13 +36,15 @@ fi
 export PYTHON
 
 case $variant in
+  base) format=base pixels=$CROP_PIXELS LR=${LR:-5e-4} ;;
   pixels) format=exact pixels=$CROP_PIXELS ;;
   half) format=exact pixels=$((CROP_PIXELS / 4)) ;;
   block) format=block pixels=$CROP_PIXELS ;;
   x4) format=x4 pixels=$CROP_PIXELS ;;
-  *) echo "run_variant.sh: the variant is pixels, half, block or x4, not $variant" >&2; exit 2 ;;
+  *) echo "run_variant.sh: the variant is base, pixels, half, block or x4, not $variant" >&2; exit 2 ;;
 esac
 
+export LR=${LR:-3e-4}
 run=$WORK_DIR/runs/$variant
 say() { echo "=== $variant: $1, $(date +%T)"; }
 
@@ -54,12 +57,14 @@ prepare() {
       --split "$shares" --maxcount "${MAXCOUNT:-1000}" --no-report --energon-prepare
   done
   say "conversion"
-  if [ "$format" != block ]; then
-    convert "$format" --model-dir "$MODEL_DIR" --dct "$format"
-  else
-    convert x4 --model-dir "$MODEL_DIR" --dct x4
-    convert block --model-dir "$WORK_DIR/models/x4" --to stock
-  fi
+  case $format in
+    base) convert base --model-dir "$MODEL_DIR" --dct exact ;;
+    block)
+      convert x4 --model-dir "$MODEL_DIR" --dct x4
+      convert block --model-dir "$WORK_DIR/models/x4" --to stock
+      ;;
+    *) convert "$format" --model-dir "$MODEL_DIR" --dct "$format" ;;
+  esac
 }
 
 convert() {  # name of the model, arguments
