@@ -25,7 +25,8 @@ def gradient_of_a_step(model_dir: Path, folder: Path, per_micro_batch: int, proc
     from transformers import AutoTokenizer
 
     from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
-    from dct_qwen2vl.training.automodel import QwenAutoModel
+    from dct_qwen2vl.training.automodel import QwenAutoModel, build_strategy
+    from dct_qwen2vl.training.config import TrainingConfig
     from dct_qwen2vl.training.log import StepGuard
     from task_encoder import QwenTaskEncoder
 
@@ -42,8 +43,9 @@ def gradient_of_a_step(model_dir: Path, folder: Path, per_micro_batch: int, proc
     starts = range(rank * per_micro_batch, len(samples), per_micro_batch * processes)
     micro_batches = [encoder.batch(samples[start : start + per_micro_batch]) for start in starts]
     module = Recorded(model_dir, max_gradient_norm=0, guard=StepGuard(folder / "refused.json"))
+    config = TrainingConfig(model_dir=model_dir, data_dir=folder, devices=processes)
     trainer = Trainer(
-        accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", max_steps=1, logger=False,
+        accelerator="cpu", devices=processes, strategy=build_strategy(config), max_steps=1, logger=False,
         accumulate_grad_batches=len(micro_batches), enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip

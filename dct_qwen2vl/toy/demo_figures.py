@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.common.imports import importing
 from dct_qwen2vl.common.scripts import run_main
 from dct_qwen2vl.toy.demo import EXPERIMENT, TOKENS
 
@@ -21,7 +22,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def draw(folder: Path) -> int:
     """Writes loss.png, samples.png and tokens_per_image.json of a demo that was trained and evaluated."""
-    from dct_qwen2vl.toy.demo_pictures import draw_loss, draw_samples, tokens_per_image
+    with importing():
+        from dct_qwen2vl.toy.demo_pictures import draw_loss, draw_samples, tokens_per_image
 
     run, shards = folder / "experiments" / EXPERIMENT, folder / "shards"
     draw_loss(run / "metrics.jsonl", folder / "loss.png")

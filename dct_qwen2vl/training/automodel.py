@@ -21,6 +21,7 @@ import torch
 import torch.distributed
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.vlm import HFAutoModelForImageTextToText
@@ -51,6 +52,7 @@ from dct_qwen2vl.training.run_folder import (
     trainer_options,
 )
 from dct_qwen2vl.training.sharding import ShardedStrategy, gradient_of_ones, shard, whole
+from dct_qwen2vl.training.vision_attention import attend_within_steps
 
 # As safetensors names them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -109,6 +111,8 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
             adapt_hf(self.model, self.lora)
         patches = self.model.visual.patch_embed
         patches.forward = MethodType(embed_patches, patches)
+        for block in self.model.visual.blocks:
+            block.attn.forward = MethodType(attend_within_steps, block.attn)
         self.model.lm_head.register_forward_pre_hook(self._choose_positions)
         if self.device_mesh is not None:
             mesh = self.device_mesh["data_parallel"]
@@ -315,11 +319,14 @@ def build_optimizer(config: TrainingConfig) -> PytorchOptimizerModule:
     )
 
 
-def build_strategy(config: TrainingConfig) -> str | ShardedStrategy:
-    """How the processes of the run share the model."""
+def build_strategy(config: TrainingConfig) -> str | DDPStrategy | ShardedStrategy:
+    """How the processes of the run share the model. Buffers are constants, so they are not sent in each micro-batch;
+    gradients are sent from where they stand, without a copy."""
     if config.sharding == "fsdp2":
         return ShardedStrategy(config.world_size)
-    return "ddp" if config.world_size > 1 else "auto"
+    if config.world_size == 1:
+        return "auto"
+    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def build_trainer(

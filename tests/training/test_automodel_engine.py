@@ -111,6 +111,62 @@ def test_the_patch_embedding_is_one_matrix_product_that_equals_the_convolution(p
         assert found.shape == expected.shape and relative_difference(found, expected) < 1e-6
 
 
+@pytest.fixture(params=["qwen2vl_directory", "qwen2_5_vl_directory"])
+def attentions(request) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The first block's attention as the engine has it, and transformers' own, with the same weights."""
+    from transformers import AutoModelForImageTextToText
+
+    from dct_qwen2vl.training.automodel import QwenAutoModel
+
+    folder = request.getfixturevalue(request.param)
+    module = QwenAutoModel(folder)
+    module.configure_model()
+    stock = AutoModelForImageTextToText.from_pretrained(folder, torch_dtype=torch.float32)
+    ours, stock = (model.visual.blocks[0].attn for model in (module.model, stock))
+    assert ours.forward.__func__ is not type(ours).forward and stock.forward.__func__ is type(stock).forward
+    return ours, stock
+
+
+def vision_tokens(attention: torch.nn.Module, count: int) -> dict:
+    """Drawn arguments of its forward, without where steps begin."""
+    generator = torch.Generator().manual_seed(1)
+    width = attention.proj.in_features
+    angles = torch.rand(count, width // attention.num_heads, generator=generator) * 6
+    hidden = torch.randn(count, width, generator=generator).requires_grad_()
+    return {"hidden": hidden, "position_embeddings": (angles.cos(), angles.sin())}
+
+
+@pytest.mark.parametrize("lengths", [[64], [4, 16, 16, 16, 8, 4], [4] * 16], ids=["one step", "media", "a video"])
+def test_attention_of_each_step_alone_is_that_behind_transformers_mask(lengths, attentions):
+    """In values and gradients, up to rounding."""
+    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0)
+    results = []
+    for attention in attentions:
+        inputs = vision_tokens(attention, 64)
+        hidden = inputs.pop("hidden")
+        seen = attention(hidden, cu_seqlens=starts, **inputs)
+        seen.square().sum().backward()
+        results.append((seen.detach(), hidden.grad, attention.qkv.weight.grad, attention.proj.weight.grad))
+    for found, expected in zip(*results):
+        assert found.shape == expected.shape and relative_difference(found, expected) < 1e-5
+
+
+def test_attention_computes_no_pairs_of_different_steps(attentions):
+    """16 steps of 4 tokens: the products of pairs are a sixteenth."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    starts = torch.arange(0, 65, 4, dtype=torch.int32)
+    counts = []
+    for attention in attentions:
+        inputs = vision_tokens(attention, 64)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused kernels are not counted
+            attention(inputs.pop("hidden"), cu_seqlens=starts, **inputs)
+        linear = 2 * 64 * (attention.qkv.weight.numel() + attention.proj.weight.numel())
+        counts.append(counter.get_total_flops() - linear)
+    assert 0 < counts[0] * 16 == counts[1]
+
+
 @pytest.mark.parametrize("numbers", [1764, 1176, 15])
 def test_zeros_up_to_a_multiple_of_eight_numbers_change_nothing(numbers):
     """Whole numbers leave no rounding. The weight keeps its shape, and so does its gradient."""
