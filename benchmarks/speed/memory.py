@@ -226,9 +226,10 @@ def titled(name: str, recompute: bool) -> str:
     return f"{name}, recompute" if recompute else name
 
 
-def measure(hf_config: Any, lines: list[dict[str, Any]], seq_length: int, save: Callable[[], None]) -> dict[str, Any]:
-    """Fills the lines; returns the terms of each way. A model is built once for each."""
-    terms = {}
+def measure(
+    hf_config: Any, lines: list[dict[str, Any]], terms: dict[str, Any], seq_length: int, save: Callable[[], None]
+) -> None:
+    """Fills the lines and the terms of each way. A model is built once for each, and `save` is called after it."""
     for name, recompute in sorted({(line["way"], line["recompute"]) for line in lines if line["chosen"]}):
         mine = [line for line in lines if line["chosen"] and (line["way"], line["recompute"]) == (name, recompute)]
         measured = in_new_process(measure_way, hf_config, name, recompute, mine, seq_length)
@@ -236,7 +237,6 @@ def measure(hf_config: Any, lines: list[dict[str, Any]], seq_length: int, save: 
         for line, filled in zip(mine, found, strict=True):
             line |= filled
         save()
-    return terms
 
 
 def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -263,16 +263,15 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(describe(line) for line in lines))
         print("benchmarks/speed/memory.py: no CUDA device, so nothing is measured", file=sys.stderr)
         return 0
-    results: dict[str, Any] = {"dct": arguments.dct, "seq_length": arguments.seq_length}
+    results: dict[str, Any] = {"dct": arguments.dct, "seq_length": arguments.seq_length, "terms": {}}
+    results["device"] = torch.cuda.get_device_name()
 
     def save() -> None:
         if arguments.json:
             told = [{name: value for name, value in line.items() if name != "chosen"} for line in lines]
             write_json(arguments.json, {**results, "cards": told})
 
-    results["terms"] = measure(hf_config, lines, arguments.seq_length, save)
-    results["device"] = torch.cuda.get_device_name()
-    save()
+    measure(hf_config, lines, results["terms"], arguments.seq_length, save)
     print("\n" + "\n".join(map(describe, lines)))
     return 0
 
