@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from dct_qwen2vl.common.files import write_text
-from dct_qwen2vl.data.energon_files import count_samples, read_splits
+from dct_qwen2vl.data.energon_files import PreparedSetError, count_samples, read_splits
 from dct_qwen2vl.preparation.data_splits import SPLITS
 from dct_qwen2vl.preparation.metadata import PreparationError
 from dct_qwen2vl.preparation.output_folder import ENERGON_FOLDER, SHARD_NAME, remove_own_folder
@@ -45,7 +45,8 @@ def is_cut_alike(shares: tuple[int, int, int], shards: int) -> bool:
 
 
 def energon_prepare(output_dir: Path, split: str, split_of: tuple[str, ...], num_workers: int) -> str:
-    """Runs `energon prepare` with this interpreter and answers its questions. Returns a line on what it wrote.
+    """Runs `energon prepare` with this interpreter and answers its questions, unless it has run on these shards.
+    Returns a line on what is there.
 
     output_dir: The folder of shards.
     split: Shares as Energon asks for them, such as "8,1,1".
@@ -54,6 +55,33 @@ def energon_prepare(output_dir: Path, split: str, split_of: tuple[str, ...], num
 
     The dataset.yaml is written so that media stay bytes. Raises PreparationError if `energon prepare` fails.
     """
+    folder = output_dir / ENERGON_FOLDER
+    shards = {name: [SHARD_NAME.format(n) for n, of in enumerate(split_of) if of == name] for name in SPLITS}
+    if not is_prepared(output_dir, shards):
+        _run_energon(output_dir, split, shards, num_workers)
+    samples = {name: count_samples(output_dir, names) for name, names in read_splits(output_dir, SPLITS).items()}
+    counts = ", ".join(f"{name} {count}" for name, count in samples.items())
+    return f"Energon metadata in {folder}; samples: {counts}"
+
+
+def is_prepared(output_dir: Path, shards: dict[str, list[str]]) -> bool:
+    """Whether the metadata is complete and later than every shard. To make it again would read all shards, and for
+    that time nothing else could read the set.
+
+    output_dir: The folder of shards.
+    shards: Names of the shards of each split.
+    """
+    folder = output_dir / ENERGON_FOLDER
+    try:
+        if read_splits(output_dir, SPLITS) != shards or (folder / "dataset.yaml").read_text() != DATASET_YAML:
+            return False
+    except PreparedSetError:
+        return False
+    written = (folder / "dataset.yaml").stat().st_mtime_ns  # the last file
+    return all((output_dir / name).stat().st_mtime_ns <= written for names in shards.values() for name in names)
+
+
+def _run_energon(output_dir: Path, split: str, shards: dict[str, list[str]], num_workers: int) -> None:
     import yaml
 
     folder = output_dir / ENERGON_FOLDER
@@ -65,10 +93,6 @@ def energon_prepare(output_dir: Path, split: str, split_of: tuple[str, ...], num
         last_line = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
         command = dialogue_command(output_dir, split)
         raise PreparationError(f"energon prepare failed: {last_line}; to see it whole: {command}")
-    shards = {name: [SHARD_NAME.format(n) for n, of in enumerate(split_of) if of == name] for name in SPLITS}
     splits = {**yaml.safe_load((folder / "split.yaml").read_text()), "split_parts": shards}
     for name, text in (("split.yaml", yaml.dump(splits)), ("dataset.yaml", DATASET_YAML)):
         write_text(folder / name, text)
-    samples = {name: count_samples(output_dir, names) for name, names in read_splits(output_dir, SPLITS).items()}
-    counts = ", ".join(f"{name} {count}" for name, count in samples.items())
-    return f"Energon metadata in {folder}; samples: {counts}"

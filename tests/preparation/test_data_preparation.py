@@ -704,6 +704,35 @@ def test_too_few_samples_for_a_split(tmp_path, capsys):
     fails_with(capsys, data, tmp_path / "other", "the sources are text", "--source-weight", "coco=2")
 
 
+def times_of(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        lambda folder: os.utime(folder / SHARDS[0]),
+        lambda folder: (folder / ".nv-meta/.info.yaml").unlink(),
+        lambda folder: (folder / f"{SHARDS[3]}.idx").unlink(),
+        lambda folder: (folder / ".nv-meta/dataset.yaml").write_text("__module__: megatron.energon\n"),
+        lambda folder: (folder / ".nv-meta/split.yaml").write_text(json.dumps({"split_parts": {"train": SHARDS}})),
+    ],
+    ids=["nothing", "a later shard", "no counts", "no index", "another data set", "another split"],
+)
+def test_metadata_is_made_again_only_where_it_must_be(raw_set, prepared, tmp_path, change, capsys):
+    """Other runs may read the set in the meantime, and Energon would read all shards of it."""
+    folder = Path(shutil.copytree(prepared, tmp_path / "shards"))
+    if change:
+        change(folder)
+    made = times_of(folder / ".nv-meta")
+    assert run(raw_set, folder, "--energon-prepare", workers=2) == 0
+    assert "samples: train" in capsys.readouterr().out
+    assert (times_of(folder / ".nv-meta") == made) == (change is None)
+    for name in ("split.yaml", "dataset.yaml", ".info.yaml"):
+        assert (folder / ".nv-meta" / name).read_bytes() == (prepared / ".nv-meta" / name).read_bytes()
+
+
 def test_a_shard_whose_samples_are_all_broken(tmp_path, capsys):
     media = {"good.jpg": plain_jpeg(), "bad.jpg": b"bad"}
     data = make_set(
