@@ -713,12 +713,11 @@ def times_of(folder: Path) -> dict[str, int]:
     [
         None,
         lambda folder: os.utime(folder / SHARDS[0]),
-        lambda folder: (folder / ".nv-meta/.info.yaml").unlink(),
         lambda folder: (folder / f"{SHARDS[3]}.idx").unlink(),
         lambda folder: (folder / ".nv-meta/dataset.yaml").write_text("__module__: megatron.energon\n"),
         lambda folder: (folder / ".nv-meta/split.yaml").write_text(json.dumps({"split_parts": {"train": SHARDS}})),
     ],
-    ids=["nothing", "a later shard", "no counts", "no index", "another data set", "another split"],
+    ids=["nothing", "a later shard", "no index", "another data set", "another split"],
 )
 def test_metadata_is_made_again_only_where_it_must_be(raw_set, prepared, tmp_path, change, capsys):
     """Other runs may read the set in the meantime, and Energon would read all shards of it."""
