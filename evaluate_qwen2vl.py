@@ -156,7 +156,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     with AnswerFile(path.with_suffix(".jsonl.part"), describe_settings(arguments)) as file:
         say_beginning(file)
         reading = Reading.of(file.read)
-        ask(arguments, file, reading)
+        answerer = ask(arguments, file, reading)
         if not file.answers:
             where = f"the {arguments.split} split of {arguments.data_dir}"
             raise UserError(f"{where} has no questions to ask ({reading}): choose another --split")
@@ -166,11 +166,15 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         file.remove()
     print(table(summary))
     print(reading)
+    if long := answerer.count_longer([answer["answer"] for answer in file.answers]):
+        of_all = f"{long} of {len(file.answers)} right answers"
+        print(f"{of_all} are longer than the model's may be, {arguments.max_new_tokens} tokens: raise --max-new-tokens")
     return summary
 
 
-def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> None:
-    """Ask what has not been answered yet, with one progress bar: every question has two answers, seeing and blind."""
+def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> Answerer:
+    """Asks what has not been answered yet, with one progress bar: every question has two answers, seeing and blind.
+    Returns who answered."""
     from tqdm import tqdm
 
     sampling, skipping = sampling_of(arguments.model_dir, arguments), skipping_of(arguments)
@@ -185,6 +189,7 @@ def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> No
             )
             file.add_round(describe_answers(chosen, seen, blind), reading.as_dict())
         bar.total = bar.n  # known only now: the shards say how many entries there are, not how many questions
+    return answerer
 
 
 def summarise(arguments: argparse.Namespace, answers: list[dict[str, Any]], reading: Reading) -> dict[str, Any]:

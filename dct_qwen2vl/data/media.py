@@ -103,6 +103,9 @@ def resize_frames(kind: str, pixels: np.ndarray, fit: Fit | None) -> np.ndarray:
     return resized[0] if kind == "image" else np.stack(resized)
 
 
+TOO_LONG = "too_long"  # the reason of samples with more tokens than --seq-length
+
+
 class BadSample(ValueError):
     """A sample that cannot be learned from; `reason` is the name under which it is counted."""
 

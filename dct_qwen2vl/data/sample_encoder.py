@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dct_qwen2vl.data.conversations import DEFAULT_SYSTEM, Message, put_first
-from dct_qwen2vl.data.media import BadSample
+from dct_qwen2vl.data.media import TOO_LONG, BadSample
 from dct_qwen2vl.data.media_encoder import Encoded, MediaEncoder, stack_kept, stack_media
 from dct_qwen2vl.data.positions import Grid, KeptRun, Run, mrope_positions
 from dct_qwen2vl.data.samples import IGNORE_INDEX, ConversationSample, EncodedSample, parse_entry, parse_messages
@@ -219,7 +219,7 @@ class SampleEncoder:
                 add([self._im_end])
             add(self._ids("\n"))
         if len(ids) > self.seq_length:
-            raise BadSample("too_long", f"{len(ids)} tokens, the limit is {self.seq_length}")
+            raise BadSample(TOO_LONG, f"{len(ids)} tokens, the limit is {self.seq_length}")
         return ids, learned, runs
 
     def _all_cells(self, grid: Grid) -> torch.Tensor:

@@ -67,6 +67,11 @@ class Answerer:
         """Greedy answers to a batch of questions."""
         return [self.text_tokens.decode(ids) for ids in self.generate(self.model_inputs(questions)).tolist()]
 
+    def count_longer(self, texts: list[str]) -> int:
+        """How many texts have more tokens than the longest answer."""
+        ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return sum(len(each) > self.max_new_tokens for each in ids)
+
     def generate(self, inputs: dict[str, "torch.Tensor"]) -> "torch.Tensor":
         """What `model_inputs` gives -> the greedy answers, int64 [B, new]."""
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}

@@ -296,7 +296,7 @@ def choose_engine(config: TrainingConfig) -> str:
         refuse_flags_of("automodel", config, ": add --engine automodel, or leave it out")
         check_numpy()
         return "megatron"
-    refuse_flags_of("megatron", config, f", but {reason}")
+    refuse_flags_of("megatron", config, f", but {reason}; or leave it out")
     return "automodel"
 
 

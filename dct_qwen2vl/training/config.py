@@ -136,8 +136,8 @@ class TrainingConfig:
     global_batch_size: int | None = setting(
         "how",
         None,
-        f"samples of one optimizer step, or packed sequences (default: 32 samples, or sequences of about {STEP_TOKENS} "
-        "tokens together)",
+        "samples of one optimizer step, or packed sequences (default: 32 samples; sequences of about "
+        f"{STEP_TOKENS} tokens together, or {SEQUENCES_PER_STEP} where --pack-tokens is given)",
         at_least=1,
         resume=DATA,
     )

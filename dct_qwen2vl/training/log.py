@@ -20,6 +20,7 @@ import torch
 import torch.distributed
 
 from dct_qwen2vl.common.scripts import UserError
+from dct_qwen2vl.data.media import TOO_LONG
 from dct_qwen2vl.data.samples import IGNORE_INDEX, QwenBatch
 from dct_qwen2vl.training.flops import device_peak, training_flops
 from dct_qwen2vl.training.metrics_file import MetricsFile, read_metrics
@@ -165,6 +166,7 @@ class TrainingLog(pl.Callback):
         self.peak_flops = device_peak()
         self._sums = dict.fromkeys(SUMMED, 0.0)
         self._skipped: Counter[str] = Counter()  # by this process; the first one's begin with those of earlier starts
+        self._noted = False  # that samples are too long
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins the log at the step from which the run starts, and makes up for a missed validation."""
@@ -223,7 +225,8 @@ class TrainingLog(pl.Callback):
         waited = trainer.datamodule.train_loader.wait_seconds
         seconds, wait = now - self._step_time, waited - self._waited
         self._step_time, self._waited = now, waited
-        sums = self._over_processes(trainer, {**self._sums, "wait": wait, "skipped": self._skipped.total()})
+        skipped = {"skipped": self._skipped.total(), TOO_LONG: self._skipped[TOO_LONG]}
+        sums = self._over_processes(trainer, {**self._sums, "wait": wait, **skipped})
         self._sums = dict.fromkeys(SUMMED, 0.0)
         line = {
             "step": trainer.global_step,
@@ -252,6 +255,17 @@ class TrainingLog(pl.Callback):
             self.metrics.append(line)
             if trainer.global_step % self.log_interval == 0 or trainer.global_step in (1, self.max_steps):
                 print(self._progress(line), flush=True)
+            self._note_long_samples(int(sums[TOO_LONG]))
+
+    def _note_long_samples(self, count: int) -> None:
+        """Once: whole kinds of media can be too long, such as all HD videos."""
+        if count and not self._noted:
+            advice = "raise SEQ_LENGTH, or make media smaller (MAXPIXELS, --video-total-pixels)"
+            print(
+                f"Note: {count} samples so far have more tokens than --seq-length and are left out: {advice}",
+                flush=True,
+            )
+        self._noted = self._noted or count > 0
 
     @staticmethod
     def _give_to_loggers(trainer: pl.Trainer, line: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from pipeline import edit_json, run
 from samples_by_hand import answer, conversation_sample
-from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+from transformers import AutoProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 
 import evaluate_qwen2vl
 from dct_qwen2vl.checkpoints.hf_folder import load_image_processor, load_processor
@@ -130,6 +130,17 @@ def test_batches_answer_as_single_questions(prepared, questions):
     together = answer_all(answerer, chosen, batch_size=5, blind=False)
     alone = [answerer.answer([q])[0] for q in chosen]
     assert together == alone
+
+
+@pytest.mark.parametrize("most", [1, 64])
+def test_who_ends_answers_before_the_right_ones_is_told(prepared, tmp_path, capsys, most):
+    words = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    assert evaluate_qwen2vl.main([*words, "--max-new-tokens", str(most)]) == 0
+    told = re.findall(r"(\d+) of \d+ right answers are longer than .* (\d+) tokens: raise", capsys.readouterr().out)
+    tokenizer = AutoTokenizer.from_pretrained(prepared.model)
+    answers = [json.loads(line)["answer"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    longer = sum(len(tokenizer.encode(answer)) > most for answer in answers)
+    assert told == ([(str(longer), str(most))] if longer else []) and bool(longer) == (most == 1)
 
 
 def test_rounds_end_at_a_number_of_questions_or_of_bytes(monkeypatch):

@@ -193,6 +193,9 @@ def test_skipped_samples_are_those_of_all_processes_and_starts(launched, request
     counts = [line["skipped_samples"] for line in lines]
     assert counts == sorted(counts) and counts[-1] > counts[resumed_step(run["log"]) - 1] > 0
     assert re.findall(r"^Skipped (\d+) samples: too_long (\d+)$", run["log"], re.MULTILINE) == [(str(counts[-1]),) * 2]
+    first = next(count for count in counts if count)
+    said = re.findall(r"^Note: (\d+) samples so far have more tokens than --seq-length", run["log"], re.MULTILINE)
+    assert len(said) == 2 and said[0] == str(first)  # once in each start
 
 
 def lengths_of(prepared: Prepared, split: str) -> list[int]:
