@@ -207,11 +207,9 @@ def flags_format(arguments: argparse.Namespace, source: Source, patch: Patch):
 
 def convert_and_say(arguments: argparse.Namespace) -> int:
     given = read_format(arguments.dct) if isinstance(arguments.dct, str) else None
-    patches = []
 
     def choose(source: Source):
         patch = patch_of(read_config(source.folder))
-        patches.append(patch)
         with usable():
             dct = given or flags_format(arguments, source, patch)
             return dct.with_detail_gain(arguments.detail_gain, patch)
@@ -219,7 +217,7 @@ def convert_and_say(arguments: argparse.Namespace) -> int:
     bounds = arguments.min_pixels, arguments.max_pixels
     done = convert(arguments.model_dir, arguments.output_dir, choose, *bounds, arguments.force)
     say(done.notes)
-    dct, (frames, before, _) = done.dct, patches[0]
+    dct, (frames, before, _) = done.dct, done.patch
     side, before = dct.block[1] * dct.merge, before * dct.merge
     print(f"Folded the patch embedding: {dct.name}, blocks of {dct.block} -> {dct.num_coefficients} coefficients.")
     was = f"was {before}x{before} px of {frames}"

@@ -254,13 +254,26 @@ def encode_vision(
     Floats of a token beyond those that the patch embedding has weights for are not read.
 
     What it gives of cells that are left out means nothing."""
-    tower, steps = model.visual, layout.grid[0]
+    steps = layout.grid[0]
+    seen = None if kept is None else seen_in_steps(kept, steps)
+    return run_tower(model.visual, tokens, layout.vision_cos, layout.vision_sin, steps, layers, seen)
+
+
+def run_tower(
+    tower: nn.Module,
+    tokens: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    steps: int = 1,
+    layers: Layers = PLAIN,
+    seen: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Patch embedding, blocks and merger: tokens [B, N, K] -> [B, N / 4, D]. Other arguments: as of `vision_layer`."""
     weight = tower.patch_embed.proj.weight.flatten(1)
     states = nn.functional.linear(tokens[..., : weight.shape[1]], weight)
-    seen = None if kept is None else seen_in_steps(kept, steps)
     for block in tower.blocks:
-        states = layers.vision(block, states, layout.vision_cos, layout.vision_sin, steps, seen)
-    return tower.merger(states).view(len(tokens), layout.visual_tokens, -1)
+        states = layers.vision(block, states, cos, sin, steps, seen)
+    return tower.merger(states).unflatten(0, (len(tokens), -1))
 
 
 def seen_in_steps(kept: torch.Tensor, steps: int) -> torch.Tensor:

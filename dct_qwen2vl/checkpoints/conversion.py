@@ -55,12 +55,14 @@ class Converted:
     weight_bytes: Of all tensors.
     left_out: Share of the patch embedding's norm that the format cannot represent; 0 unless a stock form was folded.
     notes: Lines, one for each thing of the source that was normalised.
+    patch: (frames, rows, columns) that a folded pixel model read.
     """
 
     dct: Any
     weight_bytes: int
     left_out: float = 0.0
     notes: tuple[str, ...] = ()
+    patch: tuple[int, int, int] | None = None
 
 
 def read_config(model_dir: Path) -> dict:
@@ -257,6 +259,7 @@ def convert(
     read_config(model_dir)
     with opened(model_dir) as source:
         config, dct = read_config(source.folder), dct(source) if callable(dct) else dct
+        patch = patch_of(config)
         dct = own_colours(source.folder, dct)
         check_merge(model_dir, config, dct)
         processor = make_processor(source.folder, dct, min_pixels, max_pixels)
@@ -265,10 +268,9 @@ def convert(
             write_json(temporary / "config.json", converted_config(config, dct.num_coefficients))
             processor.save_pretrained(temporary)
             write_sampling(temporary)
-            patch = patch_of(config)
             tensors = changed_tensors(source, lambda weight: fold_patch_embedding(weight, dct, patch))
             total = write_shards(tensors, temporary, shard_bytes)
-        return Converted(dct, total, notes=all_notes(source, min_pixels, max_pixels))
+        return Converted(dct, total, notes=all_notes(source, min_pixels, max_pixels), patch=patch)
 
 
 def all_notes(source: Source, min_pixels: int | None, max_pixels: int | None) -> tuple[str, ...]:

@@ -260,12 +260,12 @@ class TrainingLog(pl.Callback):
     def _note_long_samples(self, count: int) -> None:
         """Once: whole kinds of media can be too long, such as all HD videos."""
         if count and not self._noted:
+            self._noted = True
             advice = "raise SEQ_LENGTH, or make media smaller (MAXPIXELS, --video-total-pixels)"
             print(
                 f"Note: {count} samples so far have more tokens than --seq-length and are left out: {advice}",
                 flush=True,
             )
-        self._noted = self._noted or count > 0
 
     @staticmethod
     def _give_to_loggers(trainer: pl.Trainer, line: dict[str, Any]) -> None:

@@ -166,6 +166,12 @@ class PageStore:
         # a copy that waits for the GPU would leave it idle until the next step is drawn
         return self.crops(dpi, *(some.to(self.device, non_blocking=True) for some in (page, place)), side)
 
+    def draw_each(self, count: int, side: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and labels of as many random crops of each resolution. count: of one."""
+        crops = [self.draw(dpi, count, side, generator) for dpi in self.dpi]
+        images, labels = (torch.cat(parts) for parts in zip(*((some.images, some.labels) for some in crops)))
+        return images, labels
+
 
 def text_bounds(characters: np.ndarray) -> np.ndarray:
     """float [P, M, 3] -> float32 [P, 2, 2]: row and column of the first and of the last character; 0 without any."""

@@ -163,11 +163,7 @@ class Run:
         return Inputs(VARIANTS[self.settings.variant], *embedding, level, measured, self.settings.gain, self.device)
 
     def rate(self, step: int) -> float:
-        """Warm-up, then a cosine."""
-        warm = max(1, round(WARM_UP * self.settings.steps))
-        if step < warm:
-            return self.settings.rate * (step + 1) / warm
-        return self.settings.rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.settings.steps - warm)))
+        return self.settings.rate * share_of_rate(step, self.settings.steps)
 
     def scores(self, numbers: torch.Tensor) -> torch.Tensor:
         """[B, N, K] -> [B, r, c, classes]"""
@@ -207,8 +203,7 @@ class Run:
         """The crops of a step, always in the same memory."""
         pages, settings = self.train_pages, self.settings
         count = settings.batch // len(pages.dpi)
-        crops = [pages.draw(dpi, count, settings.side, self.generator) for dpi in pages.dpi]
-        images, labels = (torch.cat(parts) for parts in zip(*((some.images, some.labels) for some in crops)))
+        images, labels = pages.draw_each(count, settings.side, self.generator)
         numbers = self.inputs(images)
         if not self.done:
             self.numbers, self.labels = numbers, labels
@@ -247,6 +242,14 @@ class Run:
                 asked.index_add_(0, crops.page.cpu(), counted.sum(dim=(1, 2)).cpu())
             counts[str(dpi)] = {"right": right.tolist(), "characters": asked.tolist()}
         return counts
+
+
+def share_of_rate(step: int, steps: int) -> float:
+    """Of the peak learning rate: warm-up, then a cosine."""
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def read_weights(data: Path) -> dict[str, torch.Tensor]:

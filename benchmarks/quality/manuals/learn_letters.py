@@ -20,6 +20,7 @@ import argparse
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,15 +28,14 @@ from torch import nn
 
 from benchmarks.quality.dense.inputs import IMAGENET_MEAN, IMAGENET_STD
 from benchmarks.quality.dense.pages import CLASSES, COLUMNS, ROWS, SHARED, PageStore
+from benchmarks.quality.dense.train import BETAS, CLIP, DECAY, share_of_rate
 from benchmarks.quality.manuals.build_model import spread_of_words
-from benchmarks.quality.model import PLAIN, compiled_layers
+from benchmarks.quality.model import PLAIN, compiled_layers, run_tower
 from benchmarks.quality.runs import chosen_device
 from benchmarks.quality.settings import parser_of
 from dct_qwen2vl.common.scripts import UserError, run_main
 from dct_qwen2vl.toy.model import save
 
-BETAS, DECAY, CLIP = (0.9, 0.98), 0.05, 1.0
-WARM_UP = 0.05  # share of the steps
 TESTED = 64  # crops of each resolution
 SHOWN = 100  # steps between two lines
 FRAMES = 2  # of a patch; a still has two equal ones
@@ -74,11 +74,7 @@ class LetterReader(nn.Module):
         """Visual tokens, uint8 [B, S, S] -> [B, N / 4, hidden size]."""
         grid = torch.tensor([[1, MERGED * self.grid, MERGED * self.grid]], device=images.device)
         angles = self.visual.rot_pos_emb(grid).repeat(1, 2)
-        weight = self.visual.patch_embed.proj.weight.flatten(1)
-        hidden = nn.functional.linear(patches_of(images, self.patch), weight)
-        for block in self.visual.blocks:
-            hidden = self.layers.vision(block, hidden, angles.cos(), angles.sin(), 1)
-        return self.visual.merger(hidden).unflatten(0, (len(images), -1))
+        return run_tower(self.visual, patches_of(images, self.patch), angles.cos(), angles.sin(), layers=self.layers)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, S, S] -> scores [B, r, c, classes]"""
@@ -100,21 +96,14 @@ class Lessons:
         self.generator = torch.Generator().manual_seed(arguments.seed)
         options = {"betas": BETAS, "weight_decay": DECAY, "fused": pages.device.type == "cuda"}
         self.optimizer = torch.optim.AdamW(reader.parameters(), arguments.rate, **options)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.share_of_rate)
-
-    def share_of_rate(self, step: int) -> float:
-        """Warm-up, then a cosine."""
-        warm = max(1, round(WARM_UP * self.arguments.steps))
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.arguments.steps - warm)))
+        share = partial(share_of_rate, steps=arguments.steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, share)
 
     def step(self) -> torch.Tensor:
         """One step of crops of all resolutions in equal shares. Returns the loss."""
         pages, arguments = self.pages, self.arguments
         count = max(1, arguments.batch // len(pages.dpi))
-        crops = [pages.draw(dpi, count, arguments.side, self.generator) for dpi in pages.dpi]
-        images, labels = (torch.cat(parts) for parts in zip(*((some.images, some.labels) for some in crops)))
+        images, labels = pages.draw_each(count, arguments.side, self.generator)
         scores = scores_of(self.reader, images).flatten(0, 2)
         loss = nn.functional.cross_entropy(scores, labels.flatten(), ignore_index=SHARED)
         self.optimizer.zero_grad(set_to_none=True)
