@@ -8,10 +8,10 @@ Nothing is decoded or encoded again that training reads as it is. So these keep 
     videos   mp4, mov, mkv, webm, avi: packets counted, a first, a middle and a last part decoded
 
 What looks unusual in an image's structure is decoded to find out. All other images, and those with more than
-`max_pixels`, become JPEGs without chroma subsampling: first frame, EXIF rotation applied, transparency on white, 16
-bits scaled to 8. Colour values are taken as they are (an ICC profile is neither applied nor kept). Videos in other
-containers are put into an mp4, mkv or avi with the same packets. A video that is given as image files becomes an mp4
-of those JPEGs.
+`max_pixels`, become JPEGs without chroma subsampling: first frame, EXIF rotation applied, transparency on white (white
+writing on black), 16 bits scaled to 8. Colour values are taken as they are (an ICC profile is neither applied nor
+kept). Videos in other containers are put into an mp4, mkv or avi with the same packets. A video that is given as image
+files becomes an mp4 of those JPEGs.
 
 What training could not read raises `UnusableSample`, with one of these reasons to count by:
 
@@ -31,10 +31,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from dct_qwen2vl.data.images import EXIF_ORIENTATION, decode_image, open_image, to_rgb
 from dct_qwen2vl.preparation.entries import UnusableSample
+from dct_qwen2vl.preparation.file_kinds import name_medium
 from dct_qwen2vl.preparation.image_structure import read_layout
 from dct_qwen2vl.preparation.video_conversion import (
     MAXIMUM_ASPECT_RATIO,
@@ -60,10 +61,11 @@ OTHER_FORMATS = {  # by how their files begin
     "PSD": rb"8BPS",
     "EPS": rb"%!PS",
     "PDF": rb"%PDF",
-    "SVG": rb"<svg",
+    "SVG": rb"\s*(<\?xml.{,500})?<svg",
 }
 MAXIMUM_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MiB of RGB
 MAXIMUM_JPEG_SIDE = 65_500  # px, libjpeg's JPEG_MAX_DIMENSION
+LEAST_CONTRAST = 16  # of 255: how much darker than white something of a transparent image must be to lie on white
 NOT_UPRIGHT = range(2, 9)  # of the EXIF orientations
 MEMORY_ADDRESS = re.compile(r" object at 0x[0-9a-f]+")  # in Pillow's messages; another one in every run
 
@@ -206,7 +208,7 @@ def open_known(data: bytes) -> Image.Image:
         for name, beginning in OTHER_FORMATS.items():
             if name not in IMAGE_FORMATS and re.match(beginning, data, re.DOTALL):
                 raise UnusableSample("unsupported_image", f"{name}, which is not read here") from None
-        raise
+        raise UnusableSample("broken_image", name_medium(data, "image")) from None
 
 
 def refuse_size(height: int, width: int) -> None:
@@ -268,13 +270,30 @@ def load_rgb(image: Image.Image, orientation: int | None) -> Image.Image:
         raise UnusableSample("unsupported_image", "floating-point pixels have no known range")
     if image.mode == "I":
         lowest, highest = image.getextrema()
-        if lowest < 0 or highest > 65_535:
+        is_narrow = image.format == "TIFF" and highest < 256  # its 16 bits are "I;16"
+        if lowest < 0 or highest > 65_535 or is_narrow:
             raise UnusableSample("unsupported_image", f"integer pixels from {lowest} to {highest} have no known range")
     if orientation is None:
         image = image.copy()
         for name in METADATA_NAMES:
             image.info.pop(name, None)
-    return to_rgb(image)
+    rgb = to_rgb(image)
+    return put_on_black(image, rgb) if image.has_transparency_data else rgb
+
+
+def put_on_black(image: Image.Image, on_white: Image.Image) -> Image.Image:
+    """The image on black if hardly anything of it is to be seen on white, as of white writing. Otherwise on white.
+
+    image: Opened, with transparency.
+    on_white: The same as RGB, as displayed.
+    """
+    contrast = 255 - min(low for low, _ in on_white.getextrema())
+    if contrast >= LEAST_CONTRAST:
+        return on_white
+    shown = ImageOps.exif_transpose(image).convert("RGBA")
+    on_black = Image.alpha_composite(Image.new("RGBA", shown.size, "black"), shown).convert("RGB")
+    is_seen = contrast < max(high for _, high in on_black.getextrema()) and shown.getextrema()[3][0] < 255
+    return on_black if is_seen else on_white
 
 
 def downsize(image: Image.Image, data: bytes, orientation: int | None, options: ConversionOptions) -> StoredMedia:

@@ -13,9 +13,11 @@ that lies in two places is known as one.
 Letters used for shapes: M members of a tar or files of the folders, U different names that are looked up.
 """
 
+import contextlib
 import io
 import json
 import os
+import stat
 import unicodedata
 import zipfile
 import zlib
@@ -435,14 +437,22 @@ def walk_folders(root: str, leave_out: str) -> Iterator[tuple[str, int, list[str
         if os.path.realpath(path) == leave_out or (state.st_dev, state.st_ino) in seen:
             continue
         seen.add((state.st_dev, state.st_ino))
-        names = []
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    waiting.append(os.path.join(folder, entry.name))
-                elif entry.is_file():
-                    names.append(entry.name)
+        inside, names = list_folder(path)
+        waiting += [os.path.join(folder, name) for name in inside]
         yield folder, state.st_mtime_ns, names
+
+
+def list_folder(path: str) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the plain files in a folder; none of one that may not be read, as lost+found."""
+    folders, files = [], []
+    with contextlib.suppress(PermissionError), os.scandir(path) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # a link that leads to itself
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.is_file():
+                    files.append(entry.name)
+    return folders, files
 
 
 def look_at_file(root: bytes, name: bytes) -> tuple[int, bytes] | None:
@@ -592,6 +602,25 @@ def find_neighbour(name: str, data_dir: Path, sources: list[TarSource]) -> str:
     if not alike and (member := find_nearest(name, sources)):
         return member
     return next((str(path.relative_to(data_dir)) for path in alike or inside), "")
+
+
+def why_unread(path: Path) -> str:
+    """Why a file of the data folder is not read although there is something of its name. "" if there is nothing.
+
+    path: As the entry has it, below the data folder.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return f"a link to {path.readlink()}, which is not there" if path.is_symlink() else ""
+    except OSError as error:
+        return f"not readable ({error.strerror})"
+    if stat.S_ISDIR(mode):
+        return "a folder: name the files in it"
+    if not stat.S_ISREG(mode):
+        return "no file, but a pipe, a socket or a device"
+    may_read = os.access(path, os.R_OK) and os.access(path.parent, os.R_OK)
+    return "" if may_read else "there, but you may not read it or its folder: give yourself the right with chmod"
 
 
 def find_nearest(name: str, sources: list[TarSource]) -> str:

@@ -148,7 +148,8 @@ class LineCutter:
         data = np.frombuffer(block, np.uint8)
         ends = np.flatnonzero(data == ord("\n"))
         starts = np.concatenate(([0], ends + 1))
-        has_text = np.logical_or.reduceat(np.append(data > ord(" "), False), starts)
+        is_text = (data > ord(" ")) | (data == 0)  # zeros are what a disk has left of lost lines
+        has_text = np.logical_or.reduceat(np.append(is_text, False), starts)
         has_text[0] |= not self.is_blank
         start = starts + offset
         start[0], self.begin = self.begin, start[-1] if len(ends) else self.begin

@@ -32,6 +32,7 @@ from dct_qwen2vl.preparation.media_index import (
     digest_of,
     find_neighbour,
     locate,
+    why_unread,
 )
 from dct_qwen2vl.preparation.metadata import EntryRanges, MetadataReader, PreparationError, parse_entries, read_entry
 from dct_qwen2vl.preparation.workers import WorkerPool
@@ -415,8 +416,8 @@ class MissingMedia:
         return {line["member"]: f"refused in {tar.path.name} ({line['reason']})" for tar, line in found}
 
     def describe(self, name: str) -> str:
-        if (self.data_dir / name).is_dir():
-            return f"{name} is a folder: name the files in it"
+        if unread := why_unread(self.data_dir / name):
+            return f"{name:.300} is {unread}"
         why = self.refused.get(name, "in no tar and no folder")
         nearest = find_neighbour(name, self.data_dir, self.tars) if self.is_first else ""
         self.is_first = False

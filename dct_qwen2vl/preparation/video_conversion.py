@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from dct_qwen2vl.data.media import media_shape
 from dct_qwen2vl.data.videos import VIDEO_FORMATS, VideoSampling, exchanges_axes, film_of, orientation
 from dct_qwen2vl.preparation.entries import UnusableSample
+from dct_qwen2vl.preparation.file_kinds import IMAGE, name_medium
 
 MAXIMUM_FRAME_PIXELS = 8192 * 4320  # 8K
 MAXIMUM_ASPECT_RATIO = 200  # of Qwen2-VL's smart_resize
@@ -20,7 +21,6 @@ MAXIMUM_PACKETS = 1_000_000  # nine hours at 30 frames a second
 PART_PACKETS = 48  # decoded of the first, the middle and the last part of a video, at most
 FRAMES_PER_SECOND = 2  # of a video given as images: what training samples by default, so that it reads all of them
 TIME_TOLERANCE = 0.02  # of a video's seconds; stamps of a millisecond are off by less
-IMAGE_MAGIC = (b"GIF8", b"\xff\xd8\xff", b"\x89PNG")
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")  # with which an mp4 or mov may begin
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # the two top-level elements of Matroska (RFC 9559)
 
@@ -51,8 +51,8 @@ def open_video(data: bytes) -> Iterator[tuple[Any, Any]]:
     try:
         container = av.open(io.BytesIO(data), options=guard, container_options=allowed, metadata_errors="ignore")
     except av.FFmpegError as error:
-        reason = "unsupported_video" if data.startswith(IMAGE_MAGIC) else "broken_video"
-        raise UnusableSample(reason, f"none of {VIDEO_FORMATS}: {error.strerror}") from None
+        reason = "unsupported_video" if IMAGE.match(data) else "broken_video"
+        raise UnusableSample(reason, f"{name_medium(data, 'video')} ({error.strerror})") from None
     with container:
         stream = film_of(container)
         if stream is None:  # a piece of music, perhaps with a cover

@@ -664,6 +664,26 @@ def test_a_folder_in_place_of_frames_is_named(tmp_path, capsys):
     fails_with(capsys, data, tmp_path / "shards", "clip is a folder: name the files in it")
 
 
+def test_names_of_what_is_no_readable_file_cost_their_entries_alone(tmp_path):
+    data, output = tmp_path / "data", tmp_path / "shards"
+    odd = {
+        "m/loop.jpg": "m/loop.jpg is not readable (Too many levels of symbolic links)",
+        "m/gone.jpg": "m/gone.jpg is a link to nowhere.jpg, which is not there",
+        "m/pipe.jpg": "m/pipe.jpg is no file, but a pipe, a socket or a device",
+        f"m/{'x' * 300}.jpg": "xxx is not readable (File name too long)",
+    }
+    names = [f"{number}.jpg" for number in range(12)]
+    entries = [entry(number, image=name) for number, name in enumerate([*names, *odd])]
+    make_set(data, entries, {name: plain_jpeg(number) for number, name in enumerate(names)})
+    (data / "m").mkdir()
+    (data / "m/loop.jpg").symlink_to("loop.jpg")
+    (data / "m/gone.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(data / "m/pipe.jpg")
+    assert run(data, output) == 0
+    skipped = [json.loads(line)["detail"] for line in (output / "skipped.jsonl").read_text().splitlines()]
+    assert len(skipped) == len(odd) and all(said in detail for said, detail in zip(odd.values(), skipped)), skipped
+
+
 def test_missing_or_unreadable_data(tmp_path, capsys):
     data, output = tmp_path / "data", tmp_path / "shards"
     fails_with(capsys, data, output, "is not a folder")

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import resource
 import struct
 import subprocess
@@ -186,6 +187,30 @@ def test_16_bit_colour():
 def test_what_other_programs_would_have_to_open(data, reason):
     assert outcome("image", data) == reason
     assert outcome("video", data) == "broken_video"
+
+
+AN_MP4 = b"\0\0\0\x18ftypisom" + bytes(50)
+A_GIF = b"GIF89a" + bytes(50)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "said"),
+    [
+        ("image", b"", "x: it is empty: fetch it again"),
+        ("video", bytes(99), "x: it is empty (99 bytes, all zero): fetch it again"),
+        *((kind, b"<!DOCTYPE html><html>404", "x: it is a web page") for kind in ("image", "video")),
+        *((kind, b"version https://git-lfs.github.com", "type git lfs pull") for kind in ("image", "video")),
+        ("image", AN_MP4, "x: it is a video: name it in video"),
+        ("video", AN_MP4, "x: it is damaged: fetch it again"),
+        ("video", A_GIF, "x: it is an image: name it in image, or make an mp4 of it with ffmpeg"),
+        ("image", A_GIF[:10], "x: it is damaged: fetch it again"),
+        ("image", b'{"error": 404}', "no image of a format that is read here, it begins with b'{\"error\": 404}'"),
+        ("image", b"<?xml version='1.0'?>\n<svg/>", "x: SVG, which is not read here"),
+    ],
+)
+def test_what_lies_in_place_of_a_medium_is_named(kind, data, said):
+    with pytest.raises(UnusableSample, match=re.escape(said)):
+        convert_media(kind, "x", data)
 
 
 # Videos

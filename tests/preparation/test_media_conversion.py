@@ -253,6 +253,16 @@ def test_transparency_lies_on_white():
     np.testing.assert_allclose(convert(encode(grey, "PNG")), 255, atol=2)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize(("value", "seen"), [(255, (0, 255)), (248, (0, 248)), (0, (255, 0)), (200, (255, 200))])
+def test_white_writing_on_nothing_lies_on_black(mode, value, seen):
+    image = Image.new("L", (48, 32), value).convert(mode)
+    image.putalpha(Image.fromarray(np.pad(np.full((8, 24), 255, np.uint8), ((0, 24), (0, 24)))))
+    turned = convert(encode(image, "PNG", exif=rotated_exif(6)))
+    assert turned.shape == (48, 32, 3)
+    np.testing.assert_allclose([turned[40, 4], turned[4, 28]], np.repeat(seen, 3).reshape(2, 3), atol=4)
+
+
 def test_palette_with_a_transparent_colour():
     palette = quadrants("rgbw").quantize(4)
     assert_quadrants(convert(encode(palette, "GIF")), "rgbw")
@@ -269,7 +279,7 @@ def test_16_bit_grey_is_scaled_not_clipped():
 
 
 def test_pixels_of_unknown_range_are_refused():
-    for values in (np.full((8, 8), 0.5, np.float32), np.full((8, 8), 70_000, np.int32)):
+    for values in (np.full((8, 8), 0.5, np.float32), np.full((8, 8), 70_000, np.int32), np.full((8, 8), 255, np.int32)):
         assert reason_of("image", encode(Image.fromarray(values), "TIFF")) == "unsupported_image"
 
 

@@ -144,10 +144,10 @@ def test_an_entry_at_fault_alone_is_marked(tmp_path, form, bad, detail):
 
 def test_a_broken_line_is_marked_and_the_next_is_read(tmp_path):
     path = tmp_path / "list.jsonl"
-    path.write_text('{"id": 1}\n{"id": \n{"id": 3}\n{"id": "4')
+    path.write_text('{"id": 1}\n{"id": \n{"id": 3}\n\0\0\n{"id": 5}\n{"id": "6')
     values = read(path)
-    assert values[::2] == [{"id": 1}, {"id": 3}]
-    assert [str(value).split(":")[1] for value in values[1::2]] == [" not JSON"] * 2
+    assert values[::2] == [{"id": 1}, {"id": 3}, {"id": 5}]
+    assert [str(value).split(":")[1] for value in values[1::2]] == [" not JSON"] * 3
 
 
 def test_an_entry_of_many_megabytes_is_not_even_read(tmp_path, monkeypatch):
