@@ -47,6 +47,8 @@ What is wrong with an entry is repaired where there is one right way to do so, a
       in an answer or system turn with other text
     no media, and a question that begins with a placeholder or    skipped                       placeholder_mismatch
       has one alone on a line
+    no media, none of the fields for them, and the name of one    skipped                       missing_media
+      in another field (`image_path`)
     media and no placeholder at all                               put before the first          missing_placeholder
                                                                   question, as many as media
     videos and as many <image> as videos (LLaVA-Video writes so)    <video> put in their place    image_for_video
@@ -103,6 +105,11 @@ from dct_qwen2vl.data.text_tokens import MEDIUM_TOKENS
 
 # GIF is left out: it may be a video itself.
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+MEDIUM_ENDINGS = (*FRAME_ENDINGS, ".gif", ".avif", ".jp2", *VIDEO_ENDINGS)
+# Fields under which other tools' data name their media.
+OTHER_FIELD = re.compile("image|img|picture|photo|figure|video|clip|frame|media|file|path", re.IGNORECASE)
 
 # What stands for a medium in the data of other models, and what is left of a marker of Qwen2-VL's.
 OTHER_MARKER = re.compile(
@@ -359,8 +366,12 @@ def read_turns(entry: dict) -> list[Turn]:
 def say_inner_list(entry: Any) -> str:
     """What to do where the entries are in a list of this object, "" for an entry of its own."""
     fields = entry.items() if isinstance(entry, dict) else ()
-    lists = [name for name, value in fields if isinstance(value, list) and value and isinstance(value[0], dict)]
-    return f"; if {lists[0]} holds the entries, write that list to a file of its own" if lists else ""
+    lists = [
+        (name, value[0]) for name, value in fields if isinstance(value, list) and isinstance(next(iter(value), 0), dict)
+    ]
+    if lists and lists[0][1].keys() & {"from", "role"}:
+        return f"; if {lists[0][0]} holds the turns, call it conversations"
+    return f"; if {lists[0][0]} holds the entries, write that list to a file of its own" if lists else ""
 
 
 def check_turn(number: int, turn: Any) -> tuple[str, str]:
@@ -513,11 +524,23 @@ def place_media(turns: list[Turn], media: list[Medium], repairs: list[str]) -> t
 
 
 def refuse_lost_media(entry: dict, turns: list[Turn], media: list[Medium]) -> None:
-    """Raises UnusableSample for placeholders in questions of an entry that names no medium."""
+    """Raises UnusableSample for an entry without media that has placeholders in questions or media in other fields."""
     placed = [] if media else list_placeholders(turns)
     if placed:
         said = f"{count_kinds(placed)} in the turns, and no medium in {', '.join(MEDIA_FIELDS)} or in a part"
         raise UnusableSample("placeholder_mismatch", f"{said}; its fields are {', '.join(map(str, entry))[:100]}")
+    if not media and entry.keys().isdisjoint(MEDIA_FIELDS):
+        refuse_other_fields(entry)
+
+
+def refuse_other_fields(entry: dict) -> None:
+    """Raises UnusableSample for a field that is not read and names a medium: the entry would be learned without it."""
+    for field, value in entry.items():
+        names = [name for name in list_names(value) if isinstance(name, str)] if OTHER_FIELD.search(field) else []
+        if names and names[0].lower().endswith(MEDIUM_ENDINGS):
+            right = "video" if names[0].lower().endswith(VIDEO_ENDINGS) else "image"
+            what = f"{field:.100} names {names[0]:.300}, and this field is not read"
+            raise UnusableSample("missing_media", f"{what}: call it {right}")
 
 
 def refuse_other_markers(turns: list[Turn]) -> None:

@@ -446,6 +446,16 @@ def test_what_an_entry_of_another_form_has_is_said():
         check_entry({"question": "What?", "answer": "1"})
     with pytest.raises(UnusableSample, match=r"fields are data; if data holds the entries, write that list to a file"):
         check_entry({"data": [entry()]})
+    with pytest.raises(UnusableSample, match=r"fields are chat; if chat holds the turns, call it conversations$"):
+        check_entry({"chat": entry()["conversations"]})
+
+
+@pytest.mark.parametrize(("name", "file", "right"), [("image_path", "a.JPG", "image"), ("clips", ["a.mp4"], "video")])
+def test_media_in_a_field_that_is_not_read_are_not_lost(name, file, right):
+    with pytest.raises(UnusableSample, match=rf"^missing_media: {name} names a\..*, and .* not read: call it {right}$"):
+        check_entry(ask("What?", **{name: file}))
+    for sound in (ask("What?", image=None, **{name: file}), ask("What?", id="a.jpg"), ask("What?", **{name: "a.txt"})):
+        assert check_entry(sound) == CheckedEntry(sound, (), ())
 
 
 @pytest.mark.parametrize("name", ["https://example.org/a.jpg", "s3://bucket/a.jpg", "HTTP://a/b"])
