@@ -52,7 +52,10 @@ class Layout:
 
 def parse_split(text: str) -> tuple[int, int, int]:
     """ "8,1,1" or "0.8, 0.1, 0.1" -> (8, 1, 1), the smallest whole numbers of that proportion. Raises ValueError."""
-    shares = [Fraction(share.strip()) for share in text.split(",")]
+    try:
+        shares = [Fraction(share.strip()) for share in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        shares = []
     if len(shares) != len(SPLITS) or min(shares) < 0 or shares[0] == 0:
         raise ValueError(f"a split is three shares for train, val and test, like 8,1,1, not {text!r}")
     whole = [int(share * math.lcm(*(share.denominator for share in shares))) for share in shares]

@@ -86,6 +86,8 @@ def check_output(output_dir: Path, force: bool) -> None:
 
     Raises PreparationError.
     """
+    if not output_dir.is_dir() and (output_dir.exists() or output_dir.is_symlink()):
+        raise PreparationError(f"{output_dir} is no folder; --output-dir takes the name of a folder, new or empty")
     present = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
     present = [path for path in present if path.name != WORK_FOLDER and not is_leftover(path)]
     if not present or (read_run(output_dir) and not force):

@@ -539,8 +539,10 @@ def test_help_and_wrong_arguments(tmp_path, capsys):
         ([*usual, "--max-pixels", "0"], "--max-pixels must be at least 1, got 0"),
         ([*usual, "--jpeg-quality", "101"], "--jpeg-quality must be from 1 to 100, got 101"),
         ([*usual, "--split", "8,1"], "a split is three shares for train, val and test, like 8,1,1"),
-        ([*usual, "--split", "8,1,x"], "argument --split"),
-        ([*usual, "--split", "1/0,1,1"], "argument --split"),
+        *(
+            ([*usual, "--split", wrong], f"a split is three shares for train, val and test, like 8,1,1, not '{wrong}'")
+            for wrong in ("8:1:1", "8,1,x", "1/0,1,1")
+        ),
         ([*usual, "--source-weight", "coco"], "a weight is NAME=W"),
         ([*usual, "--part", "4/3"], "a part is I/N with I from 1 to N"),
         ([*usual, "--part", "1/2", "--force"], "--force with --part"),
@@ -687,7 +689,9 @@ def test_names_of_what_is_no_readable_file_cost_their_entries_alone(tmp_path):
 def test_missing_or_unreadable_data(tmp_path, capsys):
     data, output = tmp_path / "data", tmp_path / "shards"
     fails_with(capsys, data, output, "is not a folder")
-    data.mkdir()
+    make_set(data, [entry(0)], {})
+    fails_with(capsys, data, data / "cambrian737k.json", "is no folder; --output-dir takes the name of a folder")
+    (data / "cambrian737k.json").unlink()
     fails_with(capsys, data, output, "holds no cambrian737k.json")
     (data / "pretrain-000000.stats.json").write_text("{}")
     fails_with(capsys, data, output, "holds shards that this tool has written: give --data-dir the raw data")
