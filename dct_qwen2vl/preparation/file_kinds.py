@@ -9,6 +9,7 @@ BEGINNINGS = (
     (b"BZh", "it is compressed: bunzip2 it"),
     (b"\xfd7zXZ\0", "it is compressed: unxz it"),
     (b"\x28\xb5\x2f\xfd", "it is compressed: unzstd it"),
+    (b"\0\5\x16\7", "macOS keeps notes on another file in it: remove such files, find . -name '._*' -delete"),
     (b"PAR1", "it is Parquet: write its rows as JSON lines"),
     (b"\xff\xfe\0\0", "it is UTF-32: write it as UTF-8"),
     (b"\xff\xfe", "it is UTF-16: write it as UTF-8"),

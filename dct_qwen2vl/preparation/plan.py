@@ -418,7 +418,7 @@ class MissingMedia:
     def describe(self, name: str) -> str:
         if unread := why_unread(self.data_dir / name):
             return f"{name:.300} is {unread}"
-        why = self.refused.get(name, "in no tar and no folder")
+        why = self.refused.get(name) or self.refused.get(f"/{name}", "in no tar and no folder")
         nearest = find_neighbour(name, self.data_dir, self.tars) if self.is_first else ""
         self.is_first = False
         return f"{name} is {why}" + (f"; there is {nearest}" if nearest else "")

@@ -628,15 +628,16 @@ def test_a_tar_stands_for_the_folder_of_its_name(tmp_path):
 def test_a_member_that_is_refused_is_not_said_to_be_nowhere(tmp_path):
     data, output = tmp_path / "data", tmp_path / "shards"
     names = [f"{number}.jpg" for number in range(20)]
-    make_set(data, [entry(number, image=name) for number, name in enumerate([*names, "link.jpg"])], {})
-    write_tar(data / "media.tar", {name: plain_jpeg(number) for number, name in enumerate(names)})
+    make_set(data, [entry(number, image=name) for number, name in enumerate([*names, "link.jpg", "b/c.jpg"])], {})
+    write_tar(data / "media.tar", {name: plain_jpeg(number) for number, name in enumerate([*names, "/b/c.jpg"])})
     with tarfile.open(data / "media.tar", "a") as tar:
         link = tarfile.TarInfo("link.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         tar.addfile(link)
     assert run(data, output) == 0
-    (skipped,) = map(json.loads, (output / "skipped.jsonl").read_text().splitlines())
-    assert skipped["detail"].startswith("link.jpg is refused in media.tar (link)")
+    link, absolute = map(json.loads, (output / "skipped.jsonl").read_text().splitlines())
+    assert link["detail"].startswith("link.jpg is refused in media.tar (link)")
+    assert absolute["detail"] == "b/c.jpg is refused in media.tar (absolute_path)"
 
 
 @pytest.mark.parametrize(

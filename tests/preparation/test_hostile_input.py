@@ -200,6 +200,7 @@ A_GIF = b"GIF89a" + bytes(50)
         ("video", bytes(99), "x: it is empty (99 bytes, all zero): fetch it again"),
         *((kind, b"<!DOCTYPE html><html>404", "x: it is a web page") for kind in ("image", "video")),
         *((kind, b"version https://git-lfs.github.com", "type git lfs pull") for kind in ("image", "video")),
+        ("image", b"\0\5\x16\7\0\2\0\0Mac OS X", "x: macOS keeps notes on another file in it: remove such files"),
         ("image", AN_MP4, "x: it is a video: name it in video"),
         ("video", AN_MP4, "x: it is damaged: fetch it again"),
         ("video", A_GIF, "x: it is an image: name it in image, or make an mp4 of it with ffmpeg"),
