@@ -74,11 +74,23 @@ def find_metadata(data_dir: Path, names: list[Path] | None = None) -> list[Path]
     if not found and any(data_dir.glob(OWN_SHARDS)):
         raise PreparationError(f"{data_dir} holds shards that this tool has written: give --data-dir the raw data")
     if not found:
-        others = ", ".join(sorted(path.name for path in data_dir.glob("*.json*"))[:3]) or "FILE"
-        raise PreparationError(f"{data_dir} holds no {METADATA_NAME}; name the metadata: --metadata {others}")
+        raise PreparationError(f"{data_dir} holds no {METADATA_NAME}{say_other_metadata(data_dir)}")
     if len(found) > 1:
         raise PreparationError(f"{data_dir} holds both {found[0].name} and {found[1].name}; leave one of them there")
     return found
+
+
+def say_other_metadata(data_dir: Path) -> str:
+    """What to do where a data folder holds no METADATA_NAME: which other file is there, or which folder has it."""
+    below = sorted(path for path in data_dir.glob("*/*.json") if path.name.lower() == METADATA_NAME)
+    if below:
+        return f", but {below[0].parent} does: give that to --data-dir"
+    others = ", ".join(sorted(path.name for path in data_dir.glob("*.json*"))[:3])
+    tables = [] if others else sorted([*data_dir.glob("*.parquet"), *data_dir.glob("*/*.parquet")])
+    if tables:
+        what = f"{tables[0].relative_to(data_dir)}, which is not read"
+        return f", but {what}: write its rows as JSON lines and its images as files, and add --metadata FILE"
+    return f"; name the metadata: --metadata {others or 'FILE'}"
 
 
 def find_named(data_dir: Path, name: Path) -> Path:

@@ -184,6 +184,13 @@ def test_where_metadata_is_looked_for(tmp_path, monkeypatch):
         find_metadata(tmp_path / "empty")
     with pytest.raises(PreparationError, match=r"--metadata third\.json"):
         find_metadata(tmp_path / "elsewhere")
+    (tmp_path / "outer" / "data").mkdir(parents=True)
+    (tmp_path / "outer" / "data" / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(PreparationError, match=r"but data/train\.parquet, which is not read: write its rows as JSON"):
+        find_metadata(tmp_path / "outer")
+    (tmp_path / "outer" / "data" / "Cambrian737k.json").write_text("[]")
+    with pytest.raises(PreparationError, match=r", but \S+/outer/data does: give that to --data-dir"):
+        find_metadata(tmp_path / "outer")
     (tmp_path / "cambrian737k.json").write_text("[]")
     with pytest.raises(PreparationError, match=r"both Cambrian737K\.json and cambrian737k\.json"):
         find_metadata(tmp_path)
