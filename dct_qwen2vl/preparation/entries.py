@@ -47,6 +47,7 @@ What is wrong with an entry is repaired where there is one right way to do so, a
       in an answer or system turn with other text
     no media, and a question that begins with a placeholder or    skipped                       placeholder_mismatch
       has one alone on a line
+    a video of which only a part is named (`video_start`)         skipped                       unsupported_video
     no media, none of the fields for them, and the name of one    skipped                       missing_media
       in another field (`image_path`)
     media and no placeholder at all                               put before the first          missing_placeholder
@@ -110,6 +111,8 @@ VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 MEDIUM_ENDINGS = (*FRAME_ENDINGS, ".gif", ".avif", ".jp2", *VIDEO_ENDINGS)
 # Fields under which other tools' data name their media.
 OTHER_FIELD = re.compile("image|img|picture|photo|figure|video|clip|frame|media|file|path", re.IGNORECASE)
+
+CUT_FIELDS = ("video_start", "video_end")  # of qwen-vl-utils, seconds
 
 # What stands for a medium in the data of other models, and what is left of a marker of Qwen2-VL's.
 OTHER_MARKER = re.compile(
@@ -275,7 +278,27 @@ def list_media(entry: dict) -> list[Medium]:
     number = max(len(media), *(len(medium.names) for medium in media), 0)
     if number > MAXIMUM_MEDIA:
         raise UnusableSample("too_many_media", f"{number} media in one entry, the limit is {MAXIMUM_MEDIA}")
+    if any(medium.kind == "video" for medium in media):
+        refuse_part_of_video(entry)
     return media
+
+
+def refuse_part_of_video(entry: dict) -> None:
+    """Raises UnusableSample for seconds at which a video begins or ends: all of it would be learned."""
+    videos = flatten_objects([part for part in list_parts(entry) if kind_of(part) == "video"])
+    videos += flatten_objects([entry.get("video"), entry.get("videos")])
+    said = [field for field in CUT_FIELDS if entry.get(field) is not None]
+    said += [field for video in videos for field in (*CUT_FIELDS, "start", "end") if video.get(field) is not None]
+    if said:
+        what = f"{said[0]}: parts of videos are not read"
+        raise UnusableSample("unsupported_video", f"{what}: cut them with ffmpeg -ss START -to END and name the pieces")
+
+
+def flatten_objects(value: Any) -> list[dict]:
+    """The objects in a value, or in lists in it."""
+    if isinstance(value, list):
+        return [found for item in value for found in flatten_objects(item)]
+    return [value, *flatten_objects(list(value.values()))] if isinstance(value, dict) else []
 
 
 def list_videos(value: Any) -> list[Medium]:

@@ -458,6 +458,29 @@ def test_media_in_a_field_that_is_not_read_are_not_lost(name, file, right):
         assert check_entry(sound) == CheckedEntry(sound, (), ())
 
 
+@pytest.mark.parametrize(
+    ("bad", "field"),
+    [
+        (ask("<video>?", video="a.mp4", video_end=3), "video_end"),
+        (ask("<video>?", video={"path": "a.mp4", "start": 0, "end": 2.5}), "start"),
+        (ask("<video><video>?", videos=["a.mp4", {"path": "b.mp4", "end": 2}]), "end"),
+        (asked([{"type": "video", "video": "a.mp4", "video_start": 1.5}, WHY]), "video_start"),
+        (asked([{"type": "video", "video": {"path": "a.mp4", "video_start": 1.5}}, WHY]), "video_start"),
+    ],
+)
+def test_a_part_of_a_video_is_not_learned_as_all_of_it(bad, field):
+    with pytest.raises(UnusableSample, match=f"^unsupported_video: {field}: parts of videos are not read: cut them"):
+        check_entry(bad)
+
+
+def test_seconds_that_are_null_or_of_something_else_are_no_part_of_a_video():
+    for sound in (
+        ask("<video>?", video="a.mp4", video_start=None, start=1),
+        ask("<image>?", image="a.jpg", video_end=1),
+    ):
+        assert check_entry(sound).repairs == ()
+
+
 @pytest.mark.parametrize("name", ["https://example.org/a.jpg", "s3://bucket/a.jpg", "HTTP://a/b"])
 def test_a_web_address_is_named_as_it_was_given(name):
     with pytest.raises(UnusableSample, match=f"^missing_media: {name} is a web address"):
