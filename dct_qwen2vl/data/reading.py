@@ -1,5 +1,6 @@
 """What images and videos have in common when they are read: one error, and the size that is wanted of them."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,8 @@ from dct_qwen2vl.common.scripts import UserError
 # (height, width, frames) of an image or video as displayed -> height and width to which it is resized. frames: 1 of an
 # image, `counted_frames` of a video. A fit with an attribute `whole` that is true has JPEGs decoded at their own size.
 Fit = Callable[[int, int, int], tuple[int, int]]
+
+MEMORY_ADDRESS = re.compile(r" object at 0x[0-9a-f]+")  # in Pillow's messages; another one in every run
 
 
 class MediaError(UserError):
@@ -25,7 +28,8 @@ def readable(kind: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        raise MediaError(f"not a readable {kind}: {' '.join(str(error).split())}") from error
+        said = MEMORY_ADDRESS.sub("", " ".join(str(error).split()))
+        raise MediaError(f"not a readable {kind}: {said}") from error
 
 
 def displayed_size(image: Any, exchanged: bool) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """A model and its answers: questions become the tokens that training makes of the same media."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,9 @@ MEDIA_INPUTS = {  # of the model, by kind: tokens and grids
 }
 KEPT_INPUTS = {"image": "image_kept", "video": "video_kept"}  # with skipping: which cells have tokens
 
+
+CPU_MEMORY_FULL = "DefaultCPUAllocator: can't allocate memory"  # in the message of a RuntimeError without a class
+MOST_PAIRS = 32 * 4096**2  # of characters in a batch's text: the attention mask has a value for each pair of tokens
 
 PAD = re.compile(r"<\|(image|video)_pad\|>")  # what the chat template writes for a medium
 
@@ -190,12 +193,57 @@ def answer_all(
     blind: Whether all images and frames are made grey.
     update: Called after each batch with the number of its questions.
     """
-    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].media), len(questions[i].text)))
+    lengths = [len(question.text) for question in questions]
+    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].media), lengths[i]))
     predictions = [""] * len(questions)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in cut_batches(order, lengths, batch_size):
         batch = [blinded(questions[i]) if blind else questions[i] for i in chosen]
-        for i, prediction in zip(chosen, answerer.answer(batch), strict=True):
+        for i, prediction in zip(chosen, answer_batch(answerer.answer, batch), strict=True):
             predictions[i] = prediction
         update(len(batch))
     return predictions
+
+
+def cut_batches(order: list[int], lengths: list[int], batch_size: int) -> Iterator[list[int]]:
+    """Cuts `order` into batches. Long questions come in smaller ones: all are padded to the longest.
+
+    order: Numbers of the questions.
+    lengths: Characters of each question's text.
+    batch_size: Questions of a batch, at most.
+    """
+    batch: list[int] = []
+    for number in order:
+        longest = max(lengths[i] for i in [*batch, number])
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * longest**2 > MOST_PAIRS):
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def answer_batch(answer: Callable[[list[Question]], list[str]], batch: list[Question]) -> list[str]:
+    """Answers to a batch, half of it at a time where the memory is full, as of one very long question among others.
+
+    answer: As `Answerer.answer`.
+    batch: At least one question.
+
+    Raises UserError if the memory is full at a single question.
+    """
+    import torch
+
+    try:
+        return answer(batch)
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or CPU_MEMORY_FULL in str(error)):
+            raise
+        if len(batch) == 1:
+            raise UserError(
+                f"the memory is full at one question, of {batch[0].key}: take its entry out of the data, or lower "
+                "--video-total-pixels if it has videos"
+            ) from error
+    # Outside of the except clause: its error keeps the tensors of the failed pass.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(batch) // 2
+    return answer_batch(answer, batch[:half]) + answer_batch(answer, batch[half:])

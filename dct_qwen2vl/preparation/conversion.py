@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from dct_qwen2vl.data.images import EXIF_ORIENTATION, decode_image, open_image, to_rgb
+from dct_qwen2vl.data.reading import MEMORY_ADDRESS
 from dct_qwen2vl.preparation.entries import UnusableSample
 from dct_qwen2vl.preparation.file_kinds import name_medium
 from dct_qwen2vl.preparation.image_structure import read_layout
@@ -67,7 +68,6 @@ MAXIMUM_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 2
 MAXIMUM_JPEG_SIDE = 65_500  # px, libjpeg's JPEG_MAX_DIMENSION
 LEAST_CONTRAST = 16  # of 255: how much darker than white something of a transparent image must be to lie on white
 NOT_UPRIGHT = range(2, 9)  # of the EXIF orientations
-MEMORY_ADDRESS = re.compile(r" object at 0x[0-9a-f]+")  # in Pillow's messages; another one in every run
 
 BITS_OF_PNG = 24  # where its header says how many bits a value has
 METADATA_NAMES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # under which Pillow keeps orientations

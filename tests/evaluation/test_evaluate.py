@@ -23,6 +23,7 @@ from dct_qwen2vl.checkpoints.hf_folder import load_image_processor, load_process
 from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, note_on_all_cells
 from dct_qwen2vl.checkpoints.stock_form import to_stock
 from dct_qwen2vl.checkpoints.video_sampling import VIDEO_PROCESSOR, write_sampling
+from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.media import as_array
 from dct_qwen2vl.data.samples import IGNORE_INDEX
 from dct_qwen2vl.data.text_tokens import TextTokens
@@ -30,7 +31,7 @@ from dct_qwen2vl.data.videos import VideoSampling, YUVFrames
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.evaluation import questions as reading
 from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines
-from dct_qwen2vl.evaluation.answering import Answerer, answer_all
+from dct_qwen2vl.evaluation.answering import Answerer, answer_all, answer_batch, cut_batches
 from dct_qwen2vl.evaluation.questions import Question, Reading, blinded, read_questions
 from dct_qwen2vl.evaluation.scoring import accuracies, describe_answers, same_answer
 from task_encoder import QwenTaskEncoder
@@ -130,6 +131,31 @@ def test_batches_answer_as_single_questions(prepared, questions):
     together = answer_all(answerer, chosen, batch_size=5, blind=False)
     alone = [answerer.answer([q])[0] for q in chosen]
     assert together == alone
+
+
+def test_one_very_long_question_is_asked_alone():
+    assert list(cut_batches([*range(5)], [10, 20, 30, 40_000, 50_000], 2)) == [[0, 1], [2], [3], [4]]
+    assert list(cut_batches([*range(64)], [4096] * 64, 64)) == [[*range(32)], [*range(32, 64)]]
+    assert list(cut_batches([], [], 2)) == []
+
+
+def test_a_batch_that_fills_the_memory_is_halved(questions):
+    sizes = []
+
+    def answer_few(batch):
+        sizes.append(len(batch))
+        if len(batch) > most:
+            torch.empty(1 << 60, dtype=torch.uint8)  # raises what a full memory raises
+        return [question.text for question in batch]
+
+    batch, most = questions[:5], 2
+    assert answer_batch(answer_few, batch) == [question.text for question in batch]
+    assert sizes == [5, 2, 3, 1, 2]
+    most = 0
+    with pytest.raises(UserError, match=f"^the memory is full at one question, of {re.escape(batch[0].key)}: take"):
+        answer_batch(answer_few, batch)
+    with pytest.raises(RuntimeError, match="shape"):
+        answer_batch(lambda _: torch.zeros(2).reshape(3), batch)
 
 
 @pytest.mark.parametrize(("most", "longer"), [(1, 2), (3, 1), (64, 0)])
@@ -594,6 +620,7 @@ OPTIONS = ["--limit", "18", "--batch-size", "2", "--max-new-tokens", "4"]
 KILLED = """
 import os, signal, sys
 import evaluate_qwen2vl
+from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.evaluation.answering import Answerer
 evaluate_qwen2vl.ASKED_AT_ONCE, calls, answer = 4, [], Answerer.answer
 def answer_or_die(self, questions):
