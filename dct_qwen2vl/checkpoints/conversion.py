@@ -138,14 +138,21 @@ def write_shards(tensors: Iterator[tuple[str, "torch.Tensor"]], output_dir: Path
     tensors: (name, tensor) one by one.
     output_dir: Gets the files.
     shard_bytes: Most bytes of tensors in one file. A larger tensor has a file of its own.
+
+    Raises CheckpointError if they cannot be written, as on a full disk.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary, shards, pending, size, total = [], [], {}, 0, 0
 
     def flush() -> None:
         path = output_dir / f"shard-{len(temporary)}.tmp"
-        save_file(pending, path, metadata={"format": "pt"})
+        try:
+            save_file(pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            what = f"the weights could not be written to {output_dir.parent} ({error})"
+            raise CheckpointError(f"{what}: make room, then run the same command again") from error
         path.chmod(0o644)  # safetensors writes 0600
         temporary.append(path)
         shards.append(list(pending))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -473,6 +474,18 @@ def test_a_format_of_another_merge(qwen2vl_directory, tmp_path, one_line_error):
     DCTConfig.select((2, 28, 28), "420", 900, merge=4).save(tmp_path / "own.json")
     assert run(qwen2vl_directory, tmp_path / "x4", "--dct", str(tmp_path / "own.json")) == 1
     assert "merges 2x2 tokens, --dct says 4: make them equal" in one_line_error()
+
+
+def test_weights_that_cannot_be_written_are_one_line(source, tmp_path, one_line_error):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as a full disk: a larger file is an error
+    try:
+        assert run(source, tmp_path / "x4") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"could not be written to {tmp_path} (" in (said := one_line_error())
+    assert said.endswith("make room, then run the same command again")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_converted_checkpoint_is_not_converted_again(output, tmp_path, one_line_error):
