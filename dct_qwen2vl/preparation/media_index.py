@@ -611,7 +611,7 @@ def why_unread(path: Path) -> str:
     """
     try:
         mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: the locale cannot write the name
         return f"a link to {path.readlink()}, which is not there" if path.is_symlink() else ""
     except OSError as error:
         return f"not readable ({error.strerror})"
