@@ -619,7 +619,7 @@ def why_unread(path: Path) -> str:
         return "a folder: name the files in it"
     if not stat.S_ISREG(mode):
         return "no file, but a pipe, a socket or a device"
-    may_read = os.access(path, os.R_OK) and os.access(path.parent, os.R_OK)
+    may_read = all(os.access(each, os.R_OK, effective_ids=True) for each in (path, path.parent))
     return "" if may_read else "there, but you may not read it or its folder: give yourself the right with chmod"
 
 
