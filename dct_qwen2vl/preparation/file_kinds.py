@@ -48,5 +48,5 @@ def name_medium(data: bytes, wanted: str) -> str:
     if wanted == "video" and IMAGE.match(data):
         return "it is an image: name it in image, or make an mp4 of it with ffmpeg"
     if (IMAGE if wanted == "image" else VIDEO).match(data):
-        return "it is damaged: fetch it again"
+        return "it cannot be opened: it is damaged, or of a kind that is not read here"
     return name_kind(data[:64]) or f"it is no {wanted} of a format that is read here, it begins with {data[:16]!r}"
