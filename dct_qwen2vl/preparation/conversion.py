@@ -251,8 +251,10 @@ def copied_part(image: Image.Image, data: bytes, orientation: int | None) -> str
         return None
     if image.format == "JPEG" and image.mode in ("L", "RGB"):
         return "jpg"
+    if image.format != "PNG":
+        return None
     is_plain = image.mode in ("L", "P", "RGB") and data[BITS_OF_PNG] == 8 and "transparency" not in image.info
-    return "png" if image.format == "PNG" and is_plain and not getattr(image, "is_animated", False) else None
+    return "png" if is_plain and not getattr(image, "is_animated", False) else None
 
 
 def decode_whole(image: Image.Image, every_pixel: bool) -> None:

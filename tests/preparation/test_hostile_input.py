@@ -100,6 +100,10 @@ def test_files_of_the_wrong_name_are_stored_as_what_they_are():
     assert outcome("video", encode(noise(), "JPEG")) == "unsupported_video"
 
 
+def test_an_image_of_two_dozen_bytes():
+    assert outcome("image", b"P2\n2 2\n255\n0 255 9 64\n") == "images_converted"
+
+
 def test_what_follows_or_precedes_a_jpeg():
     jpeg = encode(noise(), "JPEG")
     for data in (jpeg + b"garbage", jpeg + bytes(1000), jpeg + jpeg, jpeg + b"PK\3\4"):
