@@ -59,6 +59,12 @@ SHARDING=${SHARDING:-none}           # fsdp2: the processes share weights, gradi
 if [ -z "${PYTHON:-}" ]; then
   if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python; fi
 fi
+case $NUM_PROC_PER_NODE in
+  "" | 0 | *[!0-9]*)
+    echo "qwen_launch.sh: NUM_PROC_PER_NODE=$NUM_PROC_PER_NODE: give the number of processes of this node, 1 or more" >&2
+    exit 1
+    ;;
+esac
 if [ "$DEVICES" != "$NUM_PROC_PER_NODE" ]; then
   echo "qwen_launch.sh: DEVICES=$DEVICES, but NUM_PROC_PER_NODE=$NUM_PROC_PER_NODE: every process needs one device, make them equal" >&2
   exit 1

@@ -42,6 +42,9 @@ from dct_qwen2vl.data.samples import (
 )
 from dct_qwen2vl.data.videos import VideoSampling
 
+TOO_LONG_REMEDY = "Raise --seq-length (SEQ_LENGTH), or lower --max-pixels (MAXPIXELS), of videos --video-total-pixels"
+BAD_REMEDY = "Check the shards, or raise --max-bad-in-a-row"
+
 
 class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, QwenBatch, QwenBatch]):
     """Samples of a shard -> micro-batches. It has no state but counters, which change no sample.
@@ -143,9 +146,10 @@ class QwenTaskEncoder(DefaultTaskEncoder[ConversationSample, EncodedSample, Qwen
         self.skipped[reason] += 1
         if self._bad_in_a_row[action] >= self.max_bad_in_a_row:
             counts = ", ".join(f"{name} {count}" for name, count in sorted(self.skipped.items()))
+            most = max(self.skipped, key=self.skipped.get)
             raise TooManyBadSamples(
                 f"{self._bad_in_a_row[action]} samples in a row could not be used ({counts}); the last was {key}: "
-                f"{why}. Check the shards, or raise --max-bad-in-a-row"
+                f"{why}. {TOO_LONG_REMEDY if most == 'too_long' else BAD_REMEDY}"
             )
 
     def encode(self, sample: ConversationSample) -> EncodedSample:

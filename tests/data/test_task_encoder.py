@@ -1094,7 +1094,7 @@ def test_the_loader_stops_after_too_many_failures(shards, new_encoder, num_worke
     shown = "".join(traceback.format_exception(caught.value))
     counts = r"\((placeholder_mismatch \d, )?too_long \d\)"
     message = rf"TooManyBadSamples: 7 samples in a row could not be used {counts}; the last was .*/sample00\d\d: "
-    assert re.search(message, shown), shown
+    assert re.search(message + r"[^\n]+\. Raise --seq-length \(SEQ_LENGTH\)", shown), shown
 
 
 def test_errors_do_not_show_the_bytes_of_media(png):

@@ -467,6 +467,12 @@ def test_run_that_is_being_trained_is_not_started_twice(prepared, tmp_path):
     assert f"is being trained by another process (pid {os.getpid()} on" in refused_by_launcher(prepared, tmp_path)
 
 
+@pytest.mark.parametrize("number", ["0", "two"])
+def test_a_number_of_processes_that_is_none_is_refused(prepared, tmp_path, number):
+    said = refused_by_launcher(prepared, tmp_path, NUM_PROC_PER_NODE=number, DEVICES=number)
+    assert said == f"qwen_launch.sh: NUM_PROC_PER_NODE={number}: give the number of processes of this node, 1 or more\n"
+
+
 def refused_by_launcher(prepared: Prepared, tmp_path: Path, **settings: str) -> str:
     """The one line with which qwen_launch.sh refuses to start two processes."""
     environment = {**launch_environment(prepared, tmp_path, "refused", 2), **settings}
