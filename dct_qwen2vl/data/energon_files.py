@@ -53,13 +53,24 @@ def refuse_other_data(data_dir: Path) -> None:
 
 
 def check_files(data_dir: Path, names: Iterable[str]) -> None:
-    """Raises PreparedSetError for a shard, or the index beside it, that is not there, as after a copy that was cut
-    off."""
+    """Raises PreparedSetError for a shard that is not there or cut short, or for a missing index, as after a copy that
+    was cut off."""
     for name in names:
         for path in (data_dir / name, data_dir / f"{name}.idx"):
             if not path.is_file():
                 raise PreparedSetError(f"{path} is missing, which {FOLDER}/{SPLIT} names: copy it there again, or "
                                        f"{prepare_again(data_dir)}")  # fmt: skip
+        size, end = (data_dir / name).stat().st_size, end_of_samples(data_dir / f"{name}.idx")
+        if size < end:
+            raise PreparedSetError(f"{data_dir / name} is cut short at byte {size}, its samples end at byte {end}: "
+                                   "copy it there again")  # fmt: skip
+
+
+def end_of_samples(index: Path) -> int:
+    """The byte of a shard at which its last sample ends, which its index has last (Energon 5.2.0, uint64)."""
+    with index.open("rb") as file:
+        file.seek(max(0, index.stat().st_size // 8 * 8 - 8))
+        return int.from_bytes(file.read(8), "little")
 
 
 def check_dataset(data_dir: Path) -> None:
