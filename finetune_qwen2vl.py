@@ -42,6 +42,8 @@ from dct_qwen2vl.training.processes import (
 from dct_qwen2vl.training.run_file import count_data_restarts, write_run_file
 from dct_qwen2vl.training.sequence_size import as_begun, choose_size, leaves_size_open
 
+BROKEN_TAR = "tarfile.ReadError: "  # in a traceback; from a loader process the error arrives as text
+
 
 def load_processor(config: TrainingConfig, info: ModelInfo):
     """The checkpoint's tokenizer and image processor, the latter with the settings of the command line. Raises
@@ -182,6 +184,9 @@ def explain(error: Exception) -> str | None:
     trace = "".join(traceback.format_exception(error))
     if marker in trace:
         return trace.split(marker)[1].split("\n")[0]
+    if BROKEN_TAR in trace:
+        said = trace.split(BROKEN_TAR)[-1].split("\n")[0]
+        return f"a shard is damaged ({said}): python data_preparation.py --output-dir SHARDS --verify says which"
     if any(words in trace for words in PEER_ENDED):
         return "another process of this run has ended, so this one ends as well"
     if type(error).__name__ == "SIGTERMException":  # Lightning's, whose import is slow

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -978,3 +979,11 @@ def test_too_many_bad_samples_are_explained_with_and_without_loader_processes():
     assert finetune_qwen2vl.explain(wrapped) == "20 samples in a row"
     assert finetune_qwen2vl.explain(from_process) == "20 samples in a row"
     assert finetune_qwen2vl.explain(KeyError("a bug")) is None
+
+
+def test_a_shard_that_is_no_tar_any_more_is_explained(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"x" * 1024)
+    with pytest.raises(tarfile.ReadError) as caught, tarfile.open(tmp_path / "a.tar"):
+        pass
+    told = finetune_qwen2vl.explain(caught.value)
+    assert re.fullmatch(r"a shard is damaged \(.+\): python data_preparation\.py --output-dir SHARDS --verify .*", told)
