@@ -152,6 +152,12 @@ def opened(coded: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(coded))))
 
 
+@pytest.mark.parametrize(("name", "file_format"), [("a.avif", "AVIF"), ("a.jfif", "JPEG"), ("a.PPM", "PPM")])
+def test_images_of_other_names_are_no_videos(model, natural_frames, image_file, tmp_path, name, file_format):
+    (tmp_path / name).write_bytes(image_file(natural_frames(1, 60, 80)[0], file_format))
+    assert MediaReader.of(model).part(tmp_path / name)["type"] == "image_url"
+
+
 def test_an_mp4_holds_the_same_frames(model, natural_frames):
     reader, data = MediaReader.of(model), video(natural_frames(12, 180, 260))
     with av.open(io.BytesIO(reader.mp4(data))) as container:
