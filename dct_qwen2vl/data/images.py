@@ -12,7 +12,11 @@ from PIL import Image, ImageOps, PngImagePlugin
 from dct_qwen2vl.data.reading import Fit, displayed_size, readable
 from dct_qwen2vl.dct.image_colours_dct import pil_to_rgb
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+# Names of images in shards and for servers. The second line is rare; FFmpeg would take an AVIF for a video.
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
+    *("avif", "jfif", "jpe", "jp2", "mpo", "pbm", "pgm", "ppm"),
+)
 EXIF_ORIENTATION = 0x0112  # EXIF 2.32
 TURNED = (5, 6, 7, 8)  # the orientations that exchange height and width
 # Bytes to which one text chunk or colour profile of a PNG may unpack. Pillow's own limit is 1 MiB, which editors'

@@ -107,6 +107,7 @@ def read_questions(
     """
     from dct_qwen2vl.data.media import BadSample
     from dct_qwen2vl.data.reading import MediaError
+    from dct_qwen2vl.data.sample_encoder import place_media as check_media
     from dct_qwen2vl.data.samples import parse_entry, parse_messages, read_samples
 
     reading = Reading() if reading is None else reading
@@ -118,6 +119,7 @@ def read_questions(
             entry = parse_entry(sample.entry)
             messages = parse_messages(entry, bool(sample.media))
             refuse_special(messages, special)
+            check_media(messages, [kind for kind, _ in sample.media])  # a question without its image is not asked
             media = tuple((kind, read(kind, content)) for kind, content in sample.media)
         except (BadSample, MediaError) as error:
             reading.left_out[getattr(error, "reason", "undecodable_media")] += 1

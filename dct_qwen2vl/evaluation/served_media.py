@@ -24,9 +24,6 @@ from dct_qwen2vl.data.images import IMAGE_EXTENSIONS
 from dct_qwen2vl.data.media import PixelFit, as_array
 from dct_qwen2vl.data.videos import VideoSampling, decode_video
 
-# Images of other names than those in shards. FFmpeg would take an AVIF for a video of one frame.
-OTHER_IMAGES = ("avif", "heic", "jfif", "jp2", "jpe", "mpo", "pbm", "pgm", "ppm")
-
 Source = str | Path | bytes | Image.Image
 
 
@@ -110,7 +107,7 @@ def kind_of(source: Source) -> str:
         return "image"
     if not isinstance(source, str | Path):
         raise UserError('bytes do not say what they are: give kind="image" or kind="video"')
-    return "image" if Path(source).suffix.lower().removeprefix(".") in (*IMAGE_EXTENSIONS, *OTHER_IMAGES) else "video"
+    return "image" if Path(source).suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS else "video"
 
 
 def encoded(image: Image.Image, file_format: str) -> bytes:

@@ -822,6 +822,7 @@ def test_parts_of_a_sample():
     assert cooked({"jpg.jpg": b"1", "jpg.json": b"{}"}).media == [("image", b"1")]
     assert cooked({"png.jpg": b"1", "png.json": b"{}"}).entry == b"{}"
     assert cooked({"JPG": b"1", "JSON": b"{}"}).media == [("image", b"1")]
+    assert cooked({"avif": b"1", "json": b"{}"}).media == [("image", b"1")]
     assert cooked({"json": b"{}"}).media == []
     assert cooked({"jpg": b"1"}).entry is None
     assert cooked({"mp4": b"1", "json": b"{}", "txt": b"2"}).media == [("video", b"1")]

@@ -404,7 +404,7 @@ def test_ids_without_a_token_are_marked_in_an_answer(prepared):
     assert TextTokens(fast).decode([]) == ""
 
 
-def test_texts_that_spell_special_tokens_are_left_out_and_counted(prepared, monkeypatch, capsys):
+def test_texts_that_spell_special_tokens_and_lost_images_are_left_out_and_counted(prepared, monkeypatch, capsys):
     texts = {"a": "What is <|image_pad|>?", "b": "What is it?", "c": "What?"}
     samples = [
         conversation_sample(
@@ -413,11 +413,13 @@ def test_texts_that_spell_special_tokens_are_left_out_and_counted(prepared, monk
         for key, text in texts.items()
     ]
     samples.append(conversation_sample({"conversations": []}, key="d"))
+    samples.append(conversation_sample(answer("<image>What?", "x"), key="e"))
     monkeypatch.setattr("dct_qwen2vl.data.samples.read_samples", lambda *_: samples)
     reading = Reading()
     asked = read_questions(prepared.shards, "test", None, at_own_size, ["<|image_pad|>"], reading)
     assert [question.key for question in asked] == ["b", "c"]
-    assert str(reading) == "read 4 entries = asked 2 + left out 2 (no_conversation 1, special_token 1)"
+    left_out = "3 (no_conversation 1, placeholder_mismatch 1, special_token 1)"
+    assert str(reading) == f"read 5 entries = asked 2 + left out {left_out}"
     assert "a left out: its text spells out <|image_pad|>" in capsys.readouterr().err
 
 
