@@ -456,7 +456,7 @@ def test_what_it_says(raw_set, tmp_path):
 
 
 def test_the_report_is_written_once(raw_set, tmp_path, capsys, monkeypatch):
-    def write_report(output_dir: Path) -> Path:
+    def write_report(output_dir: Path, say) -> Path:
         assert read_stats(output_dir)["complete"]
         with (output_dir / "report.html").open("x") as file:
             file.write("report")
