@@ -255,7 +255,7 @@ def finish(config: PreparationConfig, stats: dict[str, Any]) -> int:
         if wants_report:
             from dct_qwen2vl.preparation.report.writing import write_report
 
-            print(f"Report: {write_report(output_dir)}")
+            print(f"Report: {write_report(output_dir, say=print)}")
         if config.energon_prepare:
             print(prepared.result())
     if config.energon_prepare:

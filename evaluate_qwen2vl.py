@@ -22,7 +22,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dct_qwen2vl.checkpoints.inspection import check_checkpoint, note_on_all_cells, note_on_old_code, where_it_is
+from dct_qwen2vl.checkpoints.inspection import (
+    check_checkpoint,
+    note_on_all_cells,
+    note_on_old_code,
+    note_on_saved_again,
+    where_it_is,
+)
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.files import write_bytes, write_json
 from dct_qwen2vl.common.imports import importing
@@ -89,7 +95,7 @@ def check(arguments: argparse.Namespace) -> None:
         if arguments.skip_db and dct is None:
             raise UserError(f"--skip-db needs DCT tokens, {model_dir} reads pixels: give --model-dir the run's hf_dct")
         check_directory(model_dir)
-        if note := note_on_old_code(model_dir):
+        for note in filter(None, (note_on_old_code(model_dir), note_on_saved_again(model_dir))):
             print(f"Note: {note}")
         if not all_cells and (note := note_on_all_cells(model_dir)):
             print(f"Note: {note}")

@@ -20,7 +20,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from dct_qwen2vl.checkpoints.inspection import note_on_all_cells, notes_on_bounds
+from dct_qwen2vl.checkpoints.inspection import note_on_all_cells, note_on_saved_again, notes_on_bounds
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.common.settings import check_ranges, from_words
@@ -63,7 +63,8 @@ class Qwen2VLWithDCT(lmms):
         low, high = (int(value) if value else None for value in (min_pixels, max_pixels))
         for note in notes_on_bounds(Path(pretrained), low, high):
             print(f"Note: {note}")
-        if self._rank == 0 and (note := note_on_all_cells(Path(pretrained))):
+        notes = (note_on_all_cells(Path(pretrained)), note_on_saved_again(Path(pretrained))) if self._rank == 0 else ()
+        for note in filter(None, notes):
             print(f"Note: {note}")
         bounds = {name: value for name, value in (("min_pixels", low), ("max_pixels", high)) if value}
         self.answerer = Answerer(Path(pretrained), MAX_NEW_TOKENS, sampling, **bounds)

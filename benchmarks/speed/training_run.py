@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -228,14 +229,16 @@ def launch(arguments: argparse.Namespace, settings: dict[str, str], gpus: int, s
     own = {"EXPERIMENT_NAME": name, "NUM_PROC_PER_NODE": gpus, "GBS": arguments.sequences * gpus}
     own |= {"SKIP_DB": skip_db, "SKIP_SHARE": 1}  # cells are left out in all samples, or in none
     command = ["bash", "qwen_launch.sh", "--log-interval", "1", "--video-fps", str(VIDEO_RATE)]
-    command += ["--shuffle-buffer", "100"]
+    command += ["--shuffle-buffer", "100", "--compare-samples", "0"]  # the two forms of random weights say nothing here
     if arguments.kernels:
         command += ["--profile", str(WARM_UP - 1)]
+    start = time.perf_counter()
     run(command, **settings, **{key: str(value) for key, value in own.items()})
+    wall = time.perf_counter() - start
     kinds = trace_shares(next(run_dir.rglob("rank0.json.gz"))) if arguments.kernels else {}
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     found = figures([line for line in lines if "loss" in line])
-    return {"gpus": gpus, "skip_db": skip_db, **found, "kinds": kinds}
+    return {"gpus": gpus, "skip_db": skip_db, **found, "launch_seconds": wall, "kinds": kinds}
 
 
 def figures(lines: list[dict]) -> dict:
@@ -269,7 +272,8 @@ def described(line: dict, first: dict) -> str:
         f"{line['gpus']} GPU(s){kept}: {line['samples_per_second']:.1f} samples/s, "
         f"{line['visual_tokens_per_second']:.0f} visual tokens/s, MFU {line['mfu']:.1%}, data wait "
         f"{line['data_wait_share']:.1%} ({line['first_wait_seconds']:.0f} s before the first step), "
-        f"{line['peak_memory_gib']:.1f} GiB, x {line['samples_per_second'] / first['samples_per_second']:.2f}"
+        f"{line['peak_memory_gib']:.1f} GiB, x {line['samples_per_second'] / first['samples_per_second']:.2f} "
+        f"({line['launch_seconds']:.0f} s from launch to end)"
     )
 
 

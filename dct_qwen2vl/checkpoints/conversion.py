@@ -23,6 +23,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     CheckpointError,
     chosen_bounds,
     keeps_part_of_a_block,
+    note_on_saved_again,
     notes_on_bounds,
     patch_of,
     read_json,
@@ -281,13 +282,15 @@ def convert(
 
 
 def all_notes(source: Source, min_pixels: int | None, max_pixels: int | None) -> tuple[str, ...]:
-    """What was corrected in the source, and whether its least pixels were lowered.
+    """What was corrected in the source, what it has lost, and whether its least pixels were lowered.
 
     source: The checked source.
     min_pixels: As given, or None.
     max_pixels: As given, or None.
     """
-    return (*source.notes, *notes_on_bounds(source.folder, min_pixels, max_pixels))
+    lost = note_on_saved_again(source.folder)
+    lost = [lost.replace(str(source.folder), str(source.model_dir))] if lost else []
+    return (*source.notes, *lost, *notes_on_bounds(source.folder, min_pixels, max_pixels))
 
 
 def check_merge(model_dir: Path, config: dict, dct) -> None:

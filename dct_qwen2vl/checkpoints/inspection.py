@@ -17,6 +17,7 @@ from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS, pixel_bounds
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
 QWEN2_VL_PATCH = 14  # px
 PROCESSOR = "preprocessor_config.json"
+VIDEO_PROCESSOR = "video_preprocessor_config.json"
 SHARED = "processor_config.json"  # transformers 5 saves all processors in it, and reads them there first
 INDEX = "model.safetensors.index.json"
 # Beside the stock form of a DCT model, which loaders ignore: its token format and `SKIPPING`, for the way back.
@@ -490,6 +491,24 @@ def note_on_all_cells(model_dir: Path) -> str | None:
         f"{model_dir} was trained with cells left out at {how}, but it is a stock form, which reads all cells. "
         f"This can cost accuracy. To leave them out: {_how_to_skip(model_dir)}; for both readings, train with "
         f"SKIP_SHARE={SHARE_FOR_BOTH:g}"
+    )
+
+
+def note_on_saved_again(model_dir: Path) -> str | None:
+    """A line for a stock form that transformers has loaded and saved again, without the files that it does not know.
+    None for any other directory. Raises CheckpointError.
+
+    transformers 4.51 saves neither file, later versions save the second.
+    """
+    config = read_config(model_dir)
+    lost = [name for name in (STOCK_FORM, VIDEO_PROCESSOR) if not (model_dir / name).is_file()]
+    if STOCK_FORM not in lost or not reads_larger_patches(config):
+        return None
+    videos = ", and videos are sampled with the defaults" if VIDEO_PROCESSOR in lost else ""
+    return (
+        f"{model_dir} has patches of {patch_of(config)[1]} px, as the stock form of a DCT model, but no "
+        f"{' and no '.join(lost)}: transformers does not save this again. So it is not known whether cells were left "
+        f"out in training{videos}. Copy what is missing from the folder that was loaded"
     )
 
 

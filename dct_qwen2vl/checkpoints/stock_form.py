@@ -37,6 +37,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     read_config,
     read_json,
     read_processor,
+    reads_larger_patches,
     reads_pixel_patches,
     recorded_skipping,
     skipping_in,
@@ -112,9 +113,7 @@ def _normalised(
 ) -> Converted:
     """Raises CheckpointError where there is nothing to change."""
     if not source.notes and min_pixels is None and max_pixels is None:
-        saved = unfolded_format(source.folder)
-        what = f"is the stock form of {saved['name']} already" if saved else "reads pixels: it is a stock Qwen2-VL"
-        raise CheckpointError(f"{source.model_dir} {what}: use it as it is")
+        raise CheckpointError(f"{source.model_dir} {_kind_of_pixels(source.folder)}: use it as it is")
     bounds = dict(zip(("min_pixels", "max_pixels"), chosen_bounds(source.folder, min_pixels, max_pixels), strict=True))
     with new_directory(source.model_dir, output_dir, force) as folder:
         copy_other_files(source.folder, folder, without=(".py",))
@@ -126,6 +125,16 @@ def _normalised(
             write_json(folder / STOCK_FORM, read_json(unfolded))
         total = write_shards(read_tensors(source.tensors), folder, shard_bytes)
     return Converted(None, total, notes=all_notes(source, min_pixels, max_pixels))
+
+
+def _kind_of_pixels(model_dir: Path) -> str:
+    """What a directory is that is not in the coefficient form. Raises CheckpointError."""
+    saved = unfolded_format(model_dir)
+    if saved:
+        return f"is the stock form of {saved['name']} already"
+    if reads_larger_patches(read_config(model_dir)):
+        return "is the stock form of a DCT model already, by its large patches"
+    return "reads pixels: it is a stock Qwen2-VL"
 
 
 def to_dct(
@@ -310,7 +319,10 @@ def _check_patch(model_dir: Path, config: dict[str, Any], dct) -> None:
 
 def _too_far(model_dir: Path, dct, left_out: float) -> CheckpointError:
     frames, rows, columns = dct.block
+    lost = not (model_dir / STOCK_FORM).is_file() and reads_larger_patches(read_config(model_dir))
+    copy = f"copy its {STOCK_FORM} from the folder that it was loaded from, or " if lost else ""
     return CheckpointError(
         f"{model_dir} is no unfolded {dct.name} model: {left_out:.2%} of its patch embedding's norm lies outside what "
-        f"these tokens show (at most {MOST_LEFT_OUT:.1%}); --block {frames} {rows} {columns} --chroma 444 keeps all"
+        f"these tokens show (at most {MOST_LEFT_OUT:.1%}); {copy}--block {frames} {rows} {columns} --chroma 444 keeps "
+        "all"
     )

@@ -8,11 +8,10 @@ first three; total_pixels bounds a whole video.
 from pathlib import Path
 from typing import Any
 
-from dct_qwen2vl.checkpoints.inspection import PROCESSOR, CheckpointError, read_json
+from dct_qwen2vl.checkpoints.inspection import PROCESSOR, VIDEO_PROCESSOR, CheckpointError, read_json
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.common.video_sampling import VideoSampling
 
-VIDEO_PROCESSOR = "video_preprocessor_config.json"
 # Those of training where nothing says others, which are Qwen2-VL's.
 DEFAULT_SAMPLING = vars(VideoSampling())
 KEPT = (*DEFAULT_SAMPLING, "do_sample_frames", "num_frames")  # of a video processor: the image processor has the rest

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dct_qwen2vl.checkpoints.inspection import STOCK_FORM, own_pixel_bounds, read_processor
+from dct_qwen2vl.checkpoints.inspection import QWEN2_VL_PATCH, STOCK_FORM, own_pixel_bounds, read_processor
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.images import IMAGE_EXTENSIONS
@@ -42,7 +42,8 @@ class MediaReader:
         model_dir = Path(model_dir)
         processor = read_processor(model_dir)
         factor = processor.get("patch_size", 14) * processor.get("merge_size", 2)
-        reads_dct = processor.get("dct") is not None or (model_dir / STOCK_FORM).is_file()
+        saved_again = processor.get("patch_size", QWEN2_VL_PATCH) > QWEN2_VL_PATCH  # without its STOCK_FORM
+        reads_dct = processor.get("dct") is not None or (model_dir / STOCK_FORM).is_file() or saved_again
         sampling = VideoSampling(**saved_sampling(model_dir))
         return cls(PixelFit(factor, *own_pixel_bounds(model_dir), sampling, whole=not reads_dct))
 

@@ -11,9 +11,11 @@ Letters used for shapes: N entries, M their media in a row, G groups, S samples.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from hashlib import blake2b
 
 import numpy as np
@@ -48,6 +50,13 @@ class Layout:
         """Samples of each split."""
         sizes = np.diff(self.bounds).tolist()
         return {name: sum(size for size, split in zip(sizes, self.split_of) if split == name) for name in SPLITS}
+
+    @cached_property
+    def ways_to_fewer(self) -> tuple[str, ...]:
+        """Settings that give fewer and larger shards of the same samples; none if there is one shard."""
+        shards = Counter(self.split_of)
+        larger = ["a larger --maxcount"] if math.gcd(*shards.values()) > 1 else []  # else the split needs as many
+        return (*larger, *(["one split: --split 1,0,0"] if len(shards) > 1 else []))
 
 
 def parse_split(text: str) -> tuple[int, int, int]:

@@ -51,7 +51,7 @@ def say_plan(plan: Plan, layout: Layout, config: PreparationConfig) -> None:
     print(f"Keeping {len(plan)} of {read} conversations: {len(sizes)} shards of up to {sizes.max()} samples")
     if samples != len(plan):
         print(f"({samples} samples, by --source-weight)")
-    if sizes.max() < config.maxcount and len(sizes) == sum(config.split):
+    if sizes.max() < config.maxcount and 1 < len(sizes) == sum(config.split):
         split = say_shares(config.split)
         print(f"(fewer than --maxcount {config.maxcount} a shard: the split {split} needs {len(sizes)} shards)")
     print("Samples: " + ", ".join(f"{name} {count}" for name, count in layout.counts.items()))

@@ -58,6 +58,7 @@ class ShardTask:
     offset: [M]. Where the medium begins there, bytes.
     size: [M]. Its bytes.
     repair: uint8 [M]. Number in NAME_REPAIRS of how its file's name differs.
+    ways_to_fewer: As in data_splits.Layout.
     """
 
     shard: Path
@@ -75,6 +76,7 @@ class ShardTask:
     paths: tuple[str, ...]
     options: ConversionOptions
     strict: bool = False
+    ways_to_fewer: tuple[str, ...] = ()
 
     def unpack(self) -> list["PlannedSample"]:
         """The samples one by one."""
@@ -175,6 +177,7 @@ def make_task(
         paths=tuple(plan.places.path_of(number, data_dir, tars) for number in used.tolist()),
         options=options,
         strict=strict,
+        ways_to_fewer=layout.ways_to_fewer,
     )
 
 
@@ -393,7 +396,7 @@ def write_shard(task: ShardTask, advance: Callable[[int], Any]) -> None:
                 write_sample(task, sample, files, reader, tar, stats)
                 advance(1)
         tar.end()
-        refuse_empty_shard(stats)
+        refuse_empty_shard(stats, task.ways_to_fewer)
     with replacing(stats_path(task.shard)) as file:
         file.write(json.dumps(stats.as_json(tar), separators=(",", ":")).encode() + b"\n")
 
@@ -442,11 +445,16 @@ def name_parts(stored: list[StoredMedia], text: bytes) -> dict[str, bytes]:
     return {**parts, "json": text}
 
 
-def refuse_empty_shard(stats: ShardStats) -> None:
-    """Energon drops an empty shard, and could then find no val split."""
+def refuse_empty_shard(stats: ShardStats, ways_to_fewer: tuple[str, ...]) -> None:
+    """Energon drops an empty shard, and could then find no val split.
+
+    stats: Of the shard.
+    ways_to_fewer: As in data_splits.Layout.
+    """
     if not stats.written:
         first = f"{len(stats.skipped)} in all; the first: {stats.skipped[0].reason}, {stats.skipped[0].detail}"
-        another = "try another --seed, " if len(stats.skipped) > 1 else ""  # shards of one sample: one is always empty
-        shards = "make fewer and larger shards (a larger --maxcount, or one split: --split 1,0,0)"
-        remedy = f"{shards}, {another}add data, or leave broken data out"
+        remedies = [f"make fewer and larger shards ({', or '.join(ways_to_fewer)})"] if ways_to_fewer else []
+        if ways_to_fewer and len(stats.skipped) > 1:  # shards of one sample: one is always empty
+            remedies.append("try another --seed")
+        remedy = ", ".join([*remedies, "add data", "or repair what is broken"])
         raise PreparationError(f"{stats.name} would be empty, for none of its samples can be used ({first}); {remedy}")

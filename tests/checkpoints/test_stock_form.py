@@ -12,11 +12,16 @@ import torch
 from pipeline import edit_json
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+)
 
 import convert_checkpoint
 from dct_qwen2vl.checkpoints.hf_folder import load_processor, write_reading
-from dct_qwen2vl.checkpoints.inspection import PROCESSOR, note_on_all_cells, recorded_skipping
+from dct_qwen2vl.checkpoints.inspection import PROCESSOR, note_on_all_cells, note_on_saved_again, recorded_skipping
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
 from dct_qwen2vl.dct.configuration_dct import CLIP_MEAN, CLIP_STD
 from dct_qwen2vl.dct.folding import distance_from_format, fold_block_embedding, unfold_patch_embedding
@@ -266,6 +271,34 @@ def test_without_its_format_file_a_preset_is_recognised_by_its_patch(copy_of, tr
     assert run(folder, tmp_path / "back", "--to", "dct") == 0
     assert json.loads((tmp_path / "back" / "preprocessor_config.json").read_text())["dct"]["name"] == "x16"
     assert relative(tensors_of(tmp_path / "back")[PATCH_EMBEDDING], tensors_of(trained("x16"))[PATCH_EMBEDDING]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["x4", "own"])
+def test_what_transformers_does_not_save_again_is_told(name, stock, trained, tmp_path, capsys):
+    folder, back = tmp_path / "again", tmp_path / "back"
+    AutoModelForImageTextToText.from_pretrained(stock(name), torch_dtype="auto").save_pretrained(folder)
+    AutoProcessor.from_pretrained(stock(name)).save_pretrained(folder)
+    lost = {"dct_format.json", "video_preprocessor_config.json"}
+    assert {path.name for path in stock(name).iterdir()} - {path.name for path in folder.iterdir()} == lost
+    assert note_on_saved_again(stock(name)) is None is note_on_saved_again(trained(name))
+    assert run(folder, back) == run(folder, back, "--to", "stock") == 1 and not back.exists()
+    told = capsys.readouterr().err
+    assert (
+        "if it is the stock form of a DCT model, add --to dct" in told and "is the stock form of a DCT model al" in told
+    )
+    assert run(folder, back, "--to", "dct") == (name == "own")
+    told = capsys.readouterr()
+    if name == "own":
+        assert "; copy its dct_format.json from the folder that it was loaded from, or --block 2 28 28" in told.err
+    else:
+        assert told.out.count("Note: ") == 1 and f"Note: {folder} has patches of 28 px" in told.out
+    assert "no dct_format.json and no video_preprocessor_config.json: tr" in note_on_saved_again(folder)
+    shutil.copy(stock(name) / "video_preprocessor_config.json", folder)
+    assert "no dct_format.json: tr" in (note := note_on_saved_again(folder)) and "sampled" not in note
+    shutil.copy(stock(name) / "dct_format.json", folder)
+    assert note_on_saved_again(folder) is None and run(folder, back, "--to", "dct", "--force") == 0
+    moved = relative(tensors_of(back)[PATCH_EMBEDDING], tensors_of(trained(name))[PATCH_EMBEDDING])
+    assert moved < 1e-6 and "Note" not in capsys.readouterr().out
 
 
 def test_a_pixel_model_is_an_unfolded_exact_model(qwen2vl_directory, tmp_path):

@@ -589,6 +589,18 @@ def test_the_note_names_what_is_known_and_the_way_back(run_that_skipped, tmp_pat
     assert "at 36.5 dB, but" in note_on_all_cells(folder)
 
 
+def test_who_asks_a_stock_form_that_was_saved_again_is_told_what_it_lost(prepared, run_that_skipped, tmp_path, capsys):
+    folder = Path(shutil.copytree(run_that_skipped / "hf", tmp_path / "hf"))
+    words = ["--model-dir", str(folder), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path / "out")]
+    for name, lines in ((VIDEO_PROCESSOR, 1), ("dct_format.json", 1)):  # the first: that it skipped is still known
+        (folder / name).unlink()
+        evaluate_qwen2vl.check(evaluate_qwen2vl.parse_arguments(words))
+        said = capsys.readouterr().out
+        assert said.count("Note: ") == lines
+    assert f"Note: {folder} has patches of 28 px, as the stock form of a DCT model, but no dct_format.json and" in said
+    assert "not known whether cells were left out in training, and videos are sampled with the defaults" in said
+
+
 def test_an_output_folder_that_cannot_be_is_refused_before_anything_is_asked(prepared, tmp_path, one_line_error):
     (tmp_path / "file").touch()
     output = tmp_path / "file" / "out"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipeline import REPOSITORY
+from pipeline import REPOSITORY, edit_json
 from samples_by_hand import answer, conversation_sample
 
 from dct_qwen2vl.checkpoints.conversion import convert
@@ -128,6 +128,9 @@ def test_a_stock_form_says_the_same_and_a_pixel_model_reads_jpegs_whole(model, q
     to_stock(model, tmp_path / "stock")
     assert MediaReader.of(tmp_path / "stock") == MediaReader.of(model)
     assert MediaReader.of(model).fit == PixelFit(28, 56 * 56, 224 * 224, SAMPLING)
+    (tmp_path / "stock" / "dct_format.json").unlink()  # as transformers saves it again
+    edit_json(tmp_path / "stock" / "preprocessor_config.json", patch_size=28)
+    assert not MediaReader.of(tmp_path / "stock").fit.whole
     plain = MediaReader.of(qwen2vl_directory).fit
     assert plain.whole and plain.sampling == VideoSampling()
 

@@ -456,7 +456,7 @@ def test_what_it_says(raw_set, tmp_path):
 
 
 def test_the_report_is_written_once(raw_set, tmp_path, capsys, monkeypatch):
-    def write_report(output_dir: Path) -> Path:
+    def write_report(output_dir: Path, say) -> Path:
         assert read_stats(output_dir)["complete"]
         with (output_dir / "report.html").open("x") as file:
             file.write("report")
@@ -774,8 +774,21 @@ def test_a_few_entries_of_which_one_is_broken(tmp_path, capsys):
     for seed in range(3):
         assert run(data, tmp_path / f"{seed}", "--seed", str(seed)) == 1
         said = capsys.readouterr().err
-        assert "--split 1,0,0" in said and "add data" in said and "another --seed" not in said
+        assert "fewer and larger shards (one split: --split 1,0,0), add data, or repair what is broken" in said
     assert run(data, tmp_path / "shards", "--split", "1,0,0") == 0
+
+
+def test_what_helps_against_an_empty_shard_is_what_has_not_been_done(tmp_path, capsys):
+    entries = [entry(number, image=f"{number}.jpg") for number in range(4)]
+    data = make_set(tmp_path / "data", entries, {f"{number}.jpg": b"bad %d" % number for number in range(4)})
+    assert run(data, tmp_path / "one", "--split", "1,0,0") == 1
+    said = capsys.readouterr()
+    assert said.err.endswith("); add data, or repair what is broken\n") and "(fewer than" not in said.out
+    assert run(data, tmp_path / "two", "--split", "1,0,0", "--maxcount", "2") == 1
+    said = capsys.readouterr().err
+    assert "fewer and larger shards (a larger --maxcount), try another --seed, add data" in said
+    assert run(data, tmp_path / "four", "--split", "1,1,0", "--maxcount", "1") == 1
+    assert "(a larger --maxcount, or one split: --split 1,0,0), add data" in capsys.readouterr().err
 
 
 def test_the_folder_of_another_run_is_refused(raw_set, tmp_path, capsys):

@@ -38,9 +38,12 @@ from dct_qwen2vl.preparation.report.samples import (
 from dct_qwen2vl.preparation.report.statistics import read_statistics
 from dct_qwen2vl.preparation.report.tokens import (
     FACTORS,
+    PRESET,
+    SEQ_LENGTH,
     count_text_tokens,
     load_tokenizer,
     measure_lengths,
+    note_on_long_samples,
     target_sizes,
 )
 from dct_qwen2vl.preparation.report.writing import write_report
@@ -498,6 +501,42 @@ def test_text_is_estimated_from_characters(prepared_set):
     """A token for four characters, 21 for the chat template, 2 for each medium."""
     lengths = measure_lengths(read_statistics(prepared_set), None, *PIXEL_BOUNDS)
     assert lengths.text[[0, 7, 9]].tolist() == [23 + 21 + 2, 6 + 21 + 4, 33 + 21]
+
+
+KINDS = {"photo": (4032, 3024, 1, 0), "small": (480, 640, 1, 0), "HD": (720, 1280, 300, 10.0)}
+LONG_NOTES = {
+    ("small",): "",
+    ("small", "photo"): "Note: training with its defaults leaves out 1 of 2 samples: more than 2,048 tokens in x4, "
+    "the longest 3,912. Raise SEQ_LENGTH, or make media smaller: MAXPIXELS=1003520 bash qwen_launch.sh",
+    ("HD", "small"): "Note: training with its defaults leaves out 1 of 2 samples: more than 2,048 tokens in x4, "
+    "the longest 3,014. Raise SEQ_LENGTH, or make media smaller: bash qwen_launch.sh --video-total-pixels "
+    "4704000",
+    ("text", "small"): "Note: training with its defaults leaves out 1 of 2 samples: more than 2,048 tokens in x4, "
+    "the longest 2,521. Raise SEQ_LENGTH",
+}
+
+
+@pytest.mark.parametrize("kinds", LONG_NOTES, ids=" ".join)
+def test_who_prepares_samples_too_long_for_the_defaults_is_told(kinds, tmp_path):
+    """In x4, as Qwen2-VL-2B-Instruct reads them: a photograph of 72 x 54 tokens, ten seconds of 10 x 13 x 23 tokens."""
+    samples = {kind: StoredSample([("gpt", "yes")], "s", {"jpg": b""}, [shape]) for kind, shape in KINDS.items()}
+    samples["text"] = StoredSample([("gpt", "y" * 10_000)], "s")
+    statistics = read_statistics(write_set(tmp_path, {"train": [[samples[kind] for kind in kinds]]}))
+    note = note_on_long_samples(statistics, measure_lengths(statistics, None, *writing.INSTRUCT_BOUNDS))
+    assert (note or "") == LONG_NOTES[kinds]
+
+
+def test_the_defaults_are_those_of_training_and_of_the_real_model(qwen2vl_directory):
+    launcher = (Path(data_preparation.__file__).parent / "qwen_launch.sh").read_text()
+    assert f"SEQ_LENGTH:-{SEQ_LENGTH}}}" in launcher and f"2b_dct_{PRESET}}}" in launcher
+    assert writing.INSTRUCT_BOUNDS == (3136, 12_845_056)
+    for words, bounds in (
+        ([], (3136, 12_845_056)),
+        (["--tokenizer", str(qwen2vl_directory)], (3136, 200_704)),
+        (["--tokenizer", str(qwen2vl_directory), "--max-pixels", "2000"], (2000, 2000)),
+    ):
+        given = writing.parse_arguments(["O", *words])
+        assert (given.min_pixels, given.max_pixels) == bounds
 
 
 # Refusals

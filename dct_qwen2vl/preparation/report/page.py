@@ -384,7 +384,8 @@ def token_note(findings: Findings) -> str:
     low, high = findings.pixel_bounds
     note = (
         f"Visual tokens follow from the sizes, with {low:,} to {high:,} pixels an image or frame and training's usual "
-        "choice of frames. "
+        "choice of frames. These bounds must be the model's, or MINPIXELS and MAXPIXELS of training; with others: "
+        "python -m dct_qwen2vl.preparation.report FOLDER --max-pixels N. "
     )
     if findings.lengths.is_counted:
         note += "Text is counted by the tokenizer, with the chat template. "

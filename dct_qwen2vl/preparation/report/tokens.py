@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Pixels of a side that become one token: block x merge of the preset, and patch x merge of Qwen2-VL's own pixels.
 FACTORS = {"pixels, exact": 28, "x4": 56, "x16": 112}
+PRESET, SEQ_LENGTH = "x4", 2048  # what qwen_launch.sh takes where nothing else is said
 FRAMES_OF_A_TOKEN = 2
 LARGEST_ASPECT_RATIO = 200  # beyond it Qwen2-VL's processor refuses an image
 
@@ -74,6 +75,27 @@ def measure_lengths(statistics: Statistics, text: np.ndarray | None, min_pixels:
     for tokens in visual.values():
         tokens[refused] = 0
     return Lengths(visual, estimate_text_tokens(statistics) if text is None else text, text is not None, refused)
+
+
+def note_on_long_samples(statistics: Statistics, lengths: Lengths) -> str | None:
+    """A line if training with its defaults would leave samples out. None otherwise.
+
+    statistics: Of the set.
+    lengths: Of its samples.
+    """
+    tokens = lengths.total(PRESET)
+    long = tokens > SEQ_LENGTH
+    if not long.any():
+        return None
+    with_video = np.bincount(statistics.owner, statistics.is_video, len(statistics)) > 0
+    images = ["MAXPIXELS=1003520"] if (long & (statistics.media > 0) & ~with_video).any() else []
+    videos = ["--video-total-pixels 4704000"] if (long & with_video).any() else []
+    smaller = f", or make media smaller: {' '.join([*images, 'bash qwen_launch.sh', *videos])}"
+    return (
+        f"Note: training with its defaults leaves out {long.sum():,} of {len(long):,} samples: more than "
+        f"{SEQ_LENGTH:,} tokens in {PRESET}, the longest {tokens.max():,}. Raise SEQ_LENGTH"
+        f"{smaller if images or videos else ''}"
+    )
 
 
 def estimate_text_tokens(statistics: Statistics) -> np.ndarray:

@@ -11,15 +11,18 @@ The same set and settings give the same bytes.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dct_qwen2vl.common.scripts import run_main
-from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS
+from dct_qwen2vl.checkpoints.inspection import PROCESSOR, own_pixel_bounds
+from dct_qwen2vl.common.scripts import UserError, run_main
+from dct_qwen2vl.dct.image_sizes_dct import pixel_bounds as chosen_bounds
 
 REPORT_NAME = "report.html"
 NUM_SAMPLES = 30
 SEQ_LENGTHS = (1024, 2048, 4096, 8192)
+# min_pixels and max_pixels in the preprocessor_config.json of Qwen2-VL-2B-Instruct. Training takes the model's.
+INSTRUCT_BOUNDS = 4 * 28 * 28, 16_384 * 28 * 28
 
 
 def write_report(
@@ -27,8 +30,9 @@ def write_report(
     num_samples: int = NUM_SAMPLES,
     seed: int = 0,
     seq_lengths: Sequence[int] = SEQ_LENGTHS,
-    pixel_bounds: tuple[int, int] = PIXEL_BOUNDS,
+    pixel_bounds: tuple[int, int] = INSTRUCT_BOUNDS,
     tokenizer_dir: Path | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> Path:
     """Writes report.html and the figures of a prepared set. Returns the page's path.
 
@@ -38,6 +42,7 @@ def write_report(
     seq_lengths: Token limits for which the share of samples that fit is shown.
     pixel_bounds: min_pixels and max_pixels of training.
     tokenizer_dir: Hugging Face directory whose tokenizer counts text tokens. None: they are estimated.
+    say: Called with a line if samples are too long for training's defaults.
 
     Raises PreparationError for a set that is not complete.
     """
@@ -48,7 +53,12 @@ def write_report(
     from dct_qwen2vl.preparation.report.page import Findings, write_page
     from dct_qwen2vl.preparation.report.samples import choose_samples, read_conversations, read_shown_samples
     from dct_qwen2vl.preparation.report.statistics import read_examples, read_statistics
-    from dct_qwen2vl.preparation.report.tokens import count_text_tokens, load_tokenizer, measure_lengths
+    from dct_qwen2vl.preparation.report.tokens import (
+        count_text_tokens,
+        load_tokenizer,
+        measure_lengths,
+        note_on_long_samples,
+    )
 
     statistics = read_statistics(output_dir)
     text = None
@@ -59,6 +69,8 @@ def write_report(
         bar = tqdm(conversations, "Counting text tokens", len(statistics.shards), unit="shard")
         text = count_text_tokens(bar, tokenizer)
     lengths = measure_lengths(statistics, text, *pixel_bounds)
+    if say and (note := note_on_long_samples(statistics, lengths)):
+        say(note)
     limits, folder = sorted(set(seq_lengths)), output_dir / REPORT_FOLDER
     findings = Findings(
         statistics,
@@ -82,9 +94,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m dct_qwen2vl.preparation.report", description=__doc__.split("\n\n")[0]
     )
     add = parser.add_argument
-    low, high = PIXEL_BOUNDS
     lengths = "token limits of a sample; the report says how many samples exceed each (default: 1024 2048 4096 8192)"
-    tokenizer = "folder of a model whose tokenizer counts all text tokens, which takes minutes (default: estimated)"
+    tokenizer = (
+        "folder of the model: its tokenizer counts all text tokens, which takes minutes, and its bounds of pixels are "
+        "taken (default: text is estimated, bounds are those of Qwen2-VL-2B-Instruct)"
+    )
+    low, high = INSTRUCT_BOUNDS
     add("output_dir", type=Path, metavar="O", help="prepared set: the --output-dir of data_preparation.py")
     add("--seq-length", type=int, nargs="+", default=SEQ_LENGTHS, metavar="N", help=lengths)
     add("--tokenizer", type=Path, metavar="DIR", help=tokenizer)
@@ -92,14 +107,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--min-pixels",
         type=int,
         metavar="N",
-        help=f"least pixels of an image in training (default: {low}, or --max-pixels if that is lower)",
+        help=f"least pixels of an image in training (default: the model's, {low}, or --max-pixels if that is lower)",
     )
     add(
         "--max-pixels",
         type=int,
-        default=high,
         metavar="N",
-        help="most pixels of an image in training (default: %(default)s)",
+        help=f"most pixels of an image in training, its MAXPIXELS (default: the model's, {high})",
     )
     add("--num-samples", type=int, default=NUM_SAMPLES, metavar="N", help="samples shown (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of their choice (default: %(default)s)")
@@ -109,12 +123,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--seq-length must be 1 or more, not {min(arguments.seq_length)}")
     if arguments.num_samples < 0:
         parser.error(f"--num-samples must be 0 or more, not {arguments.num_samples}")
-    if arguments.min_pixels is None:
-        arguments.min_pixels = min(low, arguments.max_pixels)
-    if not 1 <= arguments.min_pixels <= arguments.max_pixels:
-        bounds = f"{arguments.min_pixels} and {arguments.max_pixels}"
-        parser.error(f"--min-pixels and --max-pixels must be 1 or more and in this order, not {bounds}")
+    try:
+        own = own_bounds(arguments.tokenizer)
+        arguments.min_pixels, arguments.max_pixels = chosen_bounds(arguments.min_pixels, arguments.max_pixels, *own)
+    except (ValueError, UserError) as error:
+        parser.error(f"--min-pixels, --max-pixels: {error}")
     return arguments
+
+
+def own_bounds(model_dir: Path | None) -> tuple[int, int]:
+    """min_pixels and max_pixels of a model; Qwen2-VL-2B-Instruct's without one. Raises CheckpointError."""
+    has_own = model_dir is not None and (model_dir / PROCESSOR).is_file()
+    return own_pixel_bounds(model_dir) if has_own else INSTRUCT_BOUNDS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,6 +150,7 @@ def write_and_say(arguments: argparse.Namespace) -> int:
         arguments.seq_length,
         (arguments.min_pixels, arguments.max_pixels),
         arguments.tokenizer,
+        print,
     )
     print(f"Report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
