@@ -67,6 +67,7 @@ OTHER_FORMATS = {  # by how their files begin
 MAXIMUM_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MiB of RGB
 MAXIMUM_JPEG_SIDE = 65_500  # px, libjpeg's JPEG_MAX_DIMENSION
 LEAST_CONTRAST = 16  # of 255: how much darker than white something of a transparent image must be to lie on white
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF 6.0 and one of its values
 NOT_UPRIGHT = range(2, 9)  # of the EXIF orientations
 
 BITS_OF_PNG = 24  # where its header says how many bits a value has
@@ -280,6 +281,8 @@ def load_rgb(image: Image.Image, orientation: int | None) -> Image.Image:
         for name in METADATA_NAMES:
             image.info.pop(name, None)
     rgb = to_rgb(image)
+    if image.format == "TIFF" and image.mode.startswith("I;16") and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        rgb = ImageOps.invert(rgb)  # Pillow does so for 8 bits alone
     return put_on_black(image, rgb) if image.has_transparency_data else rgb
 
 

@@ -263,6 +263,18 @@ def test_white_writing_on_nothing_lies_on_black(mode, value, seen):
     np.testing.assert_allclose([turned[40, 4], turned[4, 28]], np.repeat(seen, 3).reshape(2, 3), atol=4)
 
 
+@pytest.mark.parametrize(("bits", "kind"), [(8, np.uint8), (16, np.uint16)])
+def test_a_tiff_in_which_0_is_white(bits, kind):
+    values = np.linspace(0, 2**bits - 1, 32).astype(kind)[None].repeat(16, axis=0)
+    black_is_zero = encode(Image.fromarray(values), "TIFF")
+    tags = [struct.pack("<HHII", 262, 3, 1, value) for value in (1, 0)]
+    assert black_is_zero.count(tags[0]) == 1
+    shown = convert(black_is_zero).astype(int)
+    white_is_zero = black_is_zero.replace(*tags)
+    np.testing.assert_allclose(convert(white_is_zero).astype(int), 255 - shown, atol=4)
+    assert shown[0, 0, 0] < 8 and shown[0, -1, 0] > 247
+
+
 def test_palette_with_a_transparent_colour():
     palette = quadrants("rgbw").quantize(4)
     assert_quadrants(convert(encode(palette, "GIF")), "rgbw")
