@@ -43,6 +43,7 @@ from dct_qwen2vl.training.log import NON_FINITE, StepGuard, TrainingLog, Validat
 from dct_qwen2vl.training.lora import LoRA, adapt_hf, adapted_weights, adapters_of, merged_hf
 from dct_qwen2vl.training.parts import is_frozen
 from dct_qwen2vl.training.patch_embedding import embed_tokens
+from dct_qwen2vl.training.run_file import TRAINER_FILE
 from dct_qwen2vl.training.run_folder import (
     build_loggers,
     count_batches_of_whole_steps,
@@ -277,7 +278,7 @@ class FolderCheckpointIO(CheckpointIO):
         temporary.mkdir(parents=True)
         weights = names_in_hf(checkpoint.pop("state_dict"))
         self.module.save_hf(temporary / "hf", weights)
-        torch.save({**checkpoint, "adapters": adapters_of(weights)}, temporary / "trainer.pt")
+        torch.save({**checkpoint, "adapters": adapters_of(weights)}, temporary / TRAINER_FILE)
         sync_files(temporary)
         if path.exists():
             shutil.rmtree(path)
@@ -286,7 +287,7 @@ class FolderCheckpointIO(CheckpointIO):
     def load_checkpoint(self, path: str | os.PathLike, map_location: Any = None, **unused: Any) -> dict[str, Any]:
         path = Path(path)
         with torch.serialization.safe_globals(energon_state_classes()):
-            checkpoint = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path / TRAINER_FILE, map_location="cpu", weights_only=True)
         weights: dict[str, torch.Tensor] = {}
         for file in sorted((path / "hf").glob("*.safetensors")):
             weights.update(load_file(file))

@@ -1,9 +1,12 @@
 """run.json: the settings of a run, and which of them a start that goes on from a checkpoint may change."""
 
+import re
+import zipfile
 from dataclasses import MISSING, asdict, fields
+from pathlib import Path
 from typing import Any
 
-from dct_qwen2vl.checkpoints.inspection import CheckpointError, read_json
+from dct_qwen2vl.checkpoints.inspection import CheckpointError, open_tensors, read_json, safetensors_files
 from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.common.settings import flag_of, plain
 from dct_qwen2vl.data.energon_files import fingerprint_of_shards
@@ -12,6 +15,8 @@ from dct_qwen2vl.training.config import DATA, DERIVED, SAME, ModelInfo, RunError
 PUT_BACK = "put back what the run was started with, or another --experiment-name"
 # What runs did that are older than a setting, where that is not the setting's default.
 BEFORE = {"skip_share": 1.0}
+CHECKPOINT_NAME = re.compile(r"step(\d{6,})")
+TRAINER_FILE = "trainer.pt"  # of the automodel engine's checkpoints: all but the weights, a zip archive
 
 
 def earlier_settings(config: TrainingConfig) -> dict[str, Any]:
@@ -53,6 +58,45 @@ def check_run_folder(config: TrainingConfig) -> None:
             f"the train shards in {config.data_dir} are not those that {config.run_dir} was started with: add "
             "--restart-data to begin them from the start, or take another --experiment-name"
         )
+
+
+def checkpoints_by_step(folder: Path) -> list[Path]:
+    """The whole checkpoints, the newest last; what a killed run left half-written has another name."""
+    found = [path for path in folder.glob("step*") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(CHECKPOINT_NAME.fullmatch(path.name)[1]))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The whole checkpoint with the highest step."""
+    return next(reversed(checkpoints_by_step(folder)), None)
+
+
+def check_newest_checkpoint(config: TrainingConfig) -> None:
+    """Raises RunError where the checkpoint that a run of the automodel engine goes on from lacks a file, or has one
+    that is cut short. Only headers are read."""
+    *earlier, newest = [None, *checkpoints_by_step(config.run_dir / "checkpoints")]
+    if newest is None or config.chosen_engine != "automodel":
+        return
+    why = damage(newest)
+    if why:
+        goes_on = f"go on from {earlier[-1].name}" if earlier[-1] else "begin from the start"
+        raise RunError(f"{newest} is damaged ({why}): remove this folder to {goes_on}, or take another "
+                       "--experiment-name")  # fmt: skip
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint of the automodel engine. None for a whole one."""
+    trainer = checkpoint / TRAINER_FILE
+    if not trainer.is_file():
+        return f"no {TRAINER_FILE}"
+    if not zipfile.is_zipfile(trainer):  # an archive's table is at its end
+        return f"{TRAINER_FILE} is cut short"
+    try:
+        for _ in open_tensors(safetensors_files(checkpoint / "hf"), "np"):
+            pass
+    except CheckpointError:
+        return "weights in hf are missing or cut short"
+    return None
 
 
 def count_data_restarts(config: TrainingConfig) -> int:

@@ -1,7 +1,6 @@
 """What a run keeps in its folder, the same for both engines: checkpoints by step, loggers, Hugging Face directories."""
 
 import os
-import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,8 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from nemo import lightning as nl
 
 from dct_qwen2vl.training.config import TrainingConfig
+from dct_qwen2vl.training.run_file import latest_checkpoint
 from dct_qwen2vl.training.run_lock import RunFolderError
-
-CHECKPOINT_NAME = re.compile(r"step(\d{6,})")
 
 
 class StepCheckpoint(ModelCheckpoint):
@@ -73,12 +71,6 @@ def step_checkpoints(config: TrainingConfig, saved: Callable[[], None]) -> list[
     if not config.save_interval:
         return []
     return [StepCheckpoint(config.run_dir / "checkpoints", config.save_interval, config.keep, saved)]
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The whole checkpoint with the highest step; what a killed run left half-written has another name."""
-    found = [path for path in folder.glob("step*") if CHECKPOINT_NAME.fullmatch(path.name)]
-    return max(found, key=lambda path: int(CHECKPOINT_NAME.fullmatch(path.name)[1]), default=None)
 
 
 class ResumeFrom(nl.AutoResume):

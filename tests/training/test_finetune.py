@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from pipeline import REPOSITORY, Prepared, edit_json, metrics, run
+from pipeline import REPOSITORY, Prepared, edit_json, metrics, run, write_checkpoint
 from safetensors.torch import load_file
 from stand_in_python import SCRIPT, write_interpreter
 
@@ -861,7 +861,7 @@ def test_a_run_that_began_with_another_share_goes_on_with_it(prepared, tmp_path,
 
     def train(settings, info) -> None:
         run_file.write_run_file(settings, info)
-        (settings.run_dir / "checkpoints" / "step000005").mkdir(parents=True, exist_ok=True)
+        write_checkpoint(settings.run_dir / "checkpoints" / f"step{len(seen):06d}")
         seen.append(settings.skip_share)
 
     monkeypatch.setattr(finetune_qwen2vl, "train", train)

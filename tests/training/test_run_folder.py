@@ -11,10 +11,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from pipeline import REPOSITORY
+from pipeline import REPOSITORY, write_checkpoint
 
 from dct_qwen2vl.training import run_lock
-from dct_qwen2vl.training.config import TrainingConfig
+from dct_qwen2vl.training.config import RunError, TrainingConfig
+from dct_qwen2vl.training.run_file import check_newest_checkpoint
 
 
 def settings(output_dir: Path, **changes) -> TrainingConfig:
@@ -148,3 +149,32 @@ def test_all_nodes_end_where_one_does_not_see_the_checkpoint(tmp_path):
     errors = resume_on_nodes(tmp_path / "first", tmp_path / "second", tmp_path / "first")
     assert len(errors) == 3
     assert all(re.fullmatch(said, str(error)) for error in errors)
+
+
+@pytest.mark.parametrize("kept", ["step000004, step000006", "step000006"])
+@pytest.mark.parametrize(
+    ("file", "size", "said"),
+    [
+        ("trainer.pt", None, "no trainer.pt"),
+        ("trainer.pt", 1000, "trainer.pt is cut short"),
+        ("trainer.pt", 0, "trainer.pt is cut short"),
+        ("hf/model.safetensors", None, "weights in hf are missing or cut short"),
+        ("hf/model.safetensors", 300, "weights in hf are missing or cut short"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_with_what_goes_on_without_it(kept, file, size, said, tmp_path):
+    config = settings(tmp_path, chosen_engine="automodel")
+    folder = config.run_dir / "checkpoints"
+    check_newest_checkpoint(config)
+    for name in kept.split(", "):
+        write_checkpoint(folder / name)
+    check_newest_checkpoint(config)
+    damaged = folder / "step000006" / file
+    if size is None:
+        damaged.unlink()
+    else:
+        os.truncate(damaged, size)
+    goes_on = "go on from step000004" if "4" in kept else "begin from the start"
+    message = f"{folder}/step000006 is damaged ({said}): remove this folder to {goes_on}, or take another"
+    with pytest.raises(RunError, match=re.escape(message)):
+        check_newest_checkpoint(config)

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from pipeline import REPOSITORY, edit_json, metrics, run
+from pipeline import REPOSITORY, edit_json, metrics, run, write_checkpoint
 from stand_in_python import write_interpreter
 
 import finetune_qwen2vl
@@ -301,7 +301,7 @@ def test_data_that_were_prepared_again_are_told_before_the_start(prepared, tmp_p
     command = [*known, "--experiment-name", "run", "--engine", "automodel"]
     assert finetune_qwen2vl.main(command) == 0
     (run_dir / "finished").unlink()
-    (run_dir / "checkpoints" / "step000005").mkdir(parents=True)
+    write_checkpoint(run_dir / "checkpoints" / "step000005")
     assert finetune_qwen2vl.main([*command, "--check"]) == 0
     prepare(prepared, shards, "--limit", "100", "--maxcount", "10")
     assert finetune_qwen2vl.main([*command, "--check"]) == 1
