@@ -98,7 +98,8 @@ def converted_config(config: dict, num_coefficients: int) -> dict:
 
 
 def patch_embedding(source: Source) -> "torch.Tensor":
-    """The weight of the patch embedding, [E, 3, 2, p, p] of a pixel model; p is 14 in Qwen2-VL."""
+    """The weight of the patch embedding, [E, 3, 2, p, p] of a pixel model; p is 14 in Qwen2-VL. Raises
+    CheckpointError."""
     ((_, weight),) = read_tensors({PATCH_EMBEDDING: source.tensors[PATCH_EMBEDDING]})
     return weight
 
@@ -276,9 +277,21 @@ def convert(
             write_json(temporary / "config.json", converted_config(config, dct.num_coefficients))
             processor.save_pretrained(temporary)
             write_sampling(temporary)
+            check_finite(model_dir, patch_embedding(source))
             tensors = changed_tensors(source, lambda weight: fold_patch_embedding(weight, dct, patch))
             total = write_shards(tensors, temporary, shard_bytes)
         return Converted(dct, total, notes=all_notes(source, min_pixels, max_pixels), patch=patch)
+
+
+def check_finite(model_dir: Path, weight: "torch.Tensor") -> None:
+    """Raises CheckpointError for a model whose training has diverged.
+
+    model_dir: Named in the message.
+    weight: The patch embedding.
+    """
+    if not weight.isfinite().all():
+        raise CheckpointError(f"{model_dir}: {PATCH_EMBEDDING} has values that are no numbers (nan or inf): give the "
+                              "model as it was before its training diverged")  # fmt: skip
 
 
 def all_notes(source: Source, min_pixels: int | None, max_pixels: int | None) -> tuple[str, ...]:
@@ -313,10 +326,20 @@ def new_directory(model_dir: Path, output_dir: Path, force: bool = False) -> Ite
     output_dir: The directory to write.
     force: Whether a checkpoint in `output_dir` may be replaced.
 
-    Raises CheckpointError if `output_dir` may not be replaced.
+    A link stays, and the directory that it leads to is written. Raises CheckpointError if `output_dir` may not be
+    replaced.
     """
     if output_dir.resolve() == model_dir.resolve():
         raise CheckpointError(f"--output-dir must differ from --model-dir, both are {model_dir}")
+    if force and output_dir.resolve() in model_dir.resolve().parents:
+        raise CheckpointError(
+            f"--force would remove {model_dir}, which is in {output_dir}: choose another --output-dir"
+        )
+    if output_dir.exists() and (not output_dir.is_dir() or output_dir.is_mount()):  # neither can be replaced
+        kind = "a mounted disk: name a folder in it" if output_dir.is_mount() else "a file: choose another --output-dir"
+        raise CheckpointError(f"{output_dir} is {kind}")
+    if output_dir.is_symlink():
+        output_dir = output_dir.resolve()
     if output_dir.exists() and any(output_dir.iterdir()) and not (force and (output_dir / "config.json").is_file()):
         raise CheckpointError(
             f"{output_dir} is not empty: choose another --output-dir, or --force to replace a checkpoint"

@@ -46,6 +46,7 @@ MODEL_TYPES = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcesso
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 LFS_POINTER = b"version https://git-lfs"
 ADAPTER = "adapter_config.json"  # PEFT's
+GGUF = ".gguf"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state*.pth", "scaler.pt")
 
@@ -99,13 +100,27 @@ def where_it_is(model_dir: Path, form: str = "hf_dct", flag: str = "--model-dir"
         return f"fetch it (git lfs install; git clone https://huggingface.co/{model_dir}) and give {flag} its folder"
     if (model_dir / ADAPTER).is_file():
         return how_to_merge(model_dir)
+    if model_dir.is_file() and model_dir.suffix != GGUF:
+        return f"it is a file, give {flag} the folder that it lies in, {model_dir.parent}"
     if (model_dir / "config.json").is_symlink():
         return "it is a link to a file that is not there; download the model again, or copy it with cp -rL"
-    inside = sorted(path.parent for pattern in ("*/config.json", "snapshots/*/config.json")
-                    for path in model_dir.glob(pattern))  # fmt: skip
-    if not inside:
-        return None
-    return f"give {flag} {model_dir / form if model_dir / form in inside else inside[-1]}"
+    inside = _models_inside(model_dir, form)
+    if inside:
+        return f"give {flag} {model_dir / form if model_dir / form in inside else inside[-1]}"
+    if model_dir.suffix == GGUF or any(model_dir.glob(f"*{GGUF}")):
+        return f"GGUF files are not read; give {flag} the model in safetensors that they were made from"
+    return None
+
+
+def _models_inside(model_dir: Path, form: str) -> list[Path]:
+    """The models in a directory, in a run's folder, in the folder of a run's checkpoints or of all runs: the nearest
+    ones, in order."""
+    for below in ("*", "snapshots/*", f"*/{form}", "*/hf", "checkpoints/*/hf"):
+        found = [path.parent for path in model_dir.glob(f"{below}/config.json")]
+        shown = [path for path in found if not path.name.startswith(".")]
+        if shown:
+            return sorted(shown)
+    return []
 
 
 def how_to_merge(model_dir: Path) -> str:
@@ -298,7 +313,7 @@ def _how_to_get(model_dir: Path, indexed: bool) -> str:
         return (f"{pickles[0]} is a pickle, which is not read; write safetensors with python -c "
                 f"\"import transformers as t; t.AutoModelForImageTextToText.from_pretrained('{model_dir}', "
                 f"torch_dtype='auto').save_pretrained('{model_dir}')\"")  # fmt: skip
-    if any(model_dir.glob("*.gguf")):
+    if any(model_dir.glob(f"*{GGUF}")):
         return "GGUF files are not read; give --model-dir the model in safetensors that they were made from"
     return advice
 

@@ -39,6 +39,8 @@ def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
     loaded or is not the wanted one."""
     if not (model_dir / "config.json").is_file():
         make_it = f"python convert_checkpoint.py --model-dir QWEN2_VL --output-dir {model_dir}"
+        if model_dir.exists():  # and is something else
+            make_it = "give --model-dir a folder that convert_checkpoint.py wrote"
         raise RunError(f"no model in {model_dir} (no config.json): {where_it_is(model_dir) or make_it}")
     dct = check_checkpoint(model_dir)
     info = ModelInfo(dct["name"] if dct else "none", dct)

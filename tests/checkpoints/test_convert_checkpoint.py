@@ -419,7 +419,16 @@ def with_another_patch_embedding(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def with_nan(folder: Path) -> None:
+    tensors = read_tensors(folder)
+    tensors[PATCH_EMBEDDING][0, 0] = float("nan")
+    for path in folder.glob("model*"):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors")
+
+
 DAMAGES = {
+    f"{PATCH_EMBEDDING} has values that are no numbers": with_nan,
     "no config.json": lambda folder: (folder / "config.json").unlink(),
     "config.json is not JSON": lambda folder: (folder / "config.json").write_text("{"),
     "model_type 'qwen3_vl', only qwen2_vl and": lambda folder: edit_json(folder / "config.json", model_type="qwen3_vl"),
@@ -605,6 +614,55 @@ def test_an_empty_output_folder_is_used(qwen2vl_directory, tmp_path):
     (tmp_path / "deep" / "x4").mkdir(parents=True)
     assert run(qwen2vl_directory, tmp_path / "deep" / "x4") == 0
     assert (tmp_path / "deep" / "x4" / "model.safetensors").is_file()
+
+
+def test_a_link_to_the_output_folder_stays(qwen2vl_directory, tmp_path):
+    """For a folder on another disk."""
+    (tmp_path / "disk" / "x4").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "x4")
+    for options in ([], ["--force"]):
+        assert run(qwen2vl_directory, tmp_path / "link", *options) == 0
+        assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "disk") == ["x4"]
+        assert (tmp_path / "disk" / "x4" / "model.safetensors").is_file()
+    assert run(qwen2vl_directory, tmp_path / "link") == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("file", "file is a file: choose another --output-dir"),
+        ("/proc", "/proc is a mounted disk: name a folder in it"),
+        ("outer", "outer/model, which is in {}: choose another --output-dir"),
+    ],
+)
+def test_places_that_cannot_be_replaced(place, said, qwen2vl_directory, copy_of, tmp_path, one_line_error):
+    (tmp_path / "file").touch()
+    model = Path(shutil.copytree(qwen2vl_directory, tmp_path / "outer" / "model"))
+    shutil.copyfile(model / "config.json", tmp_path / "outer" / "config.json")  # a checkpoint, which --force replaces
+    assert run(model, tmp_path / place, "--force") == 1
+    assert said.format(tmp_path / place) in one_line_error()
+    assert (model / "model.safetensors.index.json").is_file() or (model / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "there", "said"),
+    [
+        ("model/model.safetensors", None, "it is a file, give --model-dir the folder that it lies in, {}/model"),
+        ("q4.gguf", "q4.gguf", "GGUF files are not read; give --model-dir the model in safetensors"),
+        ("ggufs", "ggufs/q4.gguf", "GGUF files are not read; give --model-dir the model in safetensors"),
+        ("runs", "runs/first/hf_dct/config.json", "give --model-dir {}/runs/first/hf_dct"),
+        ("run", "run/checkpoints/step000002/hf/config.json", "give --model-dir {}/run/checkpoints/step000002/hf"),
+        ("run/checkpoints", "run/checkpoints/step000002/hf/config.json", "{}/run/checkpoints/step000002/hf"),
+        ("killed", "killed/.hf.tmp/config.json", "give --model-dir a Hugging Face Qwen2-VL directory"),
+    ],
+)
+def test_what_is_no_model_is_told_where_one_is(given, there, said, qwen2vl_directory, tmp_path, one_line_error):
+    (tmp_path / "model").symlink_to(qwen2vl_directory)
+    if there:
+        (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / there).touch()
+    assert run(tmp_path / given, tmp_path / "x4") == 1
+    assert said.format(tmp_path) in one_line_error()
 
 
 def test_a_failure_half_way_keeps_the_old_checkpoint(qwen2vl_directory, copy_of, tmp_path):
