@@ -37,6 +37,7 @@ from dct_qwen2vl.training.processes import (
     forget_what_torchrun_has_not_set,
     interruptible,
     let_others_begin,
+    told_by_machine,
     wait_for_first,
 )
 from dct_qwen2vl.training.run_file import count_data_restarts, write_run_file
@@ -191,7 +192,7 @@ def explain(error: Exception) -> str | None:
         return "another process of this run has ended, so this one ends as well"
     if type(error).__name__ == "SIGTERMException":  # Lightning's, whose import is slow
         return f"ended by SIGTERM; {CONTINUE}"
-    return str(error) if isinstance(error, UserError) else None
+    return str(error) if isinstance(error, UserError) else told_by_machine(trace)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,7 +29,13 @@ from dct_qwen2vl.common.settings import flag_of
 from dct_qwen2vl.data.energon_files import count_samples, read_splits, refuse_other_data
 from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig
 from dct_qwen2vl.training.disk_space import check_space
-from dct_qwen2vl.training.run_file import PUT_BACK, check_newest_checkpoint, check_run_folder, earlier_settings
+from dct_qwen2vl.training.run_file import (
+    PUT_BACK,
+    check_newest_checkpoint,
+    check_run_folder,
+    check_same_model,
+    earlier_settings,
+)
 
 TOWER_ACTIVATIONS = ("quick_gelu", "gelu")  # of the vision tower, in the megatron engine
 
@@ -232,6 +238,7 @@ def check(config: TrainingConfig) -> ModelInfo:
     check_skipping(config, info)
     check_data(config)
     check_run_folder(config)
+    check_same_model(config, info)
     if not (config.run_dir / "finished").is_file():
         check_newest_checkpoint(config)
         check_space(config, forms=2 if info.dct else 1)

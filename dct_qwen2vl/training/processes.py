@@ -1,6 +1,7 @@
 """The processes of a run: who started them, how they end together, what Ctrl-C does to them."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,6 +15,9 @@ TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for the processes that it s
 FROM_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 PEER_ENDED = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of another process
 CONTINUE = "run the same command again to continue from the newest checkpoint"
+# What the C library, and PyTorch's writer of archives in its place, say of a full disk.
+FULL = re.compile(r"No space left on device|Disk quota exceeded|inline_container.*(failed writing|unexpected pos)")
+WORKER = re.compile(r"DataLoader worker \(pid[^)]*\) (?:is killed by signal: ([\w ]+)|exited unexpectedly)")  # PyTorch
 AGAIN = 0.05  # s until a signal whose exception was dropped is sent once more
 INTERRUPTED = f"interrupted; {CONTINUE}"
 
@@ -104,6 +108,23 @@ def wait_for_first() -> None:
         _checks_store().get("passed")
     except (RuntimeError, OSError) as error:  # of the store
         raise UserError("the first process of this run has ended, so this one ends as well") from error
+
+
+def told_by_machine(trace: str) -> str | None:
+    """A line for an end that the machine has made, None for any other: a full disk, a loader process that was ended.
+
+    trace: The traceback, which may come from a loader process as text.
+    """
+    if FULL.search(trace) and "/torch_" not in trace:  # a file in shared memory
+        return f"a disk is full, most likely that of the run's folder: make room, then {CONTINUE}"
+    worker = WORKER.search(trace)
+    how = (worker[1] or "by itself").strip() if worker else None
+    if FULL.search(trace) or how == "Bus error":
+        return f"the shared memory /dev/shm is full: raise it (docker run --shm-size 16g), then {CONTINUE}"
+    if how == "Terminated":  # torchrun sends it to loader processes, too
+        return f"ended by SIGTERM; {CONTINUE}"
+    more = " (is the machine's memory full?)" if how == "Killed" else ""
+    return f"a loader process has ended ({how}){more}; {CONTINUE}" if how else None
 
 
 def _has_others() -> bool:

@@ -60,6 +60,20 @@ def check_run_folder(config: TrainingConfig) -> None:
         )
 
 
+def check_same_model(config: TrainingConfig, info: ModelInfo) -> None:
+    """Raises RunError where model_dir holds a model of another token format than when the run began.
+
+    config: The settings.
+    info: The checkpoint's token format.
+    """
+    begun = earlier_settings(config).get("token_format", info.dct_name)
+    if begun != info.dct_name:
+        raise RunError(
+            f"{config.run_dir} was started with the token format {begun}, now the model in {config.model_dir} has "
+            f"{info.dct_name}: put that model back, or take another --experiment-name"
+        )
+
+
 def checkpoints_by_step(folder: Path) -> list[Path]:
     """The whole checkpoints, the newest last; what a killed run left half-written has another name."""
     found = [path for path in folder.glob("step*") if CHECKPOINT_NAME.fullmatch(path.name)]

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -629,6 +630,17 @@ def test_a_broken_run_file_is_refused_in_one_line(content, prepared, tmp_path, o
         finetune_qwen2vl.main([*command, "--debug"])
 
 
+def test_another_token_format_in_the_place_of_the_model_is_refused(tmp_path):
+    known = ["--model-dir", "m", "--data-dir", "d", "--output-dir", str(tmp_path), "--experiment-name", "e"]
+    settings = config.parse_arguments(known).resolved("automodel", "32")
+    run_file.write_run_file(settings, checks.ModelInfo("x4", None))
+    run_file.check_same_model(settings, checks.ModelInfo("x16", None))  # there is nothing to go on from
+    write_checkpoint(settings.run_dir / "checkpoints" / "step000005")
+    run_file.check_same_model(settings, checks.ModelInfo("x4", None))
+    with pytest.raises(checks.RunError, match=r"was started with the token format x4, now the model in m has x16: put"):
+        run_file.check_same_model(settings, checks.ModelInfo("x16", None))
+
+
 def test_each_beginning_of_the_data_has_its_number(tmp_path):
     def number(*typed: str) -> int:
         """What this start counts, and leaves in run.json."""
@@ -987,3 +999,58 @@ def test_a_shard_that_is_no_tar_any_more_is_explained(tmp_path):
         pass
     told = finetune_qwen2vl.explain(caught.value)
     assert re.fullmatch(r"a shard is damaged \(.+\): python data_preparation\.py --output-dir SHARDS --verify .*", told)
+
+
+class Ending(torch.utils.data.Dataset):
+    """Ends the loader process that reads it.
+
+    number: Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGTERM, "ended by SIGTERM; run the same command again"),
+        (signal.SIGKILL, "a loader process has ended (Killed) (is the machine's memory full?); run the same command"),
+        (signal.SIGBUS, "the shared memory /dev/shm is full: raise it (docker run --shm-size 16g), then run the same"),
+        (signal.SIGSEGV, "a loader process has ended (Segmentation fault); run the same command again"),
+    ],
+)
+def test_the_end_of_a_loader_process_is_explained(number, said):
+    with pytest.raises(RuntimeError) as caught:
+        next(iter(torch.utils.data.DataLoader(Ending(number), num_workers=1)))
+    assert finetune_qwen2vl.explain(caught.value).startswith(said)
+
+
+def write_to_full_disk(data: bytearray, folder: Path) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as file:
+        file.write(data)
+
+
+def save_to_full_disk(data: bytearray, folder: Path) -> None:
+    """PyTorch's own writer does not say why it failed."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        torch.save(torch.frombuffer(data, dtype=torch.uint8), folder / "trainer.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("write", [write_to_full_disk, save_to_full_disk])
+def test_a_full_disk_is_explained(write, tmp_path):
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        write(bytearray(1_000_000), tmp_path)
+    said = "a disk is full, most likely that of the run's folder: make room, then run the same command again"
+    assert finetune_qwen2vl.explain(caught.value).startswith(said)
+    assert finetune_qwen2vl.explain(FileNotFoundError(2, "No such file or directory")) is None
