@@ -188,11 +188,13 @@ def explain(error: Exception) -> str | None:
     if BROKEN_TAR in trace:
         said = trace.split(BROKEN_TAR)[-1].split("\n")[0]
         return f"a shard is damaged ({said}): python data_preparation.py --output-dir SHARDS --verify says which"
+    if not isinstance(error, UserError) and (line := told_by_machine(trace)):
+        return line
     if any(words in trace for words in PEER_ENDED):
         return "another process of this run has ended, so this one ends as well"
     if type(error).__name__ == "SIGTERMException":  # Lightning's, whose import is slow
         return f"ended by SIGTERM; {CONTINUE}"
-    return str(error) if isinstance(error, UserError) else told_by_machine(trace)
+    return str(error) if isinstance(error, UserError) else None
 
 
 def main(argv: list[str] | None = None) -> int:

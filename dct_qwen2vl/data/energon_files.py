@@ -42,7 +42,7 @@ def read_splits(data_dir: Path, wanted: Iterable[str]) -> dict[str, list[str]]:
 
 
 def refuse_other_data(data_dir: Path) -> None:
-    """Raises PreparedSetError for one shard in place of its folder, and for raw data."""
+    """Raises PreparedSetError for one shard in place of its folder, for raw data, and where there are no shards."""
     if data_dir.is_file():
         raise PreparedSetError(f"{data_dir} is a file: give --data-dir the folder that it lies in, {data_dir.parent}")
     if data_dir.is_dir() and not (data_dir / "stats.json").exists() and not (data_dir / FOLDER).exists():
@@ -50,6 +50,10 @@ def refuse_other_data(data_dir: Path) -> None:
         if raw:
             raise PreparedSetError(f"{data_dir} holds raw data ({raw}), not a prepared set: python data_preparation.py "
                                    f"--data-dir {data_dir} --output-dir SHARDS --energon-prepare")  # fmt: skip
+    if not (data_dir / FOLDER).exists() and not any(data_dir.glob("*.tar")):
+        below = sorted(path.parents[1] for path in data_dir.glob(f"*/{FOLDER}/{SPLIT}"))
+        make_them = f"python data_preparation.py --data-dir RAW --output-dir {data_dir}"
+        raise PreparedSetError(f"no shards in {data_dir}: {f'give --data-dir {below[0]}' if below else make_them}")
 
 
 def check_files(data_dir: Path, names: Iterable[str]) -> None:

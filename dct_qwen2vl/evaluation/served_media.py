@@ -24,6 +24,7 @@ from dct_qwen2vl.data.images import IMAGE_EXTENSIONS
 from dct_qwen2vl.data.media import PixelFit, as_array
 from dct_qwen2vl.data.videos import VideoSampling, decode_video
 
+KINDS, FORMATS = ("image", "video"), ("PNG", "JPEG")
 Source = str | Path | bytes | Image.Image
 
 
@@ -76,9 +77,12 @@ class MediaReader:
         file_format: of image and frames. PNG keeps every pixel, JPEG is a tenth of its size.
 
         vLLM reads a video's frames one after another, with commas between them. It takes the first 32 unless the
-        request has "media_io_kwargs": {"video": {"num_frames": -1}}.
+        request has "media_io_kwargs": {"video": {"num_frames": -1}}. Raises UserError for another kind or format.
         """
         kind = kind or kind_of(source)
+        if kind not in KINDS or file_format not in FORMATS:
+            raise UserError(f"there is no {kind} as {file_format}: kind is {' or '.join(KINDS)}, file_format is "
+                            f"{' or '.join(FORMATS)}")  # fmt: skip
         images = [self.image(source)] if kind == "image" else self.frames(source)
         coded = ",".join(base64.b64encode(encoded(image, file_format)).decode() for image in images)
         media_type = f"image/{file_format.lower()}" if kind == "image" else "video/jpeg"  # its name for frames

@@ -26,7 +26,7 @@ from dct_qwen2vl.common import settings
 from dct_qwen2vl.common.files import read_json as read_file
 from dct_qwen2vl.common.imports import importing
 from dct_qwen2vl.common.settings import flag_of
-from dct_qwen2vl.data.energon_files import count_samples, read_splits, refuse_other_data
+from dct_qwen2vl.data.energon_files import count_samples, read_splits
 from dct_qwen2vl.training.config import PARTS, ModelInfo, RunError, TrainingConfig
 from dct_qwen2vl.training.disk_space import check_space
 from dct_qwen2vl.training.run_file import (
@@ -132,9 +132,6 @@ def check_data(config: TrainingConfig) -> None:
     """Raises RunError or PreparedSetError unless `energon prepare` has been run and each loader process has a sample to
     train on. The val split may be empty: there is no validation then."""
     data_dir, loaders = config.data_dir, config.data_parallel * max(1, config.num_workers)
-    refuse_other_data(data_dir)
-    if not data_dir.is_dir() or not any(data_dir.glob("*.tar")):
-        raise RunError(f"no shards in {data_dir}: python data_preparation.py --data-dir RAW --output-dir {data_dir}")
     splits = read_splits(data_dir, ("train", "val"))
     if not splits["train"]:
         raise RunError(f"the train split of {data_dir} holds no shard: prepare with more shards (a smaller --maxcount)")

@@ -6,9 +6,12 @@ traceback of its own: what went wrong, they have said themselves.
 
 import logging
 import os
+import re
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from difflib import SequenceMatcher
+from pathlib import Path
 
 from dct_qwen2vl.common.scripts import INTERRUPTED_CODE
 from dct_qwen2vl.training.config import parse_arguments
@@ -16,10 +19,26 @@ from dct_qwen2vl.training.processes import CONTINUE, INTERRUPTED
 
 PROGRAM = "qwen_launch.sh"
 SCRIPT = "finetune_qwen2vl.py"
+SETTING = re.compile(r"^([A-Z_]+)=\$\{\1:-", re.MULTILINE)  # in qwen_launch.sh
+# Names of the flags and of other trainers, in place of the settings.
+OTHER_NAMES = {
+    "BATCH_SIZE": "MBS or GBS",
+    "MICRO_BATCH_SIZE": "MBS",
+    "GLOBAL_BATCH_SIZE": "GBS",
+    "LEARNING_RATE": "LR",
+    "DATA_DIR": "DATASET_DIR",
+    "MODEL_PATH": "MODEL_DIR",
+    "SEQ_LEN": "SEQ_LENGTH",
+    "TENSOR_PARALLEL": "TP",
+    "PIPELINE_PARALLEL": "PP",
+}
+ALIKE = 0.88  # of difflib: MAX_STEP and MAX_STEPS have 0.94, INPUT_DIR and OUTPUT_DIR 0.74
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    for note in notes_on_names(os.environ):
+        print(f"Note: {note}", flush=True)
     if SCRIPT in argv:  # a flag that there is not, or --help, is answered once
         parse_arguments(argv[argv.index(SCRIPT) + 1 :], program=SCRIPT)
     try:
@@ -27,6 +46,26 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # before there are processes
         tell(INTERRUPTED)
         return INTERRUPTED_CODE
+
+
+def notes_on_names(environment: Mapping[str, str]) -> list[str]:
+    """A line for each environment variable that is no setting of qwen_launch.sh but is called nearly as one that is
+    not set. Such a variable changes nothing."""
+    settings = SETTING.findall((Path(__file__).parents[2] / PROGRAM).read_text(encoding="utf-8"))
+    notes = []
+    for name in sorted(environment.keys() - set(settings)):
+        meant = OTHER_NAMES.get(name) or next((each for each in settings if alike(name, each)), None)
+        if meant and not environment.keys() & set(meant.split(" or ")):
+            notes.append(
+                f"{name}={environment[name]} changes nothing, {PROGRAM} has no such setting: is {meant} meant?"
+            )
+    return notes
+
+
+def alike(name: str, setting: str) -> bool:
+    """Whether one may be a slip of the pen for the other. Short names differ too little."""
+    one, other = (each.upper().replace("_", "") for each in (name, setting))
+    return one == other or (min(len(one), len(other)) > 4 and SequenceMatcher(None, one, other).ratio() >= ALIKE)
 
 
 def launch(argv: list[str] | None) -> int:

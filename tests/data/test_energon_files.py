@@ -90,6 +90,16 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         read_splits(tmp_path, ("train",))
 
 
+def test_a_folder_without_shards_is_told_where_they_are(tmp_path):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(PreparedSetError, match=f"^no shards in {folder}: python data_preparation.py .* {folder}$"):
+            read_splits(folder, ("train",))
+    (tmp_path / "shards").mkdir()
+    write_files(tmp_path / "shards")
+    with pytest.raises(PreparedSetError, match=f"^no shards in {tmp_path}: give --data-dir {tmp_path / 'shards'}$"):
+        read_splits(tmp_path, ("train",))
+
+
 def test_splits_that_are_not_read_need_no_counts(tmp_path):
     write_files(tmp_path, **{"split.yaml": "split_parts: {train: [a0.tar], test: [c.tar]}"})
     assert read_splits(tmp_path, ("train",)) == {"train": ["a0.tar"]}

@@ -176,6 +176,9 @@ def test_what_cannot_be_read_is_one_line(model, tmp_path):
         reader.image(tmp_path / "none.png")
     with pytest.raises(UserError, match=r'give kind="image" or kind="video"'):
         reader.part(b"")
+    for wrong in ({"kind": "audio"}, {"kind": "image", "file_format": "jpg"}):
+        with pytest.raises(UserError, match=r"kind is image or video, file_format is PNG or JPEG$"):
+            reader.part(b"", **wrong)
     with pytest.raises(MediaError, match=r"^not a readable video: "):
         reader.frames(b"no video")
 

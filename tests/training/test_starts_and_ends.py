@@ -23,6 +23,7 @@ from stand_in_python import write_interpreter
 import finetune_qwen2vl
 from dct_qwen2vl.data.energon_files import fingerprint_of_shards
 from dct_qwen2vl.training import processes, run_file
+from dct_qwen2vl.training.launch import notes_on_names
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the megatron engine's CPU form")
 ENGINES = ["automodel", pytest.param("megatron", marks=cpu_only)]
@@ -320,3 +321,22 @@ def test_a_fingerprint_is_that_of_the_shards(prepared, tmp_path):
     with min(copy.glob("*.tar")).open("ab") as shard:
         shard.write(bytes(512))
     assert fingerprint_of_shards(copy) != fingerprint_of_shards(prepared.shards)
+
+
+@pytest.mark.parametrize(
+    ("set_to", "said"),
+    [
+        ({"MAXSTEPS": "5"}, "MAXSTEPS=5 changes nothing, qwen_launch.sh has no such setting: is MAX_STEPS meant?"),
+        ({"max_steps": "5"}, "max_steps=5 changes nothing, qwen_launch.sh has no such setting: is MAX_STEPS meant?"),
+        ({"WARMUP_STEP": "5"}, "WARMUP_STEP=5 changes nothing, qwen_launch.sh has no such setting: is WARMUP_STEPS"),
+        ({"BATCH_SIZE": "8"}, "BATCH_SIZE=8 changes nothing, qwen_launch.sh has no such setting: is MBS or GBS meant?"),
+        ({"lr": "1"}, "lr=1 changes nothing, qwen_launch.sh has no such setting: is LR meant?"),
+        ({"BATCH_SIZE": "8", "MBS": "8"}, None),  # of another program
+        ({"MAX_STEPS": "5", "LR": "1", "INPUT_DIR": "x", "SLURM_NNODES": "2", "TMPDIR": "/tmp", "TP_": "1x"}, "TP_=1x"),
+        ({"LOCAL_RANK": "0", "GROUP_RANK": "0", "CUDA_VISIBLE_DEVICES": "0", "HOME": "/root", "SEEDS": "1"}, None),
+    ],
+)
+def test_a_variable_that_is_nearly_a_setting_is_told(set_to, said):
+    notes = notes_on_names(set_to)
+    assert len(notes) == (said is not None)
+    assert all(note.startswith(said) for note in notes)
