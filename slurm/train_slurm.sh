@@ -16,6 +16,10 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 REPOSITORY=${REPOSITORY:-${SLURM_SUBMIT_DIR:-$here}}  # Slurm runs a copy of this file from a folder of its own
 NNODES=${SLURM_JOB_NUM_NODES:?train_slurm.sh runs inside a Slurm job: sbatch train_slurm.sh}
+if [ ! -f "$REPOSITORY/qwen_launch.sh" ]; then
+  echo "train_slurm.sh: no qwen_launch.sh in $REPOSITORY: submit the job from the repository's folder, or set REPOSITORY" >&2
+  exit 1
+fi
 NUM_PROC_PER_NODE=${NUM_PROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 if [ -z "${MASTER_ADDR:-}" ]; then
   hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")

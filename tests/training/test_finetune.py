@@ -965,6 +965,13 @@ def test_slurm_s_task_has_the_cores_of_its_processes_and_loaders(tmp_path):
     assert run(["bash", "slurm/train_slurm.sh"], PATH=f"{tmp_path}:{os.environ['PATH']}", **job).stdout == f"{asked}\n"
 
 
+def test_a_slurm_job_from_another_folder_is_told_in_one_line(tmp_path):
+    job = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "MASTER_ADDR": "n1", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    ended = run(["bash", "slurm/train_slurm.sh"], check=False, **job)
+    said = f"train_slurm.sh: no qwen_launch.sh in {tmp_path}: submit the job from the repository's folder, or set"
+    assert ended.returncode == 1 and ended.stderr.startswith(said)
+
+
 def test_profile_is_a_trace_of_one_step(one_process):
     trace = json.loads(gzip.decompress((one_process["output"] / "whole" / "profile" / "rank0.json.gz").read_bytes()))
     names = {event.get("name", "") for event in trace["traceEvents"]}
