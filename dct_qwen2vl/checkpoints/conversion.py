@@ -4,6 +4,7 @@ Weights are memory-mapped and passed through in shards of at most 2 GB.
 """
 
 import contextlib
+import fcntl
 import itertools
 import math
 import os
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 
 SHARD_BYTES = 2_000_000_000
+UNFINISHED = ".unfinished"  # at the end of the name of a folder that is being written
 THREE_NUMBERS = [list(types) for types in itertools.product((int, float), repeat=3)]
 
 
@@ -345,12 +347,31 @@ def new_directory(model_dir: Path, output_dir: Path, force: bool = False) -> Ite
             f"{output_dir} is not empty: choose another --output-dir, or --force to replace a checkpoint"
         )
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
+    remove_unfinished(output_dir)
+    temporary = Path(tempfile.mkdtemp(UNFINISHED, f".{output_dir.name}-", output_dir.parent))
+    held = os.open(temporary, os.O_RDONLY)
     try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
         temporary.chmod(0o755)
         if output_dir.exists():
             shutil.rmtree(output_dir)
         os.replace(temporary, output_dir)
     finally:
+        os.close(held)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Removes what killed conversions into a directory have left beside it: as many bytes as the model has."""
+    for path in output_dir.parent.glob(f".*{UNFINISHED}"):
+        if not path.name.startswith(f".{output_dir.name}-"):
+            continue
+        with contextlib.suppress(OSError):  # another process writes it
+            folder = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(folder)

@@ -229,7 +229,7 @@ def pixel_bounds_in(path: Path, saved: dict[str, Any]) -> dict[str, int | None]:
     if not isinstance(size, dict):
         raise CheckpointError(f"{path} has the size {size!r}, which has no fields: get the file again")
     bounds = {
-        name: saved.get(name) or size.get(edge) or size.get(name)
+        name: next((value for value in (saved.get(name), size.get(edge), size.get(name)) if value is not None), None)
         for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
     }
     for name, value in bounds.items():
@@ -606,7 +606,8 @@ def remedy(model_dir: Path) -> str:
     """
     if reads_pixel_patches(read_config(model_dir)):
         return "get its files again"
-    return f"python convert_checkpoint.py --model-dir QWEN2_VL --output-dir {model_dir} --force"
+    again = f"python convert_checkpoint.py --model-dir QWEN2_VL --output-dir {model_dir} --force"
+    return f"put its files back as they were, or convert again, which loses what was trained: {again}"
 
 
 def _by(sides: Iterable[Any]) -> str:

@@ -17,7 +17,7 @@ from transformers import AutoProcessor, AutoTokenizer, Qwen2VLConfig, Qwen2VLFor
 
 import convert_checkpoint
 from convert_checkpoint import CheckpointError
-from dct_qwen2vl.checkpoints.conversion import convert
+from dct_qwen2vl.checkpoints.conversion import convert, new_directory
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_tokenizer import DCTConfig, fold_patch_embedding
 
@@ -441,6 +441,9 @@ DAMAGES = {
         folder / "model.safetensors.index.json", weight_map=[]
     ),
     "config.json is JSON, but no object": lambda folder: (folder / "config.json").write_text("[]"),
+    "has max_pixels 0, which is no number of pixels": lambda folder: edit_json(
+        folder / "preprocessor_config.json", max_pixels=0
+    ),
     "has min_pixels 'many', which is no number": lambda folder: edit_json(
         folder / "preprocessor_config.json", min_pixels="many"
     ),
@@ -625,6 +628,16 @@ def test_a_link_to_the_output_folder_stays(qwen2vl_directory, tmp_path):
         assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "disk") == ["x4"]
         assert (tmp_path / "disk" / "x4" / "model.safetensors").is_file()
     assert run(qwen2vl_directory, tmp_path / "link") == 1
+
+
+def test_what_a_killed_conversion_has_left_is_removed_and_what_another_writes_is_not(qwen2vl_directory, tmp_path):
+    for name in (".x4-12345678.unfinished", ".x4-abcdefgh", ".x16-12345678.unfinished"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    with new_directory(qwen2vl_directory, tmp_path / "x4") as writing:
+        assert run(qwen2vl_directory, tmp_path / "x4") == 0 and writing.is_dir()
+        shutil.rmtree(tmp_path / "x4")
+    assert sorted(os.listdir(tmp_path)) == [".x16-12345678.unfinished", ".x4-abcdefgh", "x4"]
 
 
 @pytest.mark.parametrize(
