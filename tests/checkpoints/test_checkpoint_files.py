@@ -81,7 +81,9 @@ DAMAGES = {
         with_another_patch_embedding
     ),
     "has no tokenizer (no tokenizer.json)": without_tokenizer,
-    f"lacks {PROCESSOR}: python convert_checkpoint.py": lambda folder: (folder / PROCESSOR).unlink(),
+    f"lacks {PROCESSOR}: put its files back as they were, or convert again": lambda folder: (
+        folder / PROCESSOR
+    ).unlink(),
     "merged 2 x 2, config.json beside it reads 1764 x 1 x 1 x 1, merged 4 x 4": with_another_merge,
     "is of model_type 'llava', only qwen2_vl": lambda folder: edit_json(folder / "config.json", model_type="llava"),
     f"{PROCESSOR} has no token format in its field dct": lambda folder: edit_json(folder / PROCESSOR, dct={"name": 4}),
