@@ -149,10 +149,23 @@ def check_ranges(config: TrainingConfig) -> None:
     name = config.experiment_name
     if name.startswith("/") or not name.strip() or {".", ".."} & set(name.split("/")):
         raise RunError(f"--experiment-name must name a folder below --output-dir, got {name!r}")
-    lowest = next(path for path in (config.run_dir, *config.run_dir.parents) if path.exists())
+    lowest = lowest_there(config.run_dir)
     if not lowest.is_dir():
         raise RunError(f"{lowest} is a file, the run folder {config.run_dir} cannot be made: choose another "
                        "--output-dir or --experiment-name")  # fmt: skip
+
+
+def lowest_there(folder: Path) -> Path:
+    """The folder, or else the nearest above it that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def check_writable(config: TrainingConfig) -> None:
+    """Raises RunError for a run folder that may not be written to."""
+    lowest = lowest_there(config.run_dir)
+    if not os.access(lowest, os.W_OK):
+        raise RunError(f"{lowest} may not be written to, so the run folder {config.run_dir} cannot be used: choose "
+                       "another --output-dir, or change its permissions")  # fmt: skip
 
 
 def check_numbers(config: TrainingConfig) -> None:
@@ -237,6 +250,7 @@ def check(config: TrainingConfig) -> ModelInfo:
     check_run_folder(config)
     check_same_model(config, info)
     if not (config.run_dir / "finished").is_file():
+        check_writable(config)
         check_newest_checkpoint(config)
         check_space(config, forms=2 if info.dct else 1)
     return info

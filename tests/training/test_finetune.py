@@ -682,6 +682,12 @@ def test_a_file_where_the_run_folder_should_be_is_refused(prepared, tmp_path, on
         assert f"{file} is a file, the run folder {file}" in one_line_error()
 
 
+def test_a_run_folder_that_may_not_be_written_to_is_refused(prepared, one_line_error):
+    folders = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", "/proc/self"]
+    assert finetune_qwen2vl.main([*folders, "--experiment-name", "run", "--engine", "automodel", "--check"]) == 1
+    assert "/proc/self may not be written to, so the run folder /proc/self/run cannot be used" in one_line_error()
+
+
 def test_what_is_given_in_place_of_a_model_is_named(prepared, tmp_path, one_line_error):
     """A model of Hugging Face by its name, a run's folder."""
     known = ["--data-dir", str(prepared.shards), "--engine", "automodel", "--check", "--output-dir", str(tmp_path)]
