@@ -101,9 +101,12 @@ class StepGuard:
     def _error(self, step: int, what: str, value: float, keys: list[str]) -> NonFiniteStep:
         named = ", ".join(keys[: self.NAMED])
         more = f", ... ({len(keys)} in all, listed in {self.file})" if len(keys) > self.NAMED else ""
+        otherwise = "lower --lr and take another --experiment-name"
+        if step == 1:  # no rate was applied yet
+            otherwise = "at the weights in --model-dir, which no step has changed: are they numbers?"
         return NonFiniteStep(
             f"the {what} is {value} at step {step}, which has changed no weight; its samples: {named}{more}. Look at "
-            f"them, or lower --lr and take another --experiment-name"
+            f"them, or {otherwise}"
         )
 
 

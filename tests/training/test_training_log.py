@@ -143,6 +143,12 @@ def test_a_loss_that_is_no_number_is_named_with_its_own_micro_batch(loss, norm, 
     assert json.loads((tmp_path / "refused.json").read_text()) == {"step": 7, "loss": str(loss), "samples": ["b", "c"]}
 
 
+@pytest.mark.parametrize(("step", "advice"), [(1, "or at the weights in --model-dir"), (2, "or lower --lr and take")])
+def test_before_any_rate_was_applied_the_weights_are_named(step, advice, tmp_path):
+    with pytest.raises(NonFiniteStep, match=f"its samples: a. Look at them, {advice}"):
+        StepGuard(tmp_path / "refused.json").check(step, math.nan, [(math.nan, ["a"])])
+
+
 def test_of_many_samples_the_first_are_named_and_all_are_listed(tmp_path):
     keys = [f"k{number}" for number in range(64)]
     with pytest.raises(NonFiniteStep, match=r"k0, k1.* k9, \.\.\. \(64 in all, listed in .*refused\.json\)") as refusal:
