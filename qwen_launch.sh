@@ -59,16 +59,28 @@ SHARDING=${SHARDING:-none}           # fsdp2: the processes share weights, gradi
 if [ -z "${PYTHON:-}" ]; then
   if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python; fi
 fi
-case $NUM_PROC_PER_NODE in
-  "" | 0 | *[!0-9]*)
-    echo "qwen_launch.sh: NUM_PROC_PER_NODE=$NUM_PROC_PER_NODE: give the number of processes of this node, 1 or more" >&2
-    exit 1
-    ;;
-esac
-if [ "$DEVICES" != "$NUM_PROC_PER_NODE" ]; then
-  echo "qwen_launch.sh: DEVICES=$DEVICES, but NUM_PROC_PER_NODE=$NUM_PROC_PER_NODE: every process needs one device, make them equal" >&2
+refuse() {  # MESSAGE
+  echo "qwen_launch.sh: $1" >&2
   exit 1
+}
+within() {  # NUMBER LEAST MOST
+  case $1 in "" | *[!0-9]* | ??????*) return 1 ;; esac
+  [ "$1" -ge "$2" ] && [ "$1" -le "$3" ]
+}
+within "$NUM_PROC_PER_NODE" 1 99999 ||
+  refuse "NUM_PROC_PER_NODE=$NUM_PROC_PER_NODE: give the number of processes of this node, 1 or more"
+[ "$DEVICES" = "$NUM_PROC_PER_NODE" ] ||
+  refuse "DEVICES=$DEVICES, but NUM_PROC_PER_NODE=$NUM_PROC_PER_NODE: every process needs one device, make them equal"
+within "$NNODES" 1 99999 || refuse "NNODES=$NNODES: give the number of nodes, 1 or more"
+if [ "$NNODES" != 1 ]; then
+  within "$NODE_RANK" 0 "$((NNODES - 1))" ||
+    refuse "NODE_RANK=$NODE_RANK, but NNODES=$NNODES: number the nodes from 0 to $((NNODES - 1))"
+  within "$MASTER_PORT" 1 65535 || refuse "MASTER_PORT=$MASTER_PORT: give a port from 1 to 65535"
 fi
+case $SKIP_NOISE_FLOOR in
+  "" | 0 | 1) ;;
+  *) refuse "SKIP_NOISE_FLOOR=$SKIP_NOISE_FLOOR: give 1, or leave it out" ;;
+esac
 
 arguments=(
   --model-dir "$MODEL_DIR" --data-dir "$DATASET_DIR" --output-dir "$OUTPUT_DIR" --experiment-name "$EXPERIMENT_NAME"
@@ -84,7 +96,7 @@ if [ -n "$GBS" ]; then arguments+=(--global-batch-size "$GBS"); fi
 if [ -n "$MINPIXELS" ]; then arguments+=(--min-pixels "$MINPIXELS"); fi
 if [ -n "$MAXPIXELS" ]; then arguments+=(--max-pixels "$MAXPIXELS"); fi
 if [ -n "$SKIP_DB" ]; then arguments+=(--skip-db "$SKIP_DB"); fi
-if [ -n "$SKIP_NOISE_FLOOR" ]; then arguments+=(--skip-noise-floor); fi
+if [ "$SKIP_NOISE_FLOOR" = 1 ]; then arguments+=(--skip-noise-floor); fi
 if [ -n "$SKIP_SHARE" ]; then arguments+=(--skip-share "$SKIP_SHARE"); fi
 arguments+=("$@")
 

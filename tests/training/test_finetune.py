@@ -475,6 +475,29 @@ def test_a_number_of_processes_that_is_none_is_refused(prepared, tmp_path, numbe
     assert said == f"qwen_launch.sh: NUM_PROC_PER_NODE={number}: give the number of processes of this node, 1 or more\n"
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"NNODES": "0"}, "NNODES=0: give the number of nodes, 1 or more"),
+        ({"NNODES": "two"}, "NNODES=two: give the number of nodes, 1 or more"),
+        ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2, but NNODES=2: number the nodes from 0 to 1"),
+        ({"NNODES": "2", "MASTER_PORT": "65536"}, "MASTER_PORT=65536: give a port from 1 to 65535"),
+        ({"SKIP_NOISE_FLOOR": "yes"}, "SKIP_NOISE_FLOOR=yes: give 1, or leave it out"),
+    ],
+)
+def test_settings_that_torchrun_would_end_in_a_traceback_for_are_refused(settings, said, prepared, tmp_path):
+    assert refused_by_launcher(prepared, tmp_path, **settings) == f"qwen_launch.sh: {said}\n"
+
+
+@pytest.mark.parametrize(("typed", "passed_on"), [("", False), ("0", False), ("1", True)])
+def test_the_noise_floor_is_measured_where_it_is_asked_for(typed, passed_on, tmp_path):
+    (tmp_path / "shows_arguments").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "shows_arguments").chmod(0o755)
+    asked = {"PYTHON": str(tmp_path / "shows_arguments"), "SKIP_DB": "38", "SKIP_NOISE_FLOOR": typed}
+    words = run(["bash", "qwen_launch.sh"], **asked).stdout.splitlines()
+    assert ("--skip-noise-floor" in words) is passed_on
+
+
 def refused_by_launcher(prepared: Prepared, tmp_path: Path, **settings: str) -> str:
     """The one line with which qwen_launch.sh refuses to start two processes."""
     environment = {**launch_environment(prepared, tmp_path, "refused", 2), **settings}
