@@ -6,7 +6,7 @@
 #   bash qwen_launch.sh --freeze language        further arguments go to finetune_qwen2vl.py (see its --help)
 #
 # Started again after an interruption, the same command goes on from the newest checkpoint.
-# Several nodes: the same command on each, with NNODES, NODE_RANK and MASTER_ADDR set; train_slurm.sh does that under Slurm.
+# Several nodes: the same command on each, with NNODES, NODE_RANK and MASTER_ADDR set; slurm/train_slurm.sh does that under Slurm.
 # All of them must share MODEL_DIR, DATASET_DIR and OUTPUT_DIR under the same names.
 set -euo pipefail
 

@@ -2,7 +2,7 @@
 # Prepares one data set on several nodes of a Slurm cluster: an array of PARTS tasks, of which each writes its share of the shards,
 # then a job that waits for all of them and puts the counts together. The shards are those that one machine would write.
 #
-#   PARTS=8 bash prepare_slurm.sh --data-dir /datasets/Cambrian737k/Cambrian737k --output-dir /datasets/Cambrian737k-wds
+#   PARTS=8 bash slurm/prepare_slurm.sh --data-dir /datasets/Cambrian737k/Cambrian737k --output-dir /datasets/Cambrian737k-wds
 #
 # Further arguments go to data_preparation.py (see its --help). All nodes must see both folders. If tasks fail or are killed,
 # the same command goes on; it writes only what is missing. sbatch itself is set by its own variables, like SBATCH_PARTITION.

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Runs qwen_launch.sh on the nodes of a Slurm job, one torchrun on each; every setting of qwen_launch.sh is taken from the environment.
 #
-#   MODEL_DIR=... DATASET_DIR=... sbatch --nodes 4 --gpus-per-node 8 train_slurm.sh --freeze vision
+#   MODEL_DIR=... DATASET_DIR=... sbatch --nodes 4 --gpus-per-node 8 slurm/train_slurm.sh --freeze vision
 #
-# The nodes must see the folders under the same names. CONTAINER=IMAGE runs it in that image (Slurm's pyxis plug-in), with
-# MOUNTS=/datasets:/datasets,/models:/models. Requeued or submitted again, the job goes on from its newest checkpoint.
+# Submit it from the repository's folder, or set REPOSITORY. The nodes must see the folders under the same names.
+# CONTAINER=IMAGE runs it in that image (Slurm's pyxis plug-in), with MOUNTS=/datasets:/datasets,/models:/models.
+# Requeued or submitted again, the job goes on from its newest checkpoint.
 # It asks for the cores of 8 processes with 4 loader processes each; with others: sbatch --cpus-per-task N ...
 # Tested with a stand-in for srun.
 #SBATCH --job-name=qwen2vl
@@ -15,7 +16,7 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 REPOSITORY=${REPOSITORY:-${SLURM_SUBMIT_DIR:-$here}}  # Slurm runs a copy of this file from a folder of its own
-NNODES=${SLURM_JOB_NUM_NODES:?train_slurm.sh runs inside a Slurm job: sbatch train_slurm.sh}
+NNODES=${SLURM_JOB_NUM_NODES:?train_slurm.sh runs inside a Slurm job: sbatch slurm/train_slurm.sh}
 if [ ! -f "$REPOSITORY/qwen_launch.sh" ]; then
   echo "train_slurm.sh: no qwen_launch.sh in $REPOSITORY: submit the job from the repository's folder, or set REPOSITORY" >&2
   exit 1

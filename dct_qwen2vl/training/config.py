@@ -78,7 +78,9 @@ class TrainingConfig:
     `checks.choose_skip_share` that of the share.
     """
 
-    model_dir: Path = setting("what", MISSING, "Hugging Face directory from convert_checkpoint.py")
+    model_dir: Path = setting(
+        "what", MISSING, "Hugging Face directory from convert_checkpoint.py; with --dct none, a pixel model"
+    )
     data_dir: Path = setting("what", MISSING, "folder of shards after `energon prepare`", resume=DATA)
     output_dir: Path = setting("what", Path("experiments"), "gets one folder for each experiment", resume=FREE)
     experiment_name: str = setting("what", "qwen2vl_dct", "name of the run's folder", resume=FREE)
@@ -261,7 +263,9 @@ class TrainingConfig:
         resume=FREE,
     )
     wandb_project: str | None = setting("where", None, "log to this Weights & Biases project as well", resume=FREE)
-    check: bool = setting("where", False, "only check that the run can start", resume=FREE, recorded=False)
+    check: bool = setting(
+        "where", False, "only check that the run can start; prints nothing if it can", resume=FREE, recorded=False
+    )
     debug: bool = setting("where", False, "show the traceback of an error", resume=FREE, recorded=False)
     rank: int = setting(None, 0, resume=FREE)  # of this process, from torchrun
     data_restarts: int = setting(None, 0, resume=FREE)
