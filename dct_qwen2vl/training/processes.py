@@ -115,7 +115,7 @@ def told_by_machine(trace: str) -> str | None:
 
     trace: The traceback, which may come from a loader process as text.
     """
-    if FULL.search(trace) and "/torch_" not in trace:  # a file in shared memory
+    if FULL.search(trace) and "file </torch_" not in trace:  # PyTorch's, in shared memory
         return f"a disk is full, most likely that of the run's folder: make room, then {CONTINUE}"
     worker = WORKER.search(trace)
     how = (worker[1] or "by itself").strip() if worker else None

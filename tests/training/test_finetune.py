@@ -1092,3 +1092,5 @@ def test_a_full_disk_is_explained(write, tmp_path):
     said = "a disk is full, most likely that of the run's folder: make room, then run the same command again"
     assert finetune_qwen2vl.explain(caught.value).startswith(said)
     assert finetune_qwen2vl.explain(FileNotFoundError(2, "No such file or directory")) is None
+    shared = RuntimeError("unable to write to file </torch_4711_0_0>: No space left on device (28)")  # PyTorch 2.7
+    assert finetune_qwen2vl.explain(shared).startswith("the shared memory /dev/shm is full")
