@@ -249,7 +249,7 @@ def run(config: TrainingConfig) -> int:
         raise RunError(f"{config.world_size} processes must be started by torchrun: bash qwen_launch.sh")
     if (config.run_dir / "finished").is_file():
         if config.rank == 0:
-            print(f"{config.run_dir} is finished: its model is in {config.run_dir / 'hf'}", flush=True)
+            print(f"{config.run_dir} is finished{where_its_model_is(config.run_dir)}", flush=True)
         return 0
     if note and config.rank == 0:
         print(note, flush=True)
@@ -261,6 +261,14 @@ def run(config: TrainingConfig) -> int:
         if info.dct and (note := note_on_skipping(config.run_dir / "hf_dct")):
             print(f"Note: {note}")
     return 0
+
+
+def where_its_model_is(run_dir: Path) -> str:
+    """Of a finished run, the end of a line."""
+    if (run_dir / "hf").is_dir():
+        return f": its model is in {run_dir / 'hf'}"
+    again = f"remove {run_dir / 'finished'} and run the same command to write it again from the newest checkpoint"
+    return f", but its model is no longer in {run_dir / 'hf'}: {again}"
 
 
 def check_and_size(config: TrainingConfig, engine: str) -> tuple[TrainingConfig, ModelInfo, str | None]:

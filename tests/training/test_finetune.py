@@ -427,6 +427,17 @@ def test_finished_run_is_not_repeated(one_process):
 
 
 @pytest.mark.launch
+@pytest.mark.parametrize("there", [True, False])
+def test_a_finished_run_whose_model_was_moved_says_how_to_write_it_again(there, prepared, tmp_path, capsys):
+    folder = tmp_path / "run"
+    (folder / "hf" if there else folder).mkdir(parents=True)
+    (folder / "finished").touch()
+    folders = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
+    assert finetune_qwen2vl.main([*folders, "--experiment-name", "run", "--engine", "automodel"]) == 0
+    moved = f", but its model is no longer in {folder}/hf: remove {folder}/finished and run the same command"
+    assert f"{folder} is finished{f': its model is in {folder}/hf' if there else moved}" in capsys.readouterr().out
+
+
 def test_run_folder_of_other_settings_is_refused(one_process, refused):
     folder = {"OUTPUT_DIR": str(one_process["output"]), "EXPERIMENT_NAME": "whole"}
     assert "was started with --lr 0.001, now it is 0.0005" in refused(LR="5e-4", **folder)
