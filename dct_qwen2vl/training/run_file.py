@@ -48,9 +48,10 @@ def check_run_folder(config: TrainingConfig) -> None:
             if about["resume"] == rule and earlier.get(name) != now:
                 flag = about.get("flag") or flag_of(name)
                 again = ", --restart-data to begin the data again" if rule == DATA else ""
+                begun = words(earlier.get(name))
                 raise RunError(
-                    f"{config.run_dir} was started with {flag} {earlier.get(name)}, now it is {now}: use the same "
-                    f"value to resume{again}, or another --experiment-name"
+                    f"{config.run_dir} was started {f'with {flag} {begun}' if begun else f'without {flag}'}, now it is "
+                    f"{words(now) or 'left out'}: use the same value to resume{again}, or another --experiment-name"
                 )
     begun_with = earlier.get("train_shards")  # a run may be older than this key
     if begun_with and not config.restart_data and begun_with != fingerprint_of_shards(config.data_dir):
@@ -58,6 +59,15 @@ def check_run_folder(config: TrainingConfig) -> None:
             f"the train shards in {config.data_dir} are not those that {config.run_dir} was started with: add "
             "--restart-data to begin them from the start, or take another --experiment-name"
         )
+
+
+def words(value: Any) -> str:
+    """A setting as it is typed after its flag. "" for one that is left out."""
+    if value is None or value is False:
+        return ""
+    if value is True:
+        return "given"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def check_same_model(config: TrainingConfig, info: ModelInfo) -> None:

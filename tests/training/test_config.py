@@ -142,6 +142,24 @@ COMMANDS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("begun", "now", "said"),
+    [
+        ([], ["--max-pixels", "9"], "was started without --max-pixels, now it is 9: use"),
+        (["--max-pixels", "9"], [], "was started with --max-pixels 9, now it is left out: use"),
+        ([], ["--freeze", "vision", "language"], "was started without --freeze, now it is language vision: use"),
+        ([], ["--skip-noise-floor"], "was started without --skip-noise-floor, now it is given: use"),
+    ],
+)
+def test_settings_that_are_left_out_are_named_as_they_are_typed(begun, now, said, tmp_path):
+    first, second = (
+        with_share(typed("--output-dir", str(tmp_path), *words)).resolved("automodel", "32") for words in (begun, now)
+    )
+    begin(first)
+    with pytest.raises(checks.RunError, match=said):
+        run_file.check_run_folder(second)
+
+
 @pytest.mark.parametrize(("engine", "precision"), [("automodel", "32"), ("megatron", "bf16-mixed")])
 def test_a_run_begun_before_goes_on_and_keeps_the_keys_of_its_file(engine, precision, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
