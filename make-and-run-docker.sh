@@ -13,6 +13,7 @@
 #
 #   GPUS=all|0|0,1|none   the GPUs the container sees (default: all)
 #   SHM_SIZE=16g          own shared memory of this size, instead of the host's (default: the host's)
+#   NNODES=4              several nodes: the container uses the host's network, and InfiniBand if the host has it
 set -euo pipefail
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
@@ -60,7 +61,8 @@ build_unless_there() { # TAG
         fail "docker build failed, see above; then run the same command again (finished steps are kept)"
 }
 
-# Options by group: user's terminal, GPUs, memory as NVIDIA's release notes recommend for PyTorch, environment, mounts.
+# Options by group: user's terminal, GPUs, memory as NVIDIA's release notes recommend for PyTorch, network of several
+# nodes, environment, mounts.
 run_options() {
     local models datasets name
     models=$(folder MODEL_DIR "the folder of the checkpoints")
@@ -74,6 +76,10 @@ run_options() {
     esac
     if [[ -n $SHM_SIZE ]]; then OPTIONS+=(--shm-size "$SHM_SIZE"); else OPTIONS+=(--ipc host); fi
     OPTIONS+=(--ulimit memlock=-1 --ulimit stack=67108864)
+    if [[ ${NNODES:-1} != 1 ]]; then # the other nodes reach this one, and NCCL finds its network cards
+        OPTIONS+=(--network host)
+        if [[ -d /dev/infiniband ]]; then OPTIONS+=(--device /dev/infiniband); fi
+    fi
     OPTIONS+=(--env HF_HUB_OFFLINE --env WANDB_API_KEY --env WANDB_MODE)
     for name in $(launcher_settings); do
         if [[ -n ${!name+set} ]]; then OPTIONS+=(--env "$name"); fi

@@ -17,7 +17,7 @@ from prepared_set import StoredSample, write_set
 from samples_by_hand import answer, conversation_sample
 from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
-from dct_qwen2vl.data.loader import LoaderStateError
+from dct_qwen2vl.data.loader import LoaderStateError, end_loader_processes
 from dct_qwen2vl.data.packing import fit_sequences
 from dct_qwen2vl.data.positions import vision_positions
 from dct_qwen2vl.data.samples import IGNORE_INDEX, TooManyBadSamples
@@ -211,18 +211,41 @@ def test_a_set_of_images_that_cannot_be_decoded_stops_the_run(converted, natural
         encoder.pack_selected_samples([encoder.encode_sample(cut)])
 
 
-def packed_data(
-    prepared, num_workers: int, packing_buffer_size: int = 16, skip_db: float | None = None, held_bytes: int = 1 << 30
-):
-    """The data module of the Megatron engine on the prepared set."""
-    processor = DCTImageProcessor.from_pretrained(prepared.model, skip_db=skip_db)
-    tokenizer = AutoTokenizer.from_pretrained(prepared.model)
-    encoder = PackingTaskEncoder(tokenizer, processor, pack_tokens=600, pack_vision_tokens=1200, held_bytes=held_bytes)
-    settings = {"micro_batch_size": 1, "global_batch_size": 1, "total_batches": 12}
-    return data_module(prepared.shards, encoder, num_workers, packing_buffer_size=packing_buffer_size, **settings)
+@pytest.fixture
+def packed_data():
+    """packed_data(prepared, num_workers, ...): the data module of the Megatron engine on a prepared set.
+
+    Its loader processes are ended after the test. The garbage collector waits five seconds for each that is left.
+    """
+    made = []
+
+    def make(
+        prepared,
+        num_workers: int,
+        packing_buffer_size: int = 16,
+        skip_db: float | None = None,
+        held_bytes: int = 1 << 30,
+    ):
+        processor = DCTImageProcessor.from_pretrained(prepared.model, skip_db=skip_db)
+        encoder = PackingTaskEncoder(
+            AutoTokenizer.from_pretrained(prepared.model),
+            processor,
+            pack_tokens=600,
+            pack_vision_tokens=1200,
+            held_bytes=held_bytes,
+        )
+        settings = {"micro_batch_size": 1, "global_batch_size": 1, "total_batches": 12}
+        settings["packing_buffer_size"] = packing_buffer_size
+        made.append(data_module(prepared.shards, encoder, num_workers, **settings))
+        return made[-1]
+
+    yield make
+    for data in made:
+        if data.train_loader is not None:
+            end_loader_processes(data.train_loader.loader)
 
 
-def test_energon_packs_a_prepared_set(prepared):
+def test_energon_packs_a_prepared_set(packed_data, prepared):
     data = packed_data(prepared, num_workers=0)
     sequences = [sequence for sequence, _ in zip(data.train_dataloader(), range(12))]
     assert all(sequence.sample_starts[-1] <= 600 or len(sequence.keys) == 1 for sequence in sequences)
@@ -234,7 +257,9 @@ def test_energon_packs_a_prepared_set(prepared):
 
 @pytest.mark.parametrize("skipping", [{}, {"skip_db": 38.0}, {"skip_db": 38.0, "held_bytes": TOKEN_BYTES * 300}])
 @pytest.mark.parametrize(("num_workers", "packing_buffer_size"), [(0, 4), (2, 16), (3, 4)])
-def test_a_packed_loader_goes_on_where_its_state_was_saved(num_workers, packing_buffer_size, skipping, prepared):
+def test_a_packed_loader_goes_on_where_its_state_was_saved(
+    packed_data, num_workers, packing_buffer_size, skipping, prepared
+):
     first = packed_data(prepared, num_workers, packing_buffer_size, **skipping)
     sequences = iter(first.train_dataloader())
     for _ in range(4):
@@ -247,7 +272,7 @@ def test_a_packed_loader_goes_on_where_its_state_was_saved(num_workers, packing_
         assert sequence.keys == wanted.keys and torch.equal(sequence.tokens, wanted.tokens)
 
 
-def test_with_skipping_a_buffer_ends_at_its_bytes_and_nothing_is_decoded_again(prepared, monkeypatch):
+def test_with_skipping_a_buffer_ends_at_its_bytes_and_nothing_is_decoded_again(packed_data, prepared, monkeypatch):
     most, buffers, encoded = 300, [], []
     data = packed_data(prepared, num_workers=0, skip_db=38.0, held_bytes=TOKEN_BYTES * most)
     encoder = data.task_encoder
@@ -270,7 +295,7 @@ def test_with_skipping_a_buffer_ends_at_its_bytes_and_nothing_is_decoded_again(p
     assert set(given) <= set(encoded) and len(encoded) < len(given) + 16
 
 
-def test_a_state_of_other_processes_is_refused_unless_data_begin_anew(prepared):
+def test_a_state_of_other_processes_is_refused_unless_data_begin_anew(packed_data, prepared):
     state = {"energon": [None, None]}
     with pytest.raises(ValueError, match=r"loader states of 2 processes, this run has 1: .* --restart-data"):
         packed_data(prepared, num_workers=0).load_state_dict(state)
@@ -281,7 +306,7 @@ def test_a_state_of_other_processes_is_refused_unless_data_begin_anew(prepared):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_state_of_other_shards_names_the_flag_that_helps(num_workers, prepared, tmp_path):
+def test_a_state_of_other_shards_names_the_flag_that_helps(packed_data, num_workers, prepared, tmp_path):
     """The data were prepared again, in shards of other names and sizes."""
     first = packed_data(prepared, num_workers)
     next(iter(first.train_dataloader()))
@@ -294,7 +319,7 @@ def test_a_state_of_other_shards_names_the_flag_that_helps(num_workers, prepared
         again.train_dataloader()
 
 
-def test_a_state_of_before_data_were_begun_anew_is_not_restored(prepared, capsys):
+def test_a_state_of_before_data_were_begun_anew_is_not_restored(packed_data, prepared, capsys):
     first = packed_data(prepared, num_workers=0)
     sequences = iter(first.train_dataloader())
     begin, following = next(sequences).keys, next(sequences).keys

@@ -168,6 +168,15 @@ def test_own_shared_memory(sandbox):
     assert "--ipc" not in command
 
 
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_several_nodes_use_the_network_of_the_host(sandbox, nodes):
+    assert sandbox.run("true", NNODES=nodes).returncode == 0
+    command = sandbox.run_command()
+    assert ("--network" in command) is (nodes == "2")
+    if nodes == "2":
+        assert command[command.index("--network") + 1] == "host"
+
+
 def test_relative_folders_become_absolute(sandbox):
     script = str(sandbox.repository / SCRIPT)
     environment = {**sandbox.environment, "MODEL_DIR": ".", "DATASET_DIR": "../data sets"}
