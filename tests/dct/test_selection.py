@@ -139,6 +139,17 @@ def test_box_is_downscaling_in_the_dct_domain(block, chroma):
     assert (ft.max(), fy.max(), fx.max()) == (1, 13, 13)
 
 
+def test_the_corner_of_x4_is_all_that_its_first_step_sees():
+    """docs/real_models.md compares x4 with it: the same model before training."""
+    x4, corner = DCTConfig.preset("x4"), DCTConfig.select((2, 28, 28), "420", 1176, order="box")
+    assert set(corner.kept) < set(x4.kept)
+    place = [x4.kept.index(number) for number in corner.kept]
+    ours, theirs = (fold_patch_embedding(WEIGHT, config).flatten(1) for config in (x4, corner))
+    torch.testing.assert_close(ours[:, place], theirs)
+    ours[:, place] = 0
+    assert not ours.any()
+
+
 def test_box_grows_in_frames_as_in_pixels():
     for side, frames in ((14, 2), (28, 4), (42, 6)):
         _, ft, fy, fx = places(DCTConfig.select((6, 42, 42), "444", 3 * frames * side**2, order="box"))
