@@ -119,13 +119,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
-    import torch
+    statistics = read_statistics(arguments.output_dir)
+    chosen = choose_by_source(statistics, arguments.seed)
+    import torch  # after the statistics, whose reading takes memory that is free again
 
     from dct_qwen2vl.dct.skipping_dct import SKIP_DB
 
     torch.set_num_threads(1)
-    statistics = read_statistics(arguments.output_dir)
-    chosen = choose_by_source(statistics, arguments.seed)
     source_of = {position: name for name, positions in chosen.items() for position in positions}
     found = {name: {kind: [0, 0, 0] for kind in MOST_MEDIA} for name in chosen}
     for position, kind, data in read_media(arguments.output_dir, statistics, sorted(source_of)):

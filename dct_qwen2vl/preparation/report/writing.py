@@ -71,6 +71,8 @@ def write_report(
     lengths = measure_lengths(statistics, text, *pixel_bounds)
     if say and (note := note_on_long_samples(statistics, lengths)):
         say(note)
+    # Before the figures: its process needs as much memory as all of this one.
+    kept = measure_kept(output_dir, pixel_bounds, seed) if statistics.media.any() else None
     limits, folder = sorted(set(seq_lengths)), output_dir / REPORT_FOLDER
     findings = Findings(
         statistics,
@@ -81,7 +83,7 @@ def write_report(
         list(read_shown_samples(output_dir, statistics, choose_samples(statistics, num_samples, seed))),
         draw_figures(Data(statistics, lengths, limits), folder),
         folder,
-        measure_kept(output_dir, pixel_bounds, seed) if statistics.media.any() else None,
+        kept,
     )
     path = output_dir / REPORT_NAME
     with replacing(path) as stream:
