@@ -26,7 +26,7 @@ from megatron.energon import (
     get_train_dataset,
     get_val_dataset,
 )
-from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetMergedState
+from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetMergedState, SavableDatasetWrapper
 from torch.utils.data import DataLoader
 
 from dct_qwen2vl.common.scripts import UserError
@@ -278,19 +278,33 @@ class EnergonDataModule(pl.LightningDataModule):
         self._restored = states
 
 
+class RestoredFirst(SavableDatasetWrapper):
+    """Energon's part of a loader process, which is restored before it says where it is.
+
+    Its thread of commands is started before that (Energon 5.2.0). So a process that begins slowly had no state yet.
+    """
+
+    def get_checkpoint(self, last_sample_indexes: list[int]) -> Any:
+        if self._restore_from:  # the caller holds the lock in which Energon restores
+            self._restore_state(self._restore_from)
+            self._restore_from = None
+        return super().get_checkpoint(last_sample_indexes)
+
+
 def make_exact(loader: SavableDataLoader, state: SavableDataLoaderState | None) -> None:
-    """Corrects two errors of Energon 5.2.0, so that a loader continues exactly where a state was saved.
+    """Corrects three errors of Energon 5.2.0, so that a loader continues exactly where a state was saved.
 
     loader: Not started yet.
     state: What this process's loader was restored from. None at the start of a run.
 
     Energon assumes that each loader process has given a micro-batch before a state is saved, also after a restore.
     Otherwise the state leaves one out, or cannot be saved. It also begins with a wrong process if there are more than
-    two (`WorkerConfig.rank_worker_id` subtracts the offset).
+    two (`WorkerConfig.rank_worker_id` subtracts the offset). The third is that of `RestoredFirst`.
     """
     processes = loader.num_workers
     if not processes:
         return
+    loader.dataset.__class__ = RestoredFirst
     if state is None:
         loader._worker_sample_counters = [-1] * processes  # numbers of the last micro-batches
         fresh = {name: [None] * processes for name in ("torch_rng", "numpy_rng", "rng")}  # seeded as otherwise

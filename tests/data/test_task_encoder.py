@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable
@@ -1075,6 +1077,30 @@ def test_a_loader_is_saved_and_restored_before_each_process_has_given_a_batch(sh
             module.load_state_dict(state)
         found += islice(module.train_dataloader(), wanted)
         state = module.state_dict()
+        end_loader_processes(module.train_loader.loader)
+    assert_same_batches(found, expected)
+
+
+def test_a_process_that_begins_slowly_is_saved_as_well(shards, new_encoder, monkeypatch):
+    """Energon asks it for its state before it has restored its own."""
+    start = threading.Thread.start
+
+    def slow(thread):
+        start(thread)
+        if thread.name == "command_thread" and torch.utils.data.get_worker_info().id:
+            time.sleep(2)  # the first process gives a batch meanwhile
+
+    whole = shuffled_data(shards, new_encoder(), 3)
+    expected = list(islice(whole.train_dataloader(), 6))
+    end_loader_processes(whole.train_loader.loader)
+    monkeypatch.setattr(threading.Thread, "start", slow)  # loader processes are forked
+    first = shuffled_data(shards, new_encoder(), 3)
+    found = [next(iter(first.train_dataloader()))]
+    state = first.state_dict()
+    second = shuffled_data(shards, new_encoder(), 3)
+    second.load_state_dict(state)
+    found += islice(second.train_dataloader(), 5)
+    for module in (first, second):
         end_loader_processes(module.train_loader.loader)
     assert_same_batches(found, expected)
 
