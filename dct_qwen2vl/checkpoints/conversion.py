@@ -303,9 +303,8 @@ def all_notes(source: Source, min_pixels: int | None, max_pixels: int | None) ->
     min_pixels: As given, or None.
     max_pixels: As given, or None.
     """
-    lost = note_on_saved_again(source.folder)
-    lost = [lost.replace(str(source.folder), str(source.model_dir))] if lost else []
-    return (*source.notes, *lost, *notes_on_bounds(source.folder, min_pixels, max_pixels))
+    lost = note_on_saved_again(source.folder, source.model_dir)
+    return (*source.notes, *([lost] if lost else []), *notes_on_bounds(source.folder, min_pixels, max_pixels))
 
 
 def check_merge(model_dir: Path, config: dict, dct) -> None:

@@ -108,8 +108,12 @@ def where_it_is(model_dir: Path, form: str = "hf_dct", flag: str = "--model-dir"
     if inside:
         return f"give {flag} {model_dir / form if model_dir / form in inside else inside[-1]}"
     if model_dir.suffix == GGUF or any(model_dir.glob(f"*{GGUF}")):
-        return f"GGUF files are not read; give {flag} the model in safetensors that they were made from"
+        return _how_to_read_gguf(flag)
     return None
+
+
+def _how_to_read_gguf(flag: str) -> str:
+    return f"GGUF files are not read; give {flag} the model in safetensors that they were made from"
 
 
 def _models_inside(model_dir: Path, form: str) -> list[Path]:
@@ -314,7 +318,7 @@ def _how_to_get(model_dir: Path, indexed: bool) -> str:
                 f"\"import transformers as t; t.AutoModelForImageTextToText.from_pretrained('{model_dir}', "
                 f"torch_dtype='auto').save_pretrained('{model_dir}')\"")  # fmt: skip
     if any(model_dir.glob(f"*{GGUF}")):
-        return "GGUF files are not read; give --model-dir the model in safetensors that they were made from"
+        return _how_to_read_gguf("--model-dir")
     return advice
 
 
@@ -509,11 +513,14 @@ def note_on_all_cells(model_dir: Path) -> str | None:
     )
 
 
-def note_on_saved_again(model_dir: Path) -> str | None:
+def note_on_saved_again(model_dir: Path, named: Path | None = None) -> str | None:
     """A line for a stock form that transformers has loaded and saved again, without the files that it does not know.
     None for any other directory. Raises CheckpointError.
 
     transformers 4.51 saves neither file, later versions save the second.
+
+    model_dir: Hugging Face directory.
+    named: What the line calls it. None: model_dir.
     """
     config = read_config(model_dir)
     lost = [name for name in (STOCK_FORM, VIDEO_PROCESSOR) if not (model_dir / name).is_file()]
@@ -521,7 +528,7 @@ def note_on_saved_again(model_dir: Path) -> str | None:
         return None
     videos = ", and videos are sampled with the defaults" if VIDEO_PROCESSOR in lost else ""
     return (
-        f"{model_dir} has patches of {patch_of(config)[1]} px, as the stock form of a DCT model, but no "
+        f"{named or model_dir} has patches of {patch_of(config)[1]} px, as the stock form of a DCT model, but no "
         f"{' and no '.join(lost)}: transformers does not save this again. So it is not known whether cells were left "
         f"out in training{videos}. Copy what is missing from the folder that was loaded"
     )

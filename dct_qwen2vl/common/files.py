@@ -40,6 +40,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def lowest_there(folder: Path) -> Path:
+    """The folder, or else the nearest above it that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
 def remove(path: Path) -> None:
     """Removes a file where that is possible.
 

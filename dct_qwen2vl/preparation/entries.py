@@ -103,11 +103,12 @@ from dct_qwen2vl.data.conversations import (
     with_placeholders,
 )
 from dct_qwen2vl.data.text_tokens import MEDIUM_TOKENS
+from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS
 
 # GIF is left out: it may be a video itself.
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
-VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+VIDEO_ENDINGS = tuple(f".{name}" for name in VIDEO_EXTENSIONS)
 MEDIUM_ENDINGS = (*FRAME_ENDINGS, ".gif", ".avif", ".jp2", *VIDEO_ENDINGS)
 # Fields under which other tools' data name their media.
 OTHER_FIELD = re.compile("image|img|picture|photo|figure|video|clip|frame|media|file|path", re.IGNORECASE)

@@ -23,6 +23,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     where_it_is,
 )
 from dct_qwen2vl.common import settings
+from dct_qwen2vl.common.files import lowest_there
 from dct_qwen2vl.common.files import read_json as read_file
 from dct_qwen2vl.common.imports import importing
 from dct_qwen2vl.common.settings import flag_of
@@ -153,11 +154,6 @@ def check_ranges(config: TrainingConfig) -> None:
     if not lowest.is_dir():
         raise RunError(f"{lowest} is a file, the run folder {config.run_dir} cannot be made: choose another "
                        "--output-dir or --experiment-name")  # fmt: skip
-
-
-def lowest_there(folder: Path) -> Path:
-    """The folder, or else the nearest above it that exists."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def check_writable(config: TrainingConfig) -> None:

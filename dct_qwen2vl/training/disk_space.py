@@ -5,6 +5,7 @@ from math import ceil, prod
 from pathlib import Path
 
 from dct_qwen2vl.checkpoints.inspection import open_tensors, safetensors_files
+from dct_qwen2vl.common.files import lowest_there
 from dct_qwen2vl.training.config import RunError, TrainingConfig
 from dct_qwen2vl.training.parts import is_frozen
 
@@ -67,9 +68,8 @@ def count_numbers(config: TrainingConfig) -> tuple[int, int, int]:
 
 def free_bytes(folder: Path) -> int | None:
     """Room on the disk of a folder that may not be there yet. None where the file system does not tell."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        usage = shutil.disk_usage(there)
+        usage = shutil.disk_usage(lowest_there(folder))
     except OSError:
         return None
     return usage.free if usage.total else None

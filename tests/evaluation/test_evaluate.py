@@ -634,7 +634,6 @@ OPTIONS = ["--limit", "18", "--batch-size", "2", "--max-new-tokens", "4"]
 KILLED = """
 import os, signal, sys
 import evaluate_qwen2vl
-from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.evaluation.answering import Answerer
 evaluate_qwen2vl.ASKED_AT_ONCE, calls, answer = 4, [], Answerer.answer
 def answer_or_die(self, questions):
