@@ -3,9 +3,11 @@
 `stand_in_python.write_interpreter` makes the program. All but a few pieces is the real engine: NeMo's strategy,
 Megatron-core's model, gradients, distributed optimizer and checkpoints, tensor, pipeline and data parallelism (over
 gloo). Replaced is what has no CPU form: the name of the device, TransformerEngine's layers (by those of
-tests/megatron_cpu.py) and its Adam, and the refusal to start. With FAULT_STEP=N a gradient of step N is NaN
-(tests/faulty_gradient.py). With ROOM_FOR=N the memory is full at a packed sequence of more than N tokens.
-With WAITS=FILE the file gets the places where the third step would make the host wait for a GPU.
+tests/megatron_cpu.py) and its Adam, and the refusal to start. numpy is without `product`, as numpy 2 is.
+
+FAULT_STEP=N: a gradient of step N is NaN (tests/faulty_gradient.py).
+ROOM_FOR=N: the memory is full at a packed sequence of more than N tokens.
+WAITS=FILE: the file gets the places where the third step would make the host wait for a GPU.
 """
 
 import json
@@ -79,8 +81,10 @@ def replace_layers() -> None:
 
     import nemo.collections.llm.peft.utils
     import nemo.lightning.io.pl
+    import numpy
     from megatron_cpu import CPU_OPTIONS, plain_layers
 
+    del numpy.product  # numpy 2 has none, and Megatron-core 0.13 calls it
     from dct_qwen2vl.training import megatron
 
     megatron.model_config = partial(megatron.model_config, layers=plain_layers(), **CPU_OPTIONS)

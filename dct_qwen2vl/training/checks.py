@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -284,22 +283,6 @@ def megatron_refusal() -> str | None:
     return None
 
 
-def check_numpy() -> None:
-    """Raises RunError where Megatron-core could not write its first checkpoint: 0.13 calls `numpy.product`, which went
-    with numpy 2."""
-    import numpy
-
-    try:
-        megatron = version("megatron-core")
-    except PackageNotFoundError:  # from its sources
-        return
-    if megatron.startswith("0.13.") and not hasattr(numpy, "product"):
-        raise RunError(
-            f"Megatron-core {megatron} writes no checkpoint with numpy {numpy.__version__}: pip install 'numpy<2', or "
-            "use --engine automodel"
-        )
-
-
 def choose_engine(config: TrainingConfig) -> str:
     """ "auto" becomes what can run here. Raises RunError if what was asked for cannot."""
     reason = "--engine automodel was asked for"
@@ -311,7 +294,6 @@ def choose_engine(config: TrainingConfig) -> str:
         if config.precision not in (None, "bf16-mixed"):
             raise RunError(f"--engine megatron trains in bf16-mixed, not {config.precision}: leave --precision out")
         refuse_flags_of("automodel", config, ": add --engine automodel, or leave it out")
-        check_numpy()
         return "megatron"
     refuse_flags_of("megatron", config, f", but {reason}; or leave it out")
     return "automodel"

@@ -19,6 +19,7 @@ from numbers import Number
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from megatron.core import parallel_state
@@ -63,6 +64,8 @@ from dct_qwen2vl.training.run_folder import (
 )
 from dct_qwen2vl.training.sequence_size import limit_memory
 
+if not hasattr(np, "product"):
+    np.product = np.prod  # Megatron-core 0.13 calls it to write a checkpoint, and numpy 2 has it no more
 os.environ.setdefault("NEMO_LOG_TRAIN_LOSS", "0")  # TrainingLog has it, without a message between stages
 
 

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -460,19 +459,6 @@ def test_precision_and_engine_stay_when_a_run_goes_on(changed, said, prepared, t
     assert finetune_qwen2vl.main([*begun, "--precision", "32", "--check"]) == 0
     assert finetune_qwen2vl.main([*begun, *changed, "--restart-data"]) == 1
     assert said in one_line_error()
-
-
-def test_a_numpy_with_which_megatron_core_writes_no_checkpoint_is_refused(
-    prepared, tmp_path, monkeypatch, one_line_error
-):
-    monkeypatch.setattr(checks, "megatron_refusal", lambda: None)
-    folders = ["--model-dir", str(prepared.model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path)]
-    command = [*folders, "--pack-tokens", "256", "--check"]
-    assert finetune_qwen2vl.main(command) == 0
-    monkeypatch.delattr(np, "product")
-    assert finetune_qwen2vl.main(command) == 1
-    assert "Megatron-core 0.13.1 writes no checkpoint with numpy" in one_line_error()
-    assert finetune_qwen2vl.main([*folders, "--engine", "automodel", "--check"]) == 0
 
 
 def test_run_that_is_being_trained_is_not_started_twice(prepared, tmp_path):
