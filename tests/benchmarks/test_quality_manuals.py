@@ -536,7 +536,7 @@ def test_a_variant_goes_the_whole_way(tmp_path, qwen2vl_directory):
     assert len((work / "runs/half/evaluation/predictions.jsonl").read_text().splitlines()) == 4
 
     settings["MODEL_DIR"] = str(work / "runs/half/hf")  # as they start from a base
-    done = run_variant("block", "--engine", "automodel", "--check", **settings, STAGES="prepare train")
+    done = run_variant("block", "--engine", "automodel", "--check", **settings, STAGES="shards convert train")
     assert done.returncode == 0, done.stdout + done.stderr
     model = json.loads((work / "models/block/config.json").read_text())
     assert model["vision_config"]["patch_size"] == 28 and "=== block: done" in done.stdout

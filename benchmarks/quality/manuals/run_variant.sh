@@ -10,7 +10,7 @@
 # WORK_DIR; what is there already is not made again, so that variants share shards and a stopped run goes on.
 # Steps, samples of a step and their order are the same for all variants. Other settings of qwen_launch.sh come from the
 # environment, further arguments go to finetune_qwen2vl.py: --engine automodel where there is no GPU.
-# STAGES chooses some of prepare, train, answer: prepared one after the other, variants can train side by side on a GPU.
+# STAGES chooses some of shards, convert, train, answer: converted one after the other, variants can train side by side.
 set -euo pipefail
 
 variant=${1:?usage: run_variant.sh base|pixels|half|block|x4 [arguments of finetune_qwen2vl.py]}
@@ -23,7 +23,7 @@ CROP_PIXELS=${CROP_PIXELS:-$((56 * 336))}  # height times width of a crop, of ma
 NEW_TOKENS=${NEW_TOKENS:-128}              # of the longest answer
 EVALUATION_BATCH=${EVALUATION_BATCH:-256}  # questions answered at a time
 COMPARED=${COMPARED:-16}                   # questions that the stock form is asked
-STAGES=${STAGES:-prepare train answer}
+STAGES=${STAGES:-shards convert train answer}
 export NUM_PROC_PER_NODE=${NUM_PROC_PER_NODE:-1} NUM_WORKERS=${NUM_WORKERS:-8}
 export MBS=${MBS:-512} SEQ_LENGTH=${SEQ_LENGTH:-384} MAX_STEPS=${MAX_STEPS:-3000} MIN_LR=${MIN_LR:-1e-5}
 export GBS=${GBS:-$MBS} WARMUP_STEPS=${WARMUP_STEPS:-100}
@@ -48,7 +48,7 @@ export LR=${LR:-3e-4}
 run=$WORK_DIR/runs/$variant
 say() { echo "=== $variant: $1, $(date +%T)"; }
 
-prepare() {
+shards() {
   say "shards"
   for split in train test; do
     shares=1,0,0  # the test set is a set of its own, and all of it is asked
@@ -56,6 +56,9 @@ prepare() {
     "$PYTHON" data_preparation.py --data-dir "$RAW_DIR/$split" --output-dir "$WORK_DIR/shards/$split" \
       --split "$shares" --maxcount "${MAXCOUNT:-1000}" --no-report --energon-prepare
   done
+}
+
+conversion() {
   say "conversion"
   case $format in
     base) convert base --model-dir "$MODEL_DIR" --dct exact ;;
@@ -101,10 +104,11 @@ answer() {
 
 for stage in $STAGES; do
   case $stage in
-    prepare) prepare ;;
+    shards) shards ;;
+    convert) conversion ;;
     train) train "$@" ;;
     answer) answer ;;
-    *) echo "run_variant.sh: STAGES are prepare, train and answer, not $stage" >&2; exit 2 ;;
+    *) echo "run_variant.sh: STAGES are shards, convert, train and answer, not $stage" >&2; exit 2 ;;
   esac
 done
 say "done"
