@@ -76,7 +76,7 @@ def test_trainings_get_equal_steps_that_fit_into_their_time(tmp_path, monkeypatc
 
 def test_a_training_that_fails_names_its_log(tmp_path):
     made = a_study(tmp_path)
-    (tmp_path / "runs/one").mkdir(parents=True)
+    (tmp_path / "runs").touch()
     with pytest.raises(UserError, match="the training of one failed or took too long: see "):
         made.train_in_time(("one",), minutes=1, step_time=10)
 

@@ -173,6 +173,8 @@ class Study:
         end = time.monotonic() + 60 * minutes
         steps: int | None = max(1, int((60 * minutes - SPARE) / step_time))
         for launch in range(1, LAUNCHES + 1):
+            for name in names:  # of a launch that was cut off
+                shutil.rmtree(self.folder / "runs" / name, ignore_errors=True)
             running = {name: self.train(name, steps) for name in names}
             try:
                 again = self.steps_of_another_launch(running, steps, end) if launch < LAUNCHES else None
@@ -182,8 +184,6 @@ class Study:
             finally:
                 for command in running.values():
                     command.end()
-            for name in names:
-                shutil.rmtree(self.folder / "runs" / name)
             self.say(f"{', '.join(names)}: begun again with {again} steps in place of {steps}")
             steps = again
         if failed := [name for name, code in ended.items() if code != 0]:
