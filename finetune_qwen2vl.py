@@ -4,7 +4,8 @@
 
 Writes into O/E: checkpoints/, hf/ (the fine-tuned model, a plain Qwen2-VL), hf_dct/ (the same model over
 DCT coefficients, to train further), metrics.jsonl, tensorboard/, logs/, run.json.
-If it is started again with the same arguments, it resumes from the newest checkpoint.
+If it is started again with the same arguments, it resumes from the newest checkpoint. With --export as well, it writes
+the model of a checkpoint to O/E/exported and trains nothing.
 """
 
 import os
@@ -28,6 +29,7 @@ from dct_qwen2vl.training.checks import (
     choose_skip_share,
 )
 from dct_qwen2vl.training.config import ModelInfo, RunError, TrainingConfig, parse_arguments
+from dct_qwen2vl.training.export import export
 from dct_qwen2vl.training.final_model import tell_where, write_stock_form
 from dct_qwen2vl.training.processes import (
     CONTINUE,
@@ -233,6 +235,8 @@ def run(config: TrainingConfig) -> int:
     """Checks, trains, and says where the model is. Returns the exit status."""
     try:
         check_ranges(config)
+        if config.export is not None:
+            return 0 if config.rank else export(config)
         config, info, note = check_and_size(config, choose_engine(config))
     except UserError as error:
         if config.rank:

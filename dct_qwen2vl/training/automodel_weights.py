@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read
 from dct_qwen2vl.checkpoints.inspection import open_tensors, read_json, safetensors_files
@@ -48,6 +48,17 @@ def write_model(
     let_others_read(temporary)
     shutil.rmtree(output_dir, ignore_errors=True)
     temporary.replace(output_dir)
+
+
+def export_checkpoint(checkpoint: Path, model_dir: Path, output_dir: Path) -> None:
+    """Writes the model of a checkpoint as the end of a run at that step does. Its adapters are merged already.
+
+    checkpoint: Folder of the checkpoint.
+    model_dir: The initial model, for its data types.
+    output_dir: The directory to write.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint / "hf", torch_dtype=torch.float32)
+    write_model(model, model.state_dict(), checkpoint / "hf", output_dir, dtypes_of(model_dir))
 
 
 def dtypes_of(model_dir: Path) -> dict[str, torch.dtype]:
