@@ -111,11 +111,11 @@ def as_trained(config: TrainingConfig) -> TrainingConfig:
         now = getattr(config, each.name)
         if each.name not in OF_MODEL or plain(now) == earlier.get(each.name):
             continue
-        if now != each.default and each.metadata["resume"] != FREE:
-            otherwise = "" if each.default is MISSING else ", or leave it out"
-            raise RunError(f"{difference(config, each.name, earlier)}: use the same value to export{otherwise}")
         if now == each.default:
             changes[each.name] = earlier[each.name]
+        elif each.metadata["resume"] != FREE:  # as --dct is, which `check_model` compares with the model
+            otherwise = "" if each.default is MISSING else ", or leave it out"
+            raise RunError(f"{difference(config, each.name, earlier)}: use the same value to export{otherwise}")
     return replace(config, **changes)
 
 

@@ -58,9 +58,9 @@ def export_checkpoint(
     for name, weight in parameters.items():
         if ".adapter." in name:
             continue
-        adapter = name.removesuffix("weight") + "adapter."
-        if f"{adapter}linear_in.weight" in parameters:
-            a, b = (parameters[f"{adapter}linear_{part}.weight"] for part in ("in", "out"))
+        adapter = f"{name.removesuffix('.weight')}.adapter"
+        if f"{adapter}.linear_in.weight" in parameters:
+            a, b = (parameters[f"{adapter}.linear_{part}.weight"] for part in ("in", "out"))
             weight = merge(weight, a, b, lora.alpha / lora.rank)
         tensors.update(hf_tensors(source_of(name, hf_config), [weight], hf_config))
     write_hf(tensors, model_dir, output_dir, edit)
