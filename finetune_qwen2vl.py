@@ -4,7 +4,8 @@
 
 Writes into O/E: checkpoints/, hf/ (the fine-tuned model, a plain Qwen2-VL), hf_dct/ (the same model over
 DCT coefficients, to train further), metrics.jsonl, tensorboard/, logs/, run.json.
-If it is started again with the same arguments, it resumes from the newest checkpoint.
+If it is started again with the same arguments, it resumes from the newest checkpoint. With --export as well, it writes
+the model of a checkpoint to O/E/exported and trains nothing.
 """
 
 import os
@@ -14,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from dct_qwen2vl.checkpoints.inspection import note_on_skipping, read_config, time_step
+from dct_qwen2vl.checkpoints.inspection import read_config, time_step
 from dct_qwen2vl.common.imports import importing
 from dct_qwen2vl.common.scripts import INTERRUPTED_CODE, UserError, leave
 from dct_qwen2vl.data.energon_files import fingerprint_of_shards
@@ -28,6 +29,8 @@ from dct_qwen2vl.training.checks import (
     choose_skip_share,
 )
 from dct_qwen2vl.training.config import ModelInfo, RunError, TrainingConfig, parse_arguments
+from dct_qwen2vl.training.export import export
+from dct_qwen2vl.training.final_model import tell_where, write_stock_form
 from dct_qwen2vl.training.processes import (
     CONTINUE,
     INTERRUPTED,
@@ -136,7 +139,6 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
     with importing():
         import lightning.pytorch as pl
 
-        from dct_qwen2vl.training.final_model import write_stock_form
         from dct_qwen2vl.training.profile_step import ProfileStep
 
         pl.seed_everything(config.seed)
@@ -233,6 +235,8 @@ def run(config: TrainingConfig) -> int:
     """Checks, trains, and says where the model is. Returns the exit status."""
     try:
         check_ranges(config)
+        if config.export is not None:
+            return 0 if config.rank else export(config)
         config, info, note = check_and_size(config, choose_engine(config))
     except UserError as error:
         if config.rank:
@@ -256,10 +260,7 @@ def run(config: TrainingConfig) -> int:
     train(config, info)
     if config.rank == 0:
         (config.run_dir / "finished").touch()
-        further = f", in the stock form; to train it further: {config.run_dir / 'hf_dct'}" if info.dct else ""
-        print(f"Done: the fine-tuned model is in {config.run_dir / 'hf'}{further}")
-        if info.dct and (note := note_on_skipping(config.run_dir / "hf_dct")):
-            print(f"Note: {note}")
+        tell_where("the fine-tuned model", config.run_dir, info)
     return 0
 
 

@@ -4,6 +4,7 @@
 #   bash qwen_launch.sh                          inside the container, with the defaults below
 #   MAX_STEPS=200 LR=2e-5 bash qwen_launch.sh    every name below can be set from the environment
 #   bash qwen_launch.sh --freeze language        further arguments go to finetune_qwen2vl.py (see its --help)
+#   bash qwen_launch.sh --export                 writes the model of the newest checkpoint, without training
 #
 # Started again after an interruption, the same command goes on from the newest checkpoint.
 # Several nodes: the same command on each, with NNODES, NODE_RANK and MASTER_ADDR set; slurm/train_slurm.sh does that under Slurm.

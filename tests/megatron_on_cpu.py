@@ -70,6 +70,18 @@ def replace_optimizer() -> None:
             mean, square = state["exp_avg"] / (1 - betas[0] ** step), state["exp_avg_sq"] / (1 - betas[1] ** step)
             parameter.mul_(1 - lr * weight_decay).sub_(lr * mean / (square.sqrt() + eps))
 
+    load = distrib_optimizer.DistributedOptimizer.load_state_dict
+
+    def load_state_dict(self, state: dict) -> None:
+        """Megatron-core matches groups of parameters by their number. Plain layers begin with a norm, which has no
+        weight decay, and TransformerEngine's do not: a stage without the embedding would have them the wrong way
+        round."""
+        of_decay = {group["pre_wd_mult"]: group for group in state["optimizer"]["param_groups"]}
+        own = (group.get("pre_wd_mult", group.get("wd_mult")) for group in self.optimizer.param_groups)
+        state["optimizer"]["param_groups"] = [of_decay[decay] for decay in own]
+        load(self, state)
+
+    distrib_optimizer.DistributedOptimizer.load_state_dict = load_state_dict
     megatron.core.optimizer.Adam = distrib_optimizer.Adam = Adam
     megatron.core.optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True

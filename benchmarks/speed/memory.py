@@ -57,7 +57,8 @@ def way_of(name: str, recompute: bool = False) -> Training:
 def build(hf_config: Any, way: Training):
     """The engine's model under Megatron's DDP and optimizer."""
     from benchmarks.speed.training import Training as Trained
-    from dct_qwen2vl.training.lora import LoRA, adapt_megatron
+    from dct_qwen2vl.training.lora import LoRA
+    from dct_qwen2vl.training.megatron_lora import adapt_megatron
     from dct_qwen2vl.training.megatron_model import fuse_gradient_accumulation, model_config
 
     options = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

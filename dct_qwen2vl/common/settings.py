@@ -36,6 +36,7 @@ def setting(
     choices: tuple[str, ...] | None = None,
     metavar: str | None = None,
     nargs: str | None = None,
+    const: Any = None,
     parse: Callable[[str], Any] | None = None,
     first_name: str | None = None,
     **more: Any,
@@ -47,7 +48,9 @@ def setting(
     help, choices, metavar: as argparse has them.
     at_least, at_most, over, below: bounds of a number. With at_least or over it must also be finite.
     not_over: name of another field. The value must not exceed that field's value.
-    nargs: "*" or "+". The words behind the flag become a tuple, and those of a repeated flag follow.
+    nargs: "*" or "+". The words behind the flag become a tuple, and those of a repeated flag follow. "?": there may be
+        one word.
+    const: the value, under "?", of a flag without a word.
     parse: makes the value of one word, or raises ValueError. None: the type of the field does.
     first_name: name that the field had before. Its flag is still read, and --help does not show it.
     more: metadata that only one program reads.
@@ -109,13 +112,14 @@ def _flag_options(each: Field) -> dict[str, Any]:
     about = each.metadata
     if each.type is bool:
         return {"action": "store_true", "help": about["help"]}
-    options = {name: about[name] for name in ("help", "choices", "metavar", "nargs") if about[name] is not None}
+    words = ("help", "choices", "metavar", "nargs", "const")
+    options = {name: about[name] for name in words if about[name] is not None}
     options["type"] = _explained(about["parse"]) if about["parse"] else _type_of_word(each.type)
     if each.default is MISSING:
         options["required"] = True
     else:
         options["default"] = list(each.default) if isinstance(each.default, tuple) and about["nargs"] else each.default
-    return {**options, "action": "extend"} if about["nargs"] else options
+    return {**options, "action": "extend"} if about["nargs"] in ("*", "+") else options
 
 
 def _type_of_word(kind: Any) -> Any:

@@ -11,7 +11,6 @@ whole, so a killed run leaves no half ones.
 import math
 import os
 import shutil
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -30,19 +29,20 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText
 
-from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read, write_reading
-from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING, open_tensors, read_json, safetensors_files
-from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.checkpoints.hf_folder import write_reading
+from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING
 from dct_qwen2vl.data.loader import EnergonDataModule, energon_state_classes
 from dct_qwen2vl.data.media_embedding import blank_image, copy_to, embed_media
 from dct_qwen2vl.data.samples import QwenBatch
 from dct_qwen2vl.data.videos import VideoSampling
+from dct_qwen2vl.training.automodel_weights import dtypes_of, write_model
 from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
-from dct_qwen2vl.training.final_model import RehearseSave, trained_folder
+from dct_qwen2vl.training.final_model import trained_folder
 from dct_qwen2vl.training.log import NON_FINITE, StepGuard, TrainingLog, ValidationSum
 from dct_qwen2vl.training.lora import LoRA, adapt_hf, adapted_weights, adapters_of, merged_hf
 from dct_qwen2vl.training.parts import is_frozen
 from dct_qwen2vl.training.patch_embedding import embed_tokens
+from dct_qwen2vl.training.rehearsal import RehearseSave
 from dct_qwen2vl.training.run_file import TRAINER_FILE
 from dct_qwen2vl.training.run_folder import (
     build_loggers,
@@ -54,9 +54,6 @@ from dct_qwen2vl.training.run_folder import (
 )
 from dct_qwen2vl.training.sharding import ShardedStrategy, gradient_of_ones, shard, whole
 from dct_qwen2vl.training.vision_attention import attend_within_steps
-
-# As safetensors names them.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class QwenAutoModel(HFAutoModelForImageTextToText):
@@ -213,21 +210,9 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         state_dict: the model's own if None; adapters in it are merged.
         dtypes: of the weights in the file; None: as they are trained, in float32.
         """
-        temporary = output_dir.with_name(f".{output_dir.name}.tmp")
-        copy_all_but_weights(self.model_dir, temporary)
-        write_reading(temporary, self.processor_settings, self.sampling)
         weights = self.model.state_dict() if state_dict is None else state_dict
-        weights = merged_hf(weights, self.lora)
-        if self.model.config.tie_word_embeddings:
-            weights.pop("lm_head.weight", None)  # the embedding, which has another name
-        if dtypes:
-            weights = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in weights.items()}
-        self.model.save_pretrained(temporary, state_dict=weights)
-        if dtypes:
-            write_dtype(temporary, dtypes)
-        let_others_read(temporary)
-        shutil.rmtree(output_dir, ignore_errors=True)
-        temporary.replace(output_dir)
+        edit = partial(write_reading, settings=self.processor_settings, sampling=self.sampling)
+        write_model(self.model, merged_hf(weights, self.lora), self.model_dir, output_dir, dtypes, edit)
 
     def export_hf(self, output_dir: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """`save_hf` in the data types of model_dir: what a run leaves to take along."""
@@ -244,19 +229,6 @@ def embed_patches(patches: torch.nn.Module, tokens: torch.Tensor) -> torch.Tenso
     -> [N, E]. `patches` keeps its weight and the name of it."""
     weight = patches.proj.weight.flatten(1)
     return embed_tokens(tokens.view(-1, weight.shape[1]).to(weight.dtype), weight)
-
-
-def dtypes_of(model_dir: Path) -> dict[str, torch.dtype]:
-    """The data type of every tensor of a Hugging Face directory, by name."""
-    tensors = open_tensors(safetensors_files(model_dir), "pt")
-    return {name: DTYPES[file.get_slice(name).get_dtype()] for name, file in tensors}
-
-
-def write_dtype(folder: Path, dtypes: dict[str, torch.dtype]) -> None:
-    """config.json names the data type that most tensors have."""
-    path = folder / "config.json"
-    ((dtype, _),) = Counter(dtypes.values()).most_common(1)
-    write_json(path, {**read_json(path), "torch_dtype": str(dtype).removeprefix("torch.")})
 
 
 def names_in_hf(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -41,8 +41,13 @@ TOWER_ACTIVATIONS = ("quick_gelu", "gelu")  # of the vision tower, in the megatr
 
 
 def check_model(model_dir: Path, wanted: str | None) -> ModelInfo:
-    """Reads what the checkpoint's token format is. Raises RunError or CheckpointError if it is missing, cannot be
-    loaded or is not the wanted one."""
+    """Reads what the checkpoint's token format is.
+
+    model_dir: Hugging Face directory.
+    wanted: The token format that it must have, as --dct has it. None: any but "none".
+
+    Raises RunError or CheckpointError if it is missing, cannot be loaded or is not the wanted one.
+    """
     if not (model_dir / "config.json").is_file():
         make_it = f"python convert_checkpoint.py --model-dir QWEN2_VL --output-dir {model_dir}"
         if model_dir.exists():  # and is something else

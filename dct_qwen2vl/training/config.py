@@ -20,6 +20,7 @@ PARTS = ("vision", "projector", "language")
 GROUPS = {"what": "model and data", "how": "optimization", "where": "machine, speed and output"}  # of the flags
 SEQUENCE_TOKENS, SEQUENCES_PER_STEP = 8192, 16  # of packed sequences, where the command line does not say
 STEP_TOKENS = SEQUENCE_TOKENS * SEQUENCES_PER_STEP  # about as many where the device's memory sets their size
+NEWEST = 0  # the step of --export where none is given
 
 # What a resumed run may do with a setting. It repeats the samples and losses of an uninterrupted run only if the
 # settings under SAME and DATA are what they were.
@@ -263,6 +264,17 @@ class TrainingConfig:
         resume=FREE,
     )
     wandb_project: str | None = setting("where", None, "log to this Weights & Biases project as well", resume=FREE)
+    export: int | None = setting(
+        "where",
+        None,
+        "train nothing: write the model of this step's checkpoint to RUN/exported (default: the newest checkpoint's)",
+        at_least=0,
+        nargs="?",
+        const=NEWEST,
+        metavar="STEP",
+        resume=FREE,
+        recorded=False,
+    )
     check: bool = setting(
         "where", False, "only check that the run can start; prints nothing if it can", resume=FREE, recorded=False
     )

@@ -26,9 +26,9 @@ def check_space(config: TrainingConfig, forms: int) -> None:
     Raises RunError if the disk is known to have too little room.
     """
     free = free_bytes(config.run_dir)
-    weights, trained, saved = count_numbers(config)
+    weights, trained, _ = count_numbers(config)
     checkpoint = weights * WEIGHT[config.chosen_engine] + trained * OPTIMIZER[config.chosen_engine]
-    model = saved if config.chosen_engine == "automodel" else weights * WEIGHT["megatron"]
+    model = bytes_of_model(config)
     there = len(list((config.run_dir / "checkpoints").glob("step*")))
     most, kept = checkpoints_at_once(config)
     needed = max(most * checkpoint, kept * checkpoint + forms * model) - there * checkpoint
@@ -38,6 +38,27 @@ def check_space(config: TrainingConfig, forms: int) -> None:
             f"at the end {forms} x {in_gb(model)}), its disk has {in_gb(free)} free: make room, name another "
             "--output-dir, or write less (--keep, --save-interval 0)"
         )
+
+
+def check_space_of_model(config: TrainingConfig, forms: int) -> None:
+    """Checks that the disk has room for the model of one checkpoint.
+
+    config: Resolved for an engine.
+    forms: Forms in which it is written, 2 for a DCT model.
+
+    Raises RunError if the disk is known to have too little room.
+    """
+    free, needed = free_bytes(config.run_dir), forms * bytes_of_model(config)
+    if free is not None and needed > free:
+        raise RunError(
+            f"the model in {config.run_dir} needs {in_gb(needed)}, its disk has {in_gb(free)} free: make room"
+        )
+
+
+def bytes_of_model(config: TrainingConfig) -> int:
+    """What one form of the model takes."""
+    weights, _, saved = count_numbers(config)
+    return saved if config.chosen_engine == "automodel" else weights * WEIGHT["megatron"]
 
 
 def checkpoints_at_once(config: TrainingConfig) -> tuple[int, int]:

@@ -1,27 +1,19 @@
-"""What a run leaves behind, and its rehearsal: what cannot be saved is found before the first step, not after the last.
+"""The model that a run leaves behind, and --export of a checkpoint, in its two forms.
 
-RUN_DIR/hf_dct   the form that was trained, over DCT coefficients
-RUN_DIR/hf       its stock form; of a pixel model, what was trained
+PARENT/hf_dct   the form that was trained, over DCT coefficients
+PARENT/hf       its stock form; of a pixel model, what was trained
 """
 
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from lightning.pytorch.callbacks import Callback
-
-from dct_qwen2vl.training.config import ModelInfo, RunError, TrainingConfig
-from dct_qwen2vl.training.processes import raise_in_all
-
-MOST_TOLD = 400  # characters of a library's error
-REHEARSAL = ".rehearsal"  # in the run folder while it lasts
+from dct_qwen2vl.checkpoints.inspection import note_on_skipping
+from dct_qwen2vl.training.config import ModelInfo
 
 
 def trained_folder(parent: Path, info: ModelInfo) -> Path:
     """The folder of the form that was trained.
 
-    parent: The run's folder.
+    parent: The folder of both forms.
     info: The checkpoint's token format.
     """
     return parent / ("hf_dct" if info.dct else "hf")
@@ -31,7 +23,7 @@ def write_stock_form(info: ModelInfo, parent: Path, complete: bool = True) -> No
     """Writes parent/hf from the coefficient form in parent/hf_dct. A pixel model has no other form.
 
     info: The checkpoint's token format.
-    parent: The run's folder.
+    parent: The folder of both forms.
     complete: Whether all weights are there.
     """
     from dct_qwen2vl.checkpoints.stock_form import to_stock
@@ -40,44 +32,14 @@ def write_stock_form(info: ModelInfo, parent: Path, complete: bool = True) -> No
         to_stock(trained_folder(parent, info), parent / "hf", force=True, complete=complete)
 
 
-class RehearseSave(Callback):
-    """Saves the model before the first step as the end of the run will, without most weights, and removes it again.
+def tell_where(what: str, parent: Path, info: ModelInfo) -> None:
+    """Prints where a model is, and what its stock form does not do.
 
-    save: writes a Hugging Face directory with the patch embedding as its only weight.
+    what: What it is called.
+    parent: The folder of both forms.
+    info: The checkpoint's token format.
     """
-
-    def __init__(self, config: TrainingConfig, info: ModelInfo, save: Callable[[Path], None]) -> None:
-        self.config = config
-        self.info = info
-        self.save = save
-
-    def on_fit_start(self, trainer, pl_module) -> None:
-        """Collective. Raises RunError, in every process."""
-        raise_in_all(self._rehearse() if trainer.is_global_zero else None)
-
-    def _rehearse(self) -> RunError | None:
-        try:
-            with rehearsal_folder(self.config) as folder:
-                self.save(trained_folder(folder, self.info))
-                write_stock_form(self.info, folder, complete=False)
-        except RunError as error:
-            return error
-        return None
-
-
-@contextmanager
-def rehearsal_folder(config: TrainingConfig) -> Iterator[Path]:
-    """A folder in the run folder, which is there inside the block only. Any error becomes a RunError of one line."""
-    folder = config.run_dir / REHEARSAL
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        yield folder
-    except Exception as error:
-        told = " ".join(str(error).replace(f"{folder}/", "").split())
-        raise RunError(
-            f"{config.model_dir} loads, but what is trained from it cannot be saved ({told[:MOST_TOLD]}): "
-            "correct that there; no step was made"
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    further = f", in the stock form; to train it further: {parent / 'hf_dct'}" if info.dct else ""
+    print(f"Done: {what} is in {parent / 'hf'}{further}", flush=True)
+    if info.dct and (note := note_on_skipping(parent / "hf_dct")):
+        print(f"Note: {note}", flush=True)

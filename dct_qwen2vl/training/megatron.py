@@ -39,11 +39,13 @@ from dct_qwen2vl.data.loader import EnergonDataModule
 from dct_qwen2vl.data.packing import PackedBatch
 from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
-from dct_qwen2vl.training.final_model import RehearseSave, trained_folder
+from dct_qwen2vl.training.final_model import trained_folder
 from dct_qwen2vl.training.flops import training_flops
 from dct_qwen2vl.training.full_sequence import TryFullSequence
 from dct_qwen2vl.training.log import NON_FINITE, OutOfMemory, StepGuard, TrainingLog, ValidationSum, count_cells
-from dct_qwen2vl.training.lora import LoRA, adapt_megatron
+from dct_qwen2vl.training.lora import LoRA
+from dct_qwen2vl.training.megatron_layouts import load_hf, save_hf
+from dct_qwen2vl.training.megatron_lora import adapt_megatron
 from dct_qwen2vl.training.megatron_model import PackedQwen2VL, fuse_gradient_accumulation, model_config
 from dct_qwen2vl.training.megatron_step import (
     DeviceCopies,
@@ -52,8 +54,9 @@ from dct_qwen2vl.training.megatron_step import (
     read_norm,
     squared_norm,
 )
-from dct_qwen2vl.training.megatron_weights import load_hf, rehearse_hf, save_hf, sources_of
+from dct_qwen2vl.training.megatron_weights import rehearse_hf, sources_of
 from dct_qwen2vl.training.parts import is_frozen
+from dct_qwen2vl.training.rehearsal import RehearseSave
 from dct_qwen2vl.training.run_folder import (
     build_loggers,
     count_batches_of_whole_steps,

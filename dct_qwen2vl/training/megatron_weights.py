@@ -1,4 +1,5 @@
-"""Weights of Qwen2-VL between a Hugging Face directory and the Megatron model, under any tensor and pipeline layout.
+"""Tensors of Qwen2-VL between a Hugging Face directory and the Megatron model. megatron_layouts.py moves them into and
+out of a model that several processes share.
 
 Every parameter of the Megatron model is made from one tensor of the checkpoint, or from the three of Q, K and V, or
 from gate and up. `RULES` says which; one rule serves both ways, so that export undoes import bit for bit.
@@ -15,13 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read
 from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING
-from dct_qwen2vl.training.lora import merged_megatron
 
 ROWS, COLUMNS, WHOLE = 0, 1, None  # the axis that tensor parallelism splits
 
@@ -103,15 +102,20 @@ def sources_of(model, hf_config) -> dict[str, Source]:
 
     Raises KeyError for a parameter that no rule knows.
     """
-    offsets = {
-        "vision_model": 0,
-        "language_model": model.language_model.decoder.layers[0].layer_number - 1,
-    }
+    first_layer = model.language_model.decoder.layers[0].layer_number - 1
     names = (name for name, _ in model.named_parameters() if ".adapter." not in name)
-    return {name: _source_of(name, offsets, hf_config) for name in names}
+    return {name: source_of(name, hf_config, first_layer) for name in names}
 
 
-def _source_of(name: str, offsets: dict[str, int], hf_config) -> Source:
+def source_of(name: str, hf_config, first_layer: int = 0) -> Source:
+    """What one parameter comes from.
+
+    name: Of the parameter in the Megatron model.
+    hf_config: transformers' Qwen2VLConfig.
+    first_layer: Of the language model, in this pipeline stage.
+
+    Raises KeyError where no rule knows it.
+    """
     plain = name.replace(".to_wrap.", ".")  # a layer with an adapter
     for unfused, fused in UNFUSED_NORMS.items():
         plain = plain.replace(unfused, fused)
@@ -121,7 +125,7 @@ def _source_of(name: str, offsets: dict[str, int], hf_config) -> Source:
     rule = next((rule for rule in RULES if rule.target == pattern), None)
     if rule is None:
         raise KeyError(f"no rule for the parameter {name}")
-    number = int(layer[1]) + offsets[plain.split(".")[0]] if layer else 0
+    number = int(layer[1]) + (0 if vision else first_layer) if layer else 0
     names = tuple(source.format(number) for source in rule.sources)
     if names == ("lm_head.weight",) and hf_config.tie_word_embeddings:
         names = ("model.embed_tokens.weight",)
@@ -136,7 +140,13 @@ def _source_of(name: str, offsets: dict[str, int], hf_config) -> Source:
 
 
 def to_megatron(source: Source, tensors: list[torch.Tensor], rank: int = 0, size: int = 1) -> torch.Tensor:
-    """The parameter, or process `rank`'s part of `size` of it, from the checkpoint's tensors."""
+    """A parameter of the Megatron model, or one process's part of it.
+
+    source: What it is made from.
+    tensors: The checkpoint's.
+    rank: Of the process, among those that are tensor-parallel.
+    size: How many these are.
+    """
     if source.kind == "gated":
         return torch.cat([_part(tensor, ROWS, rank, size) for tensor in tensors])
     if source.kind == "patch":
@@ -151,31 +161,6 @@ def to_megatron(source: Source, tensors: list[torch.Tensor], rank: int = 0, size
 
 def _part(tensor: torch.Tensor, axis: int | None, rank: int, size: int) -> torch.Tensor:
     return tensor if axis is None else tensor.chunk(size, axis)[rank]
-
-
-def load_hf(model, hf_config, model_dir: Path) -> None:
-    """Fills this process's part of the model, in its data type.
-
-    model: `PackedQwen2VL`.
-    hf_config: transformers' Qwen2VLConfig.
-    model_dir: Hugging Face directory.
-
-    Raises KeyError for a missing tensor, and ValueError for a tensor of another shape.
-    """
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    read = open_tensors(model_dir)
-    sources = sources_of(model, hf_config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            source = sources[name]
-            value = to_megatron(source, [read(part) for part in source.names], rank, size)
-            if value.shape != parameter.shape:
-                raise ValueError(
-                    f"{model_dir}: {', '.join(source.names)} makes {tuple(value.shape)}, the model has "
-                    f"{tuple(parameter.shape)} for {name}: is config.json of these weights?"
-                )
-            parameter.copy_(value)
 
 
 def open_tensors(model_dir: Path) -> Callable[[str], torch.Tensor]:
@@ -197,9 +182,29 @@ def open_tensors(model_dir: Path) -> Callable[[str], torch.Tensor]:
 # Export
 
 
+def hf_tensors(source: Source, parts: list[torch.Tensor], hf_config) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and value of the checkpoint's tensors that a parameter holds, on the CPU.
+
+    source: What the parameter is made from.
+    parts: Its parts of all tensor-parallel processes, in their order.
+    hf_config: transformers' Qwen2VLConfig.
+    """
+    patch = hf_config.vision_config
+    for name, tensor in zip(source.names, from_megatron(source, parts)):
+        if source.kind == "patch":
+            tensor = tensor.unflatten(
+                1, (patch.in_channels, patch.temporal_patch_size, patch.patch_size, patch.patch_size)
+            )
+        yield name, tensor.to("cpu", copy=True).contiguous()
+
+
 def from_megatron(source: Source, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     """The checkpoint's tensors from the parts of all tensor-parallel processes; undoes `to_megatron`. A patch
-    embedding comes as a matrix [E, K]."""
+    embedding comes as a matrix [E, K].
+
+    source: What the parameter is made from.
+    parts: Its parts of all tensor-parallel processes, in their order.
+    """
     if source.kind == "gated":
         halves = [part.chunk(2) for part in parts]
         return [torch.cat([half[number] for half in halves]) for number in (0, 1)]
@@ -213,82 +218,57 @@ def from_megatron(source: Source, parts: list[torch.Tensor]) -> list[torch.Tenso
     return [torch.cat(tensors)] if source.kind == "fused_qkv" else tensors
 
 
-def gather_hf(model, hf_config) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors of this process's pipeline stage, adapters merged, on the CPU. Collective over
-    tensor-parallel processes; {} on all but the first of them."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-    patch = hf_config.vision_config
-    tensors: dict[str, torch.Tensor] = {}
-    for name, source in sources_of(model, hf_config).items():
-        value = merged_megatron(model, name)
-        parts = [value]
-        if size > 1 and source.axis is not None:
-            parts = [torch.empty_like(value) for _ in range(size)]
-            torch.distributed.all_gather(parts, value.contiguous(), group=group)
-        if rank:
-            continue
-        for hf_name, tensor in zip(source.names, from_megatron(source, parts)):
-            if source.kind == "patch":
-                tensor = tensor.unflatten(
-                    1, (patch.in_channels, patch.temporal_patch_size, patch.patch_size, patch.patch_size)
-                )
-            tensors[hf_name] = tensor.to("cpu", copy=True).contiguous()
-    return tensors
+def write_hf(
+    tensors: dict[str, torch.Tensor],
+    model_dir: Path,
+    output_dir: Path,
+    edit: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes a complete Hugging Face directory, or nothing. Not collective.
 
-
-def save_hf(model, hf_config, model_dir: Path, output_dir: Path, edit: Callable[[Path], None] | None = None) -> None:
-    """Writes a complete Hugging Face directory, or nothing. Collective over all processes.
-
-    model: `PackedQwen2VL`.
-    hf_config: transformers' Qwen2VLConfig.
+    tensors: The checkpoint's tensors, all of them, for one safetensors file.
     model_dir: Hugging Face directory. All files but the weights are copied from it.
-    output_dir: The directory to write. One safetensors file for each pipeline stage.
+    output_dir: The directory to write.
     edit: Called with the folder before it gets its name.
     """
     temporary = output_dir.with_name(f".{output_dir.name}.tmp")
-    stage, stages = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-    )
-    first = torch.distributed.get_rank() == 0
-    if first:
-        copy_all_but_weights(model_dir, temporary)
-    torch.distributed.barrier()
-    tensors = gather_hf(model, hf_config)
-    if tensors and parallel_state.get_data_parallel_rank() == 0:
-        if stage and hf_config.tie_word_embeddings:
-            tensors.pop("model.embed_tokens.weight", None)  # the first stage's, which is the same
-        _write_tensors(tensors, temporary, stage, stages)
-    torch.distributed.barrier()
-    if first:
-        _complete(temporary, output_dir, edit)
-    torch.distributed.barrier()
+    copy_all_but_weights(model_dir, temporary)
+    write_tensors(tensors, temporary, 0, 1)
+    complete(temporary, output_dir, edit)
 
 
 def rehearse_hf(model_dir: Path, output_dir: Path, edit: Callable[[Path], None] | None = None) -> None:
-    """As `save_hf`, but with one weight, as `model_dir` has it. Not collective.
+    """As `write_hf`, but with one weight, as `model_dir` has it.
 
-    model_dir: As in `save_hf`.
-    output_dir: As in `save_hf`.
-    edit: As in `save_hf`.
+    model_dir: As in `write_hf`.
+    output_dir: As in `write_hf`.
+    edit: As in `write_hf`.
     """
-    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
-    copy_all_but_weights(model_dir, temporary)
-    _write_tensors({PATCH_EMBEDDING: open_tensors(model_dir)(PATCH_EMBEDDING)}, temporary, 0, 1)
-    _complete(temporary, output_dir, edit)
+    write_hf({PATCH_EMBEDDING: open_tensors(model_dir)(PATCH_EMBEDDING)}, model_dir, output_dir, edit)
 
 
-def _write_tensors(tensors: dict[str, torch.Tensor], folder: Path, stage: int, stages: int) -> None:
+def write_tensors(tensors: dict[str, torch.Tensor], folder: Path, stage: int, stages: int) -> None:
+    """Writes the safetensors file of a pipeline stage, and what `complete` makes the index from.
+
+    tensors: By their names in the checkpoint.
+    folder: Where the file goes.
+    stage: Number of the pipeline stage, from 0.
+    stages: How many there are.
+    """
     file = f"model-{stage + 1:05d}-of-{stages:05d}.safetensors"
     save_file(tensors, folder / file, metadata={"format": "pt"})
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     (folder / f".{file}.json").write_text(json.dumps(sizes))
 
 
-def _complete(temporary: Path, output_dir: Path, edit: Callable[[Path], None] | None) -> None:
-    """The folder gets its index and its name."""
-    _write_index(temporary)
+def complete(temporary: Path, output_dir: Path, edit: Callable[[Path], None] | None) -> None:
+    """Gives a Hugging Face directory its index and its name.
+
+    temporary: The directory, without an index.
+    output_dir: Its name. What is there is replaced.
+    edit: Called with the folder before it gets its name.
+    """
+    write_index(temporary)
     let_others_read(temporary)
     if edit:
         edit(temporary)
@@ -296,7 +276,7 @@ def _complete(temporary: Path, output_dir: Path, edit: Callable[[Path], None] | 
     temporary.replace(output_dir)
 
 
-def _write_index(folder: Path) -> None:
+def write_index(folder: Path) -> None:
     """model.safetensors.index.json of several files; a single one gets the name model.safetensors."""
     listings = sorted(folder.glob(".model-*.json"))
     sizes, where = {}, {}

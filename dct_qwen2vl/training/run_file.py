@@ -46,12 +46,10 @@ def check_run_folder(config: TrainingConfig) -> None:
         for name, about in metadata.items():
             now = plain(getattr(config, name))
             if about["resume"] == rule and earlier.get(name) != now:
-                flag = about.get("flag") or flag_of(name)
                 again = ", --restart-data to begin the data again" if rule == DATA else ""
-                begun = words(earlier.get(name))
                 raise RunError(
-                    f"{config.run_dir} was started {f'with {flag} {begun}' if begun else f'without {flag}'}, now it is "
-                    f"{words(now) or 'left out'}: use the same value to resume{again}, or another --experiment-name"
+                    f"{difference(config, name, earlier)}: use the same value to resume{again}, or another "
+                    "--experiment-name"
                 )
     begun_with = earlier.get("train_shards")  # a run may be older than this key
     if begun_with and not config.restart_data and begun_with != fingerprint_of_shards(config.data_dir):
@@ -59,6 +57,21 @@ def check_run_folder(config: TrainingConfig) -> None:
             f"the train shards in {config.data_dir} are not those that {config.run_dir} was started with: add "
             "--restart-data to begin them from the start, or take another --experiment-name"
         )
+
+
+def difference(config: TrainingConfig, name: str, earlier: dict[str, Any]) -> str:
+    """Says what a setting was and what it is now. The beginning of a message.
+
+    config: The settings.
+    name: Of the setting.
+    earlier: As `earlier_settings` gives them.
+    """
+    flag = metadata_of(type(config))[name].get("flag") or flag_of(name)
+    begun, now = words(earlier.get(name)), words(plain(getattr(config, name)))
+    return (
+        f"{config.run_dir} was started {f'with {flag} {begun}' if begun else f'without {flag}'}, now it is "
+        f"{now or 'left out'}"
+    )
 
 
 def words(value: Any) -> str:
@@ -115,6 +128,11 @@ def damage(checkpoint: Path) -> str | None:
         return f"no {TRAINER_FILE}"
     if not zipfile.is_zipfile(trainer):  # an archive's table is at its end
         return f"{TRAINER_FILE} is cut short"
+    return damage_of_weights(checkpoint)
+
+
+def damage_of_weights(checkpoint: Path) -> str | None:
+    """What is wrong with the weights in a checkpoint of the automodel engine. None for whole ones."""
     try:
         for _ in open_tensors(safetensors_files(checkpoint / "hf"), "np"):
             pass

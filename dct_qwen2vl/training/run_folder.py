@@ -1,6 +1,7 @@
 """What a run keeps in its folder, the same for both engines: checkpoints by step, loggers, Hugging Face directories."""
 
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,15 @@ class StepCheckpoint(ModelCheckpoint):
     def _should_remove_checkpoint(self, trainer, previous: str, current: str) -> bool:
         """Lightning keeps the one that a run was resumed from for ever; a few restarts would fill the disk."""
         return previous != current
+
+    def _remove_checkpoint(self, trainer, filepath: str) -> None:
+        """It loses its name first, so that --export never reads half of one."""
+        path = Path(filepath)
+        nameless = path.with_name(f".{path.name}.tmp")
+        if trainer.is_global_zero and path.exists():
+            shutil.rmtree(nameless, ignore_errors=True)
+            path.replace(nameless)
+            shutil.rmtree(nameless, ignore_errors=True)
 
     def _save_checkpoint(self, trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)

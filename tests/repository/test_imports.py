@@ -40,6 +40,7 @@ WITHOUT_TORCH = (
         "preparation",
         "training/config.py",
         "training/checks.py",
+        "training/export.py",
     ),
 )
 HEAVY = {"torch", "transformers", "nemo", "lightning", "megatron"}

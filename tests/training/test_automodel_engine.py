@@ -191,7 +191,8 @@ def test_the_model_at_the_end_has_the_data_types_that_it_began_with(converted, t
     """A checkpoint on the way has float32, which training goes on from."""
     from safetensors.torch import load_file, save_file
 
-    from dct_qwen2vl.training.automodel import QwenAutoModel, dtypes_of
+    from dct_qwen2vl.training.automodel import QwenAutoModel
+    from dct_qwen2vl.training.automodel_weights import dtypes_of
 
     folder = Path(shutil.copytree(converted("x4"), tmp_path / "model"))
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(folder / "model.safetensors").items()}

@@ -33,8 +33,8 @@ def settings_of(model_dir: Path, output_dir: Path, *typed: str, engine: str = "a
 def rehearsal_of(engine: str, settings: config.TrainingConfig):
     """The engine's own callback."""
     from dct_qwen2vl.training.automodel import QwenAutoModel
-    from dct_qwen2vl.training.final_model import RehearseSave
     from dct_qwen2vl.training.megatron_weights import rehearse_hf
+    from dct_qwen2vl.training.rehearsal import RehearseSave
 
     info = checks.check_model(settings.model_dir, None)
     if engine == "megatron":

@@ -282,6 +282,24 @@ def test_a_checkpoint_s_model_is_the_one_with_its_adapters(two_processes):
 
 
 @pytest.mark.launch
+@pytest.mark.parametrize("launched", [("one_process", "whole"), ("two_processes", "killed")], ids=["weights", "lora"])
+def test_an_export_has_the_bytes_that_the_end_of_the_run_has_written(launched, request, prepared, tmp_path):
+    """One process, without shards; the settings of the model are left out."""
+    ended = request.getfixturevalue(launched[0])["output"] / launched[1]
+    shutil.copytree(ended / "checkpoints" / f"step{STEPS:06d}", tmp_path / "run" / "checkpoints" / f"step{STEPS:06d}")
+    shutil.copyfile(ended / "run.json", tmp_path / "run" / "run.json")
+    known = ["--model-dir", str(prepared.model), "--data-dir", "/nowhere", "--output-dir", str(tmp_path)]
+    assert finetune_qwen2vl.main([*known, "--experiment-name", "run", "--export"]) == 0
+    for form in ("hf", "hf_dct"):
+        found, expected = files_of(tmp_path / "run" / "exported" / f"step{STEPS:06d}" / form), files_of(ended / form)
+        assert found.keys() == expected.keys() and [name for name in found if found[name] != expected[name]] == []
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.launch
 def test_run_with_other_adapters_is_not_continued(two_processes, refused):
     folder = {"OUTPUT_DIR": str(two_processes["output"]), "EXPERIMENT_NAME": "killed"}
     line = refused("--lora-rank", "8", "--freeze", "projector", **folder)

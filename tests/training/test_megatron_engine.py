@@ -114,7 +114,7 @@ def test_a_model_in_two_files_has_an_index(tmp_path, qwen2vl_directory):
     from safetensors.torch import save_file
     from transformers import Qwen2VLForConditionalGeneration
 
-    from dct_qwen2vl.training.megatron_weights import _write_index, copy_all_but_weights
+    from dct_qwen2vl.training.megatron_weights import copy_all_but_weights, write_index
 
     folder = tmp_path / "hf"
     copy_all_but_weights(qwen2vl_directory, folder)
@@ -125,7 +125,7 @@ def test_a_model_in_two_files_has_an_index(tmp_path, qwen2vl_directory):
         save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
         sizes = {name: tensors[name].numel() * tensors[name].element_size() for name in part}
         (folder / f".{file}.json").write_text(json.dumps(sizes))
-    _write_index(folder)
+    write_index(folder)
     assert not list(folder.glob(".model-*"))
     found = Qwen2VLForConditionalGeneration.from_pretrained(folder).state_dict()
     assert all(torch.equal(found[name], tensors[name]) for name in names)

@@ -57,8 +57,8 @@ def load_processor(folder, name):
 
 def build(folder, dtype: torch.dtype = DTYPE, **options):
     """The Megatron model of an HF directory."""
+    from dct_qwen2vl.training.megatron_layouts import load_hf
     from dct_qwen2vl.training.megatron_model import model_config
-    from dct_qwen2vl.training.megatron_weights import load_hf
 
     hf_config = AutoConfig.from_pretrained(folder)
     if GPU:
@@ -145,7 +145,7 @@ def assert_as_near_as_transformers(found, wanted, also_rounded, what: str) -> No
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_tensor_comes_back_bit_for_bit(name, directory, tmp_path):
-    from dct_qwen2vl.training.megatron_weights import save_hf
+    from dct_qwen2vl.training.megatron_layouts import save_hf
 
     folder = directory(name)
     stored = tmp_path / "bf16"
@@ -169,7 +169,7 @@ def test_every_tensor_comes_back_bit_for_bit(name, directory, tmp_path):
 def test_every_tensor_of_the_2b_model_comes_back_bit_for_bit(converted, tmp_path):
     """With random bits, not-a-numbers among them."""
     from benchmarks.speed.samples import real_config
-    from dct_qwen2vl.training.megatron_weights import save_hf
+    from dct_qwen2vl.training.megatron_layouts import save_hf
 
     folder, hf_config = tmp_path / "2b", real_config(1764)
     shutil.copytree(converted("x4"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -342,7 +342,7 @@ def test_mrope_angles_are_those_of_transformers(directory, entries):
 
 
 def test_weights_of_another_shape_are_refused(directory, tmp_path):
-    from dct_qwen2vl.training.megatron_weights import load_hf
+    from dct_qwen2vl.training.megatron_layouts import load_hf
 
     model = build(directory("x4"))
     with pytest.raises(ValueError, match=r"visual\.patch_embed\.proj\.weight makes"):
@@ -383,7 +383,8 @@ def test_a_query_group_holds_its_queries_then_its_key_and_value():
 
 def build_with_adapters(folder, monkeypatch, **options):
     """As the engine builds it, but in DTYPE: rank 4, the language model's own weights frozen."""
-    from dct_qwen2vl.training.lora import LoRA, adapt_megatron
+    from dct_qwen2vl.training.lora import LoRA
+    from dct_qwen2vl.training.megatron_lora import adapt_megatron
 
     if not GPU:  # NeMo takes mocks for its classes then
         monkeypatch.setattr("nemo.collections.llm.peft.utils.HAVE_TE", False)
@@ -417,7 +418,7 @@ def test_adapters_change_nothing_at_first_and_learn_beside_the_vision_tower(dire
 
 
 def test_the_exported_model_has_the_adapters_merged(directory, entries, monkeypatch, tmp_path):
-    from dct_qwen2vl.training.megatron_weights import save_hf
+    from dct_qwen2vl.training.megatron_layouts import save_hf
 
     folder = directory("x4")
     encoder = packing_encoder(folder, "x4")

@@ -25,6 +25,8 @@ from pipeline import REPOSITORY, metrics
 from safetensors.torch import load_file
 from stand_in_python import write_interpreter
 
+import finetune_qwen2vl
+
 GPUS = torch.cuda.device_count() if importlib.util.find_spec("transformer_engine") else 0
 pytestmark = pytest.mark.launch
 gpu_only = pytest.mark.skipif(GPUS == 0, reason="needs CUDA and TransformerEngine")
@@ -283,6 +285,55 @@ def test_two_processes_learn_what_one_learns(layout, trained, whole, model_dir):
         assert_close_weights(trained(layout), whole, model_dir)
 
 
+def assert_export_is_the_end(run_dir: Path, model_dir: Path, folder: Path) -> None:
+    """One process without shards, Megatron's parallel state or a GPU writes what the processes of the run have written
+    at their end. Weights of pipeline stages, which were in a file each, are in one."""
+    name = f"step{STEPS:06d}"
+    copy_run(run_dir, folder / "run", STEPS)
+    known = ["--model-dir", str(model_dir), "--data-dir", "/nowhere", "--output-dir", str(folder)]
+    assert finetune_qwen2vl.main([*known, "--experiment-name", "run", "--export"]) == 0
+    written = folder / "run" / "exported" / name
+    found, expected = exported(written), exported(run_dir)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for form in ("hf", "hf_dct"):
+        for file in (run_dir / form).iterdir():
+            if form == "hf" or "safetensors" not in file.name:
+                assert (written / form / file.name).read_bytes() == file.read_bytes(), file
+
+
+def test_an_export_is_what_one_process_has_written(whole, model_dir, tmp_path):
+    assert_export_is_the_end(whole, model_dir, tmp_path)
+
+
+@cpu_only
+def test_an_export_is_what_two_tensor_parallel_processes_have_written(tensor_parallel, model_dir, tmp_path):
+    assert_export_is_the_end(tensor_parallel, model_dir, tmp_path)
+
+
+@cpu_only
+def test_an_export_is_what_two_pipeline_stages_have_written(pipeline_parallel, model_dir, tmp_path):
+    assert_export_is_the_end(pipeline_parallel, model_dir, tmp_path)
+    kept = {path.name for path in (pipeline_parallel / "checkpoints").iterdir()}
+    assert kept == {f".step{STEPS - 1:06d}.tmp", f"step{STEPS - 2:06d}", f"step{STEPS:06d}"}  # the first by `copy_run`
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda data: data[:1000], "(weights/__0_0.distcp is missing or cut short): export another step"),
+        (lambda data: bytes(len(data)), "(its weights cannot be read): export another step"),
+    ],
+)
+def test_a_damaged_checkpoint_is_not_exported(damage, said, whole, model_dir, tmp_path, one_line_error):
+    copy_run(whole, tmp_path / "run", STEPS)
+    file = tmp_path / "run" / "checkpoints" / f"step{STEPS:06d}" / "weights" / "__0_0.distcp"
+    file.write_bytes(damage(file.read_bytes()))
+    known = ["--model-dir", str(model_dir), "--data-dir", "/nowhere", "--output-dir", str(tmp_path)]
+    assert finetune_qwen2vl.main([*known, "--experiment-name", "run", "--export"]) == 1
+    assert one_line_error().endswith(said) and not list(tmp_path.glob("run/exported/step*"))
+
+
 @gpu_only
 @pytest.mark.parametrize("writer, reader", [("TP", "PP"), ("PP", "DP"), ("DP", "TP")])
 def test_a_checkpoint_exports_the_same_under_another_layout(writer, reader, trained, environment, tmp_path):
@@ -326,6 +377,8 @@ def test_adapters_go_on_in_two_tensor_parallel_processes_and_are_merged(environm
     both = go_on(environment, tmp_path / "adapters", STEPS - SAVE_INTERVAL, "TP", *flags)
     assert_same_training(both, tmp_path / "adapters", after=STEPS - SAVE_INTERVAL)
     changed = assert_close_weights(both, tmp_path / "adapters", model_dir)
+    for number, run_dir in enumerate((tmp_path / "adapters", both)):
+        assert_export_is_the_end(run_dir, model_dir, tmp_path / f"export{number}")
     language = {name for name in changed if name.startswith("model.")}
     assert len(language) == 7 * 4 and all(name.endswith("_proj.weight") for name in language)
     assert "visual.patch_embed.proj.weight" in changed and not any("merger" in name for name in changed)

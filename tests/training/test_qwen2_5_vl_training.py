@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import convert_checkpoint
+import finetune_qwen2vl
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.training.automodel import QwenAutoModel
 from dct_qwen2vl.training.flops import language_flops, vision_flops
@@ -70,6 +71,17 @@ def test_what_it_leaves_is_a_qwen2_5_vl_in_both_forms(trained):
         patches[name] = tuple(model.visual.patch_embed.proj.weight.shape[1:])
     assert patches == {"hf_dct": (1764, 1, 1, 1), "hf": (3, 2, 28, 28)}
     assert json.loads((trained / "hf" / "config.json").read_text())["model_type"] == "qwen2_5_vl"
+
+
+@pytest.mark.launch
+def test_an_export_of_its_last_checkpoint_has_the_same_bytes(trained, model_dir):
+    known = ["--model-dir", str(model_dir), "--data-dir", "/nowhere", "--output-dir", str(trained.parent)]
+    assert finetune_qwen2vl.main([*known, "--experiment-name", trained.name, "--export"]) == 0
+    for form in ("hf", "hf_dct"):
+        written = trained / "exported" / "step000004" / form
+        assert {path.name for path in written.iterdir()} == {path.name for path in (trained / form).iterdir()}
+        for path in written.iterdir():
+            assert path.read_bytes() == (trained / form / path.name).read_bytes(), path
 
 
 def test_merged_adapters_compute_what_the_adapted_model_does(model_dir, natural_frames, image_file, tmp_path):

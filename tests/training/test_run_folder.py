@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pipeline import REPOSITORY, write_checkpoint
@@ -114,6 +115,24 @@ def test_a_run_goes_on_from_its_checkpoint_whether_it_saves_or_not(save_interval
     resume(config).setup(trainer)
     assert Path(trainer.ckpt_path) == checkpoint
     assert (trainer.checkpoint_callback is None) is (save_interval == 0)
+
+
+def test_a_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
+    """Whoever reads it meanwhile finds it whole or not at all. One that the user has removed is no error."""
+    from dct_qwen2vl.training import run_folder
+
+    checkpoint, seen = tmp_path / "step000006", []
+    (checkpoint / "hf").mkdir(parents=True)
+    (tmp_path / ".step000006.tmp" / "hf").mkdir(parents=True)  # of a killed run
+    remove = run_folder.shutil.rmtree
+    monkeypatch.setattr(
+        run_folder.shutil, "rmtree", lambda path, **options: seen.append(path.name) or remove(path, **options)
+    )
+    callback = run_folder.StepCheckpoint(tmp_path, 2, 1, print)
+    for is_first in (False, True, True):
+        assert checkpoint.exists() is (not seen)
+        callback._remove_checkpoint(SimpleNamespace(is_global_zero=is_first), str(checkpoint))
+    assert list(tmp_path.iterdir()) == [] and set(seen) == {".step000006.tmp"}
 
 
 def resume_on_nodes(*folders: Path) -> list:
