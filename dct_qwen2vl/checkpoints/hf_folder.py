@@ -75,10 +75,16 @@ def copy_all_but_weights(model_dir: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def let_others_read(folder: Path) -> None:
-    """Gives the weights of a Hugging Face directory the permissions of its other files."""
+def give_name(folder: Path, output_dir: Path) -> None:
+    """Gives a complete Hugging Face directory its name, and its weights the permissions of its other files.
+
+    folder: The directory.
+    output_dir: Its name. What is there is replaced.
+    """
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes 0600
+    shutil.rmtree(output_dir, ignore_errors=True)
+    folder.replace(output_dir)
 
 
 def write_reading(folder: Path, settings: dict[str, Any], sampling: dict[str, Any] | None) -> None:

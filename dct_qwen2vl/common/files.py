@@ -40,6 +40,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def unnamed(folder: Path) -> Path:
+    """The name beside a folder's own that it has while it is written or removed, so that under its own it is whole.
+
+    folder: By its own name.
+    """
+    return folder.with_name(f".{folder.name}.tmp")
+
+
 def lowest_there(folder: Path) -> Path:
     """The folder, or else the nearest above it that exists."""
     return next(path for path in (folder, *folder.parents) if path.exists())

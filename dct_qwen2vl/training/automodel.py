@@ -31,6 +31,7 @@ from transformers import AutoModelForImageTextToText
 
 from dct_qwen2vl.checkpoints.hf_folder import write_reading
 from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING
+from dct_qwen2vl.common.files import unnamed
 from dct_qwen2vl.data.loader import EnergonDataModule, energon_state_classes
 from dct_qwen2vl.data.media_embedding import blank_image, copy_to, embed_media
 from dct_qwen2vl.data.samples import QwenBatch
@@ -245,7 +246,7 @@ class FolderCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = unnamed(path)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         weights = names_in_hf(checkpoint.pop("state_dict"))

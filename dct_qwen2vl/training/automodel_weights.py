@@ -1,7 +1,6 @@
 """What the automodel engine trains, as a Hugging Face directory: float32 in a checkpoint, at the end of a run the data
 types of the initial model."""
 
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read
+from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, give_name
 from dct_qwen2vl.checkpoints.inspection import open_tensors, read_json, safetensors_files
-from dct_qwen2vl.common.files import write_json
+from dct_qwen2vl.common.files import unnamed, write_json
 
 # As safetensors names them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -34,7 +33,7 @@ def write_model(
     dtypes: Of the weights in the file. None: as they are.
     edit: Called with the folder before it gets the weights.
     """
-    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
+    temporary = unnamed(output_dir)
     copy_all_but_weights(model_dir, temporary)
     if edit:
         edit(temporary)
@@ -45,9 +44,7 @@ def write_model(
     model.save_pretrained(temporary, state_dict=weights)
     if dtypes:
         write_dtype(temporary, dtypes)
-    let_others_read(temporary)
-    shutil.rmtree(output_dir, ignore_errors=True)
-    temporary.replace(output_dir)
+    give_name(temporary, output_dir)
 
 
 def export_checkpoint(checkpoint: Path, model_dir: Path, output_dir: Path) -> None:

@@ -35,6 +35,7 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from transformers import Qwen2VLConfig
 
 from dct_qwen2vl.checkpoints.hf_folder import write_reading
+from dct_qwen2vl.common.files import unnamed
 from dct_qwen2vl.data.loader import EnergonDataModule
 from dct_qwen2vl.data.packing import PackedBatch
 from dct_qwen2vl.data.videos import VideoSampling
@@ -315,7 +316,7 @@ class WholeCheckpointIO(MegatronCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options: Any = None) -> None:
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = unnamed(path)
         first = torch.distributed.get_rank() == 0
         if first:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 
 from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights
+from dct_qwen2vl.common.files import unnamed
 from dct_qwen2vl.training.megatron_lora import merged_megatron
 from dct_qwen2vl.training.megatron_weights import (
     complete,
@@ -70,7 +71,7 @@ def save_hf(model, hf_config, model_dir: Path, output_dir: Path, edit: Callable[
     output_dir: The directory to write. One safetensors file for each pipeline stage.
     edit: Called with the folder before it gets its name.
     """
-    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
+    temporary = unnamed(output_dir)
     stage, stages = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_world_size(),

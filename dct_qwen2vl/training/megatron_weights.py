@@ -10,7 +10,6 @@ from gate and up. `RULES` says which; one rule serves both ways, so that export 
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, let_others_read
+from dct_qwen2vl.checkpoints.hf_folder import copy_all_but_weights, give_name
 from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING
+from dct_qwen2vl.common.files import unnamed
 
 ROWS, COLUMNS, WHOLE = 0, 1, None  # the axis that tensor parallelism splits
 
@@ -231,7 +231,7 @@ def write_hf(
     output_dir: The directory to write.
     edit: Called with the folder before it gets its name.
     """
-    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
+    temporary = unnamed(output_dir)
     copy_all_but_weights(model_dir, temporary)
     write_tensors(tensors, temporary, 0, 1)
     complete(temporary, output_dir, edit)
@@ -269,11 +269,9 @@ def complete(temporary: Path, output_dir: Path, edit: Callable[[Path], None] | N
     edit: Called with the folder before it gets its name.
     """
     write_index(temporary)
-    let_others_read(temporary)
     if edit:
         edit(temporary)
-    shutil.rmtree(output_dir, ignore_errors=True)
-    temporary.replace(output_dir)
+    give_name(temporary, output_dir)
 
 
 def write_index(folder: Path) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from nemo import lightning as nl
 
+from dct_qwen2vl.common.files import unnamed
 from dct_qwen2vl.training.config import TrainingConfig
 from dct_qwen2vl.training.run_file import latest_checkpoint
 from dct_qwen2vl.training.run_lock import RunFolderError
@@ -57,7 +58,7 @@ class StepCheckpoint(ModelCheckpoint):
     def _remove_checkpoint(self, trainer, filepath: str) -> None:
         """It loses its name first, so that --export never reads half of one."""
         path = Path(filepath)
-        nameless = path.with_name(f".{path.name}.tmp")
+        nameless = unnamed(path)
         if trainer.is_global_zero and path.exists():
             shutil.rmtree(nameless, ignore_errors=True)
             path.replace(nameless)
