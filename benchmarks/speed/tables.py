@@ -1,4 +1,4 @@
-"""The measurements behind docs/training.md that take a GPU, one after the other: a log and a JSON file for each.
+"""Measurements of docs/training.md that take one or two GPUs, one after the other: a log and a JSON file for each.
 
     python -m benchmarks.speed.tables --output tables
     python -m benchmarks.speed.tables --output tables --videos FOLDER --only wait_for_videos two_gpus
@@ -21,8 +21,8 @@ SHOWN = 3  # last lines of a log on the screen
 
 @dataclass(frozen=True)
 class Measurement:
-    """command: Program of benchmarks/speed and its arguments. seconds: It is ended after these, about three times what
-    it took on one H200. gpus: It needs. videos: Whether it takes --videos."""
+    """command: Program of benchmarks/speed and its arguments. seconds: It is ended after these. gpus: It needs.
+    videos: Whether it takes --videos."""
 
     command: str
     seconds: int = 300

@@ -50,7 +50,6 @@ class Study:
         self.arguments, self.folder = arguments, arguments.output.resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.begun = time.monotonic()
-        self.step_time = arguments.step_time  # seconds, of the base
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self.begun:6.0f} s  {text}", flush=True)
@@ -101,17 +100,17 @@ class Study:
         self.do("model", self.module("manuals.build_model", *sources, "--output", self.folder / "models/manuals"))
 
     def do_pages(self) -> None:
-        more = ["--processes", self.arguments.processes, "--manuals", self.arguments.manuals, *self.limit()]
-        folder = self.folder / "pages"
-        self.do("pages", self.module("dense.prepare", "--pages-only", "--dpi", *DPI, "--output", folder, *more))
+        words = ["--pages-only", "--dpi", *DPI, "--output", self.folder / "pages", *self.drawing()]
+        self.do("pages", self.module("dense.prepare", *words))
 
-    def limit(self) -> list[object]:
-        return ["--limit", self.arguments.limit] if self.arguments.limit else []
+    def drawing(self) -> list[object]:
+        """What programs that draw pages take."""
+        words = ["--processes", self.arguments.processes, "--manuals", self.arguments.manuals]
+        return [*words, "--limit", self.arguments.limit] if self.arguments.limit else words
 
     def do_samples(self) -> None:
-        counts = ["--train", self.arguments.train, "--test", self.arguments.test]
-        more = ["--processes", self.arguments.processes, "--manuals", self.arguments.manuals, *self.limit()]
-        self.do("samples", self.module("manuals.make_samples", "--output", self.folder / "raw", *counts, *more))
+        words = ["--output", self.folder / "raw", "--train", self.arguments.train, "--test", self.arguments.test]
+        self.do("samples", self.module("manuals.make_samples", *words, *self.drawing()))
         self.do("shards", self.variant("base"), STAGES="shards", **self.settings("manuals"))
 
     def do_letters(self) -> None:
@@ -123,13 +122,14 @@ class Study:
 
     def do_base(self) -> None:
         self.do("conversion_base", self.variant("base"), STAGES="convert", **self.settings("letters"))
-        self.train_in_time(("base",), self.arguments.base_minutes, self.step_time)
+        self.train_in_time(("base",), self.arguments.base_minutes, self.arguments.step_time)
 
     def do_variants(self) -> None:
         models = {f"conversion_{name}": self.variant(name) for name in ("pixels", "block")}
         # `half` has the model of `pixels`, and `block` makes that of `x4`.
         self.do_side_by_side(models, STAGES="convert", **self.settings("base"))
-        self.train_in_time(VARIANTS, self.arguments.variant_minutes, SHARED * self.step_time)
+        step_time = step_time_of(self.folder / "runs/base") or self.arguments.step_time
+        self.train_in_time(VARIANTS, self.arguments.variant_minutes, SHARED * step_time)
 
     def do_answers(self) -> None:
         """All ask at the same time."""
@@ -171,7 +171,7 @@ class Study:
         if self.mark(names[-1]).exists():
             return
         end = time.monotonic() + 60 * minutes
-        steps: int | None = max(1, int((60 * minutes - SPARE) / step_time))
+        steps = max(1, int((60 * minutes - SPARE) / step_time))
         for launch in range(1, LAUNCHES + 1):
             for name in names:  # of a launch that was cut off
                 shutil.rmtree(self.folder / "runs" / name, ignore_errors=True)
@@ -200,22 +200,19 @@ class Study:
         steps: Of each.
         end: On the monotonic clock.
         """
-        begun, first = time.monotonic(), None
-        lines = {}
-        while min(map(len, lines.values()), default=0) < FIRST + SEEN:
+        begun, launched, told = time.monotonic(), 0.0, 0
+        while told < FIRST + SEEN:
             time.sleep(1)
             if any(command.ended for command in running.values()) or time.monotonic() > end:
                 return None
-            lines = {name: steps_of(self.folder / "runs" / name) for name in running}
-            if first is None and all(lines.values()):
-                first = time.monotonic()
-        took = max(median(line["seconds"] for line in each[FIRST:]) for each in lines.values())
-        self.step_time = took
-        launched, left = (first or begun) - begun, end - SPARE - time.monotonic()
-        fit_here = min(map(len, lines.values())) + int(left / took)
-        fit_again = int((left - launched) / took)
-        done = f"a step takes {took:.3f} s, a launch {launched:.0f} s"
-        self.say(f"{', '.join(running)}: {done}; {fit_here} of {steps} steps fit")
+            told = min(len(steps_of(self.folder / "runs" / name)) for name in running)
+            if told and not launched:
+                launched = time.monotonic() - begun
+        took = max(step_time_of(self.folder / "runs" / name) for name in running)
+        left = end - SPARE - time.monotonic()
+        fit_here, fit_again = told + int(left / took), int((left - launched) / took)
+        names = ", ".join(running)
+        self.say(f"{names}: a step takes {took:.3f} s, a launch {launched:.0f} s; {fit_here} of {steps} steps fit")
         if USED * fit_here <= steps <= fit_here or fit_again < 1:
             return None
         return fit_again
@@ -224,6 +221,11 @@ class Study:
 def steps_of(run: Path) -> list[dict]:
     """The optimizer steps that a run has told."""
     return [line for line in read_metrics(run / "metrics.jsonl") if "seconds" in line]
+
+
+def step_time_of(run: Path) -> float:
+    """Seconds of a run's step, the median past the first; 0 where it has told no more."""
+    return median([line["seconds"] for line in steps_of(run)[FIRST:]] or [0.0])
 
 
 def study(arguments: argparse.Namespace) -> int:
