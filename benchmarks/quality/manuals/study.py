@@ -17,6 +17,7 @@ A stage that is done is not done again, and --stages does some of them. Each com
 """
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -37,7 +38,8 @@ LAUNCHES = 3  # of one training, at most
 FIRST, SEEN = 20, 60  # steps that do not count, then those whose time is measured
 SPARE = 30  # seconds left for the model at the end
 USED = 0.72  # share of the steps that fit from which a launch is good enough
-SHARED = 1.4  # times as long as the base's a step of a variant is, two on each GPU
+LAUNCH = 40  # seconds that a launch is expected to take
+SHARED = {1: 1.0, 2: 1.4, 4: 2.6}  # a variant's step in those of the base, by the variants on a GPU
 
 
 class Study:
@@ -129,7 +131,12 @@ class Study:
         # `half` has the model of `pixels`, and `block` makes that of `x4`.
         self.do_side_by_side(models, STAGES="convert", **self.settings("base"))
         step_time = step_time_of(self.folder / "runs/base") or self.arguments.step_time
-        self.train_in_time(VARIANTS, self.arguments.variant_minutes, SHARED * step_time)
+        self.train_in_time(VARIANTS, self.arguments.variant_minutes, self.shared() * step_time)
+
+    def shared(self) -> float:
+        """A variant's step in those of the base, on as many GPUs as there are."""
+        on_one = math.ceil(len(VARIANTS) / max(1, len(self.arguments.gpus or [0])))
+        return SHARED.get(on_one, SHARED[len(VARIANTS)])
 
     def do_answers(self) -> None:
         """All ask at the same time."""
@@ -171,7 +178,7 @@ class Study:
         if self.mark(names[-1]).exists():
             return
         end = time.monotonic() + 60 * minutes
-        steps = max(1, int((60 * minutes - SPARE) / step_time))
+        steps = max(1, int((60 * minutes - SPARE - LAUNCH) / step_time))
         for launch in range(1, LAUNCHES + 1):
             for name in names:  # of a launch that was cut off
                 shutil.rmtree(self.folder / "runs" / name, ignore_errors=True)
