@@ -255,7 +255,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--gpus", type=int, nargs="+", metavar="N", help="of this machine (default: those that are visible)")
     add("--base-minutes", type=float, default=10.0, help="for the base's training (default: %(default)s)")
     add("--variant-minutes", type=float, default=10.0, help="for the variants' (default: %(default)s)")
-    add("--step-time", type=float, default=0.17, help="seconds a step of the base is expected to take; a wrong guess "
+    add("--step-time", type=float, default=0.25, help="seconds a step of the base is expected to take; a wrong guess "
         "costs another launch (default: %(default)s, on one H200)")  # fmt: skip
     add("--batch", type=int, default=256, help="samples of a step (default: %(default)s)")
     add("--train", type=int, default=500000, help="training samples (default: %(default)s)")
