@@ -38,7 +38,6 @@ LAUNCHES = 3  # of one training, at most
 FIRST, SEEN = 20, 60  # steps that do not count, then those whose time is measured
 SPARE = 30  # seconds left for the model at the end
 USED = 0.72  # share of the steps that fit from which a launch is good enough
-LAUNCH = 40  # seconds that a launch is expected to take
 SHARED = {1: 1.0, 2: 1.4, 4: 2.6}  # a variant's step in those of the base, by the variants on a GPU
 
 
@@ -178,7 +177,7 @@ class Study:
         if self.mark(names[-1]).exists():
             return
         end = time.monotonic() + 60 * minutes
-        steps = max(1, int((60 * minutes - SPARE - LAUNCH) / step_time))
+        steps = max(1, int((60 * minutes - SPARE) / step_time))
         for launch in range(1, LAUNCHES + 1):
             for name in names:  # of a launch that was cut off
                 shutil.rmtree(self.folder / "runs" / name, ignore_errors=True)
