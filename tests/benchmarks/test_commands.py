@@ -1,6 +1,7 @@
 """Commands of studies: their logs, their time, and how the study of real pages fits trainings into minutes."""
 
 import importlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -72,6 +73,19 @@ def test_trainings_get_equal_steps_that_fit_into_their_time(tmp_path, monkeypatc
     begun = time.monotonic()
     made.train_in_time(("one", "two"), minutes=7 / 60, step_time=0.001)
     assert time.monotonic() - begun < 0.5  # done
+
+
+@pytest.mark.parametrize("losses, said", [([2.5, 0.4], ""), ([2.5, 1.96], "loss is 1.96, "), ([], "loss is inf, ")])
+def test_a_base_that_does_not_read_is_told(tmp_path, capsys, losses, said):
+    made, run = a_study(tmp_path), tmp_path / "runs/base"
+    run.mkdir(parents=True)
+    lines = [{"step": 9, "loss": 3.0, "seconds": 0.1}, *({"step": 9, "val_loss": loss} for loss in losses)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for done in ("conversion_base", "base"):
+        made.mark(done).touch()
+    made.do_base()
+    found = capsys.readouterr().out
+    assert said in found and bool(said) == ("does not read yet" in found)
 
 
 def test_a_training_that_fails_names_its_log(tmp_path):

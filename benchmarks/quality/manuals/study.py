@@ -38,6 +38,7 @@ LAUNCHES = 3  # of one training, at most
 FIRST, SEEN = 20, 60  # steps that do not count, then those whose time is measured
 SPARE = 30  # seconds left for the model at the end
 USED = 0.72  # share of the steps that fit from which a launch is good enough
+READS = 1.0  # nats a token; models that could not read ended at 2 to 3 (docs/experiment_log.md)
 SHARED = {1: 1.0, 2: 1.4, 4: 2.6}  # a variant's step in those of the base, by the variants on a GPU
 
 
@@ -124,6 +125,9 @@ class Study:
     def do_base(self) -> None:
         self.do("conversion_base", self.variant("base"), STAGES="convert", **self.settings("letters"))
         self.train_in_time(("base",), self.arguments.base_minutes, self.arguments.step_time)
+        if (loss := validation_loss_of(self.folder / "runs/base")) > READS:
+            self.say(f"base: the validation loss is {loss:.2f}, so it does not read yet, and the variants cannot tell "
+                     f"what tokens hold: raise --base-minutes and remove {self.mark('base')}")  # fmt: skip
 
     def do_variants(self) -> None:
         models = {f"conversion_{name}": self.variant(name) for name in ("pixels", "block")}
@@ -232,6 +236,11 @@ def steps_of(run: Path) -> list[dict]:
 def step_time_of(run: Path) -> float:
     """Seconds of a run's step, the median past the first; 0 where it has told no more."""
     return median([line["seconds"] for line in steps_of(run)[FIRST:]] or [0.0])
+
+
+def validation_loss_of(run: Path) -> float:
+    """The last one that a run has told; infinite where it has told none."""
+    return ([line["val_loss"] for line in read_metrics(run / "metrics.jsonl") if "val_loss" in line] or [math.inf])[-1]
 
 
 def study(arguments: argparse.Namespace) -> int:
