@@ -6,6 +6,7 @@ A new setting is one new field of `TrainingConfig`. Its metadata gives it a flag
 """
 
 import argparse
+import sys
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ PARTS = ("vision", "projector", "language")
 GROUPS = {"what": "model and data", "how": "optimization", "where": "machine, speed and output"}  # of the flags
 SEQUENCE_TOKENS, SEQUENCES_PER_STEP = 8192, 16  # of packed sequences, where the command line does not say
 STEP_TOKENS = SEQUENCE_TOKENS * SEQUENCES_PER_STEP  # about as many where the device's memory sets their size
-NEWEST = 0  # the step of --export where none is given
+NEWEST = sys.maxsize  # the step of --export where none is given: no run has as many
 
 # What a resumed run may do with a setting. It repeats the samples and losses of an uninterrupted run only if the
 # settings under SAME and DATA are what they were.

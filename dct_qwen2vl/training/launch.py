@@ -39,10 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     for note in notes_on_names(os.environ):
         print(f"Note: {note}", flush=True)
+    exports = False
     if SCRIPT in argv:  # a flag that there is not, or --help, is answered once
-        parse_arguments(argv[argv.index(SCRIPT) + 1 :], program=SCRIPT)
+        exports = parse_arguments(argv[argv.index(SCRIPT) + 1 :], program=SCRIPT).export is not None
     try:
-        return launch(argv)
+        return launch(argv, exports)
     except KeyboardInterrupt:  # before there are processes
         tell(INTERRUPTED)
         return INTERRUPTED_CODE
@@ -68,15 +69,24 @@ def alike(name: str, setting: str) -> bool:
     return one == other or (min(len(one), len(other)) > 4 and SequenceMatcher(None, one, other).ratio() >= ALIKE)
 
 
-def launch(argv: list[str] | None) -> int:
-    """Runs all processes of this node. Returns 0, or the exit status of the first that failed, as a shell has it."""
+def launch(argv: list[str], exports: bool = False) -> int:
+    """Runs all processes of this node. Returns 0, or the exit status of the first that failed, as a shell has it.
+
+    exports: One process of the first node does the work and waits for no other node.
+    """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     keep_quiet()
+    arguments = run.parse_args(argv)
+    if exports:
+        if arguments.node_rank:
+            print("Note: the first node (NODE_RANK=0) exports, this one does nothing", flush=True)
+            return 0
+        arguments.standalone, arguments.nnodes, arguments.nproc_per_node = True, "1", "1"
     try:
-        run.run(run.parse_args(argv))
+        run.run(arguments)
     except SignalException as error:
         return tell_signal(error.sigval)
     except ChildFailedError as error:

@@ -84,6 +84,7 @@ def test_what_is_left_out_of_the_model_s_settings_is_as_in_the_run(command):
     ("typed", "said"),
     [
         (["--export", "5"], "run has no checkpoint of step 5: --export takes 4, 6, or nothing for the newest"),
+        (["--export", "0"], "run has no checkpoint of step 0: --export takes 4, 6, or nothing for the newest"),
         (["--export", "-1"], "--export must be at least 0, got -1"),
         (
             ["--export", "--max-pixels", "9999"],

@@ -23,7 +23,7 @@ from stand_in_python import write_interpreter
 import finetune_qwen2vl
 from dct_qwen2vl.data.energon_files import fingerprint_of_shards
 from dct_qwen2vl.training import processes, run_file
-from dct_qwen2vl.training.launch import notes_on_names
+from dct_qwen2vl.training.launch import main, notes_on_names
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the megatron engine's CPU form")
 ENGINES = ["automodel", pytest.param("megatron", marks=cpu_only)]
@@ -340,3 +340,15 @@ def test_a_variable_that_is_nearly_a_setting_is_told(set_to, said):
     notes = notes_on_names(set_to)
     assert len(notes) == (said is not None)
     assert all(note.startswith(said) for note in notes)
+
+
+def test_an_export_is_one_process_that_waits_for_no_other_node(monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr("torch.distributed.run.run", started.append)
+    script = ["finetune_qwen2vl.py", "--model-dir", "m", "--data-dir", "d", "--num-nodes", "2", "--export"]
+    for rank in ("0", "1"):
+        nodes = ["--nnodes", "2", "--node-rank", rank, "--master-addr", "10.0.0.1", "--master-port", "29500"]
+        assert main([*nodes, "--nproc-per-node", "8", *script]) == 0
+    (only,) = started
+    assert (only.standalone, only.nnodes, only.nproc_per_node) == (True, "1", "1")
+    assert capsys.readouterr().out == "Note: the first node (NODE_RANK=0) exports, this one does nothing\n"
