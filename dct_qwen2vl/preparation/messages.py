@@ -16,14 +16,17 @@ from dct_qwen2vl.preparation.plan import Plan
 
 
 def say_tars(tars: list[TarSource], config: PreparationConfig) -> None:
-    """Prints how many files there are and, on stderr, which are not used.
+    """Prints how many files the tars have and, on stderr, which are not used.
 
     tars: The tars of the data folder.
     config: The settings.
 
     Raises PreparationError for files that are not used, with --strict.
     """
-    print(f"Found {sum(tar.members for tar in tars)} files in {len(tars)} tars")
+    if tars:
+        print(f"Found {sum(tar.members for tar in tars)} files in {len(tars)} tars")
+    else:
+        print(f"Found no tars: media are looked for in the folders of {config.data_dir}")
     for line in name_unread(config.data_dir):
         print(line, file=sys.stderr)
     for tar in tars:

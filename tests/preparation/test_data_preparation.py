@@ -625,6 +625,19 @@ def test_a_tar_stands_for_the_folder_of_its_name(tmp_path):
     assert list(stats["sources"]) == ["coco"]
 
 
+def test_media_in_folders_alone_are_found_and_no_tars_are_counted(tmp_path, capsys):
+    data, output = tmp_path / "data", tmp_path / "shards"
+    make_set(data, [entry(number, image=f"coco/{number}.jpg") for number in range(20)], {})
+    (data / "media.tar").unlink(missing_ok=True)
+    (data / "coco").mkdir()
+    for number in range(20):
+        (data / f"coco/{number}.jpg").write_bytes(plain_jpeg(number))
+    assert run(data, output) == 0
+    assert read_stats(output)["written"] == 20
+    said = capsys.readouterr().out
+    assert f"Found no tars: media are looked for in the folders of {data}\n" in said and "0 tars" not in said
+
+
 def test_a_member_that_is_refused_is_not_said_to_be_nowhere(tmp_path):
     data, output = tmp_path / "data", tmp_path / "shards"
     names = [f"{number}.jpg" for number in range(20)]
