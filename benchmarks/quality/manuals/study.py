@@ -138,8 +138,7 @@ class Study:
 
     def shared(self) -> float:
         """A variant's step in those of the base, on as many GPUs as there are."""
-        on_one = math.ceil(len(VARIANTS) / max(1, len(self.arguments.gpus or [0])))
-        return SHARED.get(on_one, SHARED[len(VARIANTS)])
+        return SHARED[math.ceil(len(VARIANTS) / len(self.arguments.gpus or [0]))]
 
     def do_answers(self) -> None:
         """All ask at the same time."""
