@@ -127,7 +127,7 @@ class Study:
         self.train_in_time(("base",), self.arguments.base_minutes, self.arguments.step_time)
         if (loss := validation_loss_of(self.folder / "runs/base")) > READS:
             self.say(f"base: the validation loss is {loss:.2f}, so it does not read yet, and the variants cannot tell "
-                     f"what tokens hold: raise --base-minutes and remove {self.mark('base')}")  # fmt: skip
+                     "what tokens hold: begin again with more --base-minutes in another --output")  # fmt: skip
 
     def do_variants(self) -> None:
         models = {f"conversion_{name}": self.variant(name) for name in ("pixels", "block")}
