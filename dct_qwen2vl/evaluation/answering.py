@@ -56,10 +56,12 @@ class Answerer:
             from dct_qwen2vl.checkpoints.hf_folder import load_processor
             from dct_qwen2vl.data.media_encoder import MediaEncoder
             from dct_qwen2vl.data.text_tokens import TextTokens
+            from dct_qwen2vl.data.vision_attention import attend_each_step_alone
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
             dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
             model = AutoModelForImageTextToText.from_pretrained(model_dir, torch_dtype=dtype)  # imports its class
+        attend_each_step_alone(model.visual)
         self.model = model.to(device).eval()
         self.processor = load_processor(model_dir, **settings)
         self.text_tokens = TextTokens(self.processor.tokenizer)

@@ -36,6 +36,7 @@ from dct_qwen2vl.data.loader import EnergonDataModule, energon_state_classes
 from dct_qwen2vl.data.media_embedding import blank_image, copy_to, embed_media
 from dct_qwen2vl.data.samples import QwenBatch
 from dct_qwen2vl.data.videos import VideoSampling
+from dct_qwen2vl.data.vision_attention import attend_each_step_alone
 from dct_qwen2vl.training.automodel_weights import dtypes_of, write_model
 from dct_qwen2vl.training.config import ModelInfo, TrainingConfig
 from dct_qwen2vl.training.final_model import trained_folder
@@ -54,7 +55,6 @@ from dct_qwen2vl.training.run_folder import (
     trainer_options,
 )
 from dct_qwen2vl.training.sharding import ShardedStrategy, gradient_of_ones, shard, whole
-from dct_qwen2vl.training.vision_attention import attend_within_steps
 
 
 class QwenAutoModel(HFAutoModelForImageTextToText):
@@ -110,8 +110,7 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
             adapt_hf(self.model, self.lora)
         patches = self.model.visual.patch_embed
         patches.forward = MethodType(embed_patches, patches)
-        for block in self.model.visual.blocks:
-            block.attn.forward = MethodType(attend_within_steps, block.attn)
+        attend_each_step_alone(self.model.visual)
         self.model.lm_head.register_forward_pre_hook(self._choose_positions)
         if self.device_mesh is not None:
             mesh = self.device_mesh["data_parallel"]

@@ -450,10 +450,13 @@ X4 = [*COMMON, prediction("d", "transcribe, 75 dpi", "ijkl", "ijkl", "")]
 
 def test_characters_are_counted_by_resolution_and_pages():
     found = score.score(HALF, PAGES)
-    at_75 = found["characters_wrong"][75]
+    at_75 = found["characters_wrong"]["75 dpi"]
     assert at_75["rate"] == pytest.approx(5 / 12) and at_75["pages"] == 2 and at_75["characters"] == 12
     assert at_75["interval"] == (pytest.approx(1 / 8), pytest.approx(1.0)) and at_75["blind"] == pytest.approx(4 / 12)
-    assert found["characters_wrong"][100]["rate"] == pytest.approx(0.2)
+    assert found["characters_wrong"]["100 dpi"]["rate"] == pytest.approx(0.2)
+    assert at_75["by_page"] == {"R-FAQ/0001": [1, 8], "R-lang/0002": [4, 4]}
+    assert list(found["characters_wrong"]) == ["75 dpi", "100 dpi", score.ALL]
+    assert found["characters_wrong"][score.ALL]["rate"] == pytest.approx(7 / 22)
     assert found["questions"] == {
         "line count": {"exact": 0.0, "blind": 0.0, "questions": 1},
         "next word": {"exact": 1.0, "blind": 1.0, "questions": 1},
@@ -462,7 +465,7 @@ def test_characters_are_counted_by_resolution_and_pages():
 
 def test_variants_are_compared_on_the_same_pages():
     half, x4 = (score.readings(answers, PAGES) for answers in (HALF, X4))
-    assert score.compare(half, x4)[75] == (pytest.approx(-4 / 12), pytest.approx(-1.0), 0.0)
+    assert score.compare(half, x4)["75 dpi"] == (pytest.approx(-4 / 12), pytest.approx(-1.0), 0.0)
     with pytest.raises(UserError, match="other pages"):
         score.compare(half, score.readings(COMMON, PAGES))
 
@@ -477,11 +480,13 @@ def test_scores_are_printed_and_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(score, "read_pages", lambda data_dir: PAGES)  # of shards: the test of the whole way
     half, x4 = write_predictions(tmp_path / "half", HALF), write_predictions(tmp_path / "x4", X4)
     more = ["--data-dir", str(tmp_path), "--output", str(tmp_path / "scores.json")]
-    assert score.main([f"half={half}", f"x4={x4}", *more]) == 0
+    assert score.main([f"half={half}", f"again={half}", f"x4={x4}", *more]) == 0
     printed = capsys.readouterr().out
-    assert "| characters wrong, 75 dpi | 41.7% (12.5% to 100.0%; blind 33%) | 8.3%" in printed
+    assert "| characters wrong, 75 dpi | 41.7% (12.5% to 100.0%; blind 33%) | 41.7%" in printed
+    assert "blind 33%) | 8.3%" in printed
     assert "characters wrong, 75 dpi, x4 - half: -33.3% (-100.0% to +0.0%)" in printed
-    assert json.loads((tmp_path / "scores.json").read_text())["x4 - half"]["75"][0] == pytest.approx(-4 / 12)
+    assert "characters wrong, all resolutions, x4 - again: -18.2%" in printed
+    assert json.loads((tmp_path / "scores.json").read_text())["x4 - half"]["75 dpi"][0] == pytest.approx(-4 / 12)
     assert score.main([f"x4={tmp_path / 'nothing'}", *more]) == 1
     assert score.page_of("R-FAQ/0002-100dpi-000.png") == "R-FAQ/0002"
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from pipeline import edit_json, run
 from samples_by_hand import answer, conversation_sample
+from torch.nn import functional
 from transformers import AutoProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 
 import evaluate_qwen2vl
@@ -320,6 +321,34 @@ def test_images_are_asked_as_the_stock_processor_asks_them(forms, form, image_fi
     assert found.keys() == expected.keys()
     assert {name for name, value in found.items() if torch.equal(value, expected[name])} == set(found)
     assert found["attention_mask"].sum(dim=1).unique().numel() == 3, "the batch is padded"
+
+
+def test_images_of_a_batch_are_looked_at_one_by_one(prepared, image_file, natural_frames, monkeypatch):
+    """Stock transformers has one attention for all of them, whose mask grows with the square of the batch."""
+    answerer = Answerer(prepared.model, max_new_tokens=2)
+    sizes = ((112, 112), (56, 112), (112, 168), (56, 56))
+    files = [image_file(natural_frames(1, *size)[0], "PNG") for size in sizes]
+    frames = [answerer.media.read("image", data) for data in files]
+    asked = [Question("a", 0, "all", ("", "image", "?"), "red", (("image", each),)) for each in frames]
+    inputs = answerer.model_inputs(asked)
+    attend, seen, tower = functional.scaled_dot_product_attention, [], answerer.model.visual
+
+    def watched(query, *others, **more):
+        seen.append((tuple(query.shape), [mask for mask in (*others[2:], *more.values()) if torch.is_tensor(mask)]))
+        return attend(query, *others, **more)
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(functional, "scaled_dot_product_attention", watched)
+        found = tower(inputs["pixel_values"], inputs["image_grid_thw"])
+        stock = type(tower)._from_config(tower.config)
+        stock.load_state_dict(tower.state_dict())
+        of_batch, seen = seen, []
+        expected = stock(inputs["pixel_values"], inputs["image_grid_thw"])
+    tokens = inputs["image_grid_thw"].prod(dim=1).tolist()
+    blocks = len(tower.blocks)
+    assert [shape[-2] for shape, _ in of_batch] == tokens * blocks and not any(masks for _, masks in of_batch)
+    assert [shape[-2] for shape, _ in seen] == [sum(tokens)] * blocks and all(masks for _, masks in seen)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_text_that_spells_a_pad_is_refused(prepared):

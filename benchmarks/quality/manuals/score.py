@@ -5,7 +5,7 @@
 
 Each folder is what evaluate_qwen2vl.py wrote on the test set of make_samples.py, all of it one split. Characters are
 compared without white space, and quotes and dashes alike (ocr/errors.py). Intervals are of 95 %, over pages. The last
-lines compare the last variant with the one before it, on the same pages.
+lines compare the last variant with each other one, on the same pages.
 """
 
 import argparse
@@ -24,11 +24,12 @@ from dct_qwen2vl.common.files import write_json
 from dct_qwen2vl.common.scripts import UserError, run_main
 
 TRANSCRIBE = "transcribe"
+ALL = "all resolutions"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Transcriptions of one resolution by page. pages: names, sorted. wrong, characters: int [pages]."""
+    """Transcriptions by page, of one resolution or of all. pages: names, sorted. wrong, characters: int [pages]."""
 
     pages: tuple[str, ...]
     wrong: np.ndarray
@@ -62,17 +63,20 @@ def page_of(image: str) -> str:
     return image.rsplit("-", 2)[0]
 
 
-def readings(answers: list[dict[str, Any]], pages: dict[str, str], name: str = "prediction") -> dict[int, Reading]:
-    """By resolution. pages: of each sample. name: under which the answers stand."""
-    found: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
-    for answer in answers:
+def readings(answers: list[dict[str, Any]], pages: dict[str, str], name: str = "prediction") -> dict[str, Reading]:
+    """By resolution, "60 dpi" first, then of ALL. pages: of each sample. name: under which the answers stand."""
+    found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+    for answer in sorted(answers, key=lambda answer: kind_and_dpi(answer)[1]):
         kind, dpi = kind_and_dpi(answer)
         if kind == TRANSCRIBE:
             true = compared(answer["answer"])
-            counts = found[dpi][pages[answer["key"]]]
-            counts[0] += edit_distance(compared(answer[name]), true)
-            counts[1] += len(true)
-    return {dpi: reading_of(pages) for dpi, pages in sorted(found.items())}
+            wrong = edit_distance(compared(answer[name]), true)
+            for place in (f"{dpi} dpi", ALL):
+                counts = found[place][pages[answer["key"]]]
+                counts[0] += wrong
+                counts[1] += len(true)
+    everything = found.pop(ALL, None)
+    return {place: reading_of(pages) for place, pages in (*found.items(), *([(ALL, everything)] if everything else []))}
 
 
 def reading_of(pages: dict[str, list[int]]) -> Reading:
@@ -109,14 +113,18 @@ def score(answers: list[dict[str, Any]], pages: dict[str, str]) -> dict[str, Any
     seen, blind = readings(answers, pages), readings(answers, pages, "blind_prediction")
     return {
         "characters_wrong": {
-            dpi: {
+            place: {
                 "rate": error_rate(reading.wrong, reading.characters),
                 "interval": bootstrap(reading.wrong, reading.characters),
-                "blind": error_rate(blind[dpi].wrong, blind[dpi].characters),
+                "blind": error_rate(blind[place].wrong, blind[place].characters),
                 "pages": len(reading.pages),
                 "characters": int(reading.characters.sum()),
+                "by_page": {
+                    page: [int(wrong), int(characters)]
+                    for page, wrong, characters in zip(reading.pages, reading.wrong, reading.characters)
+                },
             }
-            for dpi, reading in seen.items()
+            for place, reading in seen.items()
         },
         "questions": questions(answers),
     }
@@ -133,18 +141,18 @@ def difference(one: Reading, other: Reading, seed: int = 0) -> tuple[float, floa
     return float(more.sum() / one.characters.sum()), float(low), float(high)
 
 
-def compare(one: dict[int, Reading], other: dict[int, Reading]) -> dict[int, tuple[float, float, float]]:
-    """By resolution."""
-    return {dpi: difference(one[dpi], other[dpi]) for dpi in one}
+def compare(one: dict[str, Reading], other: dict[str, Reading]) -> dict[str, tuple[float, float, float]]:
+    """By resolution, and of ALL."""
+    return {place: difference(one[place], other[place]) for place in one}
 
 
 def table(scores: dict[str, dict[str, Any]]) -> list[str]:
     """Markdown: a row for each resolution, then one for each kind of question."""
     names = list(scores)
     lines = [f"| {' | '.join(['', *names])} |", f"| {' | '.join(['---'] * (len(names) + 1))} |"]
-    for dpi in scores[names[0]]["characters_wrong"]:
-        cells = [characters_cell(scores[name]["characters_wrong"][dpi]) for name in names]
-        lines.append(f"| characters wrong, {dpi} dpi | {' | '.join(cells)} |")
+    for place in scores[names[0]]["characters_wrong"]:
+        cells = [characters_cell(scores[name]["characters_wrong"][place]) for name in names]
+        lines.append(f"| characters wrong, {place} | {' | '.join(cells)} |")
     for kind in scores[names[0]]["questions"]:
         cells = [question_cell(scores[name]["questions"][kind]) for name in names]
         lines.append(f"| {kind}, exact | {' | '.join(cells)} |")
@@ -183,11 +191,12 @@ def score_and_say(arguments: argparse.Namespace) -> int:
     scores = {name: score(given, pages) for name, given in answers.items()}
     print("\n".join(table(scores)))
     found: dict[str, Any] = {"variants": scores}
-    if len(answers) > 1:
-        one, other = list(answers)[-2:]
-        found[f"{other} - {one}"] = differences = compare(*(readings(answers[name], pages) for name in (one, other)))
-        for dpi, (value, low, high) in differences.items():
-            print(f"characters wrong, {dpi} dpi, {other} - {one}: {value:+.1%} ({low:+.1%} to {high:+.1%})")
+    read = {name: readings(given, pages) for name, given in answers.items()}
+    *others, last = read
+    for other in others:
+        found[f"{last} - {other}"] = differences = compare(read[other], read[last])
+        for place, (value, low, high) in differences.items():
+            print(f"characters wrong, {place}, {last} - {other}: {value:+.1%} ({low:+.1%} to {high:+.1%})")
     if arguments.output:
         write_json(arguments.output, found)
     return 0

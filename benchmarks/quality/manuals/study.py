@@ -37,6 +37,7 @@ DPI = (40, 50, 60, 75, 100, 150)  # of the pages with letters
 LAUNCHES = 3  # of one training, at most
 FIRST, SEEN = 20, 60  # steps that do not count, then those whose time is measured
 SPARE = 30  # seconds left for the model at the end
+LAUNCH = 60  # seconds that a training is expected to take until its first step
 USED = 0.72  # share of the steps that fit from which a launch is good enough
 READS = 1.0  # nats a token; models that could not read ended at 2 to 3 (docs/experiment_log.md)
 SHARED = {1: 1.0, 2: 1.4, 4: 2.6}  # a variant's step in those of the base, by the variants on a GPU
@@ -180,7 +181,7 @@ class Study:
         if self.mark(names[-1]).exists():
             return
         end = time.monotonic() + 60 * minutes
-        steps = max(1, int((60 * minutes - SPARE) / step_time))
+        steps = max(1, int((60 * minutes - SPARE - LAUNCH) / step_time))
         for launch in range(1, LAUNCHES + 1):
             for name in names:  # of a launch that was cut off
                 shutil.rmtree(self.folder / "runs" / name, ignore_errors=True)

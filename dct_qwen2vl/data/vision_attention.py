@@ -1,18 +1,31 @@
-"""The vision tower's attention. transformers (4.51) compares all tokens of a micro-batch with each other and masks
-those of other time steps. Here each step is computed alone.
+"""The vision tower's attention. transformers (4.51) compares all tokens of a batch with each other and masks those of
+other time steps. Here each step is computed alone.
+
+The mask has N * N elements. From 2^32 on, 65,536 tokens, PyTorch 2.11's CUDA kernels gave wrong values without an error
+(docs/experiment_log.md, 2026-11-30, "all tokens answered wrongly in large batches").
 
 Letters used for shapes:
 
-    N E    vision tokens of all media of a micro-batch, width of the tower
+    N E    vision tokens of all media of a batch, width of the tower
     n L    time steps of equal length that follow each other, tokens of one
     H D    heads, width of a head
 """
 
 from itertools import groupby
+from types import MethodType
 
 import torch
 from torch.nn import functional
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+
+def attend_each_step_alone(tower: torch.nn.Module) -> None:
+    """From now on `attend_within_steps` is the attention of a vision tower.
+
+    tower: Of Qwen2-VL, or of Qwen2.5-VL.
+    """
+    for block in tower.blocks:
+        block.attn.forward = MethodType(attend_within_steps, block.attn)
 
 
 def attend_within_steps(
