@@ -1,7 +1,7 @@
 """The vision tower's attention. transformers (4.51) compares all tokens of a batch with each other and masks those of
 other time steps. Here each step is computed alone.
 
-The mask has N * N elements. From 2^32 on, 65,536 tokens, PyTorch 2.11's CUDA kernels gave wrong values without an error
+The mask has N * N elements. With PyTorch 2.11 on an H200, values past its 2^32nd element were wrong, without an error
 (docs/experiment_log.md, 2026-11-30, "all tokens answered wrongly in large batches").
 
 Letters used for shapes:
