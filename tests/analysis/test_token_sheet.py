@@ -300,6 +300,9 @@ def test_skipping_through_the_command(tmp_path, natural_frames, video_file, shee
     first, printed = sheet(path, "--presets", "x4", "--skip-db", "30")
     assert "16 tokens a video, 4 in the language model (50% kept)" in printed, "two steps at 2 frames a second"
     assert "32 tokens a video, 8 in the language model;" in bare[1] and first != bare[0]
+    blank = save(tmp_path / "page.png", np.full((112, 112, 3), 255, np.uint8))
+    assert sheet(blank, "--presets", "x4", "--skip-db", "30")[1].splitlines()[0].endswith("; 25% of the cells are kept")
+    assert "are kept" not in sheet(blank, "--presets", "x4")[1]
 
 
 def test_max_pixels_and_files_of_presets(tmp_path, natural_frames, sheet):
