@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from dct_qwen2vl.common.files import read_json, remove
 from dct_qwen2vl.common.scripts import UserError, run_main, run_program
+from dct_qwen2vl.common.workers import WorkerPool
 from dct_qwen2vl.preparation import data_splits
 from dct_qwen2vl.preparation.config import PreparationConfig, parse_arguments
 from dct_qwen2vl.preparation.conversion import ConversionOptions
@@ -60,7 +61,6 @@ from dct_qwen2vl.preparation.output_folder import (
 from dct_qwen2vl.preparation.plan import Collector, Plan, check_all, make_plan
 from dct_qwen2vl.preparation.shards import make_task, write_shard
 from dct_qwen2vl.preparation.summary import filtered_name, summarise
-from dct_qwen2vl.preparation.workers import WorkerPool
 
 
 def prepare(config: PreparationConfig) -> int:

@@ -17,6 +17,8 @@ import argparse
 import math
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +39,8 @@ from dct_qwen2vl.common.settings import DefaultsFormatter, add_flags, check_rang
 from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
 from dct_qwen2vl.data.energon_files import read_splits
 from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines, digest_files
-from dct_qwen2vl.evaluation.answering import Answerer, answer_all
+from dct_qwen2vl.evaluation.answerers import Answerers
+from dct_qwen2vl.evaluation.answering import Reader
 from dct_qwen2vl.evaluation.comparison import compare
 from dct_qwen2vl.evaluation.comparison import table as table_of_comparison
 from dct_qwen2vl.evaluation.questions import ASKED_AT_ONCE, Reading, in_rounds, read_questions
@@ -65,6 +68,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--limit", type=int, help="most questions (default: all; to compare: 4)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered at a time")
+    parser.add_argument("--processes", type=int, default=1, help="that answer side by side, on a GPU each")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer, tokens")
     parser.add_argument("--skip-db", type=float, metavar="DB", help="leave out cells that a kept cell already shows "
                         "with this PSNR, 0: none (default: as the model was trained)")  # fmt: skip
@@ -79,11 +83,12 @@ def check(arguments: argparse.Namespace) -> None:
     with importing():
         from dct_qwen2vl.checkpoints.loading import check_directory
 
-    for name in ("limit", "batch_size", "max_new_tokens"):
+    for name in ("limit", "batch_size", "max_new_tokens", "processes"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"{flag_of(name)} must be at least 1, got {value}")
     check_ranges(VideoSampling(**given_sampling(arguments)), PREFIX)
+    check_processes(arguments)
     check_skipping(arguments)
     all_cells = arguments.compare or arguments.skip_db is not None  # which was asked for
     for model_dir in arguments.compare or [arguments.model_dir]:
@@ -103,6 +108,15 @@ def check(arguments: argparse.Namespace) -> None:
     if not read_splits(arguments.data_dir, (arguments.split,))[arguments.split]:
         raise UserError(f"the {arguments.split} split of {arguments.data_dir} holds no shard: choose another --split")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def check_processes(arguments: argparse.Namespace) -> None:
+    """Raises UserError for more processes than GPUs."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus and arguments.processes > gpus:
+        raise UserError(f"--processes {arguments.processes}: each takes a GPU, and there are {gpus}")
 
 
 def check_skipping(arguments: argparse.Namespace) -> None:
@@ -162,7 +176,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     with AnswerFile(path.with_suffix(".jsonl.part"), describe_settings(arguments)) as file:
         say_beginning(file)
         reading = Reading.of(file.read)
-        answerer = ask(arguments, file, reading)
+        reader = ask(arguments, file, reading)
         if not file.answers:
             where = f"the {arguments.split} split of {arguments.data_dir}"
             raise UserError(f"{where} has no questions to ask ({reading}): choose another --split")
@@ -172,30 +186,43 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         file.remove()
     print(table(summary))
     print(reading)
-    if long := answerer.count_longer([answer["answer"] for answer in file.answers]):
+    if long := reader.count_longer([answer["answer"] for answer in file.answers]):
         of_all = f"{long} of {len(file.answers)} right answers"
         print(f"{of_all} are longer than the model's may be, {arguments.max_new_tokens} tokens: raise --max-new-tokens")
     return summary
 
 
-def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> Answerer:
+def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> Reader:
     """Asks what has not been answered yet, with one progress bar: every question has two answers, seeing and blind.
-    Returns who answered."""
+    Returns what the questions were read with."""
     from tqdm import tqdm
 
     sampling, skipping = sampling_of(arguments.model_dir, arguments), skipping_of(arguments)
-    answerer = Answerer(arguments.model_dir, arguments.max_new_tokens, sampling, **skipping)
     source = (arguments.data_dir, arguments.split, arguments.limit)
-    questions = read_questions(*source, answerer.media.read, answerer.text_tokens.stay_text, reading)
     most, begun = arguments.limit and 2 * arguments.limit, 2 * len(file.answers)
-    with tqdm(desc="Answering", total=most, initial=begun, unit="answer") as bar:
-        for chosen in in_rounds(questions, max(ASKED_AT_ONCE, arguments.batch_size)):
-            seen, blind = (
-                answer_all(answerer, chosen, arguments.batch_size, blind, bar.update) for blind in (False, True)
-            )
-            file.add_round(describe_answers(chosen, seen, blind), reading.as_dict())
+    model = (arguments.model_dir, arguments.max_new_tokens, sampling)
+    with (
+        Answerers(arguments.processes, *model, **skipping) as answerers,
+        tqdm(desc="Answering", total=most, initial=begun, unit="answer") as bar,
+    ):
+        reader = answerers.reader
+        questions = read_questions(*source, reader.media.read, reader.text_tokens.stay_text, reading)
+        rounds = in_rounds(questions, max(ASKED_AT_ONCE, arguments.batch_size))
+        states = ((chosen, reading.as_dict()) for chosen in rounds)
+        for chosen, read in read_ahead(states) if arguments.processes > 1 else states:
+            seen, blind = answerers.answer_all(chosen, arguments.batch_size, bar.update)
+            file.add_round(describe_answers(chosen, seen, blind), read)
         bar.total = bar.n  # known only now: the shards say how many entries there are, not how many questions
-    return answerer
+    return reader
+
+
+def read_ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The same items. Each is read while the one before it is worked on."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def summarise(arguments: argparse.Namespace, answers: list[dict[str, Any]], reading: Reading) -> dict[str, Any]:

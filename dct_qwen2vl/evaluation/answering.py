@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dct_qwen2vl.common.imports import collecting_nothing
 from dct_qwen2vl.common.scripts import UserError
-from dct_qwen2vl.evaluation.questions import Question, blinded
+from dct_qwen2vl.evaluation.questions import Question
 
 if TYPE_CHECKING:
     import torch
@@ -29,14 +29,41 @@ MOST_PAIRS = 32 * 4096**2  # of characters in a batch's text: the attention mask
 PAD = re.compile(r"<\|(image|video)_pad\|>")  # what the chat template writes for a medium
 
 
-class Answerer:
-    """A model that stock transformers loads, with its tokenizer and chat template. Media are encoded as in training.
+class Reader:
+    """What a model reads with: tokenizer, chat template, image processor. Media are encoded as in training.
 
     model_dir: Hugging Face directory.
     max_new_tokens: Longest answer, tokens.
     sampling: Frames that are read of a video.
-    dtype: Of the weights. None: bfloat16 on a GPU, float32 on a CPU.
     settings: min_pixels, max_pixels and skip_db in place of the checkpoint's. skip_db=None reads all cells.
+
+    Raises CheckpointError.
+    """
+
+    def __init__(
+        self, model_dir: Path, max_new_tokens: int, sampling: "VideoSampling | None" = None, **settings: Any
+    ) -> None:
+        with collecting_nothing():
+            from dct_qwen2vl.checkpoints.hf_folder import load_processor
+            from dct_qwen2vl.data.media_encoder import MediaEncoder
+            from dct_qwen2vl.data.text_tokens import TextTokens
+
+        self.processor = load_processor(model_dir, **settings)
+        self.text_tokens = TextTokens(self.processor.tokenizer)
+        self.media = MediaEncoder(self.processor.image_processor, sampling)
+        self.max_new_tokens = max_new_tokens
+
+    def count_longer(self, texts: list[str]) -> int:
+        """How many texts have more tokens than the longest answer."""
+        ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return sum(len(each) > self.max_new_tokens for each in ids)
+
+
+class Answerer(Reader):
+    """A model that stock transformers loads, on the current GPU if there is one.
+
+    model_dir: As in `Reader`, and so are `max_new_tokens`, `sampling` and `settings`.
+    dtype: Of the weights. None: bfloat16 on a GPU, float32 on a CPU.
 
     Raises CheckpointError.
     """
@@ -53,29 +80,18 @@ class Answerer:
             import torch
             from transformers import AutoModelForImageTextToText
 
-            from dct_qwen2vl.checkpoints.hf_folder import load_processor
-            from dct_qwen2vl.data.media_encoder import MediaEncoder
-            from dct_qwen2vl.data.text_tokens import TextTokens
             from dct_qwen2vl.data.vision_attention import attend_each_step_alone
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
             dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
             model = AutoModelForImageTextToText.from_pretrained(model_dir, torch_dtype=dtype)  # imports its class
+        super().__init__(model_dir, max_new_tokens, sampling, **settings)
         attend_each_step_alone(model.visual)
         self.model = model.to(device).eval()
-        self.processor = load_processor(model_dir, **settings)
-        self.text_tokens = TextTokens(self.processor.tokenizer)
-        self.media = MediaEncoder(self.processor.image_processor, sampling)
-        self.max_new_tokens = max_new_tokens
 
     def answer(self, questions: list[Question]) -> list[str]:
         """Greedy answers to a batch of questions."""
         return [self.text_tokens.decode(ids) for ids in self.generate(self.model_inputs(questions)).tolist()]
-
-    def count_longer(self, texts: list[str]) -> int:
-        """How many texts have more tokens than the longest answer."""
-        ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return sum(len(each) > self.max_new_tokens for each in ids)
 
     def generate(self, inputs: dict[str, "torch.Tensor"]) -> "torch.Tensor":
         """What `model_inputs` gives -> the greedy answers, int64 [B, new]."""
@@ -178,32 +194,6 @@ class Answerer:
         if question.system is not None:
             messages.insert(0, {"role": "system", "content": question.system})
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def answer_all(
-    answerer: Answerer,
-    questions: list[Question],
-    batch_size: int,
-    blind: bool,
-    update: Callable[[int], object] = lambda count: None,
-) -> list[str]:
-    """Answers to all questions, in the order of `questions`.
-
-    answerer: The model.
-    questions: To be asked. Batches hold questions of similar length, so there is little padding.
-    batch_size: Questions that are answered at once.
-    blind: Whether all images and frames are made grey.
-    update: Called after each batch with the number of its questions.
-    """
-    lengths = [len(question.text) for question in questions]
-    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].media), lengths[i]))
-    predictions = [""] * len(questions)
-    for chosen in cut_batches(order, lengths, batch_size):
-        batch = [blinded(questions[i]) if blind else questions[i] for i in chosen]
-        for i, prediction in zip(chosen, answer_batch(answerer.answer, batch), strict=True):
-            predictions[i] = prediction
-        update(len(batch))
-    return predictions
 
 
 def cut_batches(order: list[int], lengths: list[int], batch_size: int) -> Iterator[list[int]]:

@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 
 from dct_qwen2vl.common.files import replacing
+from dct_qwen2vl.common.workers import WorkerPool
 from dct_qwen2vl.preparation.archives import list_tars, name_unread_below
 from dct_qwen2vl.preparation.file_kinds import name_kind
 from dct_qwen2vl.preparation.metadata import PreparationError
@@ -46,7 +47,6 @@ from dct_qwen2vl.preparation.other_names import (
     within_folders,
 )
 from dct_qwen2vl.preparation.tar_walk import EDGE_BYTES, DamagedTar, Member, walk_tar
-from dct_qwen2vl.preparation.workers import WorkerPool
 
 INDEX_VERSION = 2  # of the files in O/.work
 DIGEST = np.dtype("S16")

@@ -18,6 +18,7 @@ from zlib import crc32
 
 import numpy as np
 
+from dct_qwen2vl.common.workers import WorkerPool
 from dct_qwen2vl.data.conversations import list_named_images, list_names, list_parts, name_in, strip_scheme
 from dct_qwen2vl.preparation.entries import CheckedEntry, UnusableSample, check_entry, field_of, read_turns
 from dct_qwen2vl.preparation.media_index import (
@@ -35,7 +36,6 @@ from dct_qwen2vl.preparation.media_index import (
     why_unread,
 )
 from dct_qwen2vl.preparation.metadata import EntryRanges, MetadataReader, PreparationError, parse_entries, read_entry
-from dct_qwen2vl.preparation.workers import WorkerPool
 
 MOST_SOURCES = 256  # more names are no names of datasets; the others are counted together
 OTHER_SOURCES, NO_SOURCE, TEXT_SOURCE, NO_FOLDER = "other", "unknown", "text", "no folder"

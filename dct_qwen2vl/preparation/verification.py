@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dct_qwen2vl.common.scripts import UserError
+from dct_qwen2vl.common.workers import WorkerPool
 from dct_qwen2vl.data.images import IMAGE_EXTENSIONS, decode_image, open_image
 from dct_qwen2vl.data.reading import MediaError
 from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS, VideoSampling, decode_video
@@ -35,7 +36,6 @@ from dct_qwen2vl.preparation.output_folder import (
     with_new_names,
 )
 from dct_qwen2vl.preparation.video_conversion import probe_video
-from dct_qwen2vl.preparation.workers import WorkerPool
 
 SHARD_FILES = "pretrain-*.tar"
 BLOCK = tarfile.BLOCKSIZE

@@ -6,11 +6,13 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -32,7 +34,8 @@ from dct_qwen2vl.data.videos import VideoSampling, YUVFrames
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.evaluation import questions as reading
 from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines
-from dct_qwen2vl.evaluation.answering import Answerer, answer_all, answer_batch, cut_batches
+from dct_qwen2vl.evaluation.answerers import Answerers
+from dct_qwen2vl.evaluation.answering import Answerer, answer_batch, cut_batches
 from dct_qwen2vl.evaluation.questions import Question, Reading, blinded, read_questions
 from dct_qwen2vl.evaluation.scoring import accuracies, describe_answers, same_answer
 from task_encoder import QwenTaskEncoder
@@ -127,11 +130,12 @@ def test_questions_are_the_entries_of_the_test_split(prepared, questions):
 
 
 def test_batches_answer_as_single_questions(prepared, questions):
-    answerer = Answerer(prepared.model, max_new_tokens=4)
     chosen = questions[:10]
-    together = answer_all(answerer, chosen, batch_size=5, blind=False)
-    alone = [answerer.answer([q])[0] for q in chosen]
-    assert together == alone
+    with Answerers(1, prepared.model, max_new_tokens=4) as answerers:
+        together = answerers.answer_all(chosen, batch_size=5)
+        alone = [answerers.reader.answer([q])[0] for q in chosen]
+        blind = [answerers.reader.answer([blinded(q)])[0] for q in chosen]
+    assert together == (alone, blind)
 
 
 def test_one_very_long_question_is_asked_alone():
@@ -507,11 +511,17 @@ def test_what_is_read_is_asked_or_left_out_for_a_reason(prepared, tmp_path, monk
     assert "has no questions to ask (read 1 entries = asked 0 + left out 1 (special_token 1))" in error
 
 
-@pytest.mark.parametrize("flag", ["--batch-size", "--limit", "--max-new-tokens"])
+@pytest.mark.parametrize("flag", ["--batch-size", "--limit", "--max-new-tokens", "--processes"])
 def test_numbers_below_one_are_refused(prepared, tmp_path, one_line_error, flag):
     arguments = folders(prepared, tmp_path)
     assert evaluate_qwen2vl.main([*arguments, flag, "0"]) == 1
     assert f"{flag} must be at least 1, got 0" in one_line_error()
+
+
+def test_more_processes_than_gpus_are_refused(prepared, tmp_path, monkeypatch, one_line_error):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert evaluate_qwen2vl.main([*folders(prepared, tmp_path), "--processes", "3"]) == 1
+    assert "--processes 3: each takes a GPU, and there are 2" in one_line_error()
 
 
 @pytest.mark.parametrize(
@@ -531,7 +541,7 @@ def test_a_model_is_asked_with_another_skipping_than_it_was_trained(
             used.append(self.media.skip_db)
             return super().answer(chosen)
 
-    monkeypatch.setattr(evaluate_qwen2vl, "Answerer", Seen)
+    monkeypatch.setattr("dct_qwen2vl.evaluation.answerers.Answerer", Seen)
     words = ["--model-dir", str(model), "--data-dir", str(prepared.shards), "--output-dir", str(tmp_path / "out")]
     flag = ["--skip-db", *typed] if typed else []
     assert evaluate_qwen2vl.main([*words, "--limit", "2", "--max-new-tokens", "2", *flag]) == 0
@@ -765,7 +775,58 @@ def test_answers_of_media_that_were_read_otherwise_are_not_used(go_on, interrupt
     now = f'"version": {evaluate_qwen2vl.ANSWERS_VERSION}'.encode()
     assert interrupted.count(now) == 1
     assert go_on(interrupted.replace(now, b'"version": 1')) == (whole, 18)
-    assert "is not used (version was 1, now is 4): starting again" in capsys.readouterr().err
+    refused = f"is not used (version was 1, now is {evaluate_qwen2vl.ANSWERS_VERSION}): starting again"
+    assert refused in capsys.readouterr().err
+
+
+# Side by side
+
+
+KILLED_SIDE_BY_SIDE = """
+import multiprocessing, os, signal, sys
+import evaluate_qwen2vl
+from dct_qwen2vl.evaluation.answer_file import AnswerFile
+add_round, evaluate_qwen2vl.ASKED_AT_ONCE = AnswerFile.add_round, 4
+def add_or_die(self, *values):
+    if len(self.answers) == 8:
+        print(*[process.pid for process in multiprocessing.active_children()], flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    add_round(self, *values)
+AnswerFile.add_round = add_or_die
+evaluate_qwen2vl.main(sys.argv[1:])
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_processes_side_by_side_write_the_same_and_end_with_a_killed_one(prepared, whole, go_on, tmp_path):
+    output = tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED_SIDE_BY_SIDE, *folders(prepared, output), *OPTIONS, "--processes", "2"]
+    done = run(command, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline, "workers of a killed run go on"
+        time.sleep(0.1)
+    part = (output / PART).read_bytes()
+    shutil.rmtree(output)
+    assert go_on(part, "--processes", "2") == (whole, 0), "none is asked in this process"
+
+
+def test_what_a_process_cannot_answer_is_one_error(prepared):
+    asked = Question("a", 0, "all", ("What is <|image_pad|>?",), "red", ())
+    with (
+        Answerers(2, prepared.model, max_new_tokens=1) as answerers,
+        pytest.raises(UserError, match=r"a prompt has places for \['image'\], its question has \[\]"),
+    ):
+        answerers.answer_all([asked] * 3, batch_size=1)
 
 
 def test_a_run_killed_before_its_last_step_asks_nothing_again(prepared, go_on, whole, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from raw_sets import plain_jpeg, write_tar
 
+from dct_qwen2vl.common.workers import WorkerPool
 from dct_qwen2vl.preparation import media_index
 from dct_qwen2vl.preparation.media_index import (
     DIGEST,
@@ -33,7 +34,6 @@ from dct_qwen2vl.preparation.media_index import (
 )
 from dct_qwen2vl.preparation.metadata import PreparationError
 from dct_qwen2vl.preparation.tar_walk import EDGE_BYTES
-from dct_qwen2vl.preparation.workers import WorkerPool
 
 LONG_NAME = "folder/" * 40 + "image.jpg"
 FILES = {"a/1.jpg": b"one", "a/2.jpg": b"two" * 5000, "b/Ü.png": b"", LONG_NAME: b"long", "c.mp4": b"x" * 512}

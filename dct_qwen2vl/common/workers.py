@@ -8,22 +8,31 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import Any
 
-from dct_qwen2vl.preparation.metadata import PreparationError
+from dct_qwen2vl.common.scripts import UserError
 
 POLL_SECONDS = 0.5
 
 _progress: Any = None  # in a worker process: the counter that it shares with its parent
+_begin: Callable[[], Any] | None = None  # in a worker process: what it does before its first task
 
 
-def start_worker(progress: Any) -> None:
+def start_worker(progress: Any, numbers: Any, begin: Callable[[int], Any] | None) -> None:
     """Prepares a worker process.
 
     It ends with its parent, leaves Ctrl-C to it, and keeps Pillow's warnings to itself.
+
+    progress: Counter that it shares with its parent.
+    numbers: Counter of the workers.
+    begin: As in `WorkerPool`.
     """
-    global _progress
+    global _progress, _begin
     _progress = progress
+    with numbers.get_lock():
+        number, numbers.value = numbers.value, numbers.value + 1
+    _begin = partial(begin, number) if begin else None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     threading.Thread(target=exit_with_parent, daemon=True).start()
@@ -41,6 +50,10 @@ def count_in_worker(steps: int) -> None:
 
 
 def run_in_worker(function: Callable[[Any, Callable[[int], Any]], Any], task: Any) -> Any:
+    global _begin
+    if _begin:
+        _begin()  # not as the process starts: what it raises is then this task's failure
+        _begin = None
     return function(task, count_in_worker)
 
 
@@ -48,22 +61,33 @@ class WorkerPool:
     """Worker processes, as a context manager.
 
     num_workers: how many. 0: the calling process does the work.
+    spawn: whether each gets an interpreter of its own, started at its first task. CUDA needs it.
+    begin: what a worker does before its first task. It takes the worker's number, from 0 on.
+    remedy: for a worker that died.
 
-    They are forked, all at once and first of all: before this process has threads, open locks or much memory, and with
-    everything imported. To start an interpreter for each would take a second.
+    Otherwise they are forked, all at once and first of all: before this process has threads, open locks or much memory,
+    and with everything imported. To start an interpreter for each would take a second.
     """
 
-    def __init__(self, num_workers: int):
-        self.num_workers = num_workers
+    def __init__(
+        self,
+        num_workers: int,
+        spawn: bool = False,
+        begin: Callable[[int], Any] | None = None,
+        remedy: str = "try fewer --num-workers; what is finished stays",
+    ) -> None:
+        self.num_workers, self.spawn, self.begin, self.remedy = num_workers, spawn, begin, remedy
         self.pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "WorkerPool":
         if self.num_workers:
-            context = multiprocessing.get_context("fork")
+            context = multiprocessing.get_context("spawn" if self.spawn else "fork")
             self.progress = context.Value("q", 0)
+            shared = (self.progress, context.Value("q", 0), self.begin)
             # Not multiprocessing.Pool, which waits for ever when a worker is killed.
-            self.pool = ProcessPoolExecutor(self.num_workers, context, start_worker, (self.progress,))
-            self.pool.submit(os.getpid).result()
+            self.pool = ProcessPoolExecutor(self.num_workers, context, start_worker, shared)
+            if not self.spawn:
+                self.pool.submit(os.getpid).result()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -90,8 +114,7 @@ class WorkerPool:
         try:
             yield from self.map_in_processes(function, iter(tasks), advance)
         except BrokenProcessPool as error:
-            why = "a worker process died, perhaps because the memory was full; try fewer --num-workers"
-            raise PreparationError(f"{why}; what is finished stays") from error
+            raise UserError(f"a worker process died, perhaps because the memory was full; {self.remedy}") from error
 
     def map_in_processes(
         self, function: Callable, tasks: Iterator[Any], advance: Callable[[int], Any]
