@@ -17,7 +17,6 @@ from runs that had the device to themselves, as with --jobs 1.
 
 import argparse
 import multiprocessing
-import os
 import sys
 import threading
 import time
@@ -31,6 +30,7 @@ from benchmarks.quality.result_files import Output
 from benchmarks.quality.settings import FAILURES, Settings, add_run_flags, first_line, parser_of
 from benchmarks.quality.suites import STEPS, SUITES, Plan
 from dct_qwen2vl.common.scripts import UserError, run_main
+from dct_qwen2vl.common.workers import exit_with_parent
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -103,17 +103,11 @@ def new_process(device: str) -> Executor:
 
 
 def begin_process(device: str) -> None:
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     if device == "cuda":
         import torch
 
         torch.set_num_threads(1)  # the cores are for the other processes
-
-
-def end_with_parent() -> None:
-    """So that no run goes on unseen, and writes files, after the command was killed."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def do_runs(runs: Sequence[Settings], work: Work, workers: list[Executor], renew: Callable[[], Executor]) -> set[str]:

@@ -39,7 +39,7 @@ def start_worker(progress: Any, numbers: Any, begin: Callable[[int], Any] | None
 
 
 def exit_with_parent() -> None:
-    """Without this, the workers of a killed run would go on and write beside those of the next one."""
+    """In a thread: otherwise the workers of a killed run would go on and write beside those of the next one."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
