@@ -62,7 +62,7 @@ def a_study(folder: Path) -> DrawnStudy:
 
 
 def test_trainings_get_equal_steps_that_fit_into_their_time(tmp_path, monkeypatch, capsys):
-    for name, value in {"FIRST": 2, "SEEN": 8, "SPARE": 1}.items():
+    for name, value in {"FIRST": 2, "SEEN": 8, "SPARE": 1, "LAUNCH": 0}.items():
         monkeypatch.setattr(study, name, value)
     made = a_study(tmp_path)
     made.train_in_time(("one", "two"), minutes=7 / 60, step_time=0.001)  # it takes 20 times as long
