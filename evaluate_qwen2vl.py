@@ -218,11 +218,14 @@ def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> Re
 
 def read_ahead(items: Iterator[Any]) -> Iterator[Any]:
     """The same items. Each is read while the one before it is worked on."""
-    with ThreadPoolExecutor(1) as thread:
+    thread = ThreadPoolExecutor(1)
+    try:
         coming = thread.submit(next, items, None)
         while (item := coming.result()) is not None:
             coming = thread.submit(next, items, None)
             yield item
+    finally:
+        thread.shutdown(wait=False)  # after Ctrl-C nobody waits for what is being read
 
 
 def summarise(arguments: argparse.Namespace, answers: list[dict[str, Any]], reading: Reading) -> dict[str, Any]:

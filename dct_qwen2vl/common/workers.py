@@ -61,7 +61,8 @@ class WorkerPool:
     """Worker processes, as a context manager.
 
     num_workers: how many. 0: the calling process does the work.
-    spawn: whether each gets an interpreter of its own, started at its first task. CUDA needs it.
+    spawn: whether each gets an interpreter of its own, started at its first task. CUDA needs it. An error ends such
+        workers in the middle of their tasks; forked ones finish theirs.
     begin: what a worker does before its first task. It takes the worker's number, from 0 on.
     remedy: for a worker that died.
 
@@ -81,6 +82,7 @@ class WorkerPool:
 
     def __enter__(self) -> "WorkerPool":
         if self.num_workers:
+            self.others = set(multiprocessing.active_children())
             context = multiprocessing.get_context("spawn" if self.spawn else "fork")
             self.progress = context.Value("q", 0)
             shared = (self.progress, context.Value("q", 0), self.begin)
@@ -92,6 +94,9 @@ class WorkerPool:
 
     def __exit__(self, *error: object) -> None:
         if self.pool:
+            if self.spawn and error[0]:
+                for worker in set(multiprocessing.active_children()) - self.others:
+                    worker.terminate()
             self.pool.shutdown(wait=True, cancel_futures=True)
 
     def map(

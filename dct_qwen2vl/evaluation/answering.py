@@ -65,7 +65,7 @@ class Answerer(Reader):
     model_dir: As in `Reader`, and so are `max_new_tokens`, `sampling` and `settings`.
     dtype: Of the weights. None: bfloat16 on a GPU, float32 on a CPU.
 
-    Raises CheckpointError.
+    Raises CheckpointError, and UserError if the GPU's memory is full.
     """
 
     def __init__(
@@ -87,7 +87,13 @@ class Answerer(Reader):
             model = AutoModelForImageTextToText.from_pretrained(model_dir, torch_dtype=dtype)  # imports its class
         super().__init__(model_dir, max_new_tokens, sampling, **settings)
         attend_each_step_alone(model.visual)
-        self.model = model.to(device).eval()
+        try:
+            self.model = model.to(device).eval()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the memory of GPU {torch.cuda.current_device()} is full before the model is there: end what else "
+                "uses it, or name other GPUs in CUDA_VISIBLE_DEVICES"
+            ) from error
 
     def answer(self, questions: list[Question]) -> list[str]:
         """Greedy answers to a batch of questions."""

@@ -820,6 +820,16 @@ def test_processes_side_by_side_write_the_same_and_end_with_a_killed_one(prepare
     assert go_on(part, "--processes", "2") == (whole, 0), "none is asked in this process"
 
 
+def test_a_gpu_that_is_full_is_told(prepared, monkeypatch):
+    def full(*device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    with pytest.raises(UserError, match=r"^the memory of GPU 3 is full before the model is there: end what else uses"):
+        Answerer(prepared.model, max_new_tokens=1)
+
+
 def test_what_a_process_cannot_answer_is_one_error(prepared):
     asked = Question("a", 0, "all", ("What is <|image_pad|>?",), "red", ())
     with (
