@@ -15,6 +15,8 @@ compares two forms of a model (comparison.py): logits and greedy answers on a fe
 
 import argparse
 import math
+import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -37,7 +39,7 @@ from dct_qwen2vl.common.imports import importing
 from dct_qwen2vl.common.scripts import UserError, run_main, run_program
 from dct_qwen2vl.common.settings import DefaultsFormatter, add_flags, check_ranges, flag_of
 from dct_qwen2vl.common.video_sampling import PREFIX, VideoSampling
-from dct_qwen2vl.data.energon_files import read_splits
+from dct_qwen2vl.data.energon_files import count_samples, read_splits
 from dct_qwen2vl.evaluation.answer_file import AnswerFile, as_lines, digest_files
 from dct_qwen2vl.evaluation.answerers import Answerers
 from dct_qwen2vl.evaluation.answering import Reader
@@ -107,16 +109,25 @@ def check(arguments: argparse.Namespace) -> None:
         check_ranges(sampling_of(model_dir, arguments), PREFIX)
     if not read_splits(arguments.data_dir, (arguments.split,))[arguments.split]:
         raise UserError(f"the {arguments.split} split of {arguments.data_dir} holds no shard: choose another --split")
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"cannot be made ({error.strerror})"
+        raise UserError(f"--output-dir {arguments.output_dir} {why}: name another") from error
 
 
 def check_processes(arguments: argparse.Namespace) -> None:
-    """Raises UserError for more processes than GPUs."""
+    """Raises UserError for more processes than GPUs, or than processors where there is no GPU."""
+    if arguments.processes == 1:
+        return
+    if arguments.compare:
+        raise UserError("--processes does not go with --compare, which asks a few questions: leave one out")
     import torch
 
-    gpus = torch.cuda.device_count()
-    if gpus and arguments.processes > gpus:
-        raise UserError(f"--processes {arguments.processes}: each takes a GPU, and there are {gpus}")
+    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    if arguments.processes > (gpus or cores):
+        each, there = ("GPU", gpus) if gpus else ("processor", cores)
+        raise UserError(f"--processes {arguments.processes}: each takes a {each}, and there are {there}")
 
 
 def check_skipping(arguments: argparse.Namespace) -> None:
@@ -200,10 +211,12 @@ def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> Re
     sampling, skipping = sampling_of(arguments.model_dir, arguments), skipping_of(arguments)
     source = (arguments.data_dir, arguments.split, arguments.limit)
     most, begun = arguments.limit and 2 * arguments.limit, 2 * len(file.answers)
+    entries = count_samples(arguments.data_dir, read_splits(arguments.data_dir, (arguments.split,))[arguments.split])
+    total = most or expected_answers(reading, entries) or None
     model = (arguments.model_dir, arguments.max_new_tokens, sampling)
     with (
         Answerers(arguments.processes, *model, **skipping) as answerers,
-        tqdm(desc="Answering", total=most, initial=begun, unit="answer") as bar,
+        tqdm(desc="Answering", total=total, initial=begun, unit="answer") as bar,
     ):
         reader = answerers.reader
         questions = read_questions(*source, reader.media.read, reader.text_tokens.stay_text, reading)
@@ -212,8 +225,18 @@ def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> Re
         for chosen, read in read_ahead(states) if arguments.processes > 1 else states:
             seen, blind = answerers.answer_all(chosen, arguments.batch_size, bar.update)
             file.add_round(describe_answers(chosen, seen, blind), read)
-        bar.total = bar.n  # known only now: the shards say how many entries there are, not how many questions
+            bar.total = most or expected_answers(Reading.of(read), entries)
+        bar.total = bar.n
     return reader
+
+
+def expected_answers(reading: Reading, entries: int) -> int:
+    """Of all entries, if they have as many questions as those that were read.
+
+    reading: How far the entries were read.
+    entries: Of the split. How many questions they have is known at the end.
+    """
+    return round(2 * reading.questions * max(1.0, entries / max(1, reading.entries_read)))
 
 
 def read_ahead(items: Iterator[Any]) -> Iterator[Any]:
@@ -263,6 +286,8 @@ def answer(arguments: argparse.Namespace) -> int:
     check(arguments)
     if arguments.compare:
         return compare_forms(arguments)
+    if arguments.processes > 1:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which ends the other processes first
     evaluate(arguments)
     print(f"Predictions are in {arguments.output_dir / 'predictions.jsonl'}")
     return 0

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -31,6 +32,7 @@ def run_main(
 
     `run_program` handles Ctrl-C before and after it.
     """
+    warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)  # of each import of torch
     try:
         return work()
     except errors as error:

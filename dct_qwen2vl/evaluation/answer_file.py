@@ -57,7 +57,11 @@ class AnswerFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.file.close()
+        try:
+            self.file.close()
+        except OSError:  # what could not be written once
+            if error[0] is None:
+                raise
 
     def add_round(self, answers: list[dict[str, Any]], read: dict[str, Any]) -> None:
         """Adds answers to the file. The first call replaces what cannot be used.
@@ -76,9 +80,14 @@ class AnswerFile:
         self.read = read
 
     def write(self, lines: list[dict[str, Any]]) -> None:
-        """Writes lines to the disk at once."""
-        self.file.write(as_lines(lines))
-        self.file.flush()
+        """Writes lines to the disk at once. Raises UserError where that is not possible."""
+        try:
+            self.file.write(as_lines(lines))
+            self.file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}): make room, then the same command continues"
+            ) from error
 
     def remove(self) -> None:
         """At the end, when the answers are elsewhere."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Task = tuple[list[Question], bool]  # a batch, and whether its media are made grey
 
-REMEDY = "give fewer --processes or a lower --batch-size; the same command continues"
+REMEDY = "with fewer --processes the same command continues"
 
 _answerer: Answerer | None = None  # in a worker process
 

@@ -105,6 +105,8 @@ def read_questions(
         would give them their special meaning, so questions with them are left out.
     reading: Where to begin. It is kept up to date.
     """
+    from tqdm import tqdm
+
     from dct_qwen2vl.data.media import BadSample
     from dct_qwen2vl.data.reading import MediaError
     from dct_qwen2vl.data.sample_encoder import place_media as check_media
@@ -123,7 +125,7 @@ def read_questions(
             media = tuple((kind, read(kind, content)) for kind, content in sample.media)
         except (BadSample, MediaError) as error:
             reading.left_out[getattr(error, "reason", "undecodable_media")] += 1
-            print(f"evaluate_qwen2vl.py: {sample.__key__} left out: {error}", file=sys.stderr)
+            tqdm.write(f"evaluate_qwen2vl.py: {sample.__key__} left out: {error}", file=sys.stderr)  # beside its bar
             continue
         system = messages[0].pieces[0] if messages[0].role == "system" else None
         spoken = [message.pieces for message in messages if message.role != "system"]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -518,10 +519,19 @@ def test_numbers_below_one_are_refused(prepared, tmp_path, one_line_error, flag)
     assert f"{flag} must be at least 1, got 0" in one_line_error()
 
 
-def test_more_processes_than_gpus_are_refused(prepared, tmp_path, monkeypatch, one_line_error):
+def test_processes_that_cannot_be_are_refused(prepared, tmp_path, monkeypatch, one_line_error):
+    arguments = folders(prepared, tmp_path)
+    assert evaluate_qwen2vl.main([*arguments, "--processes", "1000"]) == 1
+    assert re.search(r"--processes 1000: each takes a processor, and there are \d+$", one_line_error())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert evaluate_qwen2vl.main([*folders(prepared, tmp_path), "--processes", "3"]) == 1
+    assert evaluate_qwen2vl.main([*arguments, "--processes", "3"]) == 1
     assert "--processes 3: each takes a GPU, and there are 2" in one_line_error()
+    forms = ["--compare", str(prepared.model), str(prepared.model), *arguments[2:]]
+    assert evaluate_qwen2vl.main([*forms, "--processes", "2"]) == 1
+    assert "--processes does not go with --compare" in one_line_error()
+    (tmp_path / "file").touch()
+    assert evaluate_qwen2vl.main([*arguments[:-1], str(tmp_path / "file")]) == 1
+    assert re.search(r"--output-dir \S+/file cannot be made \(File exists\): name another$", one_line_error())
 
 
 @pytest.mark.parametrize(
@@ -777,6 +787,25 @@ def test_answers_of_media_that_were_read_otherwise_are_not_used(go_on, interrupt
     assert go_on(interrupted.replace(now, b'"version": 1')) == (whole, 18)
     refused = f"is not used (version was 1, now is {evaluate_qwen2vl.ANSWERS_VERSION}): starting again"
     assert refused in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_and_the_same_command_goes_on(prepared, tmp_path, whole, go_on, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+    try:
+        assert evaluate_qwen2vl.main([*folders(prepared, tmp_path), *OPTIONS]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = r"jsonl\.part cannot be written \(File too large\): make room, then the same command continues$"
+    assert re.search(said, capsys.readouterr().err.rstrip())
+    assert go_on((tmp_path / PART).read_bytes())[0] == whole
+
+
+def test_the_bar_expects_what_the_entries_so_far_have():
+    half = Reading(entries=40, questions=60, left_out=Counter(broken_image=10))
+    assert evaluate_qwen2vl.expected_answers(half, 100) == 240
+    assert evaluate_qwen2vl.expected_answers(half, 30) == 120, "of a set that is smaller than it says"
+    assert evaluate_qwen2vl.expected_answers(Reading(), 100) == 0
 
 
 # Side by side
