@@ -11,7 +11,7 @@ from dct_qwen2vl.common.scripts import UserError
 # image, `counted_frames` of a video. A fit with an attribute `whole` that is true has JPEGs decoded at their own size.
 Fit = Callable[[int, int, int], tuple[int, int]]
 
-MEMORY_ADDRESS = re.compile(r" object at 0x[0-9a-f]+")  # in Pillow's messages; another one in every run
+PYTHON_OBJECT = re.compile(r" <[\w.]+ object at 0x[0-9a-f]+>")  # in Pillow's messages; another address in every run
 
 
 class MediaError(UserError):
@@ -28,7 +28,7 @@ def readable(kind: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        said = MEMORY_ADDRESS.sub("", " ".join(str(error).split()))
+        said = PYTHON_OBJECT.sub("", " ".join(str(error).split()))
         raise MediaError(f"not a readable {kind}: {said}") from error
 
 

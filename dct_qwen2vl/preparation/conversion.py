@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from dct_qwen2vl.data.images import EXIF_ORIENTATION, decode_image, open_image, to_rgb
-from dct_qwen2vl.data.reading import MEMORY_ADDRESS
+from dct_qwen2vl.data.reading import PYTHON_OBJECT
 from dct_qwen2vl.preparation.entries import UnusableSample
 from dct_qwen2vl.preparation.file_kinds import name_medium
 from dct_qwen2vl.preparation.image_structure import read_layout
@@ -173,7 +173,7 @@ def saying_which(kind: str, name: str) -> Iterator[None]:
     except Exception as error:
         # The decoders meet bytes from anywhere and raise whatever they like (struct.error, KeyError, SyntaxError, ...).
         reason = "broken_image" if kind == "image" else "broken_video"
-        fault = MEMORY_ADDRESS.sub("", f"{type(error).__name__}: {' '.join(str(error).split())}")
+        fault = PYTHON_OBJECT.sub("", f"{type(error).__name__}: {' '.join(str(error).split())}")
         raise UnusableSample(reason, f"{name}: {fault:.500}") from error
 
 

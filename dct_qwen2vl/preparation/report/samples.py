@@ -17,7 +17,7 @@ from dct_qwen2vl.data.images import decode_image
 from dct_qwen2vl.data.media import part_order
 from dct_qwen2vl.data.reading import MediaError
 from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS, VideoSampling, decode_video
-from dct_qwen2vl.preparation.conversion import MEMORY_ADDRESS
+from dct_qwen2vl.preparation.conversion import PYTHON_OBJECT
 from dct_qwen2vl.preparation.entries import Turn, UnusableSample, read_turns
 from dct_qwen2vl.preparation.metadata import PreparationError
 from dct_qwen2vl.preparation.report.statistics import Shard, Statistics
@@ -175,7 +175,7 @@ def make_thumbnail(name: str, data: bytes) -> Thumbnail:
         else:
             frames = decode_image(data, fit_image)[None]
     except MediaError as error:
-        return Thumbnail(name, fault=MEMORY_ADDRESS.sub("", str(error)))
+        return Thumbnail(name, fault=PYTHON_OBJECT.sub("", str(error)))
     return Thumbnail(name, tuple(map(encode_jpeg, frames)), *frames.shape[1:3])
 
 
