@@ -6,6 +6,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -35,6 +37,14 @@ def run(command: list[str], check: bool = True, **environment: str) -> subproces
         check=check,
         timeout=600,
     )
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process, and it has not ended."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def write_checkpoint(folder: Path) -> None:

@@ -153,16 +153,17 @@ def make_sheet(
         canvas = draw_video_sheet(path.name, original, frames, results, shown)
     else:
         canvas = draw_image_sheet(path.name, original, frames, results)
-        words = [[*lines, *words_of_kept(result)] for lines, result in zip(words, results)]
+        if skip_db:
+            words = [[*lines, words_of_kept(result)] for lines, result in zip(words, results)]
     return canvas, [f"{result.config.name}: {'; '.join(lines)}" for result, lines in zip(results, words)]
 
 
-def words_of_kept(result: Result) -> list[str]:
-    """What stands over the kept cells of an image; nothing without skipping.
+def words_of_kept(result: Result) -> str:
+    """What stands over the kept cells of an image.
 
-    result: What was measured.
+    result: What was measured, with skipping.
     """
-    return [] if result.kept is None else [f"{result.share:.0%} of the cells are kept"]
+    return f"{result.share:.0%} of the cells are kept"
 
 
 def draw_image_sheet(name: str, original: tuple[int, int], frames: np.ndarray, results: list[Result]) -> Canvas:
@@ -220,7 +221,7 @@ def draw_image_sheet(name: str, original: tuple[int, int], frames: np.ndarray, r
         canvas.text(x, rows[2], f"mean {result.error.mean():.2f}, most {result.error.max():.0f}", color=FAINT)
         canvas.image(x, rows[2] + LINE + 8, scaled(error_image(result.error[0], scale), cell_size))
         if result.kept is not None:
-            canvas.text(x, rows[3], *words_of_kept(result), color=FAINT)
+            canvas.text(x, rows[3], words_of_kept(result), color=FAINT)
             tinted = tint_skipped(result.decoded[:1], result.kept)[0]
             canvas.image(x, rows[3] + LINE + 8, scaled(tinted, cell_size))
         draw_masks(canvas, x, rows[-1], result.config, CELL, still=True)

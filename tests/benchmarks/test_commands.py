@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from pipeline import is_running
 
 from benchmarks.commands import Command
 from benchmarks.quality.manuals import study
@@ -45,7 +45,7 @@ def test_what_a_command_has_started_ends_with_its_time(start, tmp_path, monkeypa
         time.sleep(0.05)
     assert command.wait(0.1) is None
     pid = int(child.read_text())
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not is_running(pid)
 
 
 class DrawnStudy(study.Study):

@@ -13,11 +13,10 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
-from pipeline import edit_json, run
+from pipeline import edit_json, is_running, run
 from samples_by_hand import answer, conversation_sample
 from torch.nn import functional
 from transformers import AutoProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
@@ -824,13 +823,6 @@ def add_or_die(self, *values):
 AnswerFile.add_round = add_or_die
 evaluate_qwen2vl.main(sys.argv[1:])
 """
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_processes_side_by_side_write_the_same_and_end_with_a_killed_one(prepared, whole, go_on, tmp_path):

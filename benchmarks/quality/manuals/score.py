@@ -10,6 +10,7 @@ lines compare the last variant with each other one, on the same pages.
 
 import argparse
 import json
+import math
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -65,18 +66,17 @@ def page_of(image: str) -> str:
 
 def readings(answers: list[dict[str, Any]], pages: dict[str, str], name: str = "prediction") -> dict[str, Reading]:
     """By resolution, "60 dpi" first, then of ALL. pages: of each sample. name: under which the answers stand."""
-    found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
-    for answer in sorted(answers, key=lambda answer: kind_and_dpi(answer)[1]):
+    found: dict[float, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+    for answer in answers:
         kind, dpi = kind_and_dpi(answer)
         if kind == TRANSCRIBE:
             true = compared(answer["answer"])
             wrong = edit_distance(compared(answer[name]), true)
-            for place in (f"{dpi} dpi", ALL):
-                counts = found[place][pages[answer["key"]]]
+            for resolution in (dpi, math.inf):  # the second stands for ALL
+                counts = found[resolution][pages[answer["key"]]]
                 counts[0] += wrong
                 counts[1] += len(true)
-    everything = found.pop(ALL, None)
-    return {place: reading_of(pages) for place, pages in (*found.items(), *([(ALL, everything)] if everything else []))}
+    return {ALL if dpi == math.inf else f"{dpi} dpi": reading_of(pages) for dpi, pages in sorted(found.items())}
 
 
 def reading_of(pages: dict[str, list[int]]) -> Reading:
@@ -128,6 +128,11 @@ def score(answers: list[dict[str, Any]], pages: dict[str, str]) -> dict[str, Any
         },
         "questions": questions(answers),
     }
+
+
+def scored_readings(found: dict[str, Any]) -> dict[str, Reading]:
+    """What `score` counted, as `readings` gives it."""
+    return {place: reading_of(counts["by_page"]) for place, counts in found["characters_wrong"].items()}
 
 
 def difference(one: Reading, other: Reading, seed: int = 0) -> tuple[float, float, float]:
@@ -191,10 +196,9 @@ def score_and_say(arguments: argparse.Namespace) -> int:
     scores = {name: score(given, pages) for name, given in answers.items()}
     print("\n".join(table(scores)))
     found: dict[str, Any] = {"variants": scores}
-    read = {name: readings(given, pages) for name, given in answers.items()}
-    *others, last = read
+    *others, last = scores
     for other in others:
-        found[f"{last} - {other}"] = differences = compare(read[other], read[last])
+        found[f"{last} - {other}"] = differences = compare(*(scored_readings(scores[name]) for name in (other, last)))
         for place, (value, low, high) in differences.items():
             print(f"characters wrong, {place}, {last} - {other}: {value:+.1%} ({low:+.1%} to {high:+.1%})")
     if arguments.output:
