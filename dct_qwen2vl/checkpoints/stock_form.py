@@ -8,6 +8,7 @@ repository. Its token format lies in dct_format.json, which loaders ignore, so t
 also says which cells the model was trained without. The stock form itself reads all cells.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ def to_stock(
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
     complete: bool = True,
+    only_patches: bool = False,
 ) -> Converted:
     """Writes the stock form of a coefficient-form directory, completely or not at all.
 
@@ -76,6 +78,7 @@ def to_stock(
     force: Whether a checkpoint in `output_dir` may be replaced.
     shard_bytes: Most bytes of tensors in one safetensors file.
     complete: Whether every weight must be there. A run that rehearses its last save has only the patch embedding.
+    only_patches: Whether to write the patch embedding alone. All other weights are those of `model_dir`.
 
     A stock Qwen2-VL that another version or tool has saved is rewritten as transformers 4.51 reads it.
 
@@ -104,7 +107,9 @@ def to_stock(
             write_json(folder / "config.json", stock_config(config, dct))
             _write_processors(source.folder, folder, dct, bounds)
             write_json(folder / STOCK_FORM, {"patch_embedding_dtype": dtype, **skipping, "dct": dct.to_dict()})
-            total = write_shards(changed_tensors(source, unfold), folder, shard_bytes)
+            names = {PATCH_EMBEDDING} if only_patches else source.tensors.keys()
+            written = replace(source, tensors={name: source.tensors[name] for name in names})
+            total = write_shards(changed_tensors(written, unfold), folder, shard_bytes)
         return Converted(dct, total, notes=all_notes(source, min_pixels, max_pixels))
 
 

@@ -95,6 +95,29 @@ class Answerer(Reader):
                 "uses it, or name other GPUs in CUDA_VISIBLE_DEVICES"
             ) from error
 
+    def become(self, other: Path, sampling: "VideoSampling | None" = None, **settings: Any) -> None:
+        """From now on this is another form of the same model: its patch embedding, and what it reads with.
+
+        other: Hugging Face directory. Of its weights only the patch embedding is read, and no others need be there.
+        sampling: As in `Reader`, and so are `settings`.
+
+        Raises CheckpointError.
+        """
+        import torch
+        from transformers import AutoConfig
+
+        from dct_qwen2vl.checkpoints.conversion import patch_embedding
+        from dct_qwen2vl.checkpoints.source import opened
+
+        super().__init__(other, self.max_new_tokens, sampling, **settings)
+        tower = self.model.visual
+        with opened(other, complete=False) as source:
+            weight, config = patch_embedding(source), AutoConfig.from_pretrained(source.folder)
+        with torch.device("meta"):
+            embedding = type(tower)._from_config(config.vision_config).patch_embed
+        embedding.proj.weight = torch.nn.Parameter(weight.to(tower.device, tower.dtype, copy=True))
+        tower.patch_embed = embedding
+
     def answer(self, questions: list[Question]) -> list[str]:
         """Greedy answers to a batch of questions."""
         return [self.text_tokens.decode(ids) for ids in self.generate(self.model_inputs(questions)).tolist()]

@@ -108,6 +108,7 @@ def compare(
     max_new_tokens: int = NEW_TOKENS,
     sampling: dict[str, Any] | None = None,
     bounds: dict[str, int] | None = None,
+    share_weights: bool = False,
 ) -> Comparison:
     """Asks both models the same questions, one model at a time, in float32.
 
@@ -118,6 +119,7 @@ def compare(
     max_new_tokens: Longest answer, tokens.
     sampling: Fields of `VideoSampling` in place of those in the models' files.
     bounds: min_pixels and max_pixels in place of those in the models' files.
+    share_weights: Whether the second is a form of the first model, of whose weights only the patch embedding is read.
 
     Raises UserError if there is nothing to ask.
     """
@@ -127,7 +129,7 @@ def compare(
     samples = read_all(models, samplings, data_dir, split, limit, settings)
     if not samples:
         raise UserError(f"the {split} split of {data_dir} has no questions to ask: choose another --split")
-    passes = ask_all(models, samplings, samples, max_new_tokens, settings)
+    passes = ask_all(models, samplings, samples, max_new_tokens, settings, share_weights)
     lines = [line_of(sample, *answers) for sample, answers in zip(samples, passes)]
     return Comparison(summary_of(models, split, lines), lines)
 
@@ -139,7 +141,8 @@ def compare_for_run(
 
     folder: Gets comparison.json and comparison.jsonl.
     model_dir: The coefficient form.
-    stock_dir: The stock form. None: it is made for this comparison alone.
+    stock_dir: The stock form, which is loaded as a server does. None: what it has else than the coefficient form is
+        made for this comparison alone.
     data_dir: Prepared folder of shards.
     limit: Questions.
     reading: sampling and bounds, as in `compare`.
@@ -151,7 +154,8 @@ def compare_for_run(
         return
     try:
         with stock_form(model_dir, stock_dir, folder) as stock:
-            found = compare((model_dir, stock), data_dir, limit=limit, **reading)
+            shared = stock_dir is None
+            found = compare((model_dir, stock), data_dir, limit=limit, share_weights=shared, **reading)
         found.write(folder)
     except (UserError, OSError, RuntimeError, ValueError) as error:
         told = " ".join(str(error).split())[:300]
@@ -166,7 +170,7 @@ def compare_for_run(
 
 @contextmanager
 def stock_form(model_dir: Path, stock_dir: Path | None, folder: Path) -> Iterator[Path]:
-    """stock_dir, or a stock form that is there inside the block only."""
+    """stock_dir, or a stock form without the weights that both forms have, which is there inside the block only."""
     from dct_qwen2vl.checkpoints.stock_form import to_stock
 
     if stock_dir is not None:
@@ -175,7 +179,7 @@ def stock_form(model_dir: Path, stock_dir: Path | None, folder: Path) -> Iterato
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / ".stock"
     try:
-        to_stock(model_dir, made, force=True)
+        to_stock(model_dir, made, force=True, only_patches=True)
         yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
@@ -273,24 +277,37 @@ def ask_all(
     samples: list[Sample],
     max_new_tokens: int,
     settings: dict[str, Any],
+    share_weights: bool = False,
 ) -> list[tuple[dict[str, "Pass"], dict[str, "Pass"]]]:
     """For each sample the passes of either form, on the "same" pixels and on its "own" reading. Both follow the first
-    form's answer."""
+    form's answer. Other arguments: as of `compare`."""
     import torch
 
     from dct_qwen2vl.evaluation.answering import Answerer
     from dct_qwen2vl.evaluation.forward_passes import exact_products
 
     found: list[list[dict[str, Pass]]] = [[] for _ in samples]
+    answerer = None
     for form, model, sampling in zip(FORMS, models, samplings):
         with exact_products():
-            answerer = Answerer(model, max_new_tokens, sampling, torch.float32, **settings)
+            if answerer is not None and share_weights:
+                answerer.become(model, sampling, **settings)
+            else:
+                answerer = None
+                free_memory()
+                answerer = Answerer(model, max_new_tokens, sampling, torch.float32, **settings)
             ask_model(answerer, form, first_encoder(models[0], model, samplings[0], settings), samples, found)
-        del answerer
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    del answerer
+    free_memory()
     return [tuple(passes) for passes in found]
+
+
+def free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def first_encoder(first: Path, model: Path, sampling: VideoSampling, settings: dict[str, Any]) -> "MediaEncoder":

@@ -22,11 +22,13 @@ def test_every_second_of_a_launch_has_one_part():
 
 def test_a_process_notes_the_imports_that_no_other_waits_for(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(start_up.TRACE), "IMPORT_TRACE": str(tmp_path), "RANK": "0"}
-    code = "import sys, os\nif os.fork(): os.wait()\nimport numpy.linalg"
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-    (file,) = tmp_path.iterdir()
+    child = "subprocess.run([sys.executable, '-c', 'import colorsys'], check=True)"
+    code = f"import subprocess, sys, os\nif os.fork(): os.wait()\nimport numpy.linalg\n{child}"
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    assert process.wait() == 0
+    assert len(list(tmp_path.iterdir())) == 3, "a forked process writes nothing; both children have the rank as well"
     trace = start_up.read_trace(tmp_path)
-    assert trace == json.loads(file.read_text()) and trace["rank"] == "0"
+    assert trace == json.loads((tmp_path / f"{process.pid}.json").read_text()) and trace["rank"] == "0"
     ((name, begun, ended),) = [each for each in trace["imports"] if each[0].startswith("numpy")]
     assert name == "numpy.linalg" and trace["begun"] <= begun < ended
 

@@ -10,7 +10,7 @@ from pipeline import edit_json
 from safetensors.torch import load_file, save_file
 
 import evaluate_qwen2vl
-from dct_qwen2vl.checkpoints.inspection import PROCESSOR
+from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING, PROCESSOR
 from dct_qwen2vl.checkpoints.stock_form import to_stock
 from dct_qwen2vl.checkpoints.video_sampling import write_sampling
 from dct_qwen2vl.evaluation import comparison
@@ -94,6 +94,21 @@ def test_other_sizes_and_frames_are_shown(prepared, stock, tmp_path):
     strict_json((tmp_path / "out" / "comparison.json").read_text())
     flagged = compare((prepared.model, other), prepared.shards, limit=4, sampling={"max_frames": 2})
     assert all(len(m["a"]["frames"]) == 2 for line in flagged.lines for m in line["media"] if m["kind"] == "video")
+
+
+def test_of_a_stock_form_that_shares_its_weights_the_patch_embedding_is_enough(prepared, stock, tmp_path):
+    alone = tmp_path / "alone"
+    to_stock(prepared.model, alone, only_patches=True)
+    weights = load_file(alone / "model.safetensors")
+    assert list(weights) == [PATCH_EMBEDDING]
+    whole = compare((prepared.model, stock), prepared.shards, limit=4)
+    shared = compare((prepared.model, alone), prepared.shards, limit=4, share_weights=True)
+    assert shared.lines == whole.lines and shared.equal
+    assert {kind for line in whole.lines for kind in (medium["kind"] for medium in line["media"])} == {"image", "video"}
+    wrong = weights[PATCH_EMBEDDING].flip(-1).contiguous()
+    save_file({PATCH_EMBEDDING: wrong}, alone / "model.safetensors", metadata={"format": "pt"})
+    found = compare((prepared.model, alone), prepared.shards, limit=4, share_weights=True)
+    assert not found.equal and found.summary["same"]["first_stage"] == "visual.patch_embed"
 
 
 def test_a_model_that_skips_is_compared_on_all_cells_which_is_said(prepared, stock, tmp_path, capsys):
