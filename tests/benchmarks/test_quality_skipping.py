@@ -300,5 +300,7 @@ def test_the_suite_has_all_variants_of_all_tasks_but_a_rate_of_images():
     starts = {run.name: run for run in runs if run.save}
     assert len(starts) == 5 and {(run.variant, run.steps) for run in starts.values()} == {("x4", 1800)}
     tuned = [run for run in runs if not run.save]
-    assert len(tuned) == (4 * 8 + 7) * 3 and {run.steps for run in tuned} == {600}
+    assert len(tuned) == (4 * 8 + 7 + 2) * 3 and {run.steps for run in tuned} == {600}
+    more = {"x4-skip-ring", "x4-skip-refresh"}
+    assert {run.task for run in tuned if run.variant in more} == {"still-board"}
     assert all(starts[run.start_from].task == run.task for run in tuned)
