@@ -82,18 +82,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises UserError or OSError with one line. Makes the output folder, so that no answer is in vain."""
-    with importing():
-        from dct_qwen2vl.checkpoints.loading import check_directory
-
     for name in ("limit", "batch_size", "max_new_tokens", "processes"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"{flag_of(name)} must be at least 1, got {value}")
     check_ranges(VideoSampling(**given_sampling(arguments)), PREFIX)
-    check_processes(arguments)
     check_skipping(arguments)
-    all_cells = arguments.compare or arguments.skip_db is not None  # which was asked for
-    for model_dir in arguments.compare or [arguments.model_dir]:
+    if arguments.compare and arguments.processes > 1:
+        raise UserError("--processes does not go with --compare, which asks a few questions: leave one out")
+    models = arguments.compare or [arguments.model_dir]
+    for model_dir in models:
         if not (model_dir / "config.json").is_file():
             flag = "--compare" if arguments.compare else "--model-dir"
             where = where_it_is(model_dir, "hf", flag) or f"give {flag} a run's hf folder"
@@ -101,14 +99,10 @@ def check(arguments: argparse.Namespace) -> None:
         dct = check_checkpoint(model_dir)
         if arguments.skip_db and dct is None:
             raise UserError(f"--skip-db needs DCT tokens, {model_dir} reads pixels: give --model-dir the run's hf_dct")
-        check_directory(model_dir)
-        for note in filter(None, (note_on_old_code(model_dir), note_on_saved_again(model_dir))):
-            print(f"Note: {note}")
-        if not all_cells and (note := note_on_all_cells(model_dir)):
-            print(f"Note: {note}")
         check_ranges(sampling_of(model_dir, arguments), PREFIX)
     if not read_splits(arguments.data_dir, (arguments.split,))[arguments.split]:
         raise UserError(f"the {arguments.split} split of {arguments.data_dir} holds no shard: choose another --split")
+    check_with_libraries(arguments, models)
     try:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -116,12 +110,26 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--output-dir {arguments.output_dir} {why}: name another") from error
 
 
+def check_with_libraries(arguments: argparse.Namespace, models: list[Path]) -> None:
+    """What only torch and transformers know, whose import takes seconds. Raises UserError; prints what to know of the
+    models."""
+    with importing():
+        from dct_qwen2vl.checkpoints.loading import check_directory
+
+    check_processes(arguments)
+    all_cells = arguments.compare or arguments.skip_db is not None  # which was asked for
+    for model_dir in models:
+        check_directory(model_dir)
+        for note in filter(None, (note_on_old_code(model_dir), note_on_saved_again(model_dir))):
+            print(f"Note: {note}")
+        if not all_cells and (note := note_on_all_cells(model_dir)):
+            print(f"Note: {note}")
+
+
 def check_processes(arguments: argparse.Namespace) -> None:
     """Raises UserError for more processes than GPUs, or than processors where there is no GPU."""
     if arguments.processes == 1:
         return
-    if arguments.compare:
-        raise UserError("--processes does not go with --compare, which asks a few questions: leave one out")
     import torch
 
     gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
