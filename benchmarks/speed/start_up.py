@@ -111,7 +111,11 @@ def parts(start: float, seen: dict[str, float], trace: dict, step: dict) -> dict
     start: of the launch, seconds since 1970.
     seen: when the lines of MARKS came, likewise.
     step: the first line of metrics.jsonl.
+
+    Raises RuntimeError for the trace of a process that began after training.
     """
+    if trace["begun"] > seen["engine"]:
+        raise RuntimeError("the process that trains has left no trace of its imports; was it killed?")
     imports = [(name, begun, ended) for name, begun, ended in trace["imports"] if ended <= seen["step"]]
     importing = sum(ended - begun for _, begun, ended in imports)
     comparison = 0.0

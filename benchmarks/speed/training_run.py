@@ -58,7 +58,7 @@ SPECIAL_TOKENS = {  # by their names in config.json
     "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
     "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
 }  # fmt: skip
-WARM_UP = 5  # steps that do not count
+WARM_UP = 5  # steps that do not count, where nothing else is said
 
 
 def conversation(rng: np.random.Generator, kind: str, turns: int, words: int) -> list[dict[str, str]]:
@@ -237,16 +237,17 @@ def launch(arguments: argparse.Namespace, settings: dict[str, str], gpus: int, s
     wall = time.perf_counter() - start
     kinds = trace_shares(next(run_dir.rglob("rank0.json.gz"))) if arguments.kernels else {}
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    found = figures([line for line in lines if "loss" in line])
+    found = figures([line for line in lines if "loss" in line], arguments.uncounted)
     return {"gpus": gpus, "skip_db": skip_db, **found, "launch_seconds": wall, "kinds": kinds}
 
 
-def figures(lines: list[dict]) -> dict:
+def figures(lines: list[dict], uncounted: int) -> dict:
     """The means over the steps past the warm-up, weighted by their time; shares of a CPU's run are 0 or left out.
 
     lines: Of metrics.jsonl, one for each step.
+    uncounted: Steps of the warm-up.
     """
-    steps = lines[WARM_UP:]
+    steps = lines[uncounted:]
     seconds, visual = sum(line["seconds"] for line in steps), sum(line["visual_tokens"] for line in steps)
     cells = sum(line["visual_tokens"] / line.get("kept_share", 1.0) for line in steps if line["visual_tokens"])
     return {
@@ -293,7 +294,10 @@ def new_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pipeline-parallel", type=int, default=1, help="GPUs that share the layers")
     parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="one launch for each number")
     parser.add_argument("--samples", type=int, default=400, help="of the data set, which is repeated")
-    parser.add_argument("--steps", type=int, default=25, help=f"optimizer steps; the first {WARM_UP} do not count")
+    parser.add_argument("--steps", type=int, default=25, help="optimizer steps")
+    parser.add_argument(
+        "--uncounted", type=int, default=WARM_UP, help="first steps, which do not count: the loader has read ahead"
+    )
     parser.add_argument("--sequences", "--rows", type=int, default=4, help="packed sequences of a step for each GPU")
     parser.add_argument("--pack-tokens", type=int, default=16384, help="of a packed sequence")
     parser.add_argument("--pack-vision-tokens", type=int, help="of a packed sequence (default: twice --pack-tokens)")
@@ -352,8 +356,9 @@ def run_all(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = new_parser()
     arguments = parser.parse_args(argv)
-    if arguments.steps <= WARM_UP:
-        parser.error(f"--steps must be over {WARM_UP}, got {arguments.steps}")
+    if not WARM_UP <= arguments.uncounted < arguments.steps:
+        parser.error(f"--uncounted must be at least {WARM_UP} and under --steps, got {arguments.uncounted} and "
+                     f"{arguments.steps}")  # fmt: skip
     return run_main("benchmarks/speed/training_run.py", partial(run_all, arguments))
 
 

@@ -78,7 +78,7 @@ def to_stock(
     force: Whether a checkpoint in `output_dir` may be replaced.
     shard_bytes: Most bytes of tensors in one safetensors file.
     complete: Whether every weight must be there. A run that rehearses its last save has only the patch embedding.
-    only_patches: Whether to write the patch embedding alone. All other weights are those of `model_dir`.
+    only_patches: Whether to write the patch embedding alone of a coefficient form. The other weights are equal in both.
 
     A stock Qwen2-VL that another version or tool has saved is rewritten as transformers 4.51 reads it.
 

@@ -85,7 +85,8 @@ def test_figures_are_means_over_the_time_past_the_warm_up():
     line = {"loss": 1.0, "samples": 4, "visual_tokens": 100, "kept_share": 0.25, "mfu": 0.4, "peak_memory_gib": 9.0}
     slow, fast = (line | {"seconds": s, "data_wait_share": w} for s, w in ((3.0, 0.0), (1.0, 0.4)))
     found = training_run.figures(
-        [{**slow, "seconds": 50.0, "data_wait_share": 0.5}] * training_run.WARM_UP + [slow, fast]
+        [{**slow, "seconds": 50.0, "data_wait_share": 0.5}] * training_run.WARM_UP + [slow, fast],
+        training_run.WARM_UP,
     )
     assert found["samples_per_second"] == 2 and found["visual_tokens_per_second"] == 50
     assert found["data_wait_share"] == pytest.approx(0.1) and found["first_wait_seconds"] == 25
@@ -94,7 +95,7 @@ def test_figures_are_means_over_the_time_past_the_warm_up():
 
 def test_a_run_without_skipping_keeps_all_cells():
     line = {"samples": 4, "visual_tokens": 100, "seconds": 1.0, "data_wait_share": 0.0}
-    found = training_run.figures([line] * (training_run.WARM_UP + 1))
+    found = training_run.figures([line] * 7, 6)
     assert found["kept_share"] == 1 and found["mfu"] == 0
 
 
@@ -143,7 +144,7 @@ def test_what_cannot_work_is_refused(given, capsys):
     if given:
         with pytest.raises(SystemExit):
             training_run.main(given)
-        assert "--steps must be over 5, got 5" in capsys.readouterr().err
+        assert "--uncounted must be at least 5 and under --steps, got 5 and 5" in capsys.readouterr().err
     else:
         assert training_run.main(["--gpus", "64"]) == 1
         assert "CUDA devices, not 64: lower --gpus, or try the command with --tiny" in capsys.readouterr().err

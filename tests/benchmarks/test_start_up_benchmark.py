@@ -18,6 +18,8 @@ def test_every_second_of_a_launch_has_one_part():
         "launcher": 2.0, "imports": 4.0, "comparison": 2.0, "loader": 1.5, "step": 1.5, "rest": 4.0, "total": 15.0,
         "import torch": 3.0, "import other": 1.0,
     })  # fmt: skip
+    with pytest.raises(RuntimeError, match="left no trace"):
+        start_up.parts(100.0, seen, {**trace, "begun": 107.0}, {"seconds": 3.0, "data_wait_share": 0.5})
 
 
 def test_a_process_notes_the_imports_that_no_other_waits_for(tmp_path):
