@@ -23,6 +23,7 @@ from dct_qwen2vl.data.videos import VideoSampling
 from dct_qwen2vl.dct.configuration_dct import CLIP_MEAN, synthesis_matrix
 from dct_qwen2vl.dct.folding import bias_for_mean, fold_block_embedding, unfold_patch_embedding
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
+from dct_qwen2vl.evaluation.answering import Answerer
 from dct_qwen2vl.training import checks
 from dct_tokenizer import DCTConfig, DCTTokenizer, fold_patch_embedding
 
@@ -107,7 +108,12 @@ def test_stock_form(name, kind, forms, tmp_path, natural_frames):
     save_file({**tensors, PATCH_EMBEDDING: moved}, coefficients / "model.safetensors", metadata={"format": "pt"})
     assert run(coefficients, tmp_path / "stock", "--to", "stock") == 0
     frames = natural_frames(4, *SIDES[name])
-    found = logits(tmp_path / "stock", question(tmp_path / "stock", kind, frames, fps=1.0))
+    inputs = question(tmp_path / "stock", kind, frames, fps=1.0)
+    found = logits(tmp_path / "stock", inputs)
+    answerer = Answerer(coefficients, 1)
+    answerer.become(tmp_path / "stock")
+    with torch.no_grad():
+        assert relative(answerer.model(**inputs).logits, found) < 1e-5, "the forms differ in the patch embedding alone"
     assert relative(found, logits(coefficients, question(coefficients, kind, frames, fps=1.0))) < 1e-5
     vision = json.loads((tmp_path / "stock" / "config.json").read_text())["vision_config"]
     assert vision["window_size"] == 8 * vision["patch_size"] and vision["in_chans"] == vision["in_channels"] == 3
@@ -152,7 +158,6 @@ def test_training_and_evaluation_count_time_alike(forms, natural_frames, video_f
     from transformers import AutoTokenizer
 
     from dct_qwen2vl.data.samples import ConversationSample
-    from dct_qwen2vl.evaluation.answering import Answerer
     from dct_qwen2vl.evaluation.questions import Question
     from task_encoder import QwenTaskEncoder
 
