@@ -6,6 +6,8 @@
     launcher     the shell, torchrun, until the first process begins
     imports      of the first process, those that no other import waits for
     comparison   of the coefficient form with its stock form, before training
+    model        from there to the end of the trial of a full packed sequence: weights, optimizer, trial; in rest
+                 where the size of packed sequences was given, or the engine has none
     loader       until the first batch is there
     step         the first, without the wait for its batch
     rest         checks, weights, optimizer, the rehearsal of the save, what is tried before the first step
@@ -31,9 +33,12 @@ from dct_qwen2vl.common.files import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRACE = Path(__file__).parent / "import_trace"
-PARTS = ("launcher", "imports", "comparison", "loader", "step", "rest", "total", "cpu")
+PARTS = ("launcher", "imports", "comparison", "model", "loader", "step", "rest", "total", "cpu")
 NAME = "start_up"
-MARKS = {"engine": "Engine ", "compared": " and its stock form on ", "step": "step 1/"}
+MARKS = {
+    "engine": "Engine ", "compared": " and its stock form on ", "tried": "A full packed sequence", "step": "step 1/",
+}  # fmt: skip
+SPANS = {"comparison": ("engine", "compared"), "model": ("compared", "tried")}  # parts by the marks around them
 LISTED = 0.3  # seconds of an import that is printed
 
 
@@ -118,15 +123,16 @@ def parts(start: float, seen: dict[str, float], trace: dict, step: dict) -> dict
         raise RuntimeError("the process that trains has left no trace of its imports; was it killed?")
     imports = [(name, begun, ended) for name, begun, ended in trace["imports"] if ended <= seen["step"]]
     importing = sum(ended - begun for _, begun, ended in imports)
-    comparison = 0.0
-    if "compared" in seen:
-        within = sum(ended - begun for _, begun, ended in imports if seen["engine"] <= begun <= seen["compared"])
-        comparison = seen["compared"] - seen["engine"] - within
+    spans = dict.fromkeys(SPANS, 0.0)
+    for part, (first, last) in SPANS.items():
+        if first in seen and last in seen:
+            within = sum(ended - begun for _, begun, ended in imports if seen[first] <= begun <= seen[last])
+            spans[part] = seen[last] - seen[first] - within
     waited = step["seconds"] * step["data_wait_share"]
     known = {
         "launcher": trace["begun"] - start,
         "imports": importing,
-        "comparison": comparison,
+        **spans,
         "loader": waited,
         "step": step["seconds"] - waited,
     }

@@ -15,9 +15,12 @@ def test_every_second_of_a_launch_has_one_part():
     seen = {"engine": 106.0, "compared": 109.0, "step": 115.0}
     found = start_up.parts(100.0, seen, trace, {"seconds": 3.0, "data_wait_share": 0.5})
     assert found == pytest.approx({
-        "launcher": 2.0, "imports": 4.0, "comparison": 2.0, "loader": 1.5, "step": 1.5, "rest": 4.0, "total": 15.0,
+        "launcher": 2.0, "imports": 4.0, "comparison": 2.0, "model": 0.0, "loader": 1.5, "step": 1.5, "rest": 4.0,
+        "total": 15.0,
         "import torch": 3.0, "import other": 1.0,
     })  # fmt: skip
+    found = start_up.parts(100.0, {**seen, "tried": 111.0}, trace, {"seconds": 3.0, "data_wait_share": 0.5})
+    assert (found["model"], found["rest"]) == (2.0, 2.0)
     with pytest.raises(RuntimeError, match="left no trace"):
         start_up.parts(100.0, seen, {**trace, "begun": 107.0}, {"seconds": 3.0, "data_wait_share": 0.5})
 
