@@ -96,8 +96,10 @@ def _read_by_stamp(data: bytes, sampling: VideoSampling, new_video: Callable, th
             return None
         seconds = np.array(stamps, np.float64) * float(stream.time_base)
         video = new_video([stamps[number] for number in sampling.indices_at(seconds, float(stream.average_rate or 0))])
-        latest = stamps[0]
+        latest = first = stamps[0]
         for frame in _decode_wanted(stream, packets, set(video.keys)):
+            if frame.pts is not None and frame.pts < first:  # before the first key frame, and readable after all
+                continue
             if frame.pts is None or frame.pts < latest:
                 return None
             latest = frame.pts
@@ -183,10 +185,16 @@ def _packets(container: Any, stream: Any) -> list:
 
 
 def _usable_stamps(container: Any, packets: list) -> list[int]:
-    """The ascending time stamps of all frames that are shown; [] if packets lack them."""
+    """The ascending time stamps of all frames that are shown; [] if packets lack them.
+
+    Frames before the first key frame are not: where a video was cut, they are predicted from frames that are gone.
+    """
     stamps = sorted({packet.pts for packet in packets if packet.pts is not None and not packet.is_discard})
     # AVI stores none: FFmpeg guesses them from the order of the packets, which is not that of the frames.
-    return [] if len(stamps) < _shown(packets) or container.format.name == "avi" else stamps
+    if len(stamps) < _shown(packets) or container.format.name == "avi":
+        return []
+    first = next((packet.pts for packet in packets if packet.is_keyframe), stamps[0])
+    return [stamp for stamp in stamps if stamp >= first]
 
 
 def _shown(packets: list) -> int:

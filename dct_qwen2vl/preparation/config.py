@@ -205,6 +205,9 @@ def check_config(config: PreparationConfig) -> None:
         raise UserError("--force with --part would remove what the other parts have written; remove the folder instead")
     if config.verify:
         return
+    if signs := [sign for sign in "*?[" if sign in str(config.output_dir.resolve())]:
+        what = f"{signs[0]} in its path, which energon prepare takes for a pattern"
+        raise UserError(f"--output-dir {config.output_dir} has {what}: choose another folder")
     if config.data_dir is None:
         raise UserError("the following arguments are required: --data-dir")
     output_dir, data_dir = config.output_dir.resolve(), config.data_dir.resolve()

@@ -86,7 +86,8 @@ def _run_energon(output_dir: Path, split: str, shards: dict[str, list[str]], num
 
     folder = output_dir / ENERGON_FOLDER
     remove_own_folder(folder)
-    command = [sys.executable, "-m", "megatron.energon.cli.main", "prepare", f"--num-workers={max(1, num_workers)}"]
+    python = [sys.executable, "-W", "ignore"]  # or the last line that it prints may be a warning
+    command = [*python, "-m", "megatron.energon.cli.main", "prepare", f"--num-workers={max(1, num_workers)}"]
     answers = f"{split}\ny\n{CRUDE_SAMPLE}\n"
     done = subprocess.run([*command, str(output_dir)], input=answers, capture_output=True, text=True)
     if done.returncode != 0 or not (folder / "split.yaml").is_file():

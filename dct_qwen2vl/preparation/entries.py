@@ -57,7 +57,7 @@ What is wrong with an entry is repaired where there is one right way to do so, a
       its place (`<image_1>`, `<IMG_CONTEXT>`, `[IMG]`, ...)
     any other disagreement of placeholders and media              skipped                       placeholder_mismatch
     a part that names another file than the list of media has     skipped                       media_names_disagree
-      in its place
+      in its place; `image` names what `images` does not
     NaN and infinite numbers, among them such as 1e999 and those  null put in their place       not_a_number
       of more than 4,300 digits, which no JSON reader takes
 
@@ -121,7 +121,7 @@ OTHER_MARKER = re.compile(
         [
             *map(re.escape, MEDIUM_TOKENS),
             r"</?img>|\[(?:IMG|image|video)\]|<start_of_image>",
-            r"<\|?(?:image|img|video)(?:[ _-]?(?:\d+|placeholder|here|context|pad|token|soft_token))?\|?>",
+            r"<\s*\|?(?:image|img|video)(?:[ _-]?(?:\d+|placeholder|here|context|pad|token|soft_token))?\|?\s*>",
         ]
     ),
     re.IGNORECASE,
@@ -266,6 +266,8 @@ def replace_numbers(value: Any, depth: int = 0) -> Any:
 def list_media(entry: dict) -> list[Medium]:
     """Images first, then videos, each in the entry's order; where it lists none, those of its parts in reading order.
     Raises UnusableSample."""
+    for kind in ("image", "video"):
+        compare_fields(entry, kind)
     media = [Medium("image", (name,)) for name in names_of(field_of(entry, "image"))]
     media += list_videos(field_of(entry, "video"))
     if not media:
@@ -335,6 +337,15 @@ def field_of(entry: dict, kind: str) -> Any:
     kind: "image" or "video". The plural is read where the singular names nothing.
     """
     return next((entry[name] for name in (kind, f"{kind}s") if name in entry and list_names(entry[name])), None)
+
+
+def compare_fields(entry: dict, kind: str) -> None:
+    """Raises UnusableSample where `image` names what `images` does not, or `video` what `videos` does not."""
+    one, many = (list_names(entry.get(name)) for name in (kind, f"{kind}s"))
+    lacking = [name for name in one if name not in many]
+    if many and lacking:
+        what = f"{kind} names {lacking[0]!s:.300}, {kind}s names {many[0]!s:.300}"
+        raise UnusableSample("media_names_disagree", f"{what}: leave one of the two fields out")
 
 
 def names_of(value: Any) -> list[str]:

@@ -138,6 +138,7 @@ class Places:
     sought_in_folders: Whether some name was in no tar.
     unread: Lines that name the archives in folders below the data folder, which are not read. Only where some name is
         nowhere.
+    differing: bool [U]. Whether several tars have a file of the name, with different content.
     """
 
     source: np.ndarray
@@ -149,6 +150,7 @@ class Places:
     files: NameList = field(default_factory=NameList)
     sought_in_folders: bool = False
     unread: list[str] = field(default_factory=list)
+    differing: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
     @classmethod
     def empty(cls, count: int, first_file: int) -> "Places":
@@ -395,7 +397,8 @@ def count_refused(source: TarSource) -> dict[str, int]:
 
 
 def index_folder(data_dir: Path, leave_out: Path) -> tuple[Index, NameList]:
-    """All plain files below the data folder, but for those below `leave_out`; links are followed, each folder once."""
+    """All plain files below the data folder, but for those below `leave_out`; links are followed, but for those to a
+    folder that they lie in."""
     files, digests = NameList(), bytearray()
     for name in walk_folder(str(data_dir), str(leave_out.resolve())):
         encoded = os.fsencode(name)
@@ -429,16 +432,16 @@ def are_files_older(data_dir: Path, leave_out: Path, time_ns: int) -> bool:
 
 def walk_folders(root: str, leave_out: str) -> Iterator[tuple[str, int, list[str]]]:
     """(name relative to the root, when it changed, names of its plain files) of each folder."""
-    waiting, seen = [""], set()
+    waiting: list[tuple[str, frozenset]] = [("", frozenset())]
     while waiting:
-        folder = waiting.pop()
+        folder, above = waiting.pop()
         path = os.path.join(root, folder)
         state = os.stat(path)
-        if os.path.realpath(path) == leave_out or (state.st_dev, state.st_ino) in seen:
+        if os.path.realpath(path) == leave_out or (state.st_dev, state.st_ino) in above:
             continue
-        seen.add((state.st_dev, state.st_ino))
+        above = above | {(state.st_dev, state.st_ino)}
         inside, names = list_folder(path)
-        waiting += [os.path.join(folder, name) for name in inside]
+        waiting += [(os.path.join(folder, name), above) for name in inside]
         yield folder, state.st_mtime_ns, names
 
 
@@ -489,9 +492,11 @@ def locate(
     spelled: Gives the name itself by its number. None: no other spelling is looked for.
     """
     places = Places.empty(len(names), len(sources))
+    places.differing = np.zeros(len(names), bool)
     indexes = [source.index for source in sources]
     for number, index in enumerate(indexes):
         rows, members = match(names, index.names)
+        places.differing[rows] |= (places.source[rows] != NO_PLACE) & (places.content[rows] != index.content[members])
         places.enter(rows, number, index, members)
     places.sought_in_folders = bool((places.source == NO_PLACE).any())
     if places.sought_in_folders:

@@ -36,6 +36,7 @@ from dct_qwen2vl.preparation.media_index import (
     why_unread,
 )
 from dct_qwen2vl.preparation.metadata import EntryRanges, MetadataReader, PreparationError, parse_entries, read_entry
+from dct_qwen2vl.preparation.other_names import folder_of
 
 MOST_SOURCES = 256  # more names are no names of datasets; the others are counted together
 OTHER_SOURCES, NO_SOURCE, TEXT_SOURCE, NO_FOLDER = "other", "unknown", "text", "no folder"
@@ -383,8 +384,12 @@ def make_plan(
         columns.folded[first],
         lambda row: columns.spelled[int(first[row])].decode(),
     )
-    for line in places.unread:
+    for line in [*places.unread, *say_differing(places, tars, lambda row: columns.spelled[int(first[row])].decode())]:
         print(line, file=sys.stderr)
+    if strict:
+        for row, number in find_first_of_each(columns.media_start, places.differing[media], usable):
+            name = columns.spelled[number].decode()
+            be_strict(int(entries["index"][row]), f"several tars have another {name}")
     missing = MissingMedia(tars, data_dir)
     for row, number in find_first_of_each(columns.media_start, (places.source == NO_PLACE)[media], usable):
         skip(row, "missing_media", missing.describe(columns.spelled[number].decode()))
@@ -429,6 +434,23 @@ def find_duplicates(digest: np.ndarray) -> Iterator[tuple[int, int]]:
     _, first, which = np.unique(digest, return_index=True, return_inverse=True)
     rows = np.flatnonzero(first[which] != np.arange(len(digest)))
     yield from zip(rows.tolist(), first[which[rows]].tolist())
+
+
+def say_differing(places: Places, tars: list[TarSource], spelled: Callable[[int], str]) -> list[str]:
+    """A line on names that lie in several tars with different content.
+
+    places: Where the files lie that are read.
+    tars: The tars of the data folder.
+    spelled: Gives a name by its number.
+    """
+    rows = np.flatnonzero(places.differing)
+    if not len(rows):
+        return []
+    name, tar = spelled(int(rows[0])), tars[places.source[rows[0]]].path
+    return [
+        f"Note: {len(rows)} of the names are in several tars with different content, such as {name}, which is read "
+        f"from {tar.name}; to read another tar's, write its name before, as in {folder_of(tar)}/{name}"
+    ]
 
 
 def find_first_of_each(media_start: np.ndarray, is_bad: np.ndarray, usable: np.ndarray) -> Iterator[tuple[int, int]]:

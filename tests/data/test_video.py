@@ -19,7 +19,7 @@ from scipy.ndimage import maximum_filter, minimum_filter
 from dct_qwen2vl.data import videos
 from dct_qwen2vl.data.media import media_shape
 from dct_qwen2vl.data.reading import MediaError
-from dct_qwen2vl.data.videos import VideoSampling, YUVFrames, decode_video
+from dct_qwen2vl.data.videos import VideoSampling, YUVFrames, decode_video, frame_indices
 
 # Of ITU-R BT.601-7, BT.709-6 and BT.2020-2: the luma weights of red and blue.
 WEIGHTS = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}
@@ -573,6 +573,46 @@ def test_what_is_left_out_changes_no_frame(moving, kind, read_by_number):
         indices = sampling.indices(40, 10)
         np.testing.assert_array_equal(decode_video(data, sampling, threads=threads), expected[indices])
     assert bool(read_by_number) == ("avi" in kind or "no key frames" in kind)
+
+
+def cut(data: bytes, container: str, first: int) -> tuple[bytes, int]:
+    """A file of the packets from number `first` on, copied, and the time stamp of the first key frame among them."""
+    stream = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(stream, "w", format=container) as target:
+        copied = target.add_stream_from_template(source.streams.video[0], opaque=True)
+        for packet in [packet for packet in source.demux(video=0) if packet.size][first:]:
+            packet.stream = copied
+            target.mux(packet)
+    with av.open(io.BytesIO(stream.getvalue())) as source:
+        return stream.getvalue(), next(packet.pts for packet in source.demux(video=0) if packet.is_keyframe)
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+@pytest.mark.parametrize("kind", ["h264, open groups", "hevc, open groups"])
+@pytest.mark.parametrize("start", [-3, 0], ids=["before a key frame", "at a key frame"])
+def test_what_is_shown_before_the_first_key_frame_of_a_cut_video_is_not_counted(
+    moving, kind, container, start, read_by_number
+):
+    """It is predicted from frames that were cut off."""
+    with av.open(io.BytesIO(moving(kind))) as source:
+        keys = [n for n, packet in enumerate(p for p in source.demux(video=0) if p.size) if packet.is_keyframe]
+    data, first = cut(moving(kind), container, keys[1] + start)
+    with av.open(io.BytesIO(data)) as source:
+        stamps = sorted(packet.pts for packet in source.demux(video=0) if packet.size)
+        shown = [frame.to_ndarray(format="rgb24", interpolation=videos.SCALER_FLAGS)
+                 for frame in source_frames(data) if frame.pts >= first]  # fmt: skip
+    assert stamps[0] < first, "or nothing is shown before it"
+    assert len(shown) == sum(stamp >= first for stamp in stamps) > 24
+    found = decode_video(data, VideoSampling(fps=100))
+    assert len(found) == len(shown) // 2 * 2 == len(frame_indices(data, VideoSampling(fps=100)))
+    np.testing.assert_array_equal(found, np.stack(shown)[frame_indices(data, VideoSampling(fps=100))])
+    assert len(decode_video(data, VideoSampling(fps=2))) == len(frame_indices(data, VideoSampling(fps=2)))
+    assert not read_by_number
+
+
+def source_frames(data: bytes) -> list:
+    with av.open(io.BytesIO(data)) as container:
+        return list(container.decode(video=0))
 
 
 def packets(text: str) -> list[SimpleNamespace]:

@@ -102,6 +102,18 @@ def test_split_tars_are_read_once_the_command_has_been_run(data, tmp_path, capsy
     assert "Not read" not in capsys.readouterr().err
 
 
+def test_tars_with_different_files_of_one_name_are_told(data, tmp_path, capsys):
+    write_tar(data / "other.tar", {"0.jpg": plain_jpeg() + b"trailer"})
+    assert run(data, tmp_path / "out", "--split", "1,0,0") == 0
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Note: ")]
+    what = (
+        "Note: 1 of the names are in several tars with different content, such as 0.jpg, which is read from other.tar"
+    )
+    assert said == f"{what}; to read another tar's, write its name before, as in other/0.jpg"
+    assert run(data, tmp_path / "out", "--strict", "--split", "1,0,0", "--force") == 1
+    assert "several tars have another 0.jpg" in capsys.readouterr().err
+
+
 def test_tars_in_folders_are_named_where_media_are_missing(data, tmp_path, capsys):
     (data / "images").mkdir()
     (data / "media.tar").rename(data / "images" / "media.TAR")

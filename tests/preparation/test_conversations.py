@@ -62,7 +62,7 @@ def reason_of(bad: object) -> str:
         (ask("<image>", image="a.jpg"), (("image", "a.jpg"),)),
         (ask("<video>What?", video="a.mp4"), (("video", "a.mp4"),)),
         (ask("<video> or <image>?", images=["a.jpg"], videos=["b.mp4"]), (("video", "b.mp4"), ("image", "a.jpg"))),
-        (ask("<image>", image="a.jpg", images=["b.jpg"]), (("image", "a.jpg"),)),
+        (ask("<image>", image="a.jpg", images=["a.jpg", "b.jpg"]), (("image", "a.jpg"),)),
         (entry(("system", "Be brief."), ("user", "What?"), ("assistant", "noise")), ()),
         (
             entry(("human", "<image>One?"), ("gpt", "1"), ("human", "<image> <image>Two?"), ("gpt", "2"))
@@ -310,6 +310,7 @@ def test_markers_of_qwen_stand_for_placeholders_where_there_are_none(place_media
         (ask("<img><IMG_CONTEXT></img>What?", image="a.jpg"), "<img>"),
         (ask("[IMG]What?", image="a.jpg"), "[IMG]"),
         (ask("<Image>What?", image="a.jpg"), "<Image>"),
+        (ask("< image >What?", image="a.jpg"), "< image >"),
     ],
 )
 def test_markers_of_other_models_are_not_learned_as_text(bad, found):
@@ -323,6 +324,8 @@ def test_markers_of_other_models_are_not_learned_as_text(bad, found):
         (ask(f"{PAD}{PAD}?", image="a.jpg"), "placeholder_mismatch"),
         (ask(f"{PAD}What?"), "placeholder_mismatch"),
         (ask("<img>b.jpg</img>?", image="a.jpg"), "media_names_disagree"),
+        (ask("<image>?", image="a.jpg", images=["b.jpg"]), "media_names_disagree"),
+        (ask("<video>?", video="a.mp4", videos="b.mp4"), "media_names_disagree"),
         (ask("<img>../b.jpg</img>?"), "unsafe_path"),
     ],
 )

@@ -547,6 +547,13 @@ def test_help_and_wrong_arguments(tmp_path, capsys):
         ([*usual, "--part", "4/3"], "a part is I/N with I from 1 to N"),
         ([*usual, "--part", "1/2", "--force"], "--force with --part"),
         (["--data-dir", str(tmp_path), "--output-dir", str(tmp_path)], "must not be or contain"),
+        *(
+            (
+                ["--data-dir", str(tmp_path), "--output-dir", str(tmp_path / name)],
+                f"has {sign} in its path, which energon",
+            )
+            for name, sign in (("shards*", "*"), ("a[1]", "["), ("what?", "?"))
+        ),
         (["--data-dir", str(tmp_path / "x"), "--output-dir", str(tmp_path)], "must not be or contain"),
     ):
         with pytest.raises(SystemExit) as caught:
