@@ -31,6 +31,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     note_on_all_cells,
     note_on_old_code,
     note_on_saved_again,
+    note_on_threshold,
     where_it_is,
 )
 from dct_qwen2vl.checkpoints.video_sampling import saved_sampling
@@ -145,7 +146,9 @@ def check_skipping(arguments: argparse.Namespace) -> None:
     if arguments.compare:
         raise UserError("--skip-db does not go with --compare, which reads all cells: leave one out")
     if not 0 <= arguments.skip_db < math.inf:
-        raise UserError(f"--skip-db must be at least 0, got {arguments.skip_db:g}")
+        raise UserError(f"--skip-db must be a finite number of dB, at least 0, got {arguments.skip_db:g}")
+    if note := note_on_threshold(arguments.skip_db):
+        print(f"Note: {note}")
 
 
 def skipping_of(arguments: argparse.Namespace) -> dict[str, float | None]:
@@ -199,7 +202,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         if not file.answers:
             where = f"the {arguments.split} split of {arguments.data_dir}"
             raise UserError(f"{where} has no questions to ask ({reading}): choose another --split")
-        summary = summarise(arguments, file.answers, reading)
+        summary = summarise(arguments, file.answers, reading, reader.media.skip_db)
         write_bytes(path, as_lines(file.answers))  # earlier results stay whole until there are new ones
         write_json(arguments.output_dir / "accuracy.json", summary)
         file.remove()
@@ -227,6 +230,9 @@ def ask(arguments: argparse.Namespace, file: AnswerFile, reading: Reading) -> Re
         tqdm(desc="Answering", total=total, initial=begun, unit="answer") as bar,
     ):
         reader = answerers.reader
+        if reader.media.skip_db:
+            chosen_by = "as the model's files say" if arguments.skip_db is None else "as --skip-db says"
+            tqdm.write(f"Cells that a kept one shows to {reader.media.skip_db:g} dB are left out, {chosen_by}")
         questions = read_questions(*source, reader.media.read, reader.text_tokens.stay_text, reading)
         rounds = in_rounds(questions, max(ASKED_AT_ONCE, arguments.batch_size))
         states = ((chosen, reading.as_dict()) for chosen in rounds)
@@ -259,12 +265,17 @@ def read_ahead(items: Iterator[Any]) -> Iterator[Any]:
         thread.shutdown(wait=False)  # after Ctrl-C nobody waits for what is being read
 
 
-def summarise(arguments: argparse.Namespace, answers: list[dict[str, Any]], reading: Reading) -> dict[str, Any]:
-    """What accuracy.json holds."""
+def summarise(
+    arguments: argparse.Namespace, answers: list[dict[str, Any]], reading: Reading, skip_db: float | None
+) -> dict[str, Any]:
+    """What accuracy.json holds.
+
+    skip_db: With which cells were left out, dB. None: all were read.
+    """
     return {
         "model_dir": str(arguments.model_dir),
         "split": arguments.split,
-        **skipping_of(arguments),
+        "skip_db": skip_db,
         "questions": len(answers),
         "entries_read": reading.entries_read,
         "entries_asked": reading.entries,

@@ -27,6 +27,7 @@ from dct_qwen2vl.training.checks import (
     choose_min_pixels,
     choose_precision,
     choose_skip_share,
+    say_skipping,
 )
 from dct_qwen2vl.training.config import ModelInfo, RunError, TrainingConfig, parse_arguments
 from dct_qwen2vl.training.export import export
@@ -125,7 +126,7 @@ def train(config: TrainingConfig, info: ModelInfo) -> None:
         let_others_begin()
         write_run_file(config, info)
         print(f"Engine {engine}, token format {info.dct_name}, {config.world_size} process(es), GBS "
-              f"{config.global_batch_size}, run folder {config.run_dir}", flush=True)  # fmt: skip
+              f"{config.global_batch_size}, run folder {config.run_dir}{say_skipping(config)}", flush=True)  # fmt: skip
         if config.warmup_steps >= config.max_steps:
             print(f"Note: --warmup-steps {config.warmup_steps} is not below --max-steps {config.max_steps}: the run "
                   "ends before the learning rate falls again", flush=True)  # fmt: skip

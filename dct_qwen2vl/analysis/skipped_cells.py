@@ -10,23 +10,30 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+    from dct_qwen2vl.data.videos import YUVFrames
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
 
 TINT, STRENGTH = (116, 160, 214), 0.8  # of cells that are left out: RGB, and the share of it
 
 
-def skip(frames: np.ndarray, config: "DCTConfig", skip_db: float) -> tuple["torch.Tensor", np.ndarray]:
+def skip(
+    frames: np.ndarray, config: "DCTConfig", skip_db: float, planes: "YUVFrames | None" = None
+) -> tuple["torch.Tensor", np.ndarray]:
     """Tokens [N, K] with skipped cells filled in, and the cells that are kept, bool [t, r, c].
 
     frames: uint8 [T, H, W, 3].
     config: The token format.
     skip_db: As in `skipping_dct.kept_cells`.
+    planes: The same video as planes. 4:2:0 tokens of these are compared, as in training.
     """
     from dct_qwen2vl.dct.skipping_dct import fill_tokens, keep_tokens, kept_cells
     from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 
-    tokens, grid = DCTTokenizer(config).encode(frames)
-    kept = kept_cells(tokens, grid, config, skip_db)
+    tokenizer = DCTTokenizer(config)
+    tokens, grid = compared, _ = tokenizer.encode(frames)
+    if planes is not None and config.chroma == "420":
+        compared, _ = tokenizer.encode_planes(planes.luma, planes.cb, planes.cr, planes.matrix, planes.full_range)
+    kept = kept_cells(compared, grid, config, skip_db)
     return fill_tokens(keep_tokens(tokens, kept), kept), kept.numpy()
 
 

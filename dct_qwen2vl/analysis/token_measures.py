@@ -18,6 +18,7 @@ from dct_qwen2vl.data.images import decode_image
 from dct_qwen2vl.data.videos import VIDEO_EXTENSIONS, VideoSampling, decode_video
 
 if TYPE_CHECKING:
+    from dct_qwen2vl.data.videos import YUVFrames
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
 
 # 32 frames are enough to measure; at 1080p they already take 200 MB.
@@ -85,18 +86,32 @@ def read_frames(path: Path, factor: int, max_pixels: int) -> tuple[np.ndarray, t
 
     Raises MediaError or OSError.
     """
-    from dct_qwen2vl.dct.image_sizes_dct import target_size
-
     original = (0, 0)
 
     def fit(height: int, width: int, frames: int) -> tuple[int, int]:
         nonlocal original
         original = height, width
-        return target_size(height, width, factor, min(56 * 56, max_pixels), max_pixels)
+        return _shown_size(factor, max_pixels, height, width)
 
     data = path.read_bytes()
     frames = decode_video(data, SAMPLING, fit=fit) if is_video(path) else decode_image(data, fit=fit)[None]
     return frames, original
+
+
+def read_planes(path: Path, factor: int, max_pixels: int) -> "YUVFrames | None":
+    """The frames of a video as 4:2:0 planes, as training reads them. None for an image. Arguments, and what is raised:
+    as in `read_frames`."""
+
+    def fit(height: int, width: int, frames: int) -> tuple[int, int]:
+        return _shown_size(factor, max_pixels, height, width)
+
+    return decode_video(path.read_bytes(), SAMPLING, fit=fit, planes=True) if is_video(path) else None
+
+
+def _shown_size(factor: int, max_pixels: int, height: int, width: int) -> tuple[int, int]:
+    from dct_qwen2vl.dct.image_sizes_dct import target_size
+
+    return target_size(height, width, factor, min(56 * 56, max_pixels), max_pixels)
 
 
 def is_video(path: Path) -> bool:
@@ -104,19 +119,26 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower().lstrip(".") in VIDEO_EXTENSIONS
 
 
-def measure(frames: np.ndarray, config: "DCTConfig", shown: list[int], skip_db: float | None = None) -> Result:
+def measure(
+    frames: np.ndarray,
+    config: "DCTConfig",
+    shown: list[int],
+    skip_db: float | None = None,
+    planes: "YUVFrames | None" = None,
+) -> Result:
     """Encodes and decodes a video.
 
     frames: uint8 [T, H, W, 3].
     config: The token format.
     shown: Numbers of the S frames that the result holds decoded.
     skip_db: Threshold of skipping, dB. None: all cells are kept.
+    planes: The same video as training reads it, which decides what is skipped. None: the frames do.
     """
     from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 
     tokenizer, bt = DCTTokenizer(config), config.block[0]
     scale = math.sqrt(math.ceil(len(frames) / bt) / math.ceil(len(frames) / PIXEL_PATCH[0]))
-    filled, kept_cells = skip(frames, config, skip_db) if skip_db else (None, None)
+    filled, kept_cells = skip(frames, config, skip_db, planes) if skip_db else (None, None)
     share = 1.0 if kept_cells is None else float(kept_cells.mean())
     scale *= math.sqrt(share)
     tokens, squares, pixels_squares, kept = 0, 0.0, 0.0, {}

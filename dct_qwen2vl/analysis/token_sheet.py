@@ -46,6 +46,7 @@ from dct_qwen2vl.analysis.token_measures import (
     is_video,
     measure,
     read_frames,
+    read_planes,
     worst_window,
 )
 from dct_qwen2vl.common.scripts import run_main
@@ -100,8 +101,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list["D
         parser.error(f"argument --frames: must be at least 1, got {arguments.frames}")
     if arguments.max_pixels is not None and arguments.max_pixels < 1:
         parser.error(f"argument --max-pixels: must be at least 1, got {arguments.max_pixels}")
-    if arguments.skip_db is not None and not arguments.skip_db > 0:
-        parser.error(f"argument --skip-db: must be above 0, got {arguments.skip_db:g}")
+    if arguments.skip_db is not None and not 0 <= arguments.skip_db < math.inf:
+        parser.error(f"argument --skip-db: must be a finite number of dB, at least 0, got {arguments.skip_db:g}")
     if arguments.output.suffix.lower() != ".png":
         parser.error(f"argument --output: the sheet is a PNG, got {arguments.output}")
     from dct_qwen2vl.dct.configuration_dct import DCTConfig
@@ -146,8 +147,9 @@ def make_sheet(
     factor = common_factor(configs, max_pixels)
     with naming(path):
         frames, original = read_frames(path, factor, max_pixels)
+        planes = read_planes(path, factor, max_pixels) if skip_db else None
     shown = np.unique(np.linspace(0, len(frames) - 1, min(most_frames, len(frames))).round().astype(int)).tolist()
-    results = [measure(frames, config, shown, skip_db) for config in configs]
+    results = [measure(frames, config, shown, skip_db, planes) for config in configs]
     words = [describe(result, *frames.shape[:3]) for result in results]
     if is_video(path):
         canvas = draw_video_sheet(path.name, original, frames, results, shown)

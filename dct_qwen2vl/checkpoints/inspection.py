@@ -15,6 +15,7 @@ from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.dct.image_sizes_dct import PIXEL_BOUNDS, pixel_bounds
 
 PATCH_EMBEDDING = "visual.patch_embed.proj.weight"
+LEAST_USEFUL_DB = 25.0  # of a threshold of skipping
 QWEN2_VL_PATCH = 14  # px
 PROCESSOR = "preprocessor_config.json"
 VIDEO_PROCESSOR = "video_preprocessor_config.json"
@@ -540,6 +541,16 @@ def _how_to_skip(model_dir: Path) -> str:
     if trained and (trained / "config.json").is_file():
         return f"python evaluate_qwen2vl.py --model-dir {trained} --data-dir SHARDS --output-dir SKIPPED"
     return f"python convert_checkpoint.py --to dct --model-dir {model_dir} --output-dir {model_dir}-dct, and ask that"
+
+
+def note_on_threshold(skip_db: float | None) -> str:
+    """What to know of a threshold that was probably not meant, such as the 1 of a switch. "" for others, and for None.
+
+    skip_db: dB.
+    """
+    if not skip_db or skip_db >= LEAST_USEFUL_DB:
+        return ""
+    return f"--skip-db {skip_db:g} is a PSNR in dB, and only what differs by very much is kept: 38 is usual"
 
 
 def cost_of_all_cells(model_dir: Path) -> str:

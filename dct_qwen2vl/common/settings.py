@@ -205,13 +205,17 @@ def check_bounds(flag: str, value: Any, bounds: Mapping[str, Any], error: type[U
     if at_least is not None and at_most is not None and not at_least <= value <= at_most:
         raise error(f"{flag} must be from {at_least} to {at_most}, got {value}")
     if at_least is not None and not at_least <= value < math.inf:
-        raise error(f"{flag} must be at least {at_least}, got {value}")
+        raise error(f"{flag} must be {_finite(value)}at least {at_least}, got {value}")
     if at_most is not None and not value <= at_most:
-        raise error(f"{flag} must be at most {at_most}, got {value}")
+        raise error(f"{flag} must be {_finite(value)}at most {at_most}, got {value}")
     if over is not None and not over < value < math.inf:
-        raise error(f"{flag} must be over {over}, got {value}")
+        raise error(f"{flag} must be {_finite(value)}over {over}, got {value}")
     if below is not None and not value < below:
         raise error(f"{flag} must be below {below}, got {value}")
+
+
+def _finite(value: float) -> str:
+    return "" if math.isfinite(value) else "a finite number, "
 
 
 def plain(value: Any) -> Any:

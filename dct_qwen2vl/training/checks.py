@@ -13,6 +13,7 @@ from dct_qwen2vl.checkpoints.inspection import (
     check_checkpoint,
     chosen_bounds,
     note_on_old_code,
+    note_on_threshold,
     notes_on_bounds,
     read_config,
     read_json,
@@ -105,6 +106,8 @@ def check_skipping(config: TrainingConfig, info: ModelInfo) -> None:
             f"--skip-share {config.skip_share:g} goes with --skip-db, and this run skips no cells: add --skip-db 38, "
             "or leave it out"
         )
+    if config.rank == 0 and (note := note_on_threshold(config.skip_db)):
+        print(f"Note: {note}", flush=True)
     if not config.skip_db:
         return
     if info.dct is None:
@@ -117,6 +120,13 @@ def skip_db_of(config: TrainingConfig) -> float | None:
     if config.skip_db is not None or not path.is_file():
         return config.skip_db
     return read_json(path).get("skip_db")
+
+
+def say_skipping(config: TrainingConfig) -> str:
+    """For a run's first line; "" where it reads all cells."""
+    skip_db = skip_db_of(config)
+    whose = "" if config.skip_db else ", as in the model's files"
+    return f", cells left out at {skip_db:g} dB in {config.skip_share:.0%} of the samples{whose}" if skip_db else ""
 
 
 def choose_skip_share(config: TrainingConfig) -> float:

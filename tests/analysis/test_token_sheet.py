@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import av
 import matplotlib
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from PIL import Image
 from dct_qwen2vl.analysis import coefficient_masks, sheet_canvas, skipped_cells, token_measures, token_sheet
 from dct_qwen2vl.analysis.sheet_canvas import Canvas
 from dct_qwen2vl.analysis.token_measures import measure, worst_window
+from dct_qwen2vl.data.media_encoder import MediaEncoder
+from dct_qwen2vl.data.videos import decode_video
 from dct_qwen2vl.dct import (
     configuration_dct,
     image_colours_dct,
@@ -23,6 +26,7 @@ from dct_qwen2vl.dct import (
     skipping_dct,
     transform_dct,
 )
+from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 from dct_tokenizer import DCTConfig, target_size
 
@@ -200,6 +204,27 @@ LAYOUTS = {
 }
 
 
+def test_cells_of_a_video_are_those_that_training_keeps(tmp_path):
+    """RGB has other errors than the planes at the edges of colours."""
+    frames = np.full((8, 224, 224, 3), 128, np.uint8)
+    for number, frame in enumerate(frames):  # along an edge of cells
+        frame[56:100, 14 * number : 14 * number + 50] = (255, 0, 0)
+    path = tmp_path / "box.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=2, width=224, height=224, options={"crf": "10"})
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    processor = DCTImageProcessor(dct="x4", skip_db=38.0, max_pixels=token_sheet.MAX_FRAME_PIXELS)
+    encoder = MediaEncoder(processor, token_measures.SAMPLING)
+    _, kept = encoder.encode_kept("video", encoder.read("video", path.read_bytes()))
+    _, (line,) = token_sheet.make_sheet(path, [DCTConfig.preset("x4")], None, 3, skip_db=38.0)
+    assert f", {int(kept.sum())} in the language model ({kept.float().mean():.0%} kept)" in line
+    rgb = measure(decode_video(path.read_bytes(), token_measures.SAMPLING), DCTConfig.preset("x4"), [0], skip_db=38.0)
+    assert rgb.share > kept.float().mean(), "or the test shows nothing"
+
+
 @pytest.mark.parametrize("skip_db", [None, 38.0])
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_nothing_overlaps_and_all_is_on_the_sheet(case, skip_db, natural_frames):
@@ -323,7 +348,7 @@ def test_max_pixels_and_files_of_presets(tmp_path, natural_frames, sheet):
         ),
         (["show", "a.png", "--presets", "none.json"], "argument --presets: .*none.json"),
         (["show", "a.png", "--frames", "0"], "argument --frames: must be at least 1, got 0"),
-        (["show", "a.png", "--skip-db", "0"], "argument --skip-db: must be above 0, got 0"),
+        (["show", "a.png", "--skip-db", "inf"], "--skip-db: must be a finite number of dB, at least 0, got inf"),
         (["show", "a.png", "--max-pixels", "-4"], "argument --max-pixels: must be at least 1, got -4"),
         (["show", "a.png", "--output", "sheet.jpg"], "argument --output: the sheet is a PNG, got sheet.jpg"),
     ],

@@ -537,7 +537,7 @@ def test_processes_that_cannot_be_are_refused(prepared, tmp_path, monkeypatch, o
     ("trained", "typed", "asked"), [(36.0, [], 36.0), (36.0, ["0"], None), (None, ["15"], 15.0), (36.0, ["20"], 20.0)]
 )
 def test_a_model_is_asked_with_another_skipping_than_it_was_trained(
-    prepared, tmp_path, monkeypatch, trained, typed, asked
+    prepared, tmp_path, monkeypatch, capsys, trained, typed, asked
 ):
     """What was read says so, and answers of the other way are not gone on from."""
     model = shutil.copytree(prepared.model, tmp_path / "model")
@@ -556,7 +556,12 @@ def test_a_model_is_asked_with_another_skipping_than_it_was_trained(
     assert evaluate_qwen2vl.main([*words, "--limit", "2", "--max-new-tokens", "2", *flag]) == 0
     assert set(used) == {asked}
     written = json.loads((tmp_path / "out" / "accuracy.json").read_text())
-    assert ("skip_db" in written) == bool(typed) and written.get("skip_db", asked) == asked
+    assert written["skip_db"] == asked
+    whose = "as --skip-db says" if typed else "as the model's files say"
+    said = f"Cells that a kept one shows to {asked:g} dB are left out, {whose}\n" if asked else ""
+    out = capsys.readouterr().out
+    assert said in out and ("are left out" in out) == bool(asked)
+    assert ("is a PSNR in dB" in out) == (typed in (["15"], ["20"]))
     arguments = evaluate_qwen2vl.parse_arguments([*words, *flag])
     assert evaluate_qwen2vl.describe_settings(arguments)["options"].get("--skip-db") == (
         float(*typed) if typed else None
@@ -566,7 +571,7 @@ def test_a_model_is_asked_with_another_skipping_than_it_was_trained(
 @pytest.mark.parametrize(
     ("typed", "says"),
     [
-        (["--skip-db", "-1", "--model-dir", "MODEL"], "--skip-db must be at least 0, got -1"),
+        (["--skip-db", "-1", "--model-dir", "MODEL"], "--skip-db must be a finite number of dB, at least 0, got -1"),
         (["--skip-db", "38", "--compare", "MODEL", "MODEL"], "--skip-db does not go with --compare"),
         (["--skip-db", "38", "--model-dir", "PIXELS"], "--skip-db needs DCT tokens"),
     ],

@@ -44,7 +44,7 @@ def test_a_new_field_has_a_flag(capsys):
         (["--least-side", "0"], "--least-side must be from 1 to 9, got 0"),
         (["--least-side", "10"], "--least-side must be from 1 to 9, got 10"),
         (["--blur", "-1"], "--blur must be over -1, got -1.0"),
-        (["--soften", "nan"], "--blur must be over -1, got nan"),
+        (["--soften", "nan"], "--blur must be a finite number, over -1, got nan"),
         (["--colours", "blue"], "argument --colours: invalid choice: 'blue'"),
     ],
 )

@@ -52,7 +52,7 @@ def test_a_new_field_has_a_flag(capsys):
     ("words", "said"),
     [
         (["--label-smoothing", "-1"], "--label-smoothing must be at least 0, got -1.0"),
-        (["--label-smoothing", "nan"], "--label-smoothing must be at least 0, got nan"),
+        (["--label-smoothing", "nan"], "--label-smoothing must be a finite number, at least 0, got nan"),
         (["--label-smoothing", "1"], "--label-smoothing must be below 1, got 1.0"),
         (["--frame-jitter", "2"], "--frame-jitter must be over 2, got 2"),
         (["--overlap", "3"], "--overlap 3 is over --devices 1: change one of them"),

@@ -625,8 +625,8 @@ def test_adapters_that_cannot_be(typed, said):
         (["--experiment-name", ""], "--experiment-name must name a folder below --output-dir, got ''"),
         (["--num-workers", "255"], "holds 254 samples, fewer than there are loader processes (255): lower"),
         (["--num-workers", "-1"], "--num-workers must be at least 0, got -1"),
-        (["--weight-decay", "inf"], "--weight-decay must be at least 0, got inf"),
-        (["--lr", "nan"], "--lr must be over 0, got nan"),
+        (["--weight-decay", "inf"], "--weight-decay must be a finite number, at least 0, got inf"),
+        (["--lr", "nan"], "--lr must be a finite number, over 0, got nan"),
         (["--lr", "0"], "--lr must be over 0, got 0.0"),
         (["--adam-beta2", "1"], "--adam-beta2 must be below 1, got 1.0"),
         (["--min-lr", "1"], "--min-lr 1.0 is over --lr 1e-05: change one of them"),
@@ -946,6 +946,8 @@ def launch_with_skipping(
     lines = [line for line in metrics(folder / name) if "loss" in line]
     assert [line["samples"] for line in lines] == [8, 8]
     assert all(0 < line["kept_share"] < 1 for line in lines) and "| cells kept " in done.stdout
+    assert f", cells left out at 15 dB in {float(share):.0%} of the samples\n" in done.stdout
+    assert done.stdout.count("Note: --skip-db 15 is a PSNR in dB") == 1
     assert "Done: the fine-tuned model is in" in done.stdout
     assert done.stdout.count("but its stock form reads all cells") == (share == "1")
     written = json.loads((folder / name / "run.json").read_text())
