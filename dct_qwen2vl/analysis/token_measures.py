@@ -99,8 +99,14 @@ def read_frames(path: Path, factor: int, max_pixels: int) -> tuple[np.ndarray, t
 
 
 def read_planes(path: Path, factor: int, max_pixels: int) -> "YUVFrames | None":
-    """The frames of a video as 4:2:0 planes, as training reads them. None for an image. Arguments, and what is raised:
-    as in `read_frames`."""
+    """The frames of a video as 4:2:0 planes, as training reads them. None for an image.
+
+    path: As in `read_frames`.
+    factor: As in `read_frames`.
+    max_pixels: As in `read_frames`.
+
+    Raises MediaError or OSError.
+    """
 
     def fit(height: int, width: int, frames: int) -> tuple[int, int]:
         return _shown_size(factor, max_pixels, height, width)
