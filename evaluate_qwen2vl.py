@@ -49,7 +49,7 @@ from dct_qwen2vl.evaluation.comparison import table as table_of_comparison
 from dct_qwen2vl.evaluation.questions import ASKED_AT_ONCE, Reading, in_rounds, read_questions
 from dct_qwen2vl.evaluation.scoring import accuracies, describe_answers, table
 
-ANSWERS_VERSION = 5  # raised when other answers would be given by the same model to the same questions
+ANSWERS_VERSION = 6  # raised when other answers would be given by the same model to the same questions
 LIMIT_TO_COMPARE = 4  # questions
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.py")  # not what else may be put beside them
 # What the answers depend on, and which questions there are.

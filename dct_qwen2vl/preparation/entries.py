@@ -341,10 +341,10 @@ def field_of(entry: dict, kind: str) -> Any:
 
 def compare_fields(entry: dict, kind: str) -> None:
     """Raises UnusableSample where `image` names what `images` does not, or `video` what `videos` does not."""
-    one, many = (list_names(entry.get(name)) for name in (kind, f"{kind}s"))
+    one, many = (names_of(entry.get(name)) for name in (kind, f"{kind}s"))
     lacking = [name for name in one if name not in many]
     if many and lacking:
-        what = f"{kind} names {lacking[0]!s:.300}, {kind}s names {many[0]!s:.300}"
+        what = f"{kind} names {lacking[0]:.300}, {kind}s names {many[0]:.300}"
         raise UnusableSample("media_names_disagree", f"{what}: leave one of the two fields out")
 
 

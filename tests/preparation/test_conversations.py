@@ -62,7 +62,7 @@ def reason_of(bad: object) -> str:
         (ask("<image>", image="a.jpg"), (("image", "a.jpg"),)),
         (ask("<video>What?", video="a.mp4"), (("video", "a.mp4"),)),
         (ask("<video> or <image>?", images=["a.jpg"], videos=["b.mp4"]), (("video", "b.mp4"), ("image", "a.jpg"))),
-        (ask("<image>", image="a.jpg", images=["a.jpg", "b.jpg"]), (("image", "a.jpg"),)),
+        (ask("<image>", image="a.jpg", images=["./a.jpg", "b.jpg"]), (("image", "a.jpg"),)),
         (entry(("system", "Be brief."), ("user", "What?"), ("assistant", "noise")), ()),
         (
             entry(("human", "<image>One?"), ("gpt", "1"), ("human", "<image> <image>Two?"), ("gpt", "2"))
