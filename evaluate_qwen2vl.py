@@ -140,7 +140,7 @@ def check_processes(arguments: argparse.Namespace) -> None:
 
 
 def check_skipping(arguments: argparse.Namespace) -> None:
-    """Raises UserError for a --skip-db that cannot be."""
+    """Raises UserError for a --skip-db that cannot be; prints a note on one that was probably not meant."""
     if arguments.skip_db is None:
         return
     if arguments.compare:

@@ -6,11 +6,11 @@
     launcher     the shell, torchrun, until the first process begins
     imports      of the first process, those that no other import waits for
     comparison   of the coefficient form with its stock form, before training
-    model        from there to the end of the trial of a full packed sequence: weights, optimizer, trial; in rest
+    model        from there to the end of the trial of a full packed sequence: weights, optimizer, trial. Part of rest
                  where the size of packed sequences was given, or the engine has none
     loader       until the first batch is there
     step         the first, without the wait for its batch
-    rest         checks, weights, optimizer, the rehearsal of the save, what is tried before the first step
+    rest         checks, the rehearsal of the save, what else comes before the first step
     cpu          processor time of all processes of the launch, to its end after two steps
 
 Settings of qwen_launch.sh may be set in the environment; its further arguments stand behind --launch. Nothing else

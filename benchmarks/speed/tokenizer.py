@@ -154,7 +154,7 @@ def video_case(frames: int) -> Ways:
 
     def ours(processor) -> object:
         planes = decode_video(data, sampling, lambda *_: VIDEO_TARGET, planes=True)
-        return processor.tokenizer.encode_planes(planes.luma, planes.cb, planes.cr, planes.matrix, planes.full_range)
+        return processor.tokenizer.encode_planes(*planes.parts)
 
     return {name: partial(usual if name in ("slow", "fast") else ours, way) for name, way in ways.items()}
 

@@ -30,9 +30,9 @@ def skip(
     from dct_qwen2vl.dct.transform_dct import DCTTokenizer
 
     tokenizer = DCTTokenizer(config)
-    tokens, grid = compared, _ = tokenizer.encode(frames)
-    if planes is not None and config.chroma == "420":
-        compared, _ = tokenizer.encode_planes(planes.luma, planes.cb, planes.cr, planes.matrix, planes.full_range)
+    tokens, grid = tokenizer.encode(frames)
+    as_trained = planes is not None and config.chroma == "420"
+    compared = tokenizer.encode_planes(*planes.parts)[0] if as_trained else tokens
     kept = kept_cells(compared, grid, config, skip_db)
     return fill_tokens(keep_tokens(tokens, kept), kept), kept.numpy()
 

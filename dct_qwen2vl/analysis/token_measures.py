@@ -77,47 +77,30 @@ def common_factor(configs: list["DCTConfig"], max_pixels: int) -> int:
     return factor
 
 
-def read_frames(path: Path, factor: int, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
+def read_frames(
+    path: Path, factor: int, max_pixels: int, planes: bool = False
+) -> tuple["np.ndarray | YUVFrames", tuple[int, int]]:
     """The source, uint8 RGB [T, H, W, 3] (T = 1 for an image), and its height and width in the file, pixels.
 
     path: Image or video file.
     factor: Height and width of the source are multiples of it, pixels.
     max_pixels: Most pixels of an image or frame.
+    planes: Whether a video is read as 4:2:0 planes, as in training.
 
     Raises MediaError or OSError.
     """
+    from dct_qwen2vl.dct.image_sizes_dct import target_size
+
     original = (0, 0)
 
     def fit(height: int, width: int, frames: int) -> tuple[int, int]:
         nonlocal original
         original = height, width
-        return _shown_size(factor, max_pixels, height, width)
+        return target_size(height, width, factor, min(56 * 56, max_pixels), max_pixels)
 
     data = path.read_bytes()
-    frames = decode_video(data, SAMPLING, fit=fit) if is_video(path) else decode_image(data, fit=fit)[None]
+    frames = decode_video(data, SAMPLING, fit, planes) if is_video(path) else decode_image(data, fit=fit)[None]
     return frames, original
-
-
-def read_planes(path: Path, factor: int, max_pixels: int) -> "YUVFrames | None":
-    """The frames of a video as 4:2:0 planes, as training reads them. None for an image.
-
-    path: As in `read_frames`.
-    factor: As in `read_frames`.
-    max_pixels: As in `read_frames`.
-
-    Raises MediaError or OSError.
-    """
-
-    def fit(height: int, width: int, frames: int) -> tuple[int, int]:
-        return _shown_size(factor, max_pixels, height, width)
-
-    return decode_video(path.read_bytes(), SAMPLING, fit=fit, planes=True) if is_video(path) else None
-
-
-def _shown_size(factor: int, max_pixels: int, height: int, width: int) -> tuple[int, int]:
-    from dct_qwen2vl.dct.image_sizes_dct import target_size
-
-    return target_size(height, width, factor, min(56 * 56, max_pixels), max_pixels)
 
 
 def is_video(path: Path) -> bool:

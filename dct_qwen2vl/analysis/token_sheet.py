@@ -46,7 +46,6 @@ from dct_qwen2vl.analysis.token_measures import (
     is_video,
     measure,
     read_frames,
-    read_planes,
     worst_window,
 )
 from dct_qwen2vl.common.scripts import run_main
@@ -147,7 +146,7 @@ def make_sheet(
     factor = common_factor(configs, max_pixels)
     with naming(path):
         frames, original = read_frames(path, factor, max_pixels)
-        planes = read_planes(path, factor, max_pixels) if skip_db else None
+        planes = read_frames(path, factor, max_pixels, planes=True)[0] if skip_db and is_video(path) else None
     shown = np.unique(np.linspace(0, len(frames) - 1, min(most_frames, len(frames))).round().astype(int)).tolist()
     results = [measure(frames, config, shown, skip_db, planes) for config in configs]
     words = [describe(result, *frames.shape[:3]) for result in results]

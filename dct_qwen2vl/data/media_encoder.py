@@ -109,8 +109,7 @@ class MediaEncoder:
 
     def _encode_planes(self, frames: YUVFrames, out: torch.Tensor | None = None) -> tuple[torch.Tensor, Grid]:
         """`encode` of planes. out: memory for the tokens."""
-        planes = (frames.luma, frames.cb, frames.cr, frames.matrix, frames.full_range)
-        return self.image_processor.tokenizer.encode_planes(*planes, out=out)
+        return self.image_processor.tokenizer.encode_planes(*frames.parts, out=out)
 
     def _shared_memory(self, frames: YUVFrames) -> torch.Tensor:
         """For the tokens of these planes, float32 [N * K]."""

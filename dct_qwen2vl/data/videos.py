@@ -52,6 +52,11 @@ class YUVFrames:
     full_range: bool
 
     @property
+    def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, str, bool]:
+        """The arguments of `DCTTokenizer.encode_planes`."""
+        return self.luma, self.cb, self.cr, self.matrix, self.full_range
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the three planes."""
         return self.luma.nbytes + self.cb.nbytes + self.cr.nbytes

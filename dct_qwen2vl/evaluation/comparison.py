@@ -7,7 +7,6 @@ Of a coefficient form and its stock form, the first differs by rounding alone. T
 as this repository reads the stock form makes of it: RGB in place of a video's planes, JPEGs decoded whole.
 """
 
-import gc
 import math
 import shutil
 from collections.abc import Iterable, Iterator
@@ -154,8 +153,7 @@ def compare_for_run(
         return
     try:
         with stock_form(model_dir, stock_dir, folder) as stock:
-            shared = stock_dir is None
-            found = compare((model_dir, stock), data_dir, limit=limit, share_weights=shared, **reading)
+            found = compare((model_dir, stock), data_dir, limit=limit, share_weights=stock_dir is None, **reading)
         found.write(folder)
     except (UserError, OSError, RuntimeError, ValueError) as error:
         told = " ".join(str(error).split())[:300]
@@ -283,6 +281,7 @@ def ask_all(
     form's answer. Other arguments: as of `compare`."""
     import torch
 
+    from dct_qwen2vl.data.device_memory import free_memory
     from dct_qwen2vl.evaluation.answering import Answerer
     from dct_qwen2vl.evaluation.forward_passes import exact_products
 
@@ -300,14 +299,6 @@ def ask_all(
     del answerer
     free_memory()
     return [tuple(passes) for passes in found]
-
-
-def free_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def first_encoder(first: Path, model: Path, sampling: VideoSampling, settings: dict[str, Any]) -> "MediaEncoder":

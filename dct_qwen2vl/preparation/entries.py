@@ -341,9 +341,9 @@ def field_of(entry: dict, kind: str) -> Any:
 
 def compare_fields(entry: dict, kind: str) -> None:
     """Raises UnusableSample where `image` names what `images` does not, or `video` what `videos` does not."""
-    one, many = (names_of(entry.get(name)) for name in (kind, f"{kind}s"))
-    lacking = [name for name in one if name not in many]
-    if many and lacking:
+    if not (many := names_of(entry.get(f"{kind}s"))):
+        return
+    if lacking := [name for name in names_of(entry.get(kind)) if name not in many]:
         what = f"{kind} names {lacking[0]:.300}, {kind}s names {many[0]:.300}"
         raise UnusableSample("media_names_disagree", f"{what}: leave one of the two fields out")
 

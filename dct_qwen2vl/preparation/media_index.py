@@ -133,12 +133,12 @@ class Places:
     size: int64 [U]. As in Index.
     content: S16 [U]. As in Index.
     repair: uint8 [U]. Number in NAME_REPAIRS of how the file's name differs.
+    differing: bool [U]. Whether several tars have a file of the name, with different content.
     first_file: How many tars there are.
     files: Names relative to the data folder.
     sought_in_folders: Whether some name was in no tar.
     unread: Lines that name the archives in folders below the data folder, which are not read. Only where some name is
         nowhere.
-    differing: bool [U]. Whether several tars have a file of the name, with different content.
     """
 
     source: np.ndarray
@@ -146,11 +146,11 @@ class Places:
     size: np.ndarray
     content: np.ndarray
     repair: np.ndarray
+    differing: np.ndarray
     first_file: int
     files: NameList = field(default_factory=NameList)
     sought_in_folders: bool = False
     unread: list[str] = field(default_factory=list)
-    differing: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
     @classmethod
     def empty(cls, count: int, first_file: int) -> "Places":
@@ -160,7 +160,8 @@ class Places:
         first_file: Number of tars.
         """
         source, zeros = np.full(count, NO_PLACE, np.int32), np.zeros(count, np.int64)
-        return cls(source, zeros, zeros.copy(), np.zeros(count, DIGEST), np.zeros(count, np.uint8), first_file)
+        content, repair, differing = (np.zeros(count, kind) for kind in (DIGEST, np.uint8, bool))
+        return cls(source, zeros, zeros.copy(), content, repair, differing, first_file)
 
     def enter(self, rows: np.ndarray, source: int, index: Index, members: np.ndarray) -> None:
         """Enters the places of some names.
@@ -492,7 +493,6 @@ def locate(
     spelled: Gives the name itself by its number. None: no other spelling is looked for.
     """
     places = Places.empty(len(names), len(sources))
-    places.differing = np.zeros(len(names), bool)
     indexes = [source.index for source in sources]
     for number, index in enumerate(indexes):
         rows, members = match(names, index.names)

@@ -376,15 +376,12 @@ def make_plan(
     for row, first in find_duplicates(entries["digest"]):
         skip(row, "duplicate_entry", f"entry {entries['index'][first]} has the same id, turns and media")
     names, first, media = np.unique(columns.names, return_index=True, return_inverse=True)
-    places = locate(
-        tars,
-        data_dir,
-        leave_out,
-        names,
-        columns.folded[first],
-        lambda row: columns.spelled[int(first[row])].decode(),
-    )
-    for line in [*places.unread, *say_differing(places, tars, lambda row: columns.spelled[int(first[row])].decode())]:
+
+    def spelled(row: int) -> str:
+        return columns.spelled[int(first[row])].decode()
+
+    places = locate(tars, data_dir, leave_out, names, columns.folded[first], spelled)
+    for line in [*places.unread, *say_differing(places, tars, spelled)]:
         print(line, file=sys.stderr)
     if strict:
         for row, number in find_first_of_each(columns.media_start, places.differing[media], usable):

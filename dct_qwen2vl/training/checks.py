@@ -96,7 +96,8 @@ def choose_min_pixels(config: TrainingConfig) -> int | None:
 
 
 def check_skipping(config: TrainingConfig, info: ModelInfo) -> None:
-    """Raises RunError where cells are to be skipped that cannot be."""
+    """Raises RunError where cells are to be skipped that cannot be; prints a note on a threshold that was probably not
+    meant."""
     if config.skip_noise_floor and not skip_db_of(config):
         raise RunError(
             f"--skip-noise-floor goes with --skip-db, and {config.model_dir} skips no cells: add --skip-db 38"

@@ -4,7 +4,6 @@ The size comes from memory.py. Where the device's memory is full all the same, a
 No weight changes, and the loader begins afterwards.
 """
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +14,7 @@ import torch
 import torch.distributed
 from lightning.pytorch.callbacks import Callback
 
+from dct_qwen2vl.data.device_memory import free_memory
 from dct_qwen2vl.data.packing import PackedBatch, pack
 from dct_qwen2vl.data.positions import mrope_positions
 from dct_qwen2vl.data.samples import IGNORE_INDEX, EncodedSample
@@ -197,13 +197,6 @@ def by_itself(chunk: torch.nn.Module) -> Iterator[None]:
     finally:
         if fetches:
             chunk.enable_forward_pre_hook()
-
-
-def free_memory() -> None:
-    """What a failed pass has left."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def in_all(value: bool) -> bool:

@@ -540,10 +540,16 @@ def moving(natural_frames):
 
 def all_frames(data: bytes) -> np.ndarray:
     """Every frame, plainly decoded."""
+    return np.stack([rgb for _, rgb in stamped_frames(data)])
+
+
+def stamped_frames(data: bytes) -> list[tuple[int, np.ndarray]]:
+    """The same, each after its time stamp."""
     with av.open(io.BytesIO(data)) as container:
-        return np.stack(
-            [frame.to_ndarray(format="rgb24", interpolation=videos.SCALER_FLAGS) for frame in container.decode(video=0)]
-        )
+        return [
+            (frame.pts, frame.to_ndarray(format="rgb24", interpolation=videos.SCALER_FLAGS))
+            for frame in container.decode(video=0)
+        ]
 
 
 SAMPLINGS = [
@@ -599,8 +605,7 @@ def test_what_is_shown_before_the_first_key_frame_of_a_cut_video_is_not_counted(
     data, first = cut(moving(kind), container, keys[1] + start)
     with av.open(io.BytesIO(data)) as source:
         stamps = sorted(packet.pts for packet in source.demux(video=0) if packet.size)
-        shown = [frame.to_ndarray(format="rgb24", interpolation=videos.SCALER_FLAGS)
-                 for frame in source_frames(data) if frame.pts >= first]  # fmt: skip
+    shown = [rgb for stamp, rgb in stamped_frames(data) if stamp >= first]
     assert stamps[0] < first, "or nothing is shown before it"
     assert len(shown) == sum(stamp >= first for stamp in stamps) > 24
     found = decode_video(data, VideoSampling(fps=100))
@@ -608,11 +613,6 @@ def test_what_is_shown_before_the_first_key_frame_of_a_cut_video_is_not_counted(
     np.testing.assert_array_equal(found, np.stack(shown)[frame_indices(data, VideoSampling(fps=100))])
     assert len(decode_video(data, VideoSampling(fps=2))) == len(frame_indices(data, VideoSampling(fps=2)))
     assert not read_by_number
-
-
-def source_frames(data: bytes) -> list:
-    with av.open(io.BytesIO(data)) as container:
-        return list(container.decode(video=0))
 
 
 def packets(text: str) -> list[SimpleNamespace]:

@@ -99,8 +99,7 @@ def count_kept(kind: str, data: bytes, min_pixels: int, max_pixels: int) -> tupl
     frames = as_array(kind, data, sampling, fit, planes=True, threads=1)
     tokenizer = DCTTokenizer(config)
     if isinstance(frames, YUVFrames):
-        planes = (frames.luma, frames.cb, frames.cr, frames.matrix, frames.full_range)
-        tokens, grid = tokenizer.encode_planes(*planes)
+        tokens, grid = tokenizer.encode_planes(*frames.parts)
     else:
         frames = resize_frames(kind, frames, fit)
         tokens, grid = tokenizer.encode(frames[None] if kind == "image" else frames)
