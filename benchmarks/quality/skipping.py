@@ -6,6 +6,7 @@
     x4-small         a lower max_pixels, at about as many tokens
     x4-skip-ring     x4-skip, and the neighbours of kept cells in their step
     x4-skip-refresh  x4-skip, and all cells of every fourth step
+    x4-third         all cells of every third step: a digit of `still-board` is seen once, not three times
     x4-skip-half     x4-skip, but half of the training samples keep all cells
     x4-skip-most     x4-skip, but a fifth of the training samples keep all cells
     x4-skip-then-all x4-skip, but all training samples of the last sixth of the steps keep all cells
@@ -39,11 +40,12 @@ from dct_qwen2vl.dct.skipping_dct import SKIP_DB, error_weights, squared_error
 BASE = "x4"
 CELL_TOKENS = MERGE**2
 REFRESH = 4  # steps
+THIRD = 3  # steps
 MIXED = {"x4-skip-half": 0.5, "x4-skip-most": 0.8}  # share of the training samples that leave out cells
 THEN_ALL = "x4-skip-then-all"
 LAST = 1 / 6  # of the steps
 EXACT = "exact-skip"
-LEFT_OUT = ("x4-skip", "x4-evs", "x4-skip-ring", "x4-skip-refresh", *MIXED, THEN_ALL, EXACT)
+LEFT_OUT = ("x4-skip", "x4-evs", "x4-skip-ring", "x4-skip-refresh", "x4-third", *MIXED, THEN_ALL, EXACT)
 REDUCED = ("x4-slow", "x4-small")
 NAMES = (*LEFT_OUT, *REDUCED)
 
@@ -165,6 +167,9 @@ class SkippingEncoder(Encoder):
             kept = with_ring(kept.unflatten(2, self.rule.shape[1:])).flatten(2)
         if self.name == "x4-skip-refresh":
             kept[:, ::REFRESH] = True
+        if self.name == "x4-third":
+            kept = torch.zeros_like(kept)
+            kept[:, ::THIRD] = True
         return Kept(kept.flatten(1), kept.flatten(1))
 
     def _late(self, tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

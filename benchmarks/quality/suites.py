@@ -26,7 +26,7 @@ VIDEOS = {"motion": 1500, "order": 2000, "flashes": 2000, "ticker": 4000}
 SKIPPING_TASKS = ("still-board", "still-flashes", "still-order", "still-motion", "page-reading")
 SKIPPING = ("x4", "x4-skip", "x4-slow", "x4-small", "x4-evs")
 BOTH_READINGS = ("x4-skip-half", "x4-skip-most", "x4-skip-then-all")
-MORE_CELLS = ("x4-skip-ring", "x4-skip-refresh")  # of still-board, which loses points by skipping
+MORE_CELLS = ("x4-skip-ring", "x4-skip-refresh", "x4-third")  # of still-board, which loses points by skipping
 # A sample has five times the tokens of one of the other suites.
 SKIPPING_SETTINGS = {"batch": 128, "size": ModelSize(vision_layers=3), "probe": 64, "generated": 4}
 SKIPPING_START = 3  # times the steps of fine-tuning that the model takes which it starts from

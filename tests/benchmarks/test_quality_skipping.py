@@ -114,6 +114,8 @@ def test_a_ring_and_a_refreshed_step():
     tokens = plain.encode(frames)
     before, after = (one.choose(tokens).tower.unflatten(1, (12, 16)) for one in (plain, refreshed))
     assert after[:, ::4].all() and torch.equal(after[:, [1, 2, 3, 5]], before[:, [1, 2, 3, 5]])
+    third = encoder_of("x4-third", task).choose(tokens).language.unflatten(1, (12, 16))
+    assert third[:, ::3].all() and third.sum() == third[:, ::3].numel()
 
 
 @pytest.mark.parametrize("name", ["x4-slow", "x4-small"])
@@ -300,7 +302,7 @@ def test_the_suite_has_all_variants_of_all_tasks_but_a_rate_of_images():
     starts = {run.name: run for run in runs if run.save}
     assert len(starts) == 5 and {(run.variant, run.steps) for run in starts.values()} == {("x4", 1800)}
     tuned = [run for run in runs if not run.save]
-    assert len(tuned) == (4 * 8 + 7 + 2) * 3 and {run.steps for run in tuned} == {600}
-    more = {"x4-skip-ring", "x4-skip-refresh"}
+    assert len(tuned) == (4 * 8 + 7 + 3) * 3 and {run.steps for run in tuned} == {600}
+    more = {"x4-skip-ring", "x4-skip-refresh", "x4-third"}
     assert {run.task for run in tuned if run.variant in more} == {"still-board"}
     assert all(starts[run.start_from].task == run.task for run in tuned)

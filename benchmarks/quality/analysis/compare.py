@@ -75,6 +75,8 @@ PAIRS = (
     *(("x4-skip", other) for other in ("x4", "x4-slow", "x4-small", "x4-evs")),
     ("x4-skip-ring", "x4"),
     ("x4-skip-refresh", "x4"),
+    ("x4-third", "x4"),
+    ("x4-skip", "x4-third"),
     *(("x4-mixed", other) for other in ("x4", "quarter", "exact-skip")),
     *((both, "x4-skip") for both in ("x4-skip-half", "x4-skip-most", "x4-skip-then-all")),
 )
