@@ -6,6 +6,7 @@
     x4-small         a lower max_pixels, at about as many tokens
     x4-skip-ring     x4-skip, and the neighbours of kept cells in their step
     x4-skip-refresh  x4-skip, and all cells of every fourth step
+    x4-skip-age      x4-skip, and a token says for how many steps it stands, by as many more floats
     x4-third         all cells of every third step: a digit of `still-board` is seen once, not three times
     x4-skip-half     x4-skip, but half of the training samples keep all cells
     x4-skip-most     x4-skip, but a fifth of the training samples keep all cells
@@ -41,11 +42,12 @@ BASE = "x4"
 CELL_TOKENS = MERGE**2
 REFRESH = 4  # steps
 THIRD = 3  # steps
+AGED = "x4-skip-age"
 MIXED = {"x4-skip-half": 0.5, "x4-skip-most": 0.8}  # share of the training samples that leave out cells
 THEN_ALL = "x4-skip-then-all"
 LAST = 1 / 6  # of the steps
 EXACT = "exact-skip"
-LEFT_OUT = ("x4-skip", "x4-evs", "x4-skip-ring", "x4-skip-refresh", "x4-third", *MIXED, THEN_ALL, EXACT)
+LEFT_OUT = ("x4-skip", "x4-evs", "x4-skip-ring", "x4-skip-refresh", "x4-third", AGED, *MIXED, THEN_ALL, EXACT)
 REDUCED = ("x4-slow", "x4-small")
 NAMES = (*LEFT_OUT, *REDUCED)
 
@@ -84,8 +86,8 @@ class CellRule:
         self.limit = squared_error(SKIP_DB)
 
     def cells(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, N, K] -> [B, t, n, 4, K]"""
-        return tokens.float().unflatten(1, (self.shape[0], -1, CELL_TOKENS))
+        """[B, N, K] -> [B, t, n, 4, K]. What follows the coefficients in a token is not read."""
+        return tokens[..., : len(self.weights)].float().unflatten(1, (self.shape[0], -1, CELL_TOKENS))
 
     def error(self, cells: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         """Of the worst block where the others are shown: [..., 4, K] -> [...]"""
@@ -151,12 +153,36 @@ def with_ring(kept: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.max_pool2d(planes, 3, stride=1, padding=1)[:, 0].bool().view(kept.shape)
 
 
+def steps_shown(kept: torch.Tensor) -> torch.Tensor:
+    """For how many steps a cell stands, itself included: until the next kept one at its place. bool [B, t, n] -> int64,
+    same shape. Of cells that are not kept it means nothing."""
+    steps = kept.shape[1]
+    shown, following = torch.empty_like(kept, dtype=torch.long), torch.full_like(kept[:, 0], steps, dtype=torch.long)
+    for step in reversed(range(steps)):
+        shown[:, step] = following - step
+        following = torch.where(kept[:, step], step, following)
+    return shown
+
+
 class SkippingEncoder(Encoder):
     """`x4`, or `exact`, with a choice of cells. name: of LEFT_OUT."""
 
     def __init__(self, name: str, base: Variant, task: CellTask, device: torch.device | str) -> None:
         super().__init__(base, (task.side, task.side), task.duration, device)
         self.name, self.rule = name, CellRule(base.config, self.grid, self.device)
+
+    @torch.no_grad()
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, T, H, W, 3] -> float32 [B, N, K], of `x4-skip-age` [B, N, K + t]"""
+        tokens = super().encode(frames)
+        if self.name != AGED:
+            return tokens
+        ages = steps_shown(self.rule.kept(tokens)).flatten(1).repeat_interleave(CELL_TOKENS, dim=1)
+        return torch.cat([tokens, torch.nn.functional.one_hot(ages - 1, self.grid[0])], dim=-1)
+
+    def in_patch(self, patch: int, floats: int) -> torch.Tensor:
+        shown = super().in_patch(patch, floats)
+        return torch.nn.functional.pad(shown, (0, floats - len(shown)))
 
     def choose(self, tokens: torch.Tensor) -> Kept:
         """tokens: float [B, N, K]."""

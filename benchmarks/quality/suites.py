@@ -26,10 +26,16 @@ VIDEOS = {"motion": 1500, "order": 2000, "flashes": 2000, "ticker": 4000}
 SKIPPING_TASKS = ("still-board", "still-flashes", "still-order", "still-motion", "page-reading")
 SKIPPING = ("x4", "x4-skip", "x4-slow", "x4-small", "x4-evs")
 BOTH_READINGS = ("x4-skip-half", "x4-skip-most", "x4-skip-then-all")
-MORE_CELLS = ("x4-skip-ring", "x4-skip-refresh", "x4-third")  # of still-board, which loses points by skipping
+# Of the tasks that lose points by skipping: what else was tried.
+TRIED = {
+    "still-board": ("x4-skip-ring", "x4-skip-refresh", "x4-skip-age", "x4-third"),
+    "still-flashes": ("x4-skip-ring", "x4-skip-refresh", "x4-skip-age"),
+}
+LONG = ("x4", "x4-skip", "x4-skip-age")
 # A sample has five times the tokens of one of the other suites.
 SKIPPING_SETTINGS = {"batch": 128, "size": ModelSize(vision_layers=3), "probe": 64, "generated": 4}
 SKIPPING_START = 3  # times the steps of fine-tuning that the model takes which it starts from
+LONGER = 3  # times the steps of `skipping`, in `skipping_long`
 # Pages of which a third, and a quarter, is printed; and images without margins.
 MIXED_IMAGES = (("page-reading", {}), ("page-reading", {"whole": 224}), ("reading", {}))
 MIXED_VARIANTS = ("quarter", "x4", "x4-mixed", "exact-skip")
@@ -209,15 +215,29 @@ def _skipping_variants(task: str) -> tuple[str, ...]:
     return tuple(name for name in SKIPPING if name != "x4-slow" or task != "page-reading")
 
 
+def _skipping_start(plan: Plan, task: str) -> Settings:
+    """The model of all cells that the others start from."""
+    return _skipping_base(plan, task, variant="x4", steps=SKIPPING_START * plan.steps, save=True)
+
+
 def skipping(plan: Plan) -> tuple[Settings, ...]:
     """Does skipping hold? Against all cells and the usual ways to have as few tokens, fine-tuned from one model of all
     cells for each task. And does a model that also keeps all cells of some samples learn both readings?"""
     runs: list[Settings] = []
     for task in SKIPPING_TASKS:
-        start = _skipping_base(plan, task, variant="x4", steps=SKIPPING_START * plan.steps, save=True)
+        start = _skipping_start(plan, task)
         tuned = replace(start, steps=plan.steps, save=False, start_from=start.name)
-        more = MORE_CELLS if task == "still-board" else ()
-        runs += [start, *_runs(tuned, (*_skipping_variants(task), *BOTH_READINGS, *more))]
+        runs += [start, *_runs(tuned, (*_skipping_variants(task), *BOTH_READINGS, *TRIED.get(task, ())))]
+    return tuple(runs)
+
+
+def skipping_long(plan: Plan) -> tuple[Settings, ...]:
+    """Where skipping loses points: is it for lack of steps? From the models of `skipping`, fine-tuned for longer."""
+    runs: list[Settings] = []
+    for task in TRIED:
+        start = _skipping_start(plan, task)
+        tuned = replace(start, steps=LONGER * plan.steps, save=False, start_from=start.name)
+        runs += [start, *_runs(tuned, LONG)]
     return tuple(runs)
 
 
@@ -240,7 +260,7 @@ SUITES: dict[str, Callable[[Plan], tuple[Settings, ...]]] = {
     suite.__name__: suite
     for suite in (
         *(warm, wide, real, first, fidelity, speed, speed_rates, formats, tokens, rates, gains, stills, videos, cost),
-        *(skipping, skipping_scratch, mixed),
+        *(skipping, skipping_long, skipping_scratch, mixed),
     )
 }
 STEPS = dict.fromkeys(SUITES, 3000)
@@ -252,6 +272,7 @@ STEPS |= {
     "wide": 1500,
     "real": 1500,
     "skipping": 600,
+    "skipping_long": 600,
     "skipping_scratch": 1500,
     "mixed": 1200,
 }

@@ -30,7 +30,7 @@ from benchmarks.quality.model import (
     zero_columns,
 )
 from benchmarks.quality.settings import Settings
-from benchmarks.quality.skipping import BASE, LEFT_OUT, SkippingEncoder, make_encoder, share_left_out
+from benchmarks.quality.skipping import AGED, BASE, LEFT_OUT, SkippingEncoder, make_encoder, share_left_out
 from benchmarks.quality.tasks import fixed_camera
 from benchmarks.quality.tasks.cells import NOT_SCORED
 from benchmarks.quality.tasks.drawing import Random, generator_for
@@ -319,7 +319,8 @@ class Trainer:
     def asked_otherwise(self, count: int) -> dict[str, float] | None:
         """Accuracy on the first `count` test samples with all cells, and with those left out that `x4-skip` leaves out,
         whichever the model was trained with. None for a task or variant without such a choice."""
-        if type(self.task) not in fixed_camera.TASKS or self.settings.variant not in (BASE, *LEFT_OUT):
+        choice = self.settings.variant in (BASE, *LEFT_OUT) and self.settings.variant != AGED
+        if type(self.task) not in fixed_camera.TASKS or not choice:
             return None
         found = {}
         for asked in (BASE, "x4-skip"):

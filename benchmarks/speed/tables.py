@@ -45,6 +45,7 @@ MEASUREMENTS = {
     "whole_mix": Measurement("training_run --work mix --gpus 1 --samples 400 --steps 20", 400),
     "all_videos": Measurement("training --work videos --samples 42 --stock-sizes 1 2 4 --repeats 2", 600),
     "all_mix": Measurement("training --work mix --samples 96 --stock-sizes 1 4 8 --repeats 2", 600),
+    "low_scores": Measurement("low_scores"),
     "memory": Measurement("memory", 900),
 }  # fmt: skip
 

@@ -26,6 +26,7 @@ from benchmarks.quality.skipping import (
     SkippingEncoder,
     make_encoder,
     nearest_grid,
+    steps_shown,
     with_ring,
 )
 from benchmarks.quality.suites import SUITES, Plan
@@ -33,6 +34,7 @@ from benchmarks.quality.tasks import fixed_camera
 from benchmarks.quality.tasks.registry import Source, make_task
 from benchmarks.quality.trainer import Trainer
 from benchmarks.quality.variants import make_variant
+from dct_qwen2vl.checkpoints.inspection import PATCH_EMBEDDING
 from dct_qwen2vl.common.scripts import UserError
 from dct_qwen2vl.data.kept_cells import given_positions
 from dct_qwen2vl.data.media_embedding import embed_media
@@ -116,6 +118,32 @@ def test_a_ring_and_a_refreshed_step():
     assert after[:, ::4].all() and torch.equal(after[:, [1, 2, 3, 5]], before[:, [1, 2, 3, 5]])
     third = encoder_of("x4-third", task).choose(tokens).language.unflatten(1, (12, 16))
     assert third[:, ::3].all() and third.sum() == third[:, ::3].numel()
+
+
+def test_a_token_says_for_how_many_steps_it_stands():
+    kept = torch.tensor([[[1, 1, 1], [0, 1, 0], [0, 0, 1], [1, 0, 0]]], dtype=torch.bool)
+    assert steps_shown(kept)[kept].tolist() == [3, 1, 2, 3, 2, 1]
+    task = make_task("still-flashes")
+    frames = Source(task, "cpu").batch("fit", 0, 0, 2).frames
+    plain, aged = (encoder_of(name, task) for name in ("x4-skip", "x4-skip-age"))
+    tokens, longer = plain.encode(frames), aged.encode(frames)
+    cells = plain.choose(tokens).tower
+    assert torch.equal(longer[..., :441], tokens) and torch.equal(aged.choose(longer).tower, cells)
+    ages = longer[..., 441:].argmax(-1).add(1).view(2, 12, 16, 4)
+    assert longer.shape[-1] == 441 + 12 and (longer[..., 441:].sum(-1) == 1).all() and (ages == ages[..., :1]).all()
+    stands = (ages[..., 0] * cells.view(2, 12, 16)).sum(1)  # each place, once it is kept, is shown until the end
+    first = cells.view(2, 12, 16).int().argmax(1)
+    assert torch.equal(stands, torch.where(cells.view(2, 12, 16).any(1), 12 - first, 0))
+
+
+def test_a_model_of_ages_begins_as_one_without():
+    start = Trainer(replace(SETTINGS, variant="x4")).pixel_state()
+    plain, aged = (Trainer(replace(SETTINGS, variant=name), start=start) for name in ("x4-skip", "x4-skip-age"))
+    assert torch.equal(plain.test(4)[0], aged.test(4)[0]) and aged.asked_otherwise(4) is None
+    embedding = aged.model.state_dict()[PATCH_EMBEDDING]
+    assert not embedding[:, 441:].any() and embedding.shape[1] == 453
+    aged.step(0)
+    assert aged.model.state_dict()[PATCH_EMBEDDING][:, 441:].any()
 
 
 @pytest.mark.parametrize("name", ["x4-slow", "x4-small"])
@@ -302,7 +330,10 @@ def test_the_suite_has_all_variants_of_all_tasks_but_a_rate_of_images():
     starts = {run.name: run for run in runs if run.save}
     assert len(starts) == 5 and {(run.variant, run.steps) for run in starts.values()} == {("x4", 1800)}
     tuned = [run for run in runs if not run.save]
-    assert len(tuned) == (4 * 8 + 7 + 3) * 3 and {run.steps for run in tuned} == {600}
-    more = {"x4-skip-ring", "x4-skip-refresh", "x4-third"}
-    assert {run.task for run in tuned if run.variant in more} == {"still-board"}
+    assert len(tuned) == (4 * 8 + 7 + 4 + 3) * 3 and {run.steps for run in tuned} == {600}
+    assert {run.task for run in tuned if run.variant == "x4-third"} == {"still-board"}
+    assert {run.task for run in tuned if run.variant == "x4-skip-age"} == {"still-board", "still-flashes"}
     assert all(starts[run.start_from].task == run.task for run in tuned)
+    long = SUITES["skipping_long"](Plan(600))
+    assert {run.name for run in long if run.save} < set(starts) and len(long) == 2 + 2 * 3 * 3
+    assert {(run.steps, starts[run.start_from].task == run.task) for run in long if not run.save} == {(1800, True)}

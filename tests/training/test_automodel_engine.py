@@ -10,6 +10,7 @@ import pytest
 import torch
 from gradient_process import ANSWERS, gradient_of_a_step
 from pipeline import run
+from torch.nn import functional
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,35 @@ def test_attention_computes_no_pairs_of_different_steps(attentions):
         linear = 2 * 64 * (attention.qkv.weight.numel() + attention.proj.weight.numel())
         counts.append(counter.get_total_flops() - linear)
     assert 0 < counts[0] * 16 == counts[1]
+
+
+@pytest.fixture
+def engine(converted):
+    """The engine with its model. PyTorch's choice of attention is restored afterwards."""
+    from dct_qwen2vl.training.automodel import QwenAutoModel
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    engine = QwenAutoModel(converted("x4"))
+    engine.configure_model()
+    yield engine
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_training_does_without_the_attention_of_cudnn(engine):
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [64, 128, 256])
+def test_gradients_of_low_scores_are_finite_on_a_gpu(engine, tokens):
+    """Scores near -100, of which cuDNN's attention (PyTorch 2.11, an H200) makes gradients of nan at 64 tokens."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 8, 16, tokens, 80, device="cuda", dtype=torch.bfloat16).unbind()
+    query[..., 0], key[..., 0] = (100 * 80**0.5) ** 0.5, -((100 * 80**0.5) ** 0.5)
+    parts = [part.requires_grad_() for part in (query, key, value)]
+    functional.scaled_dot_product_attention(*parts).sum().backward()
+    assert all(part.grad.isfinite().all() for part in parts)
 
 
 @pytest.mark.parametrize("numbers", [1764, 1176, 15])

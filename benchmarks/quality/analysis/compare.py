@@ -77,6 +77,7 @@ PAIRS = (
     ("x4-skip-refresh", "x4"),
     ("x4-third", "x4"),
     ("x4-skip", "x4-third"),
+    *(("x4-skip-age", other) for other in ("x4", "x4-skip")),
     *(("x4-mixed", other) for other in ("x4", "quarter", "exact-skip")),
     *((both, "x4-skip") for both in ("x4-skip-half", "x4-skip-most", "x4-skip-then-all")),
 )
