@@ -38,6 +38,7 @@ from dct_qwen2vl.training.processes import (
     PEER_ENDED,
     TORCHRUN,
     Interrupted,
+    end_with_launcher,
     forget_what_torchrun_has_not_set,
     interruptible,
     let_others_begin,
@@ -202,6 +203,7 @@ def explain(error: Exception) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     forget_what_torchrun_has_not_set(os.environ)
+    end_with_launcher()
     config = replace(parse_arguments(argv), rank=int(os.environ.get("RANK", 0)))
     try:
         with interruptible() as interrupts:

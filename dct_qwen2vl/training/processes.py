@@ -1,5 +1,6 @@
 """The processes of a run: who started them, how they end together, what Ctrl-C does to them."""
 
+import ctypes
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ CONTINUE = "run the same command again to continue from the newest checkpoint"
 # What the C library, and PyTorch's writer of archives in its place, say of a full disk.
 FULL = re.compile(r"No space left on device|Disk quota exceeded|inline_container.*(failed writing|unexpected pos)")
 WORKER = re.compile(r"DataLoader worker \(pid[^)]*\) (?:is killed by signal: ([\w ]+)|exited unexpectedly)")  # PyTorch
+PR_SET_PDEATHSIG = 1  # prctl(2)
 AGAIN = 0.05  # s until a signal whose exception was dropped is sent once more
 INTERRUPTED = f"interrupted; {CONTINUE}"
 
@@ -32,6 +34,14 @@ def forget_what_torchrun_has_not_set(environment: MutableMapping[str, str]) -> N
     if TORCHRUN not in environment:
         for name in FROM_TORCHRUN:
             environment.pop(name, None)
+
+
+def end_with_launcher() -> None:
+    """From now on the kernel sends this process SIGTERM as soon as torchrun has ended, also where kill -9 has ended it.
+    Otherwise the process would go on, with its device and the run folder. Nothing happens if torchrun has not started
+    it, or where there is no prctl(2)."""
+    if TORCHRUN in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def without_lost_ends(show: Callable) -> Callable:

@@ -261,6 +261,43 @@ def test_only_the_first_ctrl_c_counts_and_only_in_the_process_that_asked():
     sys.excepthook = hook
 
 
+STARTED = """
+import subprocess, sys
+
+program = '''
+import time, finetune_qwen2vl
+finetune_qwen2vl.run = lambda config: print("begun", flush=True) or time.sleep(90)
+finetune_qwen2vl.main()
+'''
+process = subprocess.Popen([sys.executable, "-c", program, *sys.argv[1:]])
+print(process.pid, flush=True)
+process.wait()
+"""
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_process_ends_with_the_launcher_that_kill_9_has_ended(launched):
+    """One that torchrun has not started does not: a shell may end before what it has started."""
+    known = ["--model-dir", "no-model", "--data-dir", "no-data"]
+    environment = {name: value for name, value in os.environ.items() if name != processes.TORCHRUN}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", STARTED, *known],
+        cwd=REPOSITORY, env={**environment, **({processes.TORCHRUN: "1"} if launched else {})},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    started = psutil.Process(int(launcher.stdout.readline()))
+    try:
+        assert launcher.stdout.readline() == "begun\n"
+        launcher.kill()
+        launcher.wait()
+        _, alive = psutil.wait_procs([started], timeout=20 if launched else 1)
+        assert bool(alive) != launched
+    finally:
+        if started.is_running():
+            started.kill()
+        launcher.stdout.close()
+
+
 LAST_INSTANT = """
 import os, signal, sys
 import finetune_qwen2vl
