@@ -367,6 +367,7 @@ def test_a_fingerprint_is_that_of_the_shards(prepared, tmp_path):
         ({"max_steps": "5"}, "max_steps=5 changes nothing, qwen_launch.sh has no such setting: is MAX_STEPS meant?"),
         ({"WARMUP_STEP": "5"}, "WARMUP_STEP=5 changes nothing, qwen_launch.sh has no such setting: is WARMUP_STEPS"),
         ({"BATCH_SIZE": "8"}, "BATCH_SIZE=8 changes nothing, qwen_launch.sh has no such setting: is MBS or GBS meant?"),
+        ({"SKIP": "38"}, "SKIP=38 changes nothing, qwen_launch.sh has no such setting: is SKIP_DB meant?"),
         ({"lr": "1"}, "lr=1 changes nothing, qwen_launch.sh has no such setting: is LR meant?"),
         ({"BATCH_SIZE": "8", "MBS": "8"}, None),  # of another program
         ({"MAX_STEPS": "5", "LR": "1", "INPUT_DIR": "x", "SLURM_NNODES": "2", "TMPDIR": "/tmp", "TP_": "1x"}, "TP_=1x"),
