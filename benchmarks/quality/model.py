@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers import __version__ as version
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
@@ -28,6 +29,9 @@ from dct_qwen2vl.data.media_embedding import embed_media
 # Qwen2-VL's base of 1,000,000 turns the width part of the position by 1/1000 rad a token and less at this size of head,
 # and small models then do not find the place that is asked for; with 10 it is 1/10 to 1/4 rad.
 ROPE_BASE = 10.0
+# Not cuDNN's, whose gradients can be nan (benchmarks/speed/low_scores.py). The choice is made inside the layers, since
+# PyTorch's switches for the whole process are no part of the key under which it keeps what it has compiled.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 MOST_SHAPES = 64  # that layers are compiled for in one process; a suite has a few
 MROPE_SECTION = (8, 12, 12)  # time, height, width: the shares of Qwen2-VL's (16, 24, 24), for this head
 
@@ -210,7 +214,8 @@ def vision_layer(
     q, k, v = block.attn.qkv(block.norm1(states)).unflatten(-1, (3, heads, -1)).unbind(2)
     q, k = apply_rotary_pos_emb_vision(q, k, cos, sin)
     q, k, v = (part.unflatten(1, (steps, -1)).flatten(0, 1).transpose(1, 2) for part in (q, k, v))
-    mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    with sdpa_kernel(KERNELS):
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     states = states + block.attn.proj(mixed.transpose(1, 2).reshape(states.shape))
     return states + block.mlp(block.norm2(states))
 
@@ -221,7 +226,8 @@ def language_layer(
     """A layer of the language model on whole sequences, causal: [B, L, D] -> same.
 
     seen: bool [B, 1, L, L], which token attends to which; None: each to all before."""
-    return layer(states, attention_mask=seen, position_embeddings=(cos, sin))[0]
+    with sdpa_kernel(KERNELS):
+        return layer(states, attention_mask=seen, position_embeddings=(cos, sin))[0]
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,6 @@ def prepare(settings: Settings, output: Output, device: torch.device, graphs: bo
     """Model, data and, on CUDA, the captured step of a run."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cuda.enable_cudnn_sdp(False)  # not deterministic; with it gradients of still-flashes became nan
     if settings.save and settings.variant not in STARTS:
         raise UserError(
             f"a model of variant {settings.variant} cannot be saved to start from: choose {' or '.join(STARTS)}"

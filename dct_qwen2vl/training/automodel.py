@@ -102,8 +102,8 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         has set the mesh that they are spread over."""
         if self.model is not None:
             return
-        # Its gradients become nan where the logsumexp of a row of 64 scores is under -88.7 (exp(88.7) is the largest
-        # float32): benchmarks/speed/low_scores.py.
+        # Its gradients become nan where the logsumexp of a row of 64 scores is under about -88, as exp(88.7) is the
+        # largest float32: benchmarks/speed/low_scores.py.
         torch.backends.cuda.enable_cudnn_sdp(False)
         self.model = AutoModelForImageTextToText.from_pretrained(self.model_dir, torch_dtype=torch.float32)
         self.model.train()

@@ -9,6 +9,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from benchmarks.quality import run_experiments, runs, train
 from benchmarks.quality.model import (
+    KERNELS,
     Layout,
     answer_logits,
     build_model,
@@ -100,6 +101,27 @@ def test_layers_are_compiled_once_for_all_models_of_a_shape(monkeypatch):
         given = trainer.model, trainer.layout, tokens, batch.question, batch.answer
         torch.testing.assert_close(answer_logits(*given, layers), answer_logits(*given), rtol=1e-4, atol=1e-4)
         assert counter.frame_count == graphs
+
+
+def test_compiled_layers_hold_the_choice_of_kernels(monkeypatch):
+    """Whatever the process has switched on when they are compiled, or had when the cache was filled."""
+    graphs, compiled = [], torch.compile
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda layer, **options: compiled(layer, backend=keep, **options))
+    torch.compiler.reset()
+    trainer = Trainer(replace(TRIVIAL, variant="x4", size=ModelSize(80, 2, 64, 3)))
+    batch = trainer.source.batch("train", 0, 0, 2)
+    tokens = trainer.encoder.encode(batch.frames)
+    layers = compiled_layers.__wrapped__()
+    answer_logits(trainer.model, trainer.layout, tokens, batch.question, batch.answer, layers)
+    assert len(graphs) == 2
+    for graph in graphs:
+        before = graph[: graph.index("scaled_dot_product_attention(")]
+        assert {name for name in KERNELS if name.name in before} == set(KERNELS) and "CUDNN" not in before
 
 
 def test_what_the_half_size_image_does_not_show_starts_at_zero():
