@@ -43,7 +43,7 @@ TO_SEE = {
     "shards/report.html": "what the prepared set holds: sources, sizes, tokens, samples",
 }
 TO_RUN = {
-    "make test": "all tests, 10 to 15 minutes on two cores",
+    "make test": "all tests, 12 to 32 minutes on two cores",
     "README.md, Setup Instructions": "the same stages for Qwen2-VL-2B and Cambrian-737k",
 }
 WIDTH = 118  # characters of a printed command
