@@ -215,30 +215,22 @@ def _skipping_variants(task: str) -> tuple[str, ...]:
     return tuple(name for name in SKIPPING if name != "x4-slow" or task != "page-reading")
 
 
-def _skipping_start(plan: Plan, task: str) -> Settings:
-    """The model of all cells that the others start from."""
-    return _skipping_base(plan, task, variant="x4", steps=SKIPPING_START * plan.steps, save=True)
+def _skipping_tuned(plan: Plan, task: str, steps: int, variants: tuple[str, ...]) -> tuple[Settings, ...]:
+    """A model of all cells, and the variants fine-tuned from it."""
+    start = _skipping_base(plan, task, variant="x4", steps=SKIPPING_START * plan.steps, save=True)
+    return start, *_runs(replace(start, steps=steps, save=False, start_from=start.name), variants)
 
 
 def skipping(plan: Plan) -> tuple[Settings, ...]:
     """Does skipping hold? Against all cells and the usual ways to have as few tokens, fine-tuned from one model of all
     cells for each task. And does a model that also keeps all cells of some samples learn both readings?"""
-    runs: list[Settings] = []
-    for task in SKIPPING_TASKS:
-        start = _skipping_start(plan, task)
-        tuned = replace(start, steps=plan.steps, save=False, start_from=start.name)
-        runs += [start, *_runs(tuned, (*_skipping_variants(task), *BOTH_READINGS, *TRIED.get(task, ())))]
-    return tuple(runs)
+    variants = {task: (*_skipping_variants(task), *BOTH_READINGS, *TRIED.get(task, ())) for task in SKIPPING_TASKS}
+    return tuple(run for task, names in variants.items() for run in _skipping_tuned(plan, task, plan.steps, names))
 
 
 def skipping_long(plan: Plan) -> tuple[Settings, ...]:
     """Where skipping loses points: is it for lack of steps? From the models of `skipping`, fine-tuned for longer."""
-    runs: list[Settings] = []
-    for task in TRIED:
-        start = _skipping_start(plan, task)
-        tuned = replace(start, steps=LONGER * plan.steps, save=False, start_from=start.name)
-        runs += [start, *_runs(tuned, LONG)]
-    return tuple(runs)
+    return tuple(run for task in TRIED for run in _skipping_tuned(plan, task, LONGER * plan.steps, LONG))
 
 
 def skipping_scratch(plan: Plan) -> tuple[Settings, ...]:

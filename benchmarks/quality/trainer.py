@@ -318,9 +318,10 @@ class Trainer:
 
     def asked_otherwise(self, count: int) -> dict[str, float] | None:
         """Accuracy on the first `count` test samples with all cells, and with those left out that `x4-skip` leaves out,
-        whichever the model was trained with. None for a task or variant without such a choice."""
-        choice = self.settings.variant in (BASE, *LEFT_OUT) and self.settings.variant != AGED
-        if type(self.task) not in fixed_camera.TASKS or not choice:
+        whichever the model was trained with. None for a task or variant without such a choice: tokens of `x4-skip-age`
+        say which cells were left out."""
+        asked_both_ways = {BASE, *LEFT_OUT} - {AGED}
+        if type(self.task) not in fixed_camera.TASKS or self.settings.variant not in asked_both_ways:
             return None
         found = {}
         for asked in (BASE, "x4-skip"):
