@@ -1,6 +1,10 @@
 """Media -> tokens: sizes by the bounds and the budget, grids known in advance, the same in training and evaluation."""
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -135,3 +139,39 @@ def test_an_image_has_no_shared_memory(natural_frames):
     (_, tokens, grid), kept = media.encode_kept("image", natural_frames(1, 112, 168)[0])
     assert torch.equal(tokens, media.encode("image", natural_frames(1, 112, 168)[0])[0][kept.repeat_interleave(4)])
     assert grid == (1, 4, 6) and not len(media._memory)
+
+
+ENCODE_ON_ONE_THREAD = """
+import sys, time
+from pathlib import Path
+import torch
+from dct_qwen2vl.data.media_encoder import MediaEncoder
+from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
+
+torch.set_num_threads(1)
+media = MediaEncoder(DCTImageProcessor("x4", skip_db=38.0))
+files = {Path(name).suffix[1:]: Path(name).read_bytes() for name in sys.argv[1:]}
+for measured in (False, True):  # what is made once may take threads
+    time.sleep(0.3)  # until these are asleep
+    begin = time.process_time(), time.thread_time()
+    for _ in range(10):
+        for kind, data in files.items():
+            media.encode_kept(kind, media.read(kind, data, threads=1))
+everything, own = time.process_time() - begin[0], time.thread_time() - begin[1]
+print(own, everything - own)
+"""
+
+
+def test_encoding_on_one_thread_wakes_no_other(tmp_path, image_file, video_file, natural_frames):
+    """NumPy's BLAS has a thread for each core. Once woken, they wait actively, which takes the cores of other loader
+    processes."""
+    (tmp_path / "one.image").write_bytes(image_file(natural_frames(1, 224, 224)[0], "JPEG"))
+    (tmp_path / "one.video").write_bytes(video_file(natural_frames(8, 224, 224), rate=2))
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-c", ENCODE_ON_ONE_THREAD, tmp_path / "one.image", tmp_path / "one.video"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=120, cwd=Path(__file__).parents[2],
+        env=environment | {"OPENBLAS_NUM_THREADS": "4"},
+    )  # fmt: skip
+    own, others = map(float, done.stdout.split())
+    assert others < 0.1 * own
