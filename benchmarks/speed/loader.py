@@ -3,8 +3,9 @@
     python -m benchmarks.speed.loader --videos FOLDER --json loader.json
 
 Cuts your videos into pieces and encodes these as H.264 (real_videos.py), makes shards of them, and reads them as the
-Megatron engine does: Energon, task encoder, packed sequences. Nothing is trained. All figures are processor time of one
-thread, so that other work on the machine hardly changes them. Ways take turns, each in a process of its own.
+Megatron engine does: Energon, task encoder, packed sequences. Nothing is trained. All figures are processor time of the
+process, which works on one thread: other work on the machine hardly changes them. Ways take turns, each in a process of
+its own.
 
     open      the container and its packets         rule      which cells are kept
     decode    FFmpeg's H.264 decoder                keep      their tokens, in bf16

@@ -102,8 +102,8 @@ class QwenAutoModel(HFAutoModelForImageTextToText):
         has set the mesh that they are spread over."""
         if self.model is not None:
             return
-        # Its gradients become nan where the logsumexp of a row of 64 scores is under about -88, as exp(88.7) is the
-        # largest float32: benchmarks/speed/low_scores.py.
+        # Its gradients become nan where the logsumexp of a row of 64 or 192 scores is under about -88: exp(88.7) is the
+        # largest float32 (benchmarks/speed/low_scores.py).
         torch.backends.cuda.enable_cudnn_sdp(False)
         self.model = AutoModelForImageTextToText.from_pretrained(self.model_dir, torch_dtype=torch.float32)
         self.model.train()
@@ -345,7 +345,14 @@ def run(
         StepGuard(config.run_dir / NON_FINITE),
         vars(VideoSampling.of(config)),
     )
-    log = TrainingLog(config.run_dir, config.max_steps, config.log_interval, merge_size, data.task_encoder.skips)
+    log = TrainingLog(
+        config.run_dir,
+        config.max_steps,
+        config.log_interval,
+        merge_size,
+        skips=data.task_encoder.skips,
+        num_workers=config.num_workers,
+    )
     callbacks = [
         RehearseSave(config, info, module.rehearse_save),
         log,

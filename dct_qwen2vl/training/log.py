@@ -7,9 +7,10 @@ goes on.
 
 import json
 import math
+import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from dct_qwen2vl.training.flops import device_peak, training_flops
 from dct_qwen2vl.training.metrics_file import MetricsFile, read_metrics
 
 NON_FINITE = "non_finite_step.json"  # in the run folder: the samples of a step that was refused
+WATCHED_STEPS, MOST_WAIT = 50, 0.1  # so many steps that wait for data for more than that share are told of
 SUMMED = (
     "loss",
     "loss_weight",
@@ -158,18 +160,30 @@ class TrainingLog(pl.Callback):
     log_interval: Steps between progress lines.
     merge_size: Of the vision tower.
     skips: Whether some cells of media have no token. The log then has the share of cells that have one.
+    num_workers: Loader processes of each process.
     """
 
-    def __init__(self, run_dir: Path, max_steps: int, log_interval: int, merge_size: int, skips: bool = False) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        max_steps: int,
+        log_interval: int,
+        merge_size: int,
+        skips: bool = False,
+        num_workers: int = 0,
+    ) -> None:
         self.metrics = MetricsFile(run_dir / "metrics.jsonl")
         self.max_steps = max_steps
         self.log_interval = log_interval
         self.merge_size = merge_size
         self.skips = skips
+        self.num_workers = num_workers
         self.peak_flops = device_peak()
         self._sums = dict.fromkeys(SUMMED, 0.0)
         self._skipped: Counter[str] = Counter()  # by this process; the first one's begin with those of earlier starts
         self._noted = False  # that samples are too long
+        self._recent: deque[tuple[float, float]] = deque(maxlen=WATCHED_STEPS)  # steps: seconds, and those of waiting
+        self._noted_waiting = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins the log at the step from which the run starts, and makes up for a missed validation."""
@@ -259,6 +273,8 @@ class TrainingLog(pl.Callback):
             if trainer.global_step % self.log_interval == 0 or trainer.global_step in (1, self.max_steps):
                 print(self._progress(line), flush=True)
             self._note_long_samples(int(sums[TOO_LONG]))
+            if trainer.global_step > self._start_step + 1:  # the first step waits until a loader process has begun
+                self._note_waiting(seconds, seconds * line["data_wait_share"])
 
     def _note_long_samples(self, count: int) -> None:
         """Once: whole kinds of media can be too long, such as all HD videos."""
@@ -269,6 +285,24 @@ class TrainingLog(pl.Callback):
                 f"Note: {count} samples so far have more tokens than --seq-length and are left out: {advice}",
                 flush=True,
             )
+
+    def _note_waiting(self, seconds: float, waited: float) -> None:
+        """Once: how many loader processes would keep up, where those that there are do not."""
+        self._recent.append((seconds, waited))
+        share = sum(waited for _, waited in self._recent) / sum(seconds for seconds, _ in self._recent)
+        if self._noted_waiting or len(self._recent) < WATCHED_STEPS or share <= MOST_WAIT:
+            return
+        self._noted_waiting = True
+        working = max(0.02, 1 - share)
+        needed = math.ceil((self.num_workers or share) / working)
+        cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        advice = f"NUM_WORKERS={needed} in place of {self.num_workers} should end that, with a core for each"
+        if needed * processes > cores:
+            advice = (
+                f"it would take NUM_WORKERS={needed} in place of {self.num_workers}, more than there are cores "
+                f'({cores}): docs/training.md, "Loader processes", says what else helps'
+            )
+        print(f"Note: training waited for data for {share:.0%} of the last {WATCHED_STEPS} steps: {advice}", flush=True)
 
     @staticmethod
     def _give_to_loggers(trainer: pl.Trainer, line: dict[str, Any]) -> None:
