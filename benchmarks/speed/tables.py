@@ -33,7 +33,7 @@ class Measurement:
 MEASUREMENTS = {
     "two_gpus": Measurement("training_run --work videos --gpus 2 1 --samples 240 --steps 20", 500, gpus=2),
     "wait_for_videos": Measurement(
-        "training_run --gpus 1 --skip-db 38 --num-workers 12 --samples 240 --steps 60 --uncounted 30 "
+        "training_run --gpus 1 --skip-db 38 --num-workers 14 --samples 240 --steps 60 --uncounted 30 "
         "--sequences 2 --pack-vision-tokens 40960",
         900, videos=True,
     ),

@@ -44,6 +44,17 @@ RGB_TO_YCBCR_709 = np.stack([_LUMA_709, (np.eye(3)[2] - _LUMA_709) / 1.8556, (np
 YCBCR_MATRICES = {"bt601": RGB_TO_YCBCR, "bt709": RGB_TO_YCBCR_709}
 
 
+@lru_cache
+def ycbcr_to_rgb(matrix: str = "bt601") -> np.ndarray:
+    """Inverse of one of `YCBCR_MATRICES`, float64 [3, 3].
+
+    matrix: Its name.
+
+    Computed once: `np.linalg.inv` wakes a thread of NumPy's BLAS on every core, and these wait actively for more.
+    """
+    return np.linalg.inv(YCBCR_MATRICES[matrix])
+
+
 @lru_cache(maxsize=64)
 def dct_matrix(size: int) -> np.ndarray:
     """Orthonormal DCT-II as a matrix, float64 [size, size]: row f holds the cosine of frequency f.
@@ -473,7 +484,7 @@ def synthesis_matrix(
     plane, ft, fy, fx = np.unravel_index(np.array(config.kept), (3, *config.block))
     inside = shown_in_patch(config, patch)
     frames, rows, columns = (dct_matrix(side) for side in patch)
-    colour = np.linalg.inv(RGB_TO_YCBCR) / np.array(std or config.std)[:, None]  # [rgb, plane]
+    colour = ycbcr_to_rgb() / np.array(std or config.std)[:, None]  # [rgb, plane]
     gain = np.array(config.scale) * math.sqrt(math.prod(patch) / math.prod(config.block))
     synthesis = np.zeros((config.num_coefficients, 3, *patch))
     synthesis[inside] = np.einsum(

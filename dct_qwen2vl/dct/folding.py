@@ -19,7 +19,7 @@ import math
 import numpy as np
 import torch
 
-from .configuration_dct import PIXEL_PATCH, RGB_TO_YCBCR, DCTConfig, dct_matrix, synthesis_matrix
+from .configuration_dct import PIXEL_PATCH, RGB_TO_YCBCR, DCTConfig, dct_matrix, synthesis_matrix, ycbcr_to_rgb
 
 ROWS_AT_ONCE = 128  # of an embedding, so that float64 copies of a large block stay small
 
@@ -87,7 +87,7 @@ def fold_block_embedding(
     Raises ValueError for a weight of any other shape.
     """
     _check_shape("fold_block_embedding", weight, (3, *config.block))
-    to_rgb = np.linalg.inv(RGB_TO_YCBCR) / np.array(std or config.std)[:, None]
+    to_rgb = ycbcr_to_rgb() / np.array(std or config.std)[:, None]
     axes = [_tensor(matrix) for matrix in (to_rgb, *(dct_matrix(side).T for side in config.block))]
     kept, scale = torch.tensor(config.kept), torch.tensor(config.scale, dtype=torch.float64)
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .configuration_dct import RGB_TO_YCBCR, YCBCR_MATRICES, DCTConfig, dct_matrix
+from .configuration_dct import RGB_TO_YCBCR, YCBCR_MATRICES, DCTConfig, dct_matrix, ycbcr_to_rgb
 from .skipping_dct import fill_tokens
 
 CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 26  # samples encoded at once, which stay in a CPU's cache or fill a GPU
@@ -103,7 +103,7 @@ class DCTTokenizer:
         # The mean of the centred image is subtracted from the coefficients: only frequency 0 has any of it.
         self._constants = [(place, index[0, place]) for place in np.flatnonzero(~index[1:].any(axis=0)).tolist()]
         self._scale = self._tensor(np.array(config.scale))
-        self._layers: dict[Any, Any] = {}  # made when first needed
+        self._layers: dict[Any, list[tuple[_Layer, ...]]] = {}  # made when first needed
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, self.dtype)
@@ -119,8 +119,8 @@ class DCTTokenizer:
         frames = self._frame_list(frames, "frames [T, H, W, 3]", (3,))
         _, bh, bw = self.config.block
         if "rgb" not in self._layers:
-            self._layers["rgb"] = self._build_layers(RGB_TO_YCBCR / 255, bh, bw, interleaved=True)
-        source = _Source([frames], self._layers["rgb"], bh)
+            self._layers["rgb"] = [self._build_layers(RGB_TO_YCBCR / 255, bh, bw, interleaved=True)]
+        source = _Source([frames], *self._layers["rgb"], bh)
         return self._encode([source], RGB_TO_YCBCR @ np.array(self.config.mean))
 
     def encode_planes(
@@ -158,27 +158,19 @@ class DCTTokenizer:
         if any(len(plane) != len(luma) or tuple(plane[0].shape) != half for plane in chroma):
             given = ", ".join(str([len(plane), *plane[0].shape]) for plane in (luma, *chroma))
             raise ValueError(f"encode_planes expects luma [T, H, W], cb and cr [T, H/2, W/2], got {given}")
-        luma_layers, chroma_layers, offset = self._of_planes(matrix, full_range)
-        sources = [_Source([luma], luma_layers, bh), _Source(chroma, chroma_layers, bh // 2)]
-        return self._encode(sources, offset, out)
-
-    def _of_planes(self, matrix: str, full_range: bool) -> tuple[tuple[_Layer, ...], tuple[_Layer, ...], np.ndarray]:
-        """-> layers of luma, layers of chroma, and what a black image and the mean have in them, [3].
-
-        Made once: NumPy's linear algebra wakes a thread on every core, which stays busy while it waits for more work.
-        """
+        luma_range, chroma_range, black = (255, 255, 0) if full_range else (219, 224, 16 / 219)
+        to_jfif = RGB_TO_YCBCR @ ycbcr_to_rgb(matrix)
         if (matrix, full_range) not in self._layers:
-            _, bh, bw = self.config.block
-            luma_range, chroma_range, black = (255, 255, 0) if full_range else (219, 224, 16 / 219)
-            to_jfif = RGB_TO_YCBCR @ np.linalg.inv(YCBCR_MATRICES[matrix])
             # A DCT of half the size, times 2, is the low quarter of the block's. What BT.709 calls chroma has a share
             # in BT.601's luma, which is added to luma's low quarter.
-            self._layers[matrix, full_range] = (
+            self._layers[matrix, full_range] = [
                 self._build_layers(to_jfif[:, :1] / luma_range, bh, bw),
                 self._build_layers(to_jfif[:, 1:] / chroma_range * 2, bh // 2, bw // 2),
-                RGB_TO_YCBCR @ np.array(self.config.mean) + to_jfif @ [black, *[128 / chroma_range] * 2],
-            )
-        return self._layers[matrix, full_range]
+            ]
+        luma_layers, chroma_layers = self._layers[matrix, full_range]
+        sources = [_Source([luma], luma_layers, bh), _Source(chroma, chroma_layers, bh // 2)]
+        offset = RGB_TO_YCBCR @ np.array(self.config.mean) + to_jfif @ [black, *[128 / chroma_range] * 2]
+        return self._encode(sources, offset, out)
 
     def _frame_list(self, frames: Frames, expected: str, channels: tuple[int, ...] = ()) -> list[torch.Tensor]:
         """Frames as tensors on the device, nothing copied that is there already. Raises ValueError."""
@@ -396,7 +388,7 @@ class DCTTokenizer:
         frames, rows, columns = (self._tensor(dct_matrix(side)) for side in (bt, bh, bw))
         x = (frames.T @ x).view(bt * t * h, bh, w * bw * 3)
         x = rows.T @ x
-        colour = self._tensor(np.linalg.inv(RGB_TO_YCBCR) * 255)
+        colour = self._tensor(ycbcr_to_rgb() * 255)
         x = x.view(-1, bw * 3) @ torch.kron(columns, colour.T.contiguous())
         x = x.view(bt, t, h * bh, w * bw, 3).transpose(0, 1).reshape(t * bt, h * bh, w * bw, 3)
         return x + self._tensor(np.array(self.config.mean) * 255)

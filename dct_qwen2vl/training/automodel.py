@@ -345,14 +345,7 @@ def run(
         StepGuard(config.run_dir / NON_FINITE),
         vars(VideoSampling.of(config)),
     )
-    log = TrainingLog(
-        config.run_dir,
-        config.max_steps,
-        config.log_interval,
-        merge_size,
-        skips=data.task_encoder.skips,
-        num_workers=config.num_workers,
-    )
+    log = TrainingLog(config.run_dir, config.max_steps, config.log_interval, merge_size, data.task_encoder.skips)
     callbacks = [
         RehearseSave(config, info, module.rehearse_save),
         log,

@@ -7,10 +7,9 @@ goes on.
 
 import json
 import math
-import os
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +26,8 @@ from dct_qwen2vl.training.flops import device_peak, training_flops
 from dct_qwen2vl.training.metrics_file import MetricsFile, read_metrics
 
 NON_FINITE = "non_finite_step.json"  # in the run folder: the samples of a step that was refused
-WATCHED_STEPS, MOST_WAIT = 50, 0.1  # so many steps that wait for data for more than that share are told of
+MOST_WAIT = 0.1  # share of the time of WATCHED_STEPS that may go to waiting for data without a note
+WATCHED_STEPS = 50
 SUMMED = (
     "loss",
     "loss_weight",
@@ -160,30 +160,20 @@ class TrainingLog(pl.Callback):
     log_interval: Steps between progress lines.
     merge_size: Of the vision tower.
     skips: Whether some cells of media have no token. The log then has the share of cells that have one.
-    num_workers: Loader processes of each process.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        max_steps: int,
-        log_interval: int,
-        merge_size: int,
-        skips: bool = False,
-        num_workers: int = 0,
-    ) -> None:
+    def __init__(self, run_dir: Path, max_steps: int, log_interval: int, merge_size: int, skips: bool = False) -> None:
         self.metrics = MetricsFile(run_dir / "metrics.jsonl")
         self.max_steps = max_steps
         self.log_interval = log_interval
         self.merge_size = merge_size
         self.skips = skips
-        self.num_workers = num_workers
         self.peak_flops = device_peak()
         self._sums = dict.fromkeys(SUMMED, 0.0)
         self._skipped: Counter[str] = Counter()  # by this process; the first one's begin with those of earlier starts
         self._noted = False  # that samples are too long
-        self._recent: deque[tuple[float, float]] = deque(maxlen=WATCHED_STEPS)  # steps: seconds, and those of waiting
-        self._noted_waiting = False
+        self._watched: list[tuple[float, float]] = []  # seconds and seconds of waiting, of the last steps
+        self._waits = 0  # blocks of watched steps, one after the other, that waited too long
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins the log at the step from which the run starts, and makes up for a missed validation."""
@@ -274,7 +264,7 @@ class TrainingLog(pl.Callback):
                 print(self._progress(line), flush=True)
             self._note_long_samples(int(sums[TOO_LONG]))
             if trainer.global_step > self._start_step + 1:  # the first step waits until a loader process has begun
-                self._note_waiting(seconds, seconds * line["data_wait_share"])
+                self._note_waiting(line["seconds"], line["data_wait_share"])
 
     def _note_long_samples(self, count: int) -> None:
         """Once: whole kinds of media can be too long, such as all HD videos."""
@@ -286,23 +276,26 @@ class TrainingLog(pl.Callback):
                 flush=True,
             )
 
-    def _note_waiting(self, seconds: float, waited: float) -> None:
-        """Once: how many loader processes would keep up, where those that there are do not."""
-        self._recent.append((seconds, waited))
-        share = sum(waited for _, waited in self._recent) / sum(seconds for seconds, _ in self._recent)
-        if self._noted_waiting or len(self._recent) < WATCHED_STEPS or share <= MOST_WAIT:
+    def _note_waiting(self, seconds: float, share: float) -> None:
+        """Once: two blocks of steps, one after the other, have waited. At first the loader has read ahead, and one file
+        may have been slow.
+
+        seconds: Of a step.
+        share: Of them that processes have waited for data, in the mean.
+        """
+        self._watched.append((seconds, seconds * share))
+        if len(self._watched) < WATCHED_STEPS:
             return
-        self._noted_waiting = True
-        working = max(0.02, 1 - share)
-        needed = math.ceil((self.num_workers or share) / working)
-        cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        advice = f"NUM_WORKERS={needed} in place of {self.num_workers} should end that, with a core for each"
-        if needed * processes > cores:
-            advice = (
-                f"it would take NUM_WORKERS={needed} in place of {self.num_workers}, more than there are cores "
-                f'({cores}): docs/training.md, "Loader processes", says what else helps'
-            )
-        print(f"Note: training waited for data for {share:.0%} of the last {WATCHED_STEPS} steps: {advice}", flush=True)
+        block = sum(waited for _, waited in self._watched) / sum(seconds for seconds, _ in self._watched)
+        self._watched.clear()
+        if self._waits < 2:
+            self._waits = self._waits + 1 if block > MOST_WAIT else 0
+            if self._waits == 2:
+                print(
+                    f"Note: training waited for data for {block:.0%} of the last {WATCHED_STEPS} steps' time. More "
+                    'loader processes may help: NUM_WORKERS, see "Loader processes" in docs/training.md',
+                    flush=True,
+                )
 
     @staticmethod
     def _give_to_loggers(trainer: pl.Trainer, line: dict[str, Any]) -> None:

@@ -440,7 +440,6 @@ def run(
         config.log_interval,
         merge_size,
         skips=data.task_encoder.skips,
-        num_workers=config.num_workers,
         hf_config=module.hf_config,
         budget=(config.pack_tokens, config.pack_vision_tokens),
     )

@@ -228,3 +228,15 @@ def test_energies_tell_detail_from_motion():
     assert energies[0, 0] > 1 and energies[0, 1] < 1e-9
     assert energies[4, 1] == pytest.approx(2 * 196 * (55 / 255) ** 2) and energies[4, 0] < 1e-9
     assert energies[[1, 2, 3, 5, 6, 7]].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("matrix", ["bt601", "bt709"])
+def test_matrices_are_inverted_once_for_all_tokenizers(matrix, monkeypatch):
+    """`np.linalg.inv` wakes threads that take the cores of other loader processes."""
+    frames = planes(2, 56, 56)
+    tokens, grid = DCTTokenizer(DCTConfig.preset("x4")).encode_planes(*frames, matrix)
+    shown = DCTTokenizer(DCTConfig.preset("x4")).decode(tokens, grid)
+    monkeypatch.setattr(np.linalg, "inv", None)
+    again = DCTTokenizer(DCTConfig.preset("x4"))
+    assert torch.equal(again.encode_planes(*frames, matrix)[0], tokens)
+    assert torch.equal(again.decode(tokens, grid), shown)
