@@ -172,7 +172,7 @@ class TrainingLog(pl.Callback):
         self._sums = dict.fromkeys(SUMMED, 0.0)
         self._skipped: Counter[str] = Counter()  # by this process; the first one's begin with those of earlier starts
         self._noted = False  # that samples are too long
-        self._watched: list[tuple[float, float]] = []  # seconds and seconds of waiting, of the last steps
+        self._watched: list[tuple[float, float]] = []  # seconds, and seconds of waiting, of each step of a block
         self._waits = 0  # blocks of watched steps, one after the other, that waited too long
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -283,19 +283,20 @@ class TrainingLog(pl.Callback):
         seconds: Of a step.
         share: Of them that processes have waited for data, in the mean.
         """
+        if self._waits == 2:  # said
+            return
         self._watched.append((seconds, seconds * share))
         if len(self._watched) < WATCHED_STEPS:
             return
         block = sum(waited for _, waited in self._watched) / sum(seconds for seconds, _ in self._watched)
         self._watched.clear()
-        if self._waits < 2:
-            self._waits = self._waits + 1 if block > MOST_WAIT else 0
-            if self._waits == 2:
-                print(
-                    f"Note: training waited for data for {block:.0%} of the last {WATCHED_STEPS} steps' time. More "
-                    'loader processes may help: NUM_WORKERS, see "Loader processes" in docs/training.md',
-                    flush=True,
-                )
+        self._waits = self._waits + 1 if block > MOST_WAIT else 0
+        if self._waits == 2:
+            print(
+                f"Note: training waited for data for {block:.0%} of the last {WATCHED_STEPS} steps' time. More loader "
+                'processes may help: NUM_WORKERS, see "Loader processes" in docs/training.md',
+                flush=True,
+            )
 
     @staticmethod
     def _give_to_loggers(trainer: pl.Trainer, line: dict[str, Any]) -> None:

@@ -2,9 +2,7 @@
 
 import io
 import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from media_files import rotated_exif
 from PIL import Image
+from pipeline import run
 from samples_by_hand import answer, conversation_sample
 from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
@@ -25,7 +24,6 @@ from dct_qwen2vl.data.videos import VideoSampling, YUVFrames
 from dct_qwen2vl.dct.image_processing_dct import DCTImageProcessor
 from task_encoder import QwenTaskEncoder
 
-REPOSITORY = Path(__file__).parents[2]
 SMALL_BUDGET = VideoSampling(total_pixels=4 * 56 * 56)
 
 
@@ -169,9 +167,8 @@ def test_encoding_on_one_thread_wakes_no_other(tmp_path, image_file, video_file,
     processes."""
     (tmp_path / "one.image").write_bytes(image_file(natural_frames(1, 224, 224)[0], "JPEG"))
     (tmp_path / "one.video").write_bytes(video_file(natural_frames(8, 224, 224), rate=2))
-    command = [sys.executable, "-c", ENCODE_ON_ONE_THREAD, tmp_path / "one.image", tmp_path / "one.video"]
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "4"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, env=environment)
+    files = [str(tmp_path / name) for name in ("one.image", "one.video")]
+    done = run([sys.executable, "-c", ENCODE_ON_ONE_THREAD, *files], check=False, OPENBLAS_NUM_THREADS="4")
     assert done.returncode == 0, done.stderr
     own, others = map(float, done.stdout.split())
     assert others < 0.1 * own
