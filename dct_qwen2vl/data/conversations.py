@@ -161,6 +161,7 @@ def flatten_names(value: Any, depth: int = 0) -> list[Any]:
 
 
 def names_nothing(value: Any) -> bool:
+    """Whether a value of a field names no medium: None, "", blanks or {}."""
     return value is None or is_blank(value) or value == {}
 
 

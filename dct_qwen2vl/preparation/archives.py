@@ -38,7 +38,7 @@ def name_unread(data_dir: Path) -> list[str]:
     """A line for each thing in the data folder itself that looks like an archive and is not read."""
     names = {name for name in os.listdir(data_dir) if is_archive(name) and (data_dir / name).is_file()}
     others = sorted(name for name in names if NOT_READ.fullmatch(name) and os.path.splitext(name)[0] not in names)
-    lines = [f"Not read, only .tar, .tar.gz and .tgz are: {', '.join(others)}"] if others else []
+    lines = [f"Not read, only .tar, .tar.gz and .tgz are: {', '.join(others)}; unpack them"] if others else []
     return lines + name_parts(names, data_dir)
 
 

@@ -19,7 +19,8 @@ What training could not read raises `UnusableSample`, with one of these reasons 
     image_too_large                      over 89,478,485 pixels, or 65,500 a side
     video_too_large, video_too_long        frames of over 8192 x 4320 pixels; over a million frames
     extreme_aspect_ratio                 one side over 200 times the other: Qwen2-VL takes none
-    unsupported_image                    pixels of no known range; a format that is not read, such as HEIC or ICO
+    unsupported_image                    pixels of no known range; 16 bits of which 12 or fewer are used; a format that
+                                         is not read, such as HEIC or ICO
     unsupported_video                     a format or codec that FFmpeg lacks; frames of several sizes; an uneven rate
                                          where only avi, which has one rate, takes the codec
 """
@@ -68,6 +69,7 @@ MAXIMUM_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 2
 MAXIMUM_JPEG_SIDE = 65_500  # px, libjpeg's JPEG_MAX_DIMENSION
 LEAST_CONTRAST = 16  # of 255: how much darker than white something of a transparent image must be to lie on white
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF 6.0 and one of its values
+TWELVE_BITS = 1 << 12  # values that cameras and scanners write into 16 bits as they are
 NOT_UPRIGHT = range(2, 9)  # of the EXIF orientations
 
 BITS_OF_PNG = 24  # where its header says how many bits a value has
@@ -217,7 +219,7 @@ def refuse_size(height: int, width: int) -> None:
     if min(height, width) < 1:
         raise UnusableSample("broken_image", f"{height} x {width} px (height, width)")
     if width * height > MAXIMUM_PIXELS or max(width, height) > MAXIMUM_JPEG_SIDE:
-        limits = f"{MAXIMUM_PIXELS} px in all and {MAXIMUM_JPEG_SIDE} px a side"
+        limits = f"{MAXIMUM_PIXELS} px in all and {MAXIMUM_JPEG_SIDE} px a side: make it smaller first"
         raise UnusableSample("image_too_large", f"{height} x {width} px (height, width), the limits are {limits}")
     if max(height, width) > MAXIMUM_ASPECT_RATIO * min(height, width):
         limit = f"one side is over {MAXIMUM_ASPECT_RATIO} times the other"
@@ -271,11 +273,14 @@ def load_rgb(image: Image.Image, orientation: int | None) -> Image.Image:
     image.load()
     if image.mode == "F":
         raise UnusableSample("unsupported_image", "floating-point pixels have no known range")
-    if image.mode == "I":
+    if image.mode == "I" or image.mode.startswith("I;16"):
         lowest, highest = image.getextrema()
-        is_narrow = image.format == "TIFF" and highest < 256  # its 16 bits are "I;16"
+        is_narrow = image.mode == "I" and image.format == "TIFF" and highest < 256  # its 16 bits are "I;16"
         if lowest < 0 or highest > 65_535 or is_narrow:
             raise UnusableSample("unsupported_image", f"integer pixels from {lowest} to {highest} have no known range")
+        if 0 < highest < TWELVE_BITS:
+            what = f"16-bit pixels from {lowest} to {highest} use hardly any of their range"
+            raise UnusableSample("unsupported_image", f"{what}: stretch them to 0..65535")
     if orientation is None:
         image = image.copy()
         for name in METADATA_NAMES:

@@ -47,9 +47,11 @@ What is wrong with an entry is repaired where there is one right way to do so, a
       in an answer or system turn with other text
     no media, and a question that begins with a placeholder or    skipped                       placeholder_mismatch
       has one alone on a line
-    a video of which only a part is named (`video_start`)         skipped                       unsupported_video
+    a video of which only a part is named (`video_start`;         skipped                       unsupported_video
+      `start` with `end`; `clip`)
     no media, none of the fields for them, and the name of one    skipped                       missing_media
-      in another field (`image_path`)
+      in another field (`image_path`, also in an object in the
+      entry, as `meta`, or in a turn), or its number (`image_id`)
     media and no placeholder at all                               put before the first          missing_placeholder
                                                                   question, as many as media
     videos and as many <image> as videos (LLaVA-Video writes so)    <video> put in their place    image_for_video
@@ -57,7 +59,8 @@ What is wrong with an entry is repaired where there is one right way to do so, a
       its place (`<image_1>`, `<IMG_CONTEXT>`, `[IMG]`, ...)
     any other disagreement of placeholders and media              skipped                       placeholder_mismatch
     a part that names another file than the list of media has     skipped                       media_names_disagree
-      in its place; `image` names what `images` does not
+      in its place; `image` names what `images` does not, or
+      less than `images` where no placeholder decides
     NaN and infinite numbers, among them such as 1e999 and those  null put in their place       not_a_number
       of more than 4,300 digits, which no JSON reader takes
 
@@ -93,6 +96,7 @@ from dct_qwen2vl.data.conversations import (
     name_in,
     named_images,
     names_media,
+    names_nothing,
     own_system,
     role_of,
     split_turns,
@@ -112,8 +116,19 @@ VIDEO_ENDINGS = tuple(f".{name}" for name in VIDEO_EXTENSIONS)
 MEDIUM_ENDINGS = (*FRAME_ENDINGS, ".gif", ".avif", ".jp2", *VIDEO_ENDINGS)
 # Fields under which other tools' data name their media.
 OTHER_FIELD = re.compile("image|img|picture|photo|figure|video|clip|frame|media|file|path", re.IGNORECASE)
+MEDIUM_FIELD = re.compile("image|img|picture|photo|video", re.IGNORECASE)  # of these, web addresses are media, too
+
+NUMBER_FIELDS = ("image_id", "video_id")
+IMAGE_BYTES = re.compile("(image|img).*(base64|b64|bytes)", re.IGNORECASE)
 
 CUT_FIELDS = ("video_start", "video_end")  # of qwen-vl-utils, seconds
+# Of an entry. One of these words alone may say anything, both together name a part.
+CUT_PAIRS = tuple(
+    (f"{before}{unit}", f"{after}{unit}")
+    for before, after in (("start", "end"), ("begin", "end"))
+    for unit in ("", "_time", "_sec", "_second", "_seconds", "_frame")
+)
+CUT_LISTS = ("clip", "video_clip")  # beginning and end
 
 # What stands for a medium in the data of other models, and what is left of a marker of Qwen2-VL's.
 OTHER_MARKER = re.compile(
@@ -213,7 +228,7 @@ def check_entry(entry: Any) -> CheckedEntry:
     check_texts(turns)
     turns = learn_whole_turns(turns, repairs)
     refuse_lost_media(entry, turns, media)
-    placed, media = place_media(turns, media, repairs)
+    placed, media = place_media(entry, turns, media, repairs)
     compare_names(turns, media)
     if placed is not given:
         name = "conversations" if entry.get("conversations") else "messages"
@@ -267,7 +282,7 @@ def list_media(entry: dict) -> list[Medium]:
     """Images first, then videos, each in the entry's order; where it lists none, those of its parts in reading order.
     Raises UnusableSample."""
     for kind in ("image", "video"):
-        compare_fields(entry, kind)
+        compare_fields(entry, kind, placed=True)
     media = [Medium("image", (name,)) for name in names_of(field_of(entry, "image"))]
     media += list_videos(field_of(entry, "video"))
     if not media:
@@ -291,10 +306,17 @@ def refuse_part_of_video(entry: dict) -> None:
     videos = flatten_objects([part for part in list_parts(entry) if kind_of(part) == "video"])
     videos += flatten_objects([entry.get("video"), entry.get("videos")])
     said = [field for field in CUT_FIELDS if entry.get(field) is not None]
+    said += [f"{start} and {end}" for start, end in CUT_PAIRS if entry.get(start) is not None is not entry.get(end)]
+    said += [field for field in CUT_LISTS if is_range(entry.get(field))]
     said += [field for video in videos for field in (*CUT_FIELDS, "start", "end") if video.get(field) is not None]
     if said:
         what = f"{said[0]}: parts of videos are not read"
-        raise UnusableSample("unsupported_video", f"{what}: cut them with ffmpeg -ss START -to END and name the pieces")
+        remedy = "cut them with ffmpeg -ss START -to END and name the pieces; if the whole video is meant, leave it out"
+        raise UnusableSample("unsupported_video", f"{what}: {remedy}")
+
+
+def is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(each, int | float) for each in value)
 
 
 def flatten_objects(value: Any) -> list[dict]:
@@ -339,12 +361,22 @@ def field_of(entry: dict, kind: str) -> Any:
     return next((entry[name] for name in (kind, f"{kind}s") if name in entry and list_names(entry[name])), None)
 
 
-def compare_fields(entry: dict, kind: str) -> None:
-    """Raises UnusableSample where `image` names what `images` does not, or `video` what `videos` does not."""
+def compare_fields(entry: dict, kind: str, placed: bool) -> None:
+    """Checks that `image` and `images`, or `video` and `videos`, leave no doubt which media are meant.
+
+    entry: Of the metadata.
+    kind: "image" or "video".
+    placed: Whether questions have placeholders. They then decide between one medium and a list that has it, too.
+
+    Raises UnusableSample.
+    """
     if not (many := names_of(entry.get(f"{kind}s"))):
         return
-    if lacking := [name for name in names_of(entry.get(kind)) if name not in many]:
-        what = f"{kind} names {lacking[0]:.300}, {kind}s names {many[0]:.300}"
+    one = names_of(entry.get(kind))
+    named = one if not placed and one != many else [name for name in one if name not in many]
+    if named:
+        lists = [f"{names[0]:.300}" + (f" and {len(names) - 1} more" if names[1:] else "") for names in (named, many)]
+        what = f"{kind} names {lists[0]}, {kind}s names {lists[1]}"
         raise UnusableSample("media_names_disagree", f"{what}: leave one of the two fields out")
 
 
@@ -429,6 +461,8 @@ def check_turn(number: int, turn: Any) -> tuple[str, str]:
 def what_is_no_text(turn: Any, speaker: Any) -> str:
     """What to say of a turn whose speaker or text is missing."""
     content = content_of(turn) if isinstance(turn, dict) else None
+    if isinstance(speaker, str) and content is None and {"value", "content"} & turn.keys():
+        return "has null in place of its text"
     if content is None or not isinstance(speaker, str):
         return "has neither from and value nor role and content"
     parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
@@ -539,7 +573,9 @@ def is_empty(text: str) -> bool:
 # Placeholders
 
 
-def place_media(turns: list[Turn], media: list[Medium], repairs: list[str]) -> tuple[list[Turn], list[Medium]]:
+def place_media(
+    entry: dict, turns: list[Turn], media: list[Medium], repairs: list[str]
+) -> tuple[list[Turn], list[Medium]]:
     """The turns with their placeholders repaired, the media in the order of the placeholders. Raises UnusableSample."""
     placed = list_placeholders(turns)
     kinds = [medium.kind for medium in media]
@@ -547,6 +583,8 @@ def place_media(turns: list[Turn], media: list[Medium], repairs: list[str]) -> t
         return turns, media
     if not placed:
         refuse_other_markers(turns)
+        for kind in dict.fromkeys(kinds):
+            compare_fields(entry, kind, placed=False)
         repairs.append("missing_placeholder")
         return put_before_first_question(turns, kinds), media
     if placed == ["image"] * len(media) and kinds == ["video"] * len(media):
@@ -571,11 +609,32 @@ def refuse_lost_media(entry: dict, turns: list[Turn], media: list[Medium]) -> No
 def refuse_other_fields(entry: dict) -> None:
     """Raises UnusableSample for a field that is not read and names a medium: the entry would be learned without it."""
     for field, value in entry.items():
-        names = [name for name in list_names(value) if isinstance(name, str)] if OTHER_FIELD.search(field) else []
-        if names and names[0].lower().endswith(MEDIUM_ENDINGS):
-            right = "video" if names[0].lower().endswith(VIDEO_ENDINGS) else "image"
-            what = f"{field:.100} names {names[0]:.300}, and this field is not read"
-            raise UnusableSample("missing_media", f"{what}: call it {right}")
+        refuse_other_field("", field, value)
+        if field in NUMBER_FIELDS and not names_nothing(value):
+            right = field.removesuffix("_id")
+            what = f"{field} is {value!r:.100}, and no field names the file"
+            raise UnusableSample("missing_media", f"{what}: name it in {right}, or leave {field} out")
+        for inner, named in value.items() if isinstance(value, dict) else ():
+            refuse_other_field(f"{field:.100}: ", inner, named)
+    for number, turn in enumerate(turns_of(entry)):
+        for field, value in turn.items():
+            if field not in ("value", "content"):
+                refuse_other_field(f"turn {number}: ", field, value)
+
+
+def refuse_other_field(where: str, field: str, value: Any) -> None:
+    """As `refuse_other_fields`, of one field. `where` says in which object of the entry it is, "" for the entry."""
+    names = [name for name in list_names(value) if isinstance(name, str)] if OTHER_FIELD.search(field) else []
+    if not names:
+        return
+    if IMAGE_BYTES.search(field):
+        raise UnusableSample("embedded_media", EMBEDDED)
+    is_address = MEDIUM_FIELD.search(field) and (WEB_ADDRESS.match(names[0]) or is_data_url(names[0]))
+    if is_address or names[0].lower().endswith(MEDIUM_ENDINGS):
+        right = "video" if names[0].lower().endswith(VIDEO_ENDINGS) else "image"
+        what = f"{where}{field:.100} names {names[0]:.300}, and this field is not read"
+        remedy = "fetch the file and name it in" if is_address else "name it in the entry's" if where else "call it"
+        raise UnusableSample("missing_media", f"{what}: {remedy} {right}")
 
 
 def refuse_other_markers(turns: list[Turn]) -> None:

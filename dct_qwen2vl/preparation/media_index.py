@@ -598,7 +598,7 @@ def find_neighbour(name: str, data_dir: Path, sources: list[TarSource]) -> str:
     data_dir: Folder of the raw data.
     sources: The tars in it.
 
-    A file with another ending comes first, then a member of a tar, then any file of the folder.
+    A file with another ending comes first, then a member of a tar, then a file whose name ends so, then any file.
     """
     wanted = data_dir / name
     folder = next(path for path in wanted.parents if path.is_dir())
@@ -606,7 +606,19 @@ def find_neighbour(name: str, data_dir: Path, sources: list[TarSource]) -> str:
     alike = [path for path in inside if wanted.name in (path.stem, f"{path.stem}{wanted.suffix}")]
     if not alike and (member := find_nearest(name, sources)):
         return member
+    if not alike and (deeper := find_deeper(name, data_dir)):
+        return deeper
     return next((str(path.relative_to(data_dir)) for path in alike or inside), "")
+
+
+def find_deeper(name: str, data_dir: Path) -> str:
+    """The first plain file that has a name within a folder of the data folder, and what to type. "" without one."""
+    ending = os.sep + name
+    found = min((file for file in walk_folder(str(data_dir), "") if file.endswith(ending)), default="")
+    if not found:
+        return ""
+    folder = data_dir / found.removesuffix(ending)
+    return f"{found}: if names begin in {folder}, give --data-dir {folder} and the whole path of --metadata"
 
 
 def why_unread(path: Path) -> str:

@@ -97,6 +97,10 @@ def find_named(data_dir: Path, name: Path) -> Path:
     for path in (data_dir / name, name):
         if path.is_file():
             return path
+    for path in (data_dir / name, name):
+        if path.is_dir():
+            inside = next((str(name / file.name) for file in sorted(path.glob("*.json*"))), f"{name}/FILE")
+            raise PreparationError(f"--metadata {name} is a folder: name a file in it, as in --metadata {inside}")
     raise PreparationError(f"there is no metadata file {name}, neither in {data_dir} nor as a path of its own")
 
 
@@ -320,6 +324,7 @@ def parse_entry(data: bytes) -> Any:
     try:
         return DECODER.decode(data.decode())
     except UnicodeDecodeError as error:
-        raise UnusableSample("malformed_entry", f"not UTF-8: {error.reason} at byte {error.start}") from error
+        what = f"not UTF-8: {error.reason} at byte {error.start}"
+        raise UnusableSample("malformed_entry", f"{what}; write the file as UTF-8") from error
     except RecursionError as error:
         raise UnusableSample("malformed_entry", "nested too deeply") from error

@@ -49,7 +49,8 @@ def test_what_lies_beside_tars_is_no_archive(tmp_path, name):
 def test_other_archives_are_named(tmp_path):
     others = ["a.TAR.BZ2", "b.tar.xz", "c.zip", "d.tar.zst.00", "e.tar.part", "f.zip.001", "g.7z"]
     (tmp_path / "folder.zip").mkdir()
-    assert name_unread(touch(tmp_path, *others)) == [f"Not read, only .tar, .tar.gz and .tgz are: {', '.join(others)}"]
+    line = f"Not read, only .tar, .tar.gz and .tgz are: {', '.join(others)}; unpack them"
+    assert name_unread(touch(tmp_path, *others)) == [line]
 
 
 SPLIT = [

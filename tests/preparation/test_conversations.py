@@ -63,6 +63,7 @@ def reason_of(bad: object) -> str:
         (ask("<video>What?", video="a.mp4"), (("video", "a.mp4"),)),
         (ask("<video> or <image>?", images=["a.jpg"], videos=["b.mp4"]), (("video", "b.mp4"), ("image", "a.jpg"))),
         (ask("<image>", image="a.jpg", images=["./a.jpg", "b.jpg"]), (("image", "a.jpg"),)),
+        (ask("<image>", image="a.jpg", images=["./a.jpg"]), (("image", "a.jpg"),)),
         (entry(("system", "Be brief."), ("user", "What?"), ("assistant", "noise")), ()),
         (
             entry(("human", "<image>One?"), ("gpt", "1"), ("human", "<image> <image>Two?"), ("gpt", "2"))
@@ -326,6 +327,8 @@ def test_markers_of_other_models_are_not_learned_as_text(bad, found):
         (ask("<img>b.jpg</img>?", image="a.jpg"), "media_names_disagree"),
         (ask("<image>?", image="a.jpg", images=["b.jpg"]), "media_names_disagree"),
         (ask("<video>?", video="a.mp4", videos="b.mp4"), "media_names_disagree"),
+        (ask("What?", image="a.jpg", images=["a.jpg", "b.jpg"]), "media_names_disagree"),
+        (ask("What?", image="b.jpg", images=["a.jpg", "b.jpg"]), "media_names_disagree"),
         (ask("<img>../b.jpg</img>?"), "unsafe_path"),
     ],
 )
@@ -422,7 +425,8 @@ def test_speakers_are_known_in_any_letter_case(place_media, question, answer):
         (entry(("human", "How many?"), ("gpt", 3)), "turn 1 has 3 in place of its text"),
         (entry(("human", "Which?"), ("gpt", ["a", "b"])), "turn 1 has ['a', 'b'] in place of its text"),
         (entry(("human", [{"type": "audio"}]), ("gpt", "1")), "has a part of type 'audio', which is no text, image or"),
-        (entry(("human", "Which?"), ("gpt", None)), "turn 1 has neither from and value nor role and content"),
+        (entry(("human", "Which?"), ("gpt", None)), "turn 1 has null in place of its text"),
+        ({"messages": [{"from": "human", "text": "?"}]}, "turn 0 has neither from and value nor role and content"),
     ],
 )
 def test_what_is_wrong_is_said(bad, said):
@@ -462,8 +466,41 @@ def test_media_in_a_field_that_is_not_read_are_not_lost(name, file, right):
 
 
 @pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (ask("?", meta={"image": "a.jpg"}), "missing_media: meta: image names a.jpg, and .* in the entry's image$"),
+        ({"messages": [{"role": "user", "content": "?", "images": ["a.mp4"]}, {"role": "assistant", "content": "1"}]},
+         "missing_media: turn 0: images names a.mp4, and this field is not read: name it in the entry's video$"),
+        (entry(("human", "?"), ("gpt", "1")) | {"image_url": "http://x/0.jpg?w=3"},
+         "missing_media: image_url names http://x/0.jpg.w=3, and .* fetch the file and name it in image$"),
+        (ask("?", image_id=0), "missing_media: image_id is 0, and no field names the file: name it in image, or leave"),
+        (ask("?", video_id="v_0"), "missing_media: video_id is 'v_0', and no field names the file: name it in video"),
+        (ask("?", image_base64="iVBORw0KGgo="), "embedded_media: "),
+    ],
+)  # fmt: skip
+def test_media_that_are_named_elsewhere_are_not_lost(bad, said):
+    with pytest.raises(UnusableSample, match=f"^{said}"):
+        check_entry(bad)
+
+
+def test_what_names_no_medium_is_text():
+    for sound in (
+        ask("What?", image_id=None),
+        ask("What?", image_id="", meta={"note": "a.jpg", "image": None}),
+        ask("What?", source_file="http://x/page"),
+        ask("What?", meta={"source": "http://x/a.jpg"}),
+        ask("What?", image=None, image_id=3),
+    ):
+        assert check_entry(sound) == CheckedEntry(sound, (), ())
+
+
+@pytest.mark.parametrize(
     ("bad", "field"),
     [
+        (ask("<video>?", video="a.mp4", start=10, end=15), "start and end"),
+        (ask("What?", video="a.mp4", start_time="0:10", end_time="0:15"), "start_time and end_time"),
+        (ask("What?", video="a.mp4", begin=1.5, end=2), "begin and end"),
+        (ask("<video>?", video="a.mp4", clip=[0, 2.5]), "clip"),
         (ask("<video>?", video="a.mp4", video_end=3), "video_end"),
         (ask("<video>?", video={"path": "a.mp4", "start": 0, "end": 2.5}), "start"),
         (ask("<video><video>?", videos=["a.mp4", {"path": "b.mp4", "end": 2}]), "end"),
@@ -480,6 +517,9 @@ def test_seconds_that_are_null_or_of_something_else_are_no_part_of_a_video():
     for sound in (
         ask("<video>?", video="a.mp4", video_start=None, start=1),
         ask("<image>?", image="a.jpg", video_end=1),
+        ask("<image>?", image="a.jpg", start=1, end=2),
+        ask("<video>?", video="a.mp4", start=0, end=None, clip="holiday"),
+        ask("<video>?", video="a.mp4", timestamps=[1.5, 2], duration=12),
     ):
         assert check_entry(sound).repairs == ()
 

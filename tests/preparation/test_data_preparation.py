@@ -616,6 +616,19 @@ def test_a_missing_name_is_shown_beside_one_that_is_there(tmp_path, capsys):
     fails_with(capsys, data, output, "no folder; there is coco/train2017/a.jpg)")
 
 
+def test_a_name_within_a_folder_says_which_data_folder_would_fit(tmp_path, capsys):
+    data, output = tmp_path / "data", tmp_path / "shards"
+    make_set(data, [entry(number, image=f"{number}.jpg") for number in range(30)], {})
+    folder = data / "coco" / "train2017"
+    folder.mkdir(parents=True)
+    for number in range(30):
+        (folder / f"{number}.jpg").write_bytes(plain_jpeg(number))
+    remedy = f"if names begin in {folder}, give --data-dir {folder} and the whole path of --metadata"
+    fails_with(capsys, data, output, f"0.jpg is in no tar and no folder; there is coco/train2017/0.jpg: {remedy})")
+    metadata = next(data.glob("*.json"))
+    assert run(folder, output, "--metadata", str(metadata.resolve())) == 0
+
+
 def test_a_tar_stands_for_the_folder_of_its_name(tmp_path):
     data, output = tmp_path / "data", tmp_path / "shards"
     spellings = [f"coco/train2017/{number}.jpg" for number in range(20)] + [
@@ -733,6 +746,10 @@ def test_missing_or_unreadable_data(tmp_path, capsys):
     (data / "a.tar").write_bytes((data / "a.tar").read_bytes()[:1000])
     fails_with(capsys, data, output, "a.tar cannot be read as a tar")
     fails_with(capsys, data, output, "there is no metadata file x.json", "--metadata", "x.json")
+    (data / "parts").mkdir()
+    (data / "parts" / "1.jsonl").touch()
+    said = "--metadata parts is a folder: name a file in it, as in --metadata parts/1.jsonl"
+    fails_with(capsys, data, output, said, "--metadata", "parts")
     assert [path.name for path in output.iterdir()] == [".work"]
 
 

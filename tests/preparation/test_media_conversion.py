@@ -290,6 +290,16 @@ def test_16_bit_grey_is_scaled_not_clipped():
         np.testing.assert_allclose(image[8, 8::16], [(0,) * 3, (40,) * 3, (200,) * 3, (255,) * 3], atol=3)
 
 
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_twelve_bits_in_sixteen_are_refused_before_they_are_almost_black(file_format):
+    levels = np.linspace(0, 4095, 32, dtype=np.uint16)[None].repeat(16, axis=0)
+    said = "^unsupported_image: .*16-bit pixels from 0 to 4095 use hardly any of their range: stretch them to 0..65535$"
+    with pytest.raises(UnusableSample, match=said):
+        convert(encode(Image.fromarray(levels), file_format))
+    assert not convert(encode(Image.fromarray(levels * 0), file_format)).any()
+    assert convert(encode(Image.fromarray(levels * 2), file_format)).max() > 28
+
+
 def test_pixels_of_unknown_range_are_refused():
     for values in (np.full((8, 8), 0.5, np.float32), np.full((8, 8), 70_000, np.int32), np.full((8, 8), 255, np.int32)):
         assert reason_of("image", encode(Image.fromarray(values), "TIFF")) == "unsupported_image"

@@ -129,7 +129,7 @@ def test_text_behind_the_list_in_a_later_piece(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("bad", "detail"),
     [
-        (b'{"id": "\xff\xfe"}', "not UTF-8: invalid start byte at byte 8"),
+        (b'{"id": "\xff\xfe"}', "not UTF-8: invalid start byte at byte 8; write the file as UTF-8"),
         (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
     ],
 )
