@@ -306,12 +306,12 @@ def refuse_part_of_video(entry: dict) -> None:
     videos = flatten_objects([part for part in list_parts(entry) if kind_of(part) == "video"])
     videos += flatten_objects([entry.get("video"), entry.get("videos")])
     said = [field for field in CUT_FIELDS if entry.get(field) is not None]
-    said += [f"{start} and {end}" for start, end in CUT_PAIRS if entry.get(start) is not None is not entry.get(end)]
+    said += [" and ".join(pair) for pair in CUT_PAIRS if not any(names_nothing(entry.get(field)) for field in pair)]
     said += [field for field in CUT_LISTS if is_range(entry.get(field))]
     said += [field for video in videos for field in (*CUT_FIELDS, "start", "end") if video.get(field) is not None]
     if said:
         what = f"{said[0]}: parts of videos are not read"
-        remedy = "cut them with ffmpeg -ss START -to END and name the pieces; if the whole video is meant, leave it out"
+        remedy = "cut them with ffmpeg -ss START -to END and name the pieces; leave the field out if all of it is meant"
         raise UnusableSample("unsupported_video", f"{what}: {remedy}")
 
 

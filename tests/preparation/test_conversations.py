@@ -518,7 +518,7 @@ def test_seconds_that_are_null_or_of_something_else_are_no_part_of_a_video():
         ask("<video>?", video="a.mp4", video_start=None, start=1),
         ask("<image>?", image="a.jpg", video_end=1),
         ask("<image>?", image="a.jpg", start=1, end=2),
-        ask("<video>?", video="a.mp4", start=0, end=None, clip="holiday"),
+        ask("<video>?", video="a.mp4", start=0, end=None, clip="holiday", start_time="", end_time=""),
         ask("<video>?", video="a.mp4", timestamps=[1.5, 2], duration=12),
     ):
         assert check_entry(sound).repairs == ()
