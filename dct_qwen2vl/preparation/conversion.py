@@ -67,6 +67,7 @@ OTHER_FORMATS = {  # by how their files begin
 }
 MAXIMUM_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MiB of RGB
 MAXIMUM_JPEG_SIDE = 65_500  # px, libjpeg's JPEG_MAX_DIMENSION
+MAKE_SMALLER = "make it smaller first"
 LEAST_CONTRAST = 16  # of 255: how much darker than white something of a transparent image must be to lie on white
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF 6.0 and one of its values
 TWELVE_BITS = 1 << 12  # values that cameras and scanners write into 16 bits as they are
@@ -171,7 +172,7 @@ def saying_which(kind: str, name: str) -> Iterator[None]:
     except UnusableSample as unusable:
         raise UnusableSample(unusable.reason, f"{name}: {unusable.detail}") from None
     except Image.DecompressionBombError as error:
-        raise UnusableSample("image_too_large", f"{name}: {error}") from error
+        raise UnusableSample("image_too_large", f"{name}: {MAKE_SMALLER} ({error})") from error
     except Exception as error:
         # The decoders meet bytes from anywhere and raise whatever they like (struct.error, KeyError, SyntaxError, ...).
         reason = "broken_image" if kind == "image" else "broken_video"
@@ -219,8 +220,9 @@ def refuse_size(height: int, width: int) -> None:
     if min(height, width) < 1:
         raise UnusableSample("broken_image", f"{height} x {width} px (height, width)")
     if width * height > MAXIMUM_PIXELS or max(width, height) > MAXIMUM_JPEG_SIDE:
-        limits = f"{MAXIMUM_PIXELS} px in all and {MAXIMUM_JPEG_SIDE} px a side: make it smaller first"
-        raise UnusableSample("image_too_large", f"{height} x {width} px (height, width), the limits are {limits}")
+        limits = f"{MAXIMUM_PIXELS} px in all and {MAXIMUM_JPEG_SIDE} px a side"
+        what = f"{height} x {width} px (height, width), the limits are {limits}"
+        raise UnusableSample("image_too_large", f"{what}: {MAKE_SMALLER}")
     if max(height, width) > MAXIMUM_ASPECT_RATIO * min(height, width):
         limit = f"one side is over {MAXIMUM_ASPECT_RATIO} times the other"
         raise UnusableSample("extreme_aspect_ratio", f"{height} x {width} px (height, width): {limit}")

@@ -114,9 +114,9 @@ FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 VIDEO_ENDINGS = tuple(f".{name}" for name in VIDEO_EXTENSIONS)
 MEDIUM_ENDINGS = (*FRAME_ENDINGS, ".gif", ".avif", ".jp2", *VIDEO_ENDINGS)
-# Fields under which other tools' data name their media.
-OTHER_FIELD = re.compile("image|img|picture|photo|figure|video|clip|frame|media|file|path", re.IGNORECASE)
-MEDIUM_FIELD = re.compile("image|img|picture|photo|video", re.IGNORECASE)  # of these, web addresses are media, too
+# Fields under which other tools' data name their media. In the first ones, web addresses are media, too.
+MEDIUM_FIELD = re.compile("image|img|picture|photo|video", re.IGNORECASE)
+OTHER_FIELD = re.compile(f"{MEDIUM_FIELD.pattern}|figure|clip|frame|media|file|path", re.IGNORECASE)
 
 NUMBER_FIELDS = ("image_id", "video_id")
 IMAGE_BYTES = re.compile("(image|img).*(base64|b64|bytes)", re.IGNORECASE)
@@ -228,7 +228,9 @@ def check_entry(entry: Any) -> CheckedEntry:
     check_texts(turns)
     turns = learn_whole_turns(turns, repairs)
     refuse_lost_media(entry, turns, media)
-    placed, media = place_media(entry, turns, media, repairs)
+    placed, media = place_media(turns, media, repairs)
+    if "missing_placeholder" in repairs:
+        compare_fields(entry, placed=False)
     compare_names(turns, media)
     if placed is not given:
         name = "conversations" if entry.get("conversations") else "messages"
@@ -281,8 +283,7 @@ def replace_numbers(value: Any, depth: int = 0) -> Any:
 def list_media(entry: dict) -> list[Medium]:
     """Images first, then videos, each in the entry's order; where it lists none, those of its parts in reading order.
     Raises UnusableSample."""
-    for kind in ("image", "video"):
-        compare_fields(entry, kind, placed=True)
+    compare_fields(entry, placed=True)
     media = [Medium("image", (name,)) for name in names_of(field_of(entry, "image"))]
     media += list_videos(field_of(entry, "video"))
     if not media:
@@ -361,23 +362,25 @@ def field_of(entry: dict, kind: str) -> Any:
     return next((entry[name] for name in (kind, f"{kind}s") if name in entry and list_names(entry[name])), None)
 
 
-def compare_fields(entry: dict, kind: str, placed: bool) -> None:
-    """Checks that `image` and `images`, or `video` and `videos`, leave no doubt which media are meant.
+def compare_fields(entry: dict, placed: bool) -> None:
+    """Checks that `image` and `images`, and `video` and `videos`, leave no doubt which media are meant.
 
     entry: Of the metadata.
-    kind: "image" or "video".
     placed: Whether questions have placeholders. They then decide between one medium and a list that has it, too.
 
     Raises UnusableSample.
     """
-    if not (many := names_of(entry.get(f"{kind}s"))):
-        return
-    one = names_of(entry.get(kind))
-    named = one if not placed and one != many else [name for name in one if name not in many]
-    if named:
-        lists = [f"{names[0]:.300}" + (f" and {len(names) - 1} more" if names[1:] else "") for names in (named, many)]
-        what = f"{kind} names {lists[0]}, {kind}s names {lists[1]}"
-        raise UnusableSample("media_names_disagree", f"{what}: leave one of the two fields out")
+    for kind in ("image", "video"):
+        if not (many := names_of(entry.get(f"{kind}s"))):
+            continue
+        one = names_of(entry.get(kind))
+        named = [name for name in one if name not in many] if placed or one == many else one
+        if named:
+            lists = [
+                f"{names[0]:.300}" + (f" and {len(names) - 1} more" if names[1:] else "") for names in (named, many)
+            ]
+            what = f"{kind} names {lists[0]}, {kind}s names {lists[1]}"
+            raise UnusableSample("media_names_disagree", f"{what}: leave one of the two fields out")
 
 
 def names_of(value: Any) -> list[str]:
@@ -573,9 +576,7 @@ def is_empty(text: str) -> bool:
 # Placeholders
 
 
-def place_media(
-    entry: dict, turns: list[Turn], media: list[Medium], repairs: list[str]
-) -> tuple[list[Turn], list[Medium]]:
+def place_media(turns: list[Turn], media: list[Medium], repairs: list[str]) -> tuple[list[Turn], list[Medium]]:
     """The turns with their placeholders repaired, the media in the order of the placeholders. Raises UnusableSample."""
     placed = list_placeholders(turns)
     kinds = [medium.kind for medium in media]
@@ -583,8 +584,6 @@ def place_media(
         return turns, media
     if not placed:
         refuse_other_markers(turns)
-        for kind in dict.fromkeys(kinds):
-            compare_fields(entry, kind, placed=False)
         repairs.append("missing_placeholder")
         return put_before_first_question(turns, kinds), media
     if placed == ["image"] * len(media) and kinds == ["video"] * len(media):
@@ -629,10 +628,11 @@ def refuse_other_field(where: str, field: str, value: Any) -> None:
         return
     if IMAGE_BYTES.search(field):
         raise UnusableSample("embedded_media", EMBEDDED)
-    is_address = MEDIUM_FIELD.search(field) and (WEB_ADDRESS.match(names[0]) or is_data_url(names[0]))
-    if is_address or names[0].lower().endswith(MEDIUM_ENDINGS):
-        right = "video" if names[0].lower().endswith(VIDEO_ENDINGS) else "image"
-        what = f"{where}{field:.100} names {names[0]:.300}, and this field is not read"
+    name = names[0]
+    is_address = MEDIUM_FIELD.search(field) and (WEB_ADDRESS.match(name) or is_data_url(name))
+    if is_address or name.lower().endswith(MEDIUM_ENDINGS):
+        right = "video" if name.lower().endswith(VIDEO_ENDINGS) else "image"
+        what = f"{where}{field:.100} names {name:.300}, and this field is not read"
         remedy = "fetch the file and name it in" if is_address else "name it in the entry's" if where else "call it"
         raise UnusableSample("missing_media", f"{what}: {remedy} {right}")
 

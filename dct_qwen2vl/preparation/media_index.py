@@ -604,11 +604,8 @@ def find_neighbour(name: str, data_dir: Path, sources: list[TarSource]) -> str:
     folder = next(path for path in wanted.parents if path.is_dir())
     inside = [] if folder == data_dir else sorted(path for path in folder.iterdir() if path.is_file())
     alike = [path for path in inside if wanted.name in (path.stem, f"{path.stem}{wanted.suffix}")]
-    if not alike and (member := find_nearest(name, sources)):
-        return member
-    if not alike and (deeper := find_deeper(name, data_dir)):
-        return deeper
-    return next((str(path.relative_to(data_dir)) for path in alike or inside), "")
+    elsewhere = "" if alike else find_nearest(name, sources) or find_deeper(name, data_dir)
+    return elsewhere or next((str(path.relative_to(data_dir)) for path in alike or inside), "")
 
 
 def find_deeper(name: str, data_dir: Path) -> str:

@@ -94,12 +94,13 @@ def say_other_metadata(data_dir: Path) -> str:
 
 
 def find_named(data_dir: Path, name: Path) -> Path:
-    for path in (data_dir / name, name):
+    paths = (data_dir / name, name)
+    for path in paths:
         if path.is_file():
             return path
-    for path in (data_dir / name, name):
+    for path in paths:
         if path.is_dir():
-            inside = next((str(name / file.name) for file in sorted(path.glob("*.json*"))), f"{name}/FILE")
+            inside = name / min(path.glob("*.json*"), default=path / "FILE").name
             raise PreparationError(f"--metadata {name} is a folder: name a file in it, as in --metadata {inside}")
     raise PreparationError(f"there is no metadata file {name}, neither in {data_dir} nor as a path of its own")
 

@@ -106,11 +106,12 @@ def test_every_stage_has_a_command():
     assert {"data_preparation.py", "convert_checkpoint.py", "evaluate_qwen2vl.py", "finetune_qwen2vl.py"} <= in_readme
 
 
-def test_programs_exist():
+def test_programs_exist_and_start_as_such():
     missing = []
     for program in PROGRAMS:
         name = program[1].replace(".", "/") if program[0] == "-m" else program[0].removesuffix(".py")
-        if not any((REPOSITORY / file).is_file() for file in (f"{name}.py", f"{name}/__main__.py")):
+        files = [path for path in (REPOSITORY / f"{name}.py", REPOSITORY / name / "__main__.py") if path.is_file()]
+        if not any('\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8") for path in files):
             missing.append(" ".join(program))
     assert missing == []
 
